@@ -1,0 +1,45 @@
+# What people do with qconsume's sources. `make demo` and `make test` need cargo, python3, and one of: a RabbitMQ in
+# BROKER_URL, rabbitmq-server on this machine, Docker, or root on Debian (then apt-get installs RabbitMQ).
+
+CARGO ?= cargo
+
+.PHONY: help demo test test-manifests soak image dist docs transcripts manuals
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
+
+demo: ## fills a queue and works it off, to see what qconsume does
+	$(CARGO) build --workspace --locked
+	$(CARGO) run --quiet --locked --package testbed --bin testbed -- demo
+
+test: ## all tests, against a real RabbitMQ
+	$(CARGO) test --workspace --locked --no-fail-fast
+
+test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
+	tests/manifests/run
+
+soak: ## minutes of faults at random, with books about every message; SOAK='--queue classic --seed 7' for more
+	$(CARGO) build --workspace --locked
+	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
+REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+
+image: ## the image qconsume, with /qconsume and /qpublish
+	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t qconsume:$(VERSION) -t qconsume .
+
+dist: image manuals ## the static binaries, man pages and completions, in dist/
+	mkdir -p dist
+	container=$$(docker create qconsume) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
+	status=$$?; docker rm $$container >/dev/null; exit $$status
+
+docs: ## writes docs/options.md anew
+	$(CARGO) run --quiet --locked --example docgen
+
+transcripts: ## writes docs/transcripts.md anew, from real runs
+	$(CARGO) build --workspace --locked
+	$(CARGO) run --quiet --locked --package testbed --bin testbed -- transcripts >target/transcripts.md
+	mv target/transcripts.md docs/transcripts.md
+
+manuals: ## man pages and shell completions, in dist/
+	$(CARGO) run --quiet --locked --example docgen -- dist

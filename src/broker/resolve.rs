@@ -1,0 +1,71 @@
+//! Names to addresses.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
+};
+
+/// All addresses of `host`, with `port`.
+///
+/// # Errors
+/// When the name can't be looked up or has no address.
+pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    if let Some(address) = literal(host, port) {
+        return Ok(vec![address?]);
+    }
+    let found = look_up(host, port).await?;
+    if found.is_empty() {
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the name has no address",
+        ));
+    }
+    Ok(found)
+}
+
+/// An address rather than a name, IPv6 with or without the zone of RFC 6874.
+fn literal(host: &str, port: u16) -> Option<io::Result<SocketAddr>> {
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Some(Ok((ip, port).into()));
+    }
+    let (ip, zone) = host.split_once('%')?;
+    let ip = ip.parse::<Ipv6Addr>().ok()?;
+    let index = match zone.parse() {
+        Ok(index) => Ok(index),
+        Err(_) => nix::net::if_::if_nametoindex(zone).map_err(io::Error::from),
+    };
+    Some(index.map(|index| SocketAddrV6::new(ip, port, 0, index).into()))
+}
+
+#[cfg(not(target_env = "gnu"))]
+async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    Ok(tokio::net::lookup_host((host, port)).await?.collect())
+}
+
+/// Not by glibc: a static program crashes in its name service switch where the image's glibc is newer
+/// and nsswitch.conf lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
+#[cfg(target_env = "gnu")]
+async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    use hickory_resolver::{TokioResolver, config::LookupIpStrategy};
+    let mut builder = TokioResolver::builder_tokio().map_err(io::Error::other)?;
+    builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
+    let resolver = builder.build().map_err(io::Error::other)?;
+    let found = resolver.lookup_ip(host).await.map_err(io::Error::other)?;
+    Ok(found.iter().map(|ip| (ip, port).into()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn literals_are_not_looked_up() {
+        let found = |host| literal(host, 5672).map(|found| found.unwrap().to_string());
+        assert_eq!(found("127.0.0.1"), Some("127.0.0.1:5672".into()));
+        assert_eq!(found("::1"), Some("[::1]:5672".into()));
+        assert_eq!(found("fe80::1%1"), Some("[fe80::1%1]:5672".into()));
+        assert_eq!(found("fe80::1%lo"), Some("[fe80::1%1]:5672".into()));
+        assert_eq!(found("localhost"), None);
+        assert!(literal("fe80::1%nowhere", 5672).unwrap().is_err());
+    }
+}

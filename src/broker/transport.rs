@@ -1,0 +1,185 @@
+//! The bytes under lapin: a stream that we dialled ourselves, plain or TLS.
+//!
+//! lapin's own dialling knows no time limit, no IPv6 literals and, without its TLS features, no error for `amqps`.
+
+use super::frames::Frames;
+use async_rs::{
+    Tokio,
+    traits::{Executor, Reactor, RuntimeKit},
+    util::Task,
+};
+use futures_io::{AsyncRead, AsyncWrite};
+use std::{
+    future::{Future, ready},
+    io::{self, Read, Write},
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncRead as _, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::client::TlsStream;
+use tokio_stream::Stream as TokioStream;
+
+enum Socket {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// A connected stream, for lapin.
+pub(super) struct Stream {
+    socket: Socket,
+    frames: Frames,
+}
+
+impl Stream {
+    pub(super) fn plain(socket: TcpStream, frames: Frames) -> Self {
+        Self {
+            socket: Socket::Plain(socket),
+            frames,
+        }
+    }
+
+    pub(super) fn tls(socket: TlsStream<TcpStream>, frames: Frames) -> Self {
+        Self {
+            socket: Socket::Tls(Box::new(socket)),
+            frames,
+        }
+    }
+
+    /// Why the peer has closed, where it has said so: a broker that refuses the client's certificate sends an alert
+    /// and closes, and our next write fails before anybody has read the alert.
+    fn last_words(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
+        let Socket::Tls(socket) = &mut self.socket else {
+            return error;
+        };
+        let mut rest = [0; 256];
+        match Pin::new(socket.as_mut()).poll_read(cx, &mut ReadBuf::new(&mut rest)) {
+            Poll::Ready(Err(alert)) if alert.get_ref().is_some() => alert,
+            _ => error,
+        }
+    }
+
+    fn read_half(&mut self) -> Pin<&mut (dyn tokio::io::AsyncRead + Unpin)> {
+        match &mut self.socket {
+            Socket::Plain(socket) => Pin::new(socket),
+            Socket::Tls(socket) => Pin::new(socket.as_mut()),
+        }
+    }
+
+    fn write_half(&mut self) -> Pin<&mut (dyn tokio::io::AsyncWrite + Unpin)> {
+        match &mut self.socket {
+            Socket::Plain(socket) => Pin::new(socket),
+            Socket::Tls(socket) => Pin::new(socket.as_mut()),
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(buffer);
+        ready!(self.read_half().poll_read(cx, &mut buffer))?;
+        self.frames.read(buffer.filled());
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.write_half().poll_write(cx, bytes);
+        written.map_err(|error| self.last_words(cx, error))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.write_half().poll_write_vectored(cx, pieces);
+        written.map_err(|error| self.last_words(cx, error))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = self.write_half().poll_flush(cx);
+        flushed.map_err(|error| self.last_words(cx, error))
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.write_half().poll_shutdown(cx)
+    }
+}
+
+/// tokio's executor and clock for lapin, with our [`Stream`] in place of its TCP stream.
+#[derive(Clone, Debug)]
+pub(super) struct Kit(Tokio);
+
+impl Kit {
+    /// On the runtime that the caller runs on.
+    pub(super) fn current() -> Self {
+        Self(Tokio::current())
+    }
+}
+
+impl RuntimeKit for Kit {}
+
+impl Executor for Kit {
+    type Task<T: Send + 'static> = <Tokio as Executor>::Task<T>;
+
+    fn block_on<T, F: Future<Output = T>>(&self, future: F) -> T {
+        self.0.block_on(future)
+    }
+
+    fn spawn<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
+        &self,
+        future: F,
+    ) -> Task<Self::Task<T>> {
+        self.0.spawn(future)
+    }
+
+    fn spawn_blocking<T: Send + 'static, F: FnOnce() -> T + Send + 'static>(
+        &self,
+        work: F,
+    ) -> Task<Self::Task<T>> {
+        self.0.spawn_blocking(work)
+    }
+}
+
+impl Reactor for Kit {
+    type TcpStream = Stream;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    fn register<H: Read + Write + Send + 'static>(
+        &self,
+        _: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        // lapin asks for this only when it dials by itself.
+        Err::<Stream, _>(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.0.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl TokioStream<Item = Instant> + Send + 'static {
+        self.0.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        _: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        // Dialling is broker::connect's business; lapin gets streams that are connected.
+        ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+}

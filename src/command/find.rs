@@ -1,0 +1,255 @@
+//! Finds the command the way the shell would, before a message is taken that nobody could work on.
+
+use crate::exit::{Exit, Failure};
+use nix::unistd::{AccessFlags, access};
+use std::{
+    ffi::{OsStr, OsString},
+    fs::File,
+    io::{ErrorKind, Read},
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
+
+/// Linux reads no more of a `#!` line than this (`BINPRM_BUF_SIZE`).
+const INTERPRETER_LINE_MAX: u64 = 256;
+
+/// Where execvp(3) looks when there is no `PATH` (musl's default).
+const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
+
+/// A command that was found: what to execute, and with which arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// The file.
+    pub path: PathBuf,
+    /// The name that it was called by, for its `argv[0]`.
+    pub name: OsString,
+    /// The arguments after the name.
+    pub arguments: Vec<OsString>,
+}
+
+/// Finds the program that `command`'s first word names.
+///
+/// # Errors
+/// 127 when there is no such file or its interpreter isn't there, 126 when one of them can't be executed.
+///
+/// # Panics
+/// When `command` is empty, which the command line doesn't allow.
+pub fn find(command: &[OsString], path: Option<&OsStr>) -> Result<Program, Failure> {
+    let (name, arguments) = command.split_first().expect("a command has a first word");
+    let file = look_up(name, path)?;
+    check_interpreter(&file)?;
+    Ok(Program {
+        path: file,
+        name: name.clone(),
+        arguments: arguments.to_vec(),
+    })
+}
+
+fn look_up(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
+    let shown = name.display();
+    if name.is_empty() {
+        return Err(Failure::new(Exit::NotFound, "the command is an empty word"));
+    }
+    if name.as_bytes().contains(&b'/') {
+        let file = PathBuf::from(name);
+        return match executable(&file) {
+            Ok(()) => Ok(file),
+            Err(problem) => Err(problem.failure(&format!("{shown}"))),
+        };
+    }
+    let mut refused = None;
+    for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
+        // An empty entry of PATH is the current directory, which the file name alone would be looked up in again.
+        let folder = if folder.as_os_str().is_empty() {
+            PathBuf::from(".")
+        } else {
+            folder
+        };
+        let file = folder.join(name);
+        match executable(&file) {
+            Ok(()) => return Ok(file),
+            Err(Problem::Missing) => {}
+            Err(problem) => {
+                refused.get_or_insert((file, problem));
+            }
+        }
+    }
+    Err(match refused {
+        Some((file, problem)) => problem.failure(&format!("{}", file.display())),
+        None => Failure::new(
+            Exit::NotFound,
+            format!("command not found: {shown} is in none of the folders of PATH"),
+        ),
+    })
+}
+
+enum Problem {
+    Missing,
+    Folder,
+    Special,
+    Denied(nix::Error),
+}
+
+impl Problem {
+    fn failure(&self, file: &str) -> Failure {
+        match self {
+            Self::Missing => {
+                Failure::new(Exit::NotFound, format!("command not found: no file {file}"))
+            }
+            Self::Folder => Failure::new(
+                Exit::NotExecutable,
+                format!("command not executable: {file} is a folder"),
+            ),
+            Self::Special => Failure::new(
+                Exit::NotExecutable,
+                format!("command not executable: {file} is no regular file"),
+            ),
+            Self::Denied(error) => Failure::new(
+                Exit::NotExecutable,
+                format!(
+                    "command not executable: {file}: {}; set its execute bit (chmod +x)",
+                    error.desc()
+                ),
+            ),
+        }
+    }
+}
+
+fn executable(file: &Path) -> Result<(), Problem> {
+    match std::fs::metadata(file) {
+        Ok(found) if found.is_dir() => Err(Problem::Folder),
+        // The kernel executes none, and to read the first line of a FIFO would take for ever.
+        Ok(found) if !found.is_file() => Err(Problem::Special),
+        Ok(_) => access(file, AccessFlags::X_OK).map_err(Problem::Denied),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            Err(Problem::Denied(nix::Error::EACCES))
+        }
+        Err(_) => Err(Problem::Missing),
+    }
+}
+
+/// A script whose interpreter is missing fails with the same "no such file" as a missing script; say which it is.
+fn check_interpreter(file: &Path) -> Result<(), Failure> {
+    let Some(interpreter) = interpreter(file) else {
+        return Ok(());
+    };
+    let hint = if interpreter.as_os_str().as_bytes().ends_with(b"\r") {
+        "; the file has Windows line ends"
+    } else {
+        ""
+    };
+    let shown = interpreter.as_os_str().as_bytes().escape_ascii();
+    let file = file.display();
+    match executable(&interpreter) {
+        Ok(()) => Ok(()),
+        Err(Problem::Missing) => Err(Failure::new(
+            Exit::NotFound,
+            format!("{file} asks for the interpreter {shown}, which isn't there{hint}"),
+        )),
+        Err(_) => Err(Failure::new(
+            Exit::NotExecutable,
+            format!("{file} asks for the interpreter {shown}, which can't be executed{hint}"),
+        )),
+    }
+}
+
+/// What the `#!` line names; none for a binary, or for a file that may be executed but not read.
+fn interpreter(file: &Path) -> Option<PathBuf> {
+    let mut start = Vec::new();
+    File::open(file)
+        .ok()?
+        .take(INTERPRETER_LINE_MAX)
+        .read_to_end(&mut start)
+        .ok()?;
+    let line = start.strip_prefix(b"#!")?.split(|&b| b == b'\n').next()?;
+    let word = line
+        .trim_ascii_start()
+        .split(|&b| b == b' ' || b == b'\t')
+        .next()?;
+    (!word.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(word)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("qconsume-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn file(&self, name: &str, text: &[u8], mode: u32) -> PathBuf {
+            let path = self.0.join(name);
+            std::fs::write(&path, text).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+
+        fn find(&self, name: &str) -> Result<Program, Failure> {
+            find(&[name.into()], Some(self.0.as_os_str()))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn statuses_are_those_of_the_shell() {
+        let folder = Folder::new("find");
+        folder.file("good", b"#!/bin/sh\n", 0o755);
+        folder.file("spaced", b"#! \t/bin/sh -e\n", 0o755);
+        folder.file("plain", b"#!/bin/sh\n", 0o644);
+        folder.file("lost", b"#!/no/such/interpreter\n", 0o755);
+        folder.file("windows", b"#!/bin/sh\r\n", 0o755);
+        folder.file("binary", b"\x7fELF", 0o755);
+        std::fs::create_dir(folder.0.join("folder")).unwrap();
+        nix::unistd::mkfifo(&folder.0.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let interpreted = format!("#!{}\n", folder.0.join("plain").display());
+        folder.file("unable", interpreted.as_bytes(), 0o755);
+
+        for name in ["good", "spaced", "binary"] {
+            assert_eq!(folder.find(name).unwrap().path, folder.0.join(name));
+        }
+        for (name, exit, says) in [
+            ("nowhere", Exit::NotFound, "none of the folders of PATH"),
+            ("./nowhere", Exit::NotFound, "no file ./nowhere"),
+            ("plain", Exit::NotExecutable, "execute bit"),
+            ("folder", Exit::NotExecutable, "is a folder"),
+            ("fifo", Exit::NotExecutable, "is no regular file"),
+            ("lost", Exit::NotFound, "/no/such/interpreter"),
+            (
+                "windows",
+                Exit::NotFound,
+                r"/bin/sh\r, which isn't there; the file has Windows line ends",
+            ),
+            ("unable", Exit::NotExecutable, "can't be executed"),
+            ("", Exit::NotFound, "empty"),
+        ] {
+            let failure = folder.find(name).unwrap_err();
+            assert_eq!(failure.exit, exit, "{name}");
+            assert!(failure.message.contains(says), "{name}: {failure}");
+        }
+    }
+
+    #[test]
+    fn a_later_folder_of_path_may_have_what_an_earlier_one_cannot_execute() {
+        let first = Folder::new("first");
+        let second = Folder::new("second");
+        first.file("tool", b"", 0o644);
+        let good = second.file("tool", b"", 0o755);
+        let path = std::env::join_paths([&first.0, &second.0]).unwrap();
+        let program = find(&["tool".into(), "-x".into()], Some(&path)).unwrap();
+        assert_eq!(program.path, good);
+        assert_eq!(program.name, "tool");
+        assert_eq!(program.arguments, ["-x"]);
+    }
+}

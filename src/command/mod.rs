@@ -1,0 +1,11 @@
+//! The only part that knows processes.
+
+mod find;
+mod reap;
+mod spawn;
+mod supervise;
+
+pub use find::{Program, find};
+pub use reap::Reaper;
+pub use spawn::{Command, Variable};
+pub use supervise::{Limits, OnLost, Outcome, Process, Target, supervise};

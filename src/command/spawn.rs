@@ -1,0 +1,312 @@
+//! Starts the command: its group, its environment, its standard input.
+
+use super::{Process, Program, Reaper, Target};
+use crate::{exit::Exit, exit::Failure, verdict::Ended};
+use nix::{
+    sys::signal::{Signal, kill, killpg},
+    unistd::{Pid, getpid},
+};
+use std::{
+    ffi::{CString, OsStr, OsString},
+    io::{self, PipeReader, PipeWriter, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, process::CommandExt},
+    },
+    process::Stdio,
+};
+use tokio::{io::AsyncWriteExt, net::unix::pipe, sync::oneshot, task::JoinHandle};
+
+/// Longest `NAME=value` with its NUL that Linux's execve(2) takes: `MAX_ARG_STRLEN`, in bytes.
+const VARIABLE_MAX: usize = 128 * 1024;
+
+/// What an unprivileged process may ask a pipe to hold, in bytes: the default of `fs.pipe-max-size`.
+const PIPE_MAX: i32 = 1024 * 1024;
+
+/// What an unchanged pipe holds, in bytes.
+const PIPE_DEFAULT: usize = 64 * 1024;
+
+/// The kernel's `struct sigaction` for `SIG_DFL`: zeroes, and more of them than it has on any machine.
+const DEFAULT: [u64; 8] = [0; 8];
+
+/// The size of the kernel's signal set: a bit for each of 64 signals, in bytes.
+const SIGSET: usize = 8;
+
+/// An environment variable to set, or, without a value, to remove.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// Its value.
+    pub value: Option<OsString>,
+}
+
+/// A command that runs.
+#[derive(Debug)]
+pub struct Command {
+    leader: Pid,
+    ended: oneshot::Receiver<Ended>,
+    feeder: Option<JoinHandle<()>>,
+}
+
+impl Command {
+    /// Starts `program` in a process group of its own, with `body` on its standard input.
+    ///
+    /// Has to be called on the main thread: the command is to die with the thread that started it.
+    ///
+    /// # Errors
+    /// 127 when the kernel doesn't find the program, its interpreter or its loader after all, 126 for anything else.
+    pub fn spawn(
+        program: &Program,
+        variables: &[Variable],
+        body: Vec<u8>,
+        reaper: &Reaper,
+    ) -> Result<Self, Failure> {
+        let start = || -> io::Result<Self> {
+            let (stdin, rest) = feed(body)?;
+            let mut command = std::process::Command::new(&program.path);
+            command.stdin(Stdio::from(stdin)).process_group(0);
+            prepare(&mut command, Image::new(program, variables)?);
+            let leader = Pid::from_raw(command.spawn()?.id().cast_signed());
+            let ended = reaper.watch(leader);
+            // Nothing may fail from here on: the command runs.
+            let feeder = rest.map(spawn_feeder);
+            Ok(Self {
+                leader,
+                ended,
+                feeder,
+            })
+        };
+        start().map_err(|error| {
+            let (exit, why) = match error.raw_os_error() {
+                Some(libc::ENOENT) => (
+                    Exit::NotFound,
+                    "the file, its interpreter or its dynamic loader isn't there",
+                ),
+                Some(libc::ENOEXEC) => (
+                    Exit::NotExecutable,
+                    "built for another machine, or a script without a #! line",
+                ),
+                Some(libc::E2BIG) => (
+                    Exit::NotExecutable,
+                    "its arguments and environment are too long",
+                ),
+                _ => (Exit::NotExecutable, "the system refused"),
+            };
+            Failure::new(
+                exit,
+                format!(
+                    "the command can't be started: {}: {why} ({error})",
+                    program.path.display()
+                ),
+            )
+        })
+    }
+
+    /// The process group's leader, for messages.
+    #[must_use]
+    pub fn id(&self) -> i32 {
+        self.leader.as_raw()
+    }
+}
+
+impl Process for Command {
+    async fn ended(&mut self) -> Ended {
+        match (&mut self.ended).await {
+            Ok(ended) => ended,
+            // The reaper lives as long as the runtime, so there is no end to be told of.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    fn signal(&self, target: Target, signal: Signal) {
+        // Once it is reaped its number may be another's.
+        if !self.ended.is_empty() {
+            return;
+        }
+        // What is gone already needs no signal.
+        let _ = match target {
+            Target::Group => killpg(self.leader, signal),
+            Target::Leader => kill(self.leader, signal),
+        };
+    }
+}
+
+impl Drop for Command {
+    fn drop(&mut self) {
+        // What a background child keeps open of the pipe mustn't hold anything up.
+        if let Some(feeder) = self.feeder.take() {
+            feeder.abort();
+        }
+    }
+}
+
+fn fits(name: &str, value: &OsStr) -> bool {
+    let value = value.as_encoded_bytes();
+    !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX
+}
+
+/// What is left to write once the command runs: the pipe, the body, and where to go on.
+type Rest = (pipe::Sender, Vec<u8>, usize);
+
+/// A pipe that holds the body's beginning already, which for most bodies is all of it.
+fn feed(body: Vec<u8>) -> io::Result<(PipeReader, Option<Rest>)> {
+    let (reader, mut writer) = io::pipe()?;
+    prepare_pipe(&writer, body.len())?;
+    let mut written = 0;
+    while written < body.len() {
+        match writer.write(&body[written..]) {
+            Ok(n) => written += n,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let pipe = pipe::Sender::from_owned_fd(OwnedFd::from(writer))?;
+                return Ok((reader, Some((pipe, body, written))));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((reader, None))
+}
+
+#[allow(unsafe_code)]
+fn prepare_pipe(writer: &PipeWriter, size: usize) -> io::Result<()> {
+    let fd = writer.as_raw_fd();
+    // SAFETY: fcntl(2) on a descriptor that we own, with integer arguments.
+    unsafe {
+        if size > PIPE_DEFAULT {
+            // Fewer turns between us and the command; where the limit is lower, the pipe stays as it is.
+            libc::fcntl(fd, libc::F_SETPIPE_SZ, PIPE_MAX);
+        }
+        if libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+fn spawn_feeder((mut pipe, body, from): Rest) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        // A command that doesn't read to the end (EPIPE) knows what it does.
+        let _ = pipe.write_all(&body[from..]).await;
+    })
+}
+
+/// Our own descriptors close on exec; so shall those that we were started with by accident.
+#[allow(unsafe_code)]
+fn close_on_exec() {
+    // SAFETY: close_range(2) and fcntl(2) with integer arguments; descriptors only get a flag.
+    unsafe {
+        let (first, last) = (3, libc::c_uint::MAX);
+        let flag = libc::CLOSE_RANGE_CLOEXEC;
+        if libc::syscall(libc::SYS_close_range, first, last, flag) == 0 {
+            return;
+        }
+        // Linux knows that flag since 5.11 only, and a container's seccomp profile may not know the call.
+        for entry in std::fs::read_dir("/proc/self/fd").into_iter().flatten() {
+            let name = entry
+                .ok()
+                .and_then(|entry| entry.file_name().into_string().ok());
+            if let Some(fd) = name.and_then(|name| name.parse().ok())
+                && fd >= first
+            {
+                libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+            }
+        }
+    }
+}
+
+/// What execve(2) takes.
+///
+/// It is called here, not by the standard library, whose execvp(3) is the C library's: glibc's runs what the kernel
+/// can't execute by a shell, be it built for another machine or empty (which would be a success); musl's doesn't.
+struct Image {
+    path: CString,
+    arguments: Vec<*const libc::c_char>,
+    environment: Vec<*const libc::c_char>,
+    /// What the pointers point to.
+    _strings: Vec<CString>,
+}
+
+// SAFETY: the pointers are to strings that live as long as this and never change.
+#[allow(unsafe_code)]
+unsafe impl Send for Image {}
+// SAFETY: the same.
+#[allow(unsafe_code)]
+unsafe impl Sync for Image {}
+
+impl Image {
+    fn new(program: &Program, variables: &[Variable]) -> io::Result<Self> {
+        let arguments = [&program.name].into_iter().chain(&program.arguments);
+        let mut strings = arguments
+            .map(|argument| CString::new(argument.as_bytes()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let count = strings.len();
+        let entry = |name: &OsStr, value: &OsStr| {
+            CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())
+        };
+        for (name, value) in std::env::vars_os() {
+            if !variables.iter().any(|variable| name == variable.name) {
+                strings.push(entry(&name, &value)?);
+            }
+        }
+        for Variable { name, value } in variables {
+            match value.as_deref() {
+                Some(value) if fits(name, value) => strings.push(entry(name.as_ref(), value)?),
+                Some(_) => tracing::warn!(
+                    "{name} is left out of the command's environment: its value contains a NUL or is over 128 KiB"
+                ),
+                None => {}
+            }
+        }
+        let pointers = |strings: &[CString]| {
+            let pointers = strings.iter().map(|string| string.as_ptr());
+            pointers.chain([std::ptr::null()]).collect()
+        };
+        Ok(Self {
+            path: CString::new(program.path.as_os_str().as_bytes())?,
+            arguments: pointers(&strings[..count]),
+            environment: pointers(&strings[count..]),
+            _strings: strings,
+        })
+    }
+
+    /// Becomes the program, or says why that isn't possible.
+    #[allow(unsafe_code)]
+    fn execute(&self) -> io::Error {
+        let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
+        // SAFETY: both are arrays of strings that end with a null pointer.
+        unsafe { libc::execve(self.path.as_ptr(), arguments, environment) };
+        io::Error::last_os_error()
+    }
+}
+
+#[allow(unsafe_code)]
+fn prepare(command: &mut std::process::Command, image: Image) {
+    close_on_exec();
+    let parent = getpid();
+    let reset = move || -> io::Result<()> {
+        // SAFETY: async-signal-safe calls only, as a forked child may make before it executes.
+        unsafe {
+            // Whoever started us may have ignored signals (the mask is empty since `Signals::install`). By the
+            // kernel's call, as libc's refuses the two signals of its own, which glibc's posix_spawn(3) ignores.
+            for signal in 1..=libc::SIGRTMAX() {
+                let nobody = std::ptr::null_mut::<u64>();
+                libc::syscall(
+                    libc::SYS_rt_sigaction,
+                    signal,
+                    DEFAULT.as_ptr(),
+                    nobody,
+                    SIGSET,
+                );
+            }
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // The parent may have died before the death signal was asked for.
+            if libc::getppid() != parent.as_raw() {
+                libc::raise(libc::SIGKILL);
+            }
+        }
+        Err(image.execute())
+    };
+    // SAFETY: see above; nothing is allocated and no lock is taken.
+    unsafe { command.pre_exec(reset) };
+}

@@ -1,0 +1,411 @@
+//! The state machine with signals, loss and time injected; tokio's paused clock makes the waits take no time.
+
+use super::*;
+use std::{
+    cell::RefCell,
+    future::{pending, ready},
+};
+use tokio::sync::mpsc;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A process that ends by itself at some time, or some time after a signal.
+struct Fake {
+    ends_at: Option<(Instant, Ended)>,
+    dies_of: Vec<(Signal, Duration)>,
+    seen: RefCell<Vec<(Target, Signal, Duration)>>,
+    dying: RefCell<Option<(Instant, Ended)>>,
+    started: Instant,
+}
+
+impl Fake {
+    fn new(dies_of: &[(Signal, Duration)]) -> Self {
+        Self {
+            ends_at: None,
+            dies_of: dies_of.to_vec(),
+            seen: RefCell::default(),
+            dying: RefCell::default(),
+            started: Instant::now(),
+        }
+    }
+
+    fn ending(mut self, after: Duration, ended: Ended) -> Self {
+        self.ends_at = Some((self.started + after, ended));
+        self
+    }
+
+    /// What it was sent, without the CONT that goes with each request to stop.
+    fn signals(&self) -> Vec<(Target, Signal, u64)> {
+        self.seen
+            .borrow()
+            .iter()
+            .filter(|(_, signal, _)| *signal != Signal::SIGCONT)
+            .map(|(target, signal, at)| (*target, *signal, at.as_secs()))
+            .collect()
+    }
+}
+
+impl Process for Fake {
+    async fn ended(&mut self) -> Ended {
+        let end = [self.ends_at, *self.dying.borrow()]
+            .into_iter()
+            .flatten()
+            .min_by_key(|(at, _)| *at);
+        match end {
+            Some((at, ended)) => {
+                sleep_until(at).await;
+                ended
+            }
+            None => pending().await,
+        }
+    }
+
+    fn signal(&self, target: Target, signal: Signal) {
+        self.seen
+            .borrow_mut()
+            .push((target, signal, self.started.elapsed()));
+        let delay = match signal {
+            Signal::SIGKILL => Some(Duration::ZERO),
+            _ => self
+                .dies_of
+                .iter()
+                .find(|(s, _)| *s == signal)
+                .map(|(_, delay)| *delay),
+        };
+        if let Some(delay) = delay {
+            self.dying
+                .borrow_mut()
+                .get_or_insert((Instant::now() + delay, Ended::Killed(signal as i32)));
+        }
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        timeout: None,
+        kill_after: 10 * SECOND,
+        grace: None,
+        on_lost: OnLost::Terminate,
+    }
+}
+
+/// Signals that arrive at these times.
+fn signals(at: &[(u64, Signal)]) -> impl Stream<Item = Signal> + Unpin + use<> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let at = at.to_vec();
+    tokio::spawn(async move {
+        let start = Instant::now();
+        for (seconds, signal) in at {
+            sleep_until(start + seconds as u32 * SECOND).await;
+            let _ = sender.send(signal);
+        }
+        pending::<()>().await;
+    });
+    Received(receiver)
+}
+
+struct Received(mpsc::UnboundedReceiver<Signal>);
+
+impl Stream for Received {
+    type Item = Signal;
+    fn poll_next(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Signal>> {
+        self.0.poll_recv(cx)
+    }
+}
+
+async fn lost_after(seconds: u32) -> &'static str {
+    tokio::time::sleep(seconds * SECOND).await;
+    "the connection broke"
+}
+
+fn never() -> impl Future<Output = &'static str> {
+    pending()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_that_ends_by_itself_is_left_alone() {
+    let mut process = Fake::new(&[]).ending(3600 * SECOND, Ended::Exited(3));
+    let outcome = supervise(&mut process, &limits(), &mut signals(&[]), never()).await;
+    assert_eq!(
+        outcome,
+        Outcome {
+            ended: Ended::Exited(3),
+            stop: None,
+            lost: None
+        }
+    );
+    assert_eq!(process.signals(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signal_is_forwarded_and_without_grace_nothing_kills() {
+    let mut process = Fake::new(&[(Signal::SIGTERM, 600 * SECOND)]);
+    let mut signals = signals(&[(5, Signal::SIGTERM), (7, Signal::SIGINT)]);
+    let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
+    assert_eq!(outcome.stop, Some(Stop::Signal(15)));
+    assert_eq!(outcome.ended, Ended::Killed(15));
+    assert_eq!(
+        process.signals(),
+        [
+            (Target::Group, Signal::SIGTERM, 5),
+            (Target::Group, Signal::SIGINT, 7)
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signal_then_kill_after_grace() {
+    let mut process = Fake::new(&[]);
+    let limits = Limits {
+        grace: Some(4 * SECOND),
+        ..limits()
+    };
+    let outcome = supervise(
+        &mut process,
+        &limits,
+        &mut signals(&[(5, Signal::SIGHUP), (8, Signal::SIGTERM)]),
+        never(),
+    )
+    .await;
+    assert_eq!(outcome.stop, Some(Stop::Signal(1)));
+    assert_eq!(outcome.ended, Ended::Killed(9));
+    assert_eq!(
+        process.signals(),
+        [
+            (Target::Group, Signal::SIGHUP, 5),
+            (Target::Group, Signal::SIGTERM, 8),
+            // a second signal doesn't lengthen what the first one has begun
+            (Target::Group, Signal::SIGKILL, 9)
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_user_signals_reach_the_command_alone_and_end_nothing() {
+    let mut process = Fake::new(&[]).ending(9 * SECOND, Ended::Exited(0));
+    let mut signals = signals(&[(1, Signal::SIGUSR1), (2, Signal::SIGWINCH)]);
+    let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
+    assert_eq!(outcome.stop, None);
+    assert_eq!(outcome.ended, Ended::Exited(0));
+    assert_eq!(
+        process.signals(),
+        [
+            (Target::Leader, Signal::SIGUSR1, 1),
+            (Target::Leader, Signal::SIGWINCH, 2)
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_limit_terminates_then_kills() {
+    let mut process = Fake::new(&[]);
+    let limits = Limits {
+        timeout: Some(60 * SECOND),
+        ..limits()
+    };
+    let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+    assert_eq!(outcome.stop, Some(Stop::TimeLimit));
+    assert_eq!(outcome.ended, Ended::Killed(9));
+    assert_eq!(
+        process.signals(),
+        [
+            (Target::Group, Signal::SIGTERM, 60),
+            (Target::Group, Signal::SIGKILL, 70)
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_of_signal_and_time_limit_counts() {
+    for (signal_at, first) in [(59, Stop::Signal(15)), (61, Stop::TimeLimit)] {
+        let mut process = Fake::new(&[(Signal::SIGTERM, 5 * SECOND)]);
+        let limits = Limits {
+            timeout: Some(60 * SECOND),
+            ..limits()
+        };
+        let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
+        let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
+        assert_eq!(outcome.stop, Some(first));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_that_ends_at_the_very_limit_has_kept_it() {
+    let mut process = Fake::new(&[]).ending(60 * SECOND, Ended::Exited(0));
+    let limits = Limits {
+        timeout: Some(60 * SECOND),
+        ..limits()
+    };
+    let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+    assert_eq!(outcome.stop, None);
+    assert_eq!(process.signals(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
+    for (on_lost, ended, sent) in [
+        (
+            OnLost::Terminate,
+            Ended::Killed(9),
+            vec![
+                (Target::Group, Signal::SIGTERM, 5),
+                (Target::Group, Signal::SIGKILL, 15),
+            ],
+        ),
+        (OnLost::Finish, Ended::Exited(0), vec![]),
+    ] {
+        let mut process = Fake::new(&[]).ending(100 * SECOND, Ended::Exited(0));
+        let limits = Limits {
+            on_lost,
+            ..limits()
+        };
+        let outcome = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
+        assert_eq!(outcome.lost, Some("the connection broke"));
+        assert_eq!(outcome.ended, ended);
+        assert_eq!(process.signals(), sent);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
+    let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(0));
+    let outcome = supervise(
+        &mut process,
+        &limits(),
+        &mut signals(&[]),
+        ready("the channel was closed"),
+    )
+    .await;
+    assert_eq!(outcome.lost, Some("the channel was closed"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
+    let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(3));
+    let (sender, receiver) = mpsc::unbounded_channel();
+    sender.send(Signal::SIGTERM).unwrap();
+    let outcome = supervise(&mut process, &limits(), &mut Received(receiver), never()).await;
+    assert_eq!(outcome.stop, Some(Stop::Signal(15)));
+    assert_eq!(outcome.ended, Ended::Exited(3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_limit_ends_a_command_that_was_signalled_without_grace() {
+    let mut process = Fake::new(&[]);
+    let limits = Limits {
+        timeout: Some(60 * SECOND),
+        ..limits()
+    };
+    let mut signals = signals(&[(50, Signal::SIGTERM)]);
+    let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
+    assert_eq!(outcome.stop, Some(Stop::Signal(15)));
+    assert_eq!(
+        process.signals(),
+        [
+            (Target::Group, Signal::SIGTERM, 50),
+            (Target::Group, Signal::SIGTERM, 60),
+            (Target::Group, Signal::SIGKILL, 70)
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_sooner_of_grace_and_kill_after_kills() {
+    for (signal_at, grace, kill_after, killed_at) in [
+        // A signal with much grace, then the limit, which has little patience.
+        (50, 100, 3, 63),
+        // A signal with little grace, long before the limit.
+        (50, 4, 100, 54),
+        // The limit with much patience, then a signal with little grace.
+        (62, 2, 100, 64),
+        // The limit with little patience, then a signal with much grace.
+        (62, 100, 5, 65),
+    ] {
+        let mut process = Fake::new(&[]);
+        let limits = Limits {
+            timeout: Some(60 * SECOND),
+            kill_after: kill_after * SECOND,
+            grace: Some(grace * SECOND),
+            ..limits()
+        };
+        let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
+        let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
+        assert_eq!(outcome.ended, Ended::Killed(9));
+        let last = process.signals().pop();
+        assert_eq!(last, Some((Target::Group, Signal::SIGKILL, killed_at)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
+    for (signal_at, stop, last) in [
+        (8, Stop::Signal(15), (Target::Group, Signal::SIGKILL, 10)),
+        (100, Stop::TimeLimit, (Target::Group, Signal::SIGKILL, 70)),
+    ] {
+        let mut process = Fake::new(&[]);
+        let limits = Limits {
+            timeout: Some(60 * SECOND),
+            grace: Some(2 * SECOND),
+            on_lost: OnLost::Finish,
+            ..limits()
+        };
+        let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
+        let outcome = supervise(&mut process, &limits, &mut signals, lost_after(5)).await;
+        assert_eq!(outcome.lost, Some("the connection broke"));
+        assert_eq!(outcome.stop, Some(stop));
+        assert_eq!(process.signals().pop(), Some(last));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_request_to_stop_wakes_a_stopped_command() {
+    let mut process = Fake::new(&[]);
+    let limits = Limits {
+        timeout: Some(60 * SECOND),
+        ..limits()
+    };
+    let mut signals = signals(&[(5, Signal::SIGINT), (6, Signal::SIGUSR1)]);
+    supervise(&mut process, &limits, &mut signals, lost_after(7)).await;
+    let woken: Vec<u64> = process
+        .seen
+        .borrow()
+        .iter()
+        .filter(|(_, signal, _)| *signal == Signal::SIGCONT)
+        .map(|(_, _, at)| at.as_secs())
+        .collect();
+    // The signal and the loss; KILL needs none, and USR1 doesn't ask for an end.
+    assert_eq!(woken, [5, 7]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_command_that_does_not_stop_is_mentioned_at_growing_intervals() {
+    let (said, _guard) = crate::report::tests::Said::listen();
+    let mentions = || {
+        let mut lines = said.lines();
+        lines.retain(|line| line.contains("still runs"));
+        lines
+    };
+    let mut process = Fake::new(&[]).ending(100 * SECOND, Ended::Exited(0));
+    let mut stops = signals(&[(5, Signal::SIGTERM)]);
+    supervise(&mut process, &limits(), &mut stops, pending::<&str>()).await;
+    assert_eq!(
+        mentions(),
+        ["10s", "20s", "40s", "1m 20s"].map(|time| format!(
+            "the command was told to stop {time} ago and still runs; without --grace it isn't killed"
+        ))
+    );
+    let mut process = Fake::new(&[]);
+    let limits = Limits {
+        kill_after: 12 * SECOND,
+        timeout: Some(SECOND),
+        ..limits()
+    };
+    supervise(&mut process, &limits, &mut signals(&[]), pending::<&str>()).await;
+    assert_eq!(
+        mentions()[4..],
+        ["the command was told to stop 10s ago and still runs; it is killed in 2s"]
+    );
+}

@@ -1,0 +1,256 @@
+//! Where messages come from: read on a thread of its own, no further ahead than the window lets it.
+
+use crate::exit::{Exit, Failure};
+use nix::unistd::{AccessFlags, access};
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, BufRead, BufReader, Read},
+    os::{fd::AsFd, unix::ffi::OsStringExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+};
+
+/// How much may be read and not confirmed, in KiB: enough to keep a broker busy over a slow network, and little
+/// enough for a small pod. A message that is larger than that goes alone.
+const WINDOW: u32 = 16 * 1024;
+
+/// What a message counts beside its size, in KiB: at most 2,048 are in flight.
+const BESIDE: u32 = 8;
+
+/// Largest message that any RabbitMQ can be made to take, in bytes. What is longer isn't read to its end.
+const LARGEST: u64 = 512 << 20;
+
+/// Where messages come from.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// Each is a message.
+    Arguments(Vec<OsString>),
+    /// Each is a message.
+    Files(Vec<PathBuf>),
+    /// All of standard input is one.
+    Input,
+    /// What is between these bytes on standard input.
+    Records(u8),
+}
+
+/// A message, and its share of the window, which is given back when this is dropped.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) body: Vec<u8>,
+    pub(super) share: OwnedSemaphorePermit,
+}
+
+/// The messages as they are read.
+pub(super) type Messages = mpsc::Receiver<Result<Message, Failure>>;
+
+impl Source {
+    /// Finds out what can be found out before anything is published.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        let Self::Files(files) = self else {
+            return Ok(());
+        };
+        for file in files {
+            let readable = file.metadata().and_then(|found| {
+                if found.is_dir() {
+                    return Err(io::ErrorKind::IsADirectory.into());
+                }
+                access(file, AccessFlags::R_OK).map_err(io::Error::from)
+            });
+            readable.map_err(|error| unreadable(file, &error))?;
+        }
+        Ok(())
+    }
+
+    /// What people call a message, counted from 1.
+    pub(super) fn name(&self, message: u64) -> String {
+        let file = |files: &[PathBuf]| {
+            let index = usize::try_from(message - 1).ok()?;
+            files.get(index).map(|file| format!("file {:?}", file))
+        };
+        match self {
+            Self::Files(files) => file(files).unwrap_or_else(|| format!("message {message}")),
+            Self::Records(b'\n') => format!("line {message}"),
+            Self::Input => "the message on standard input".to_owned(),
+            Self::Arguments(_) | Self::Records(_) => format!("message {message}"),
+        }
+    }
+
+    /// How many messages there are, where that is known beforehand.
+    pub(super) fn messages(&self) -> Option<u64> {
+        match self {
+            Self::Arguments(arguments) => Some(arguments.len() as u64),
+            Self::Files(files) => Some(files.len() as u64),
+            Self::Input => Some(1),
+            Self::Records(_) => None,
+        }
+    }
+
+    /// Begins to read; `bytes` counts what was taken from standard input.
+    pub(super) fn start(self: &Arc<Self>, bytes: &Arc<AtomicU64>) -> io::Result<Messages> {
+        // The window is what bounds it.
+        let (sender, messages) = mpsc::channel(1024);
+        let mut reader = Reader {
+            sender,
+            window: Arc::new(Semaphore::new(WINDOW as usize)),
+            runtime: Handle::current(),
+            bytes: Arc::clone(bytes),
+        };
+        let source = Arc::clone(self);
+        thread::Builder::new()
+            .name("reader".to_owned())
+            .spawn(move || {
+                if let Err(End::Failed(failure)) = reader.read(&source) {
+                    let _ = reader.sender.blocking_send(Err(failure));
+                }
+            })?;
+        Ok(messages)
+    }
+}
+
+/// Why reading ends before the end.
+enum End {
+    Failed(Failure),
+    /// Nobody wants any more.
+    Unwanted,
+}
+
+struct Reader {
+    sender: mpsc::Sender<Result<Message, Failure>>,
+    window: Arc<Semaphore>,
+    runtime: Handle,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Reader {
+    fn read(&mut self, source: &Source) -> Result<(), End> {
+        match source {
+            Source::Arguments(arguments) => {
+                for argument in arguments {
+                    self.send(argument.clone().into_vec())?;
+                }
+            }
+            Source::Files(files) => {
+                for path in files {
+                    let body = File::open(path).and_then(whole);
+                    self.send(body.map_err(|error| End::Failed(unreadable(path, &error)))?)?;
+                }
+            }
+            Source::Input => {
+                let body = standard_input().and_then(whole).map_err(no_input)?;
+                self.send(body)?;
+            }
+            Source::Records(separator) => {
+                let mut input =
+                    BufReader::with_capacity(64 * 1024, standard_input().map_err(no_input)?);
+                while let Some(record) = record(&mut input, *separator).map_err(no_input)? {
+                    self.bytes
+                        .fetch_add(record.len() as u64 + 1, Ordering::Relaxed);
+                    self.send(record)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, body: Vec<u8>) -> Result<(), End> {
+        let size = u32::try_from(body.len() / 1024).unwrap_or(WINDOW);
+        let share =
+            Arc::clone(&self.window).acquire_many_owned(size.saturating_add(BESIDE).min(WINDOW));
+        let share = self.runtime.block_on(share).map_err(|_| End::Unwanted)?;
+        self.sender
+            .blocking_send(Ok(Message { body, share }))
+            .map_err(|_| End::Unwanted)
+    }
+}
+
+/// Standard input without a buffer of the library's, and with the errors that it hides.
+fn standard_input() -> io::Result<File> {
+    Ok(io::stdin().as_fd().try_clone_to_owned()?.into())
+}
+
+fn whole(file: File) -> io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    let size = file.metadata().map_or(0, |found| found.len());
+    body.reserve_exact(usize::try_from(size.min(LARGEST)).unwrap_or(0));
+    file.take(LARGEST + 1).read_to_end(&mut body)?;
+    check_size(&body)?;
+    Ok(body)
+}
+
+/// The next record, without its separator; the last one needs none.
+fn record(input: &mut impl BufRead, separator: u8) -> io::Result<Option<Vec<u8>>> {
+    let mut record = Vec::new();
+    input.take(LARGEST + 1).read_until(separator, &mut record)?;
+    if record.is_empty() {
+        return Ok(None);
+    }
+    if record.last() == Some(&separator) {
+        record.pop();
+    }
+    check_size(&record)?;
+    Ok(Some(record))
+}
+
+fn check_size(body: &[u8]) -> io::Result<()> {
+    if body.len() as u64 > LARGEST {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "a message of more than 512 MiB, which no RabbitMQ takes",
+        ));
+    }
+    Ok(())
+}
+
+fn unreadable(file: &Path, error: &io::Error) -> Failure {
+    Failure::new(Exit::Empty, format!("{file:?} can't be read: {error}"))
+}
+
+fn no_input(error: io::Error) -> End {
+    End::Failed(Failure::new(
+        Exit::Empty,
+        format!("standard input can't be read: {error}"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records(input: &[u8], separator: u8) -> Vec<Vec<u8>> {
+        let mut input = input;
+        std::iter::from_fn(|| record(&mut input, separator).unwrap()).collect()
+    }
+
+    #[test]
+    fn records_are_what_is_between_separators_and_the_last_needs_none() {
+        assert!(records(b"", b'\n').is_empty());
+        assert_eq!(records(b"\n", b'\n'), [b""]);
+        assert_eq!(records(b"a\nb\n", b'\n'), [b"a", b"b"]);
+        assert_eq!(
+            records(b"a\n\n b \nlast", b'\n'),
+            [&b"a"[..], b"", b" b ", b"last"]
+        );
+        assert_eq!(records(b"a\r\n\0b", b'\n'), [&b"a\r"[..], b"\0b"]);
+        assert_eq!(records(b"a\nb\0\0c", 0), [&b"a\nb"[..], b"", b"c"]);
+    }
+
+    #[test]
+    fn a_message_is_named_as_people_find_it() {
+        assert_eq!(Source::Records(b'\n').name(3), "line 3");
+        assert_eq!(Source::Records(0).name(3), "message 3");
+        assert_eq!(
+            Source::Files(vec!["a".into(), "b".into()]).name(2),
+            "file \"b\""
+        );
+        assert_eq!(Source::Arguments(Vec::new()).name(1), "message 1");
+    }
+}

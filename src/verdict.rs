@@ -1,0 +1,179 @@
+//! What becomes of the message, and what qconsume exits with: pure, so that every case can be tested.
+
+use crate::exit::{Exit, status_of_signal};
+use std::ops::RangeInclusive;
+
+/// How the command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It exited with this status.
+    Exited(u8),
+    /// This signal killed it.
+    Killed(i32),
+}
+
+impl Ended {
+    /// The status that a shell would report.
+    #[must_use]
+    pub const fn status(self) -> u8 {
+        match self {
+            Self::Exited(status) => status,
+            Self::Killed(signal) => status_of_signal(signal),
+        }
+    }
+}
+
+/// What made qconsume ask the command to stop before it ended by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// qconsume was sent this signal: an eviction, which isn't the message's fault.
+    Signal(i32),
+    /// `--timeout` passed.
+    TimeLimit,
+}
+
+impl Stop {
+    /// The signal, if it was one.
+    #[must_use]
+    pub fn signal(self) -> Option<i32> {
+        match self {
+            Self::Signal(signal) => Some(signal),
+            Self::TimeLimit => None,
+        }
+    }
+}
+
+/// What the broker is told about the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// `basic.ack`: done.
+    Ack,
+    /// `basic.reject(requeue=true)`: the command failed; counts towards the queue's `delivery-limit`.
+    Requeue,
+    /// `basic.reject(requeue=false)`: dead-lettered, or dropped where the queue has no dead-letter exchange.
+    DeadLetter,
+    /// `basic.nack(requeue=true)`: the command wasn't to blame; from RabbitMQ 4.3 on it doesn't count.
+    GiveBack,
+}
+
+/// What `--on-failure` says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// Back to the queue.
+    #[default]
+    Requeue,
+    /// To the dead-letter exchange.
+    Reject,
+}
+
+/// A list of statuses such as `65,100-120`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Statuses(pub Vec<RangeInclusive<u8>>);
+
+impl Statuses {
+    fn contains(&self, status: u8) -> bool {
+        self.0.iter().any(|range| range.contains(&status))
+    }
+}
+
+/// The options that decide about failures.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// `--on-failure`
+    pub on_failure: OnFailure,
+    /// `--reject-on`
+    pub reject_on: Statuses,
+    /// `--max-attempts`; at least 1.
+    pub max_attempts: Option<u64>,
+    /// `--reject-exit-code`
+    pub reject_exit_code: Option<u8>,
+    /// `--failure-exit-code`
+    pub failure_exit_code: Option<u8>,
+}
+
+/// Everything that the decision depends on besides the policy.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts {
+    /// How the command ended.
+    pub ended: Ended,
+    /// What stopped it, if anything did: the first of a signal and the time limit.
+    pub stop: Option<Stop>,
+    /// Whether the delivery was still ours when the command had ended.
+    pub ours: bool,
+    /// How many failures the broker has counted before this run; `None` where the queue doesn't count.
+    pub failures_before: Option<u64>,
+}
+
+/// The decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// What to tell the broker; `None` when the delivery isn't ours any more.
+    pub settlement: Option<Settlement>,
+    /// The exit status once the settlement is known to have arrived.
+    pub confirmed: u8,
+    /// The exit status when that can't be known.
+    pub unconfirmed: u8,
+}
+
+/// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
+#[must_use]
+pub fn decide(facts: Facts, policy: &Policy) -> Verdict {
+    let lost = Exit::Lost.status();
+    if !facts.ours {
+        return Verdict {
+            settlement: None,
+            confirmed: lost,
+            unconfirmed: lost,
+        };
+    }
+    let timed_out = facts.stop == Some(Stop::TimeLimit);
+    if facts.ended == Ended::Exited(0) && !timed_out {
+        return Verdict {
+            settlement: Some(Settlement::Ack),
+            confirmed: 0,
+            unconfirmed: lost,
+        };
+    }
+    // The time limit is qconsume's own word, so `--failure-exit-code` doesn't hide it.
+    let raw = if timed_out {
+        Exit::TimedOut.status()
+    } else {
+        facts.ended.status()
+    };
+    let failed = match policy.failure_exit_code {
+        Some(mapped) if !timed_out => mapped,
+        _ => raw,
+    };
+    let (settlement, confirmed) = if matches!(facts.stop, Some(Stop::Signal(_))) {
+        (Settlement::GiveBack, failed)
+    } else if rejects(raw, facts.failures_before, policy) {
+        (
+            Settlement::DeadLetter,
+            policy.reject_exit_code.unwrap_or(failed),
+        )
+    } else {
+        (Settlement::Requeue, failed)
+    };
+    Verdict {
+        settlement: Some(settlement),
+        confirmed,
+        // Without the broker's word the message goes back: a failure like any other, and never a
+        // `--reject-exit-code` that a Job takes for the end of this message.
+        unconfirmed: failed,
+    }
+}
+
+fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
+    let last_attempt = match (policy.max_attempts, failures_before) {
+        (None, _) => false,
+        // The first failure is the last whatever the queue counts.
+        (Some(max), _) if max <= 1 => true,
+        (Some(max), Some(before)) => before.saturating_add(1) >= max,
+        // Guessing from the redelivered flag would dead-letter healthy messages after a restart of the broker.
+        (Some(_), None) => false,
+    };
+    policy.on_failure == OnFailure::Reject || policy.reject_on.contains(status) || last_attempt
+}
+
+#[cfg(test)]
+mod tests;

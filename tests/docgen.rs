@@ -1,0 +1,229 @@
+//! Writes what is generated from the programs' command lines: `docs/options.md`, or with a folder as its argument the
+//! man pages and the shell completions into that.
+
+use anyhow::{Context, Result};
+use clap::{Arg, ArgAction, Command};
+use clap_complete::Shell;
+use std::{
+    collections::HashSet,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The page of options.
+const PAGE: &str = "docs/options.md";
+
+/// The sections, in the order that a reader wants; those that aren't named here come behind them as they come.
+const SECTIONS: [&str; 6] = ["Broker", "TLS", "Taking", "Running", "Settling", "Output"];
+
+fn main() -> Result<()> {
+    match std::env::args_os().nth(1) {
+        None => {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE);
+            fs::write(&path, page()).with_context(|| path.display().to_string())
+        }
+        Some(folder) => manuals(&PathBuf::from(folder)),
+    }
+}
+
+fn programs() -> [Command; 2] {
+    [qconsume::cli::command(), qconsume::publish::command()]
+}
+
+/// `man/*.1` and `completions/*` in this folder.
+fn manuals(folder: &Path) -> Result<()> {
+    let (man, completions) = (folder.join("man"), folder.join("completions"));
+    for folder in [&man, &completions] {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    for mut command in programs() {
+        let name = command.get_name().to_owned();
+        for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
+            clap_complete::generate_to(shell, &mut command, &name, &completions)?;
+        }
+        clap_mangen::Man::new(without_values(command)).generate_to(&man)?;
+    }
+    Ok(())
+}
+
+/// What is written for everybody mustn't have this machine's values in it.
+fn without_values(command: Command) -> Command {
+    command.mut_args(|arg| arg.hide_env_values(true))
+}
+
+fn page() -> String {
+    let mut page = "# Options and variables
+
+Generated from the programs' own definitions by `make docs`: don't edit.
+
+A flag goes over its variable, and that over the default. Durations are `500ms`, `10s`, `5m`, `1h30m`, or plain seconds.
+What an exit status means is in [exit-statuses.md](exit-statuses.md), what becomes of a message in
+[settling-and-retries.md](settling-and-retries.md).
+"
+    .to_owned();
+    for command in programs() {
+        program(&mut page, &command);
+    }
+    page
+}
+
+fn program(page: &mut String, command: &Command) {
+    let about = command.get_about().map(ToString::to_string);
+    let _ = write!(
+        page,
+        "\n## {}\n\n{}.\n",
+        command.get_name(),
+        about.unwrap_or_default().trim_end_matches('.')
+    );
+    let mut sections: Vec<&str> = SECTIONS.to_vec();
+    let shown = |arg: &&Arg| !arg.is_positional() && !arg.is_hide_set();
+    let all: Vec<&Arg> = command.get_arguments().filter(shown).collect();
+    sections.extend(all.iter().filter_map(|arg| arg.get_help_heading()));
+    let mut seen = HashSet::new();
+    sections.retain(|section| seen.insert(*section));
+    for section in sections {
+        let args: Vec<_> = all
+            .iter()
+            .filter(|arg| arg.get_help_heading() == Some(section))
+            .collect();
+        if args.is_empty() {
+            continue;
+        }
+        let _ = write!(
+            page,
+            "\n### {section}\n\n| option | variable | default | |\n|---|---|---|---|\n"
+        );
+        for arg in args {
+            row(page, arg);
+        }
+    }
+}
+
+fn row(page: &mut String, arg: &Arg) {
+    let mut option = String::new();
+    if let Some(short) = arg.get_short() {
+        let _ = write!(option, "`-{short}`, ");
+    }
+    let takes = arg.get_action().takes_values();
+    let value = arg.get_value_names().filter(|_| takes).unwrap_or_default();
+    let _ = write!(option, "`--{}", arg.get_long().unwrap_or_default());
+    for name in value {
+        let _ = write!(option, " {name}");
+    }
+    option.push('`');
+    let variable = arg.get_env().map(|name| name.to_string_lossy());
+    let default: Vec<_> = arg
+        .get_default_values()
+        .iter()
+        .filter(|_| !matches!(arg.get_action(), ArgAction::SetTrue))
+        .map(|value| value.to_string_lossy())
+        .collect();
+    let (help, said) = help(arg);
+    let default = if default.is_empty() {
+        said
+    } else {
+        Some(default.join(", "))
+    };
+    let code = |text: Option<String>| text.map_or_else(String::new, |text| format!("`{text}`"));
+    let _ = writeln!(
+        page,
+        "| {option} | {} | {} | {} |",
+        code(variable.map(|name| name.into_owned())),
+        default.map_or_else(String::new, |text| if text.contains(' ') {
+            text
+        } else {
+            format!("`{text}`")
+        }),
+        help.replace('|', "\\|")
+    );
+}
+
+/// The text, as sentences, and the default that it tells, where that isn't a value.
+fn help(arg: &Arg) -> (String, Option<String>) {
+    let text = arg
+        .get_long_help()
+        .or(arg.get_help())
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let mut default = None;
+    let mut sentences: Vec<String> = Vec::new();
+    for part in text.split("\n\n") {
+        let mut part = part.replace('\n', " ");
+        if let Some((before, rest)) = part.clone().split_once(" [default: ")
+            && let Some((value, after)) = rest.split_once(']')
+        {
+            default = Some(value.to_owned());
+            part = format!("{before}{after}");
+        }
+        sentences.push(format!("{}.", part.trim_end_matches('.')));
+    }
+    let values: Vec<_> = arg
+        .get_possible_values()
+        .iter()
+        .filter(|_| arg.get_action().takes_values())
+        .map(|value| match value.get_help() {
+            Some(help) => format!("`{}`: {help}", value.get_name()),
+            None => format!("`{}`", value.get_name()),
+        })
+        .collect();
+    if !values.is_empty() {
+        sentences.push(format!("{}.", values.join("; ")));
+    }
+    (sentences.join(" "), default)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_of_options_is_up_to_date() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE);
+        let found = fs::read_to_string(path).unwrap_or_default();
+        assert!(found == page(), "{PAGE} is stale: make docs");
+    }
+
+    #[test]
+    fn every_option_but_the_port_has_a_variable_of_its_own() {
+        let mut variables = HashSet::new();
+        for arg in qconsume::cli::command().get_arguments() {
+            let no_run = matches!(
+                arg.get_action(),
+                ArgAction::Help | ArgAction::HelpShort | ArgAction::Version
+            );
+            if arg.is_positional() || no_run {
+                continue;
+            }
+            match arg.get_env() {
+                Some(name) => assert!(variables.insert(name.to_owned()), "{name:?} is there twice"),
+                // What asks for the usage starts no run either.
+                None => assert!(matches!(arg.get_long(), Some("port" | "usage")), "{arg:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn manuals_and_completions_are_written_without_this_machines_values() {
+        let folder = std::env::temp_dir().join(format!("qconsume-docgen-{}", std::process::id()));
+        manuals(&folder).expect("they can be written");
+        for program in ["qconsume", "qpublish"] {
+            let man = fs::read_to_string(folder.join(format!("man/{program}.1")))
+                .expect("the man page is there");
+            assert!(
+                man.contains("BROKER_URL") && !man.contains("BROKER_URL="),
+                "{man}"
+            );
+            for file in [
+                format!("{program}.bash"),
+                format!("{program}.fish"),
+                format!("_{program}"),
+            ] {
+                let text = fs::read_to_string(folder.join("completions").join(file))
+                    .expect("the completion is there");
+                assert!(text.contains("url-file"));
+            }
+        }
+        fs::remove_dir_all(folder).expect("it was there");
+    }
+}

@@ -1,0 +1,127 @@
+//! The life of the delivery on three nodes of a cluster, of which one is gone or silent.
+
+use crate::common::qconsume;
+use std::time::Duration;
+use testbed::owner::temp_folder;
+use testbed::{Broker, PATIENCE, Program, Queue, Running};
+
+/// Electing another leader takes some seconds, and so does a node's start.
+const LONG: Duration = Duration::from_secs(90);
+
+/// qconsume with the addresses of these nodes, to be tried in this order.
+fn worker<'a>(nodes: impl IntoIterator<Item = &'a Broker>, queue: &Queue) -> Program {
+    let urls: Vec<_> = nodes.into_iter().map(Broker::url).collect();
+    qconsume()
+        .url(&urls.join(","))
+        .queue(queue.name())
+        .args(["--heartbeat", "2"])
+}
+
+/// A command that says that it has started, and ends with success when the file is there.
+fn until_there(worker: Program) -> (Running, std::path::PathBuf) {
+    let file = temp_folder("cluster").join("file");
+    let script = format!(
+        "echo started; while [ ! -e '{}' ]; do sleep 0.05; done",
+        file.display()
+    );
+    let run = worker.shell(&script).spawn();
+    run.wait_for_stdout("started", LONG);
+    (run, file)
+}
+
+/// One cluster for all of it, as starting one is the longest part; what breaks a node mends it again.
+#[test]
+fn a_cluster_may_lose_nodes() {
+    let nodes = Broker::cluster(3);
+    let [first, second, third] = &nodes[..] else {
+        panic!("three nodes");
+    };
+    the_node_that_a_worker_is_connected_to_dies_while_it_waits(first, second, third);
+    the_node_that_a_worker_is_connected_to_dies_while_its_command_runs(first, second, third);
+    a_queue_whose_home_node_is_down_is_waited_for(first, second);
+    work_finished_while_the_leader_is_frozen_is_not_thrown_away(first, second, third);
+    a_rolling_restart_is_waited_through(&nodes);
+}
+
+fn the_node_that_a_worker_is_connected_to_dies_while_it_waits(
+    first: &Broker,
+    second: &Broker,
+    third: &Broker,
+) {
+    let queue = second.declare("waiting").quorum().create();
+    let run = worker([first, second, third], &queue).args(["cat"]).spawn();
+    queue.wait_consumers(1);
+    first.kill().unwrap();
+    run.wait_for_stderr("connecting again", PATIENCE);
+    queue.publish("body");
+    run.wait(LONG).assert_status(0);
+    first.start_again().unwrap();
+}
+
+fn the_node_that_a_worker_is_connected_to_dies_while_its_command_runs(
+    first: &Broker,
+    second: &Broker,
+    third: &Broker,
+) {
+    let queue = second.declare("running").quorum().create();
+    queue.publish("body");
+    let (run, _) = until_there(worker([first, second, third], &queue));
+    first.kill().unwrap();
+    run.wait(LONG).assert_status(75);
+    // By the list as it is: its first node is still down.
+    let run = worker([first, second, third], &queue).args(["cat"]).spawn();
+    let run = run.wait(LONG);
+    run.assert_status(0);
+    assert_eq!(run.stdout_text(), "body");
+    first.start_again().unwrap();
+}
+
+fn a_queue_whose_home_node_is_down_is_waited_for(first: &Broker, second: &Broker) {
+    let queue = first.queue("home");
+    queue.publish("body");
+    first.stop().unwrap();
+    let run = worker([second], &queue)
+        .args(["--connect-timeout", "5m", "cat"])
+        .spawn();
+    run.wait_for_stderr("is not available now", PATIENCE);
+    first.start_again().unwrap();
+    let run = run.wait(LONG);
+    run.assert_status(0);
+    assert_eq!(run.stdout_text(), "body");
+}
+
+fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(
+    first: &Broker,
+    second: &Broker,
+    third: &Broker,
+) {
+    // A queue's leader is on the node that declares it.
+    let queue = first.declare("leader").quorum().create();
+    queue.publish("body");
+    let (run, file) = until_there(worker([second, third], &queue));
+    first.freeze().unwrap();
+    std::fs::write(&file, "").unwrap();
+    // Longer than a settlement takes anywhere else: the connection's own node is fine, and says so by its heartbeats.
+    std::thread::park_timeout(Duration::from_secs(12));
+    first.thaw().unwrap();
+    let run = run.wait(2 * LONG);
+    run.assert_status(0);
+    assert!(run.wall > Duration::from_secs(10), "{:?}", run.wall);
+    assert_eq!(queue.ready(), 0);
+}
+
+fn a_rolling_restart_is_waited_through(nodes: &[Broker]) {
+    let queue = nodes[0].declare("rolling").quorum().create();
+    let run = worker(nodes, &queue)
+        .args(["--connect-timeout", "3m", "cat"])
+        .spawn();
+    queue.wait_consumers(1);
+    for node in nodes {
+        node.restart().unwrap();
+        assert!(!run.has_ended(), "{}", run.stderr());
+    }
+    queue.publish("body");
+    let run = run.wait(LONG);
+    run.assert_status(0);
+    assert_eq!(run.stdout_text(), "body");
+}

@@ -1,0 +1,689 @@
+//! The life of the delivery: nothing lost, nothing claimed twice.
+
+use crate::common::qconsume;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use testbed::owner::temp_folder;
+use testbed::{
+    Action, BasicProperties, Broker, Direction, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
+    Running, Signal, frames,
+};
+
+/// qconsume for this queue.
+fn worker(broker: &Broker, queue: &Queue) -> Program {
+    qconsume().url(&broker.url()).queue(queue.name())
+}
+
+#[test]
+fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connections() {
+    let broker = Broker::shared();
+    let queue = broker.queue("unreadable");
+    // A message id that isn't UTF-8: the broker takes it, lapin doesn't.
+    let publisher = Proxy::of(broker);
+    let spoil = |frame: &[u8]| {
+        let text = b"readable";
+        let at = frame.windows(text.len()).position(|bytes| bytes == text);
+        let mut frame = frame.to_vec();
+        frame[at.expect("the message id")] = 0xff;
+        frame
+    };
+    let spoil = Action::Replace(Arc::new(spoil));
+    publisher.once(Direction::ToBroker, Method::HEADER, spoil);
+    let properties = BasicProperties::default().with_message_id("readable".into());
+    testbed::Client::new(&publisher.url())
+        .publish(queue.name(), ["body"], properties)
+        .unwrap();
+
+    let proxy = Proxy::of(broker);
+    let run = qconsume()
+        .url(&proxy.url())
+        .queue(queue.name())
+        .args(["true"])
+        .run();
+    run.assert_status(70).assert_stderr("can't be taken");
+    assert_eq!(proxy.accepted(), 1, "{}", run.stderr);
+    queue.wait_ready(1);
+}
+
+/// Two and a half heartbeats of two seconds, and something for a machine that has other things to do.
+const NOTICED: Duration = Duration::from_millis(5000 + 2500);
+
+/// A script that says that it has started, and ends with success when the file is there.
+fn until_there(file: &Path) -> String {
+    format!(
+        "echo started; while [ ! -e '{}' ]; do sleep 0.05; done",
+        file.display()
+    )
+}
+
+fn a_file() -> PathBuf {
+    temp_folder("delivery").join("file")
+}
+
+fn wait_started(run: &Running) {
+    run.wait_for_stdout("started", PATIENCE);
+}
+
+#[test]
+fn what_ends_the_consumer_while_it_waits_leads_to_a_new_one() {
+    let broker = Broker::shared();
+    let endings = [
+        Action::CutAfter,
+        Action::Inject(frames::channel_close(1, 406, "PRECONDITION_FAILED - test")),
+        Action::Inject(frames::connection_close(320, "CONNECTION_FORCED - test")),
+        Action::Inject(frames::basic_cancel(1, "qconsume")),
+    ];
+    for ending in endings {
+        let queue = broker.queue("waiting");
+        let proxy = Proxy::of(broker);
+        proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, ending);
+        let run = worker(broker, &queue)
+            .url(&proxy.url())
+            .args(["cat"])
+            .spawn();
+        run.wait_for_stderr("connecting again", PATIENCE);
+        proxy.wait_for_nth(Direction::ToClient, Method::BASIC_CONSUME_OK, 2, PATIENCE);
+        queue.publish("late");
+        let run = run.wait(PATIENCE);
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "late");
+    }
+}
+
+#[test]
+fn a_queue_deleted_while_waiting_is_waited_for_and_78_in_the_end() {
+    let broker = Broker::shared();
+    let queue = broker.queue("deleted");
+    let spawn = || {
+        let run = worker(broker, &queue)
+            .args(["--connect-timeout", "4s", "cat"])
+            .spawn();
+        queue.wait_consumers(1);
+        queue.delete();
+        run.wait_for_stderr("there is no queue", PATIENCE);
+        run
+    };
+    let run = spawn();
+    assert!(!run.has_ended(), "said at once, not in the end");
+    let again = broker.declare("").exact_name(queue.name()).create();
+    again.publish("again");
+    let run = run.wait(PATIENCE);
+    run.assert_status(0);
+    assert_eq!(run.stdout_text(), "again");
+    // The refusals meanwhile are no loss to the consumer that comes after them.
+    assert_eq!(run.stderr.matches("connecting again").count(), 1);
+
+    spawn().wait(PATIENCE).assert_status(78);
+}
+
+#[test]
+fn a_broker_that_stays_away_is_69_after_the_connect_timeout() {
+    let broker = Broker::shared();
+    let queue = broker.queue("away");
+    let proxy = Proxy::of(broker);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--connect-timeout", "2s", "cat"])
+        .spawn();
+    queue.wait_consumers(1);
+    proxy.refuse();
+    proxy.cut();
+    let run = run.wait(PATIENCE);
+    run.assert_status(69)
+        .assert_stderr("gave up after 2s (--connect-timeout)");
+}
+
+#[test]
+fn an_address_that_accepts_and_stays_silent_is_tried_again() {
+    let broker = Broker::shared();
+    let queue = broker.queue("silent");
+    queue.publish("body");
+    let proxy = Proxy::of(broker);
+    proxy.once(Direction::ToBroker, Method::PROTOCOL_HEADER, Action::Stall);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--connect-timeout", "12s", "cat"])
+        .run();
+    run.assert_status(0).assert_stderr("no answer while");
+    assert_eq!(proxy.accepted(), 2);
+}
+
+#[test]
+fn a_frozen_broker_is_noticed_waiting_running_and_settling() {
+    let broker = Broker::start();
+    let queue = broker.queue("frozen");
+    let spawn = |script: &str| {
+        worker(&broker, &queue)
+            .args(["--heartbeat", "2", "--kill-after", "1s"])
+            .shell(script)
+            .spawn()
+    };
+    let silent = "the broker has been silent";
+
+    let run = spawn("cat");
+    queue.wait_consumers(1);
+    broker.freeze().unwrap();
+    run.wait_for_stderr(silent, NOTICED);
+    broker.thaw().unwrap();
+    queue.publish("after the frost");
+    run.wait(PATIENCE).assert_status(0);
+
+    queue.publish("running");
+    let run = spawn("trap 'echo stopped; exit 0' TERM; echo started; sleep 60 & wait");
+    wait_started(&run);
+    broker.freeze().unwrap();
+    run.wait_for_stderr(silent, NOTICED);
+    let run = run.wait(PATIENCE);
+    broker.thaw().unwrap();
+    run.assert_status(75);
+    assert!(run.stdout_text().contains("stopped"));
+
+    let file = a_file();
+    queue.wait_ready(1);
+    let run = spawn(&until_there(&file));
+    wait_started(&run);
+    broker.freeze().unwrap();
+    std::fs::write(&file, "").unwrap();
+    run.wait_for_stderr(silent, NOTICED);
+    let run = run.wait(PATIENCE);
+    broker.thaw().unwrap();
+    run.assert_status(75);
+}
+
+#[test]
+fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_next() {
+    let broker = Broker::start();
+    for kind in QueueKind::ALL {
+        let queue = broker.declare("restart").kind(kind).create();
+        let run = worker(&broker, &queue).args(["cat"]).spawn();
+        queue.wait_consumers(1);
+        match kind {
+            QueueKind::Classic => broker.restart().unwrap(),
+            QueueKind::Quorum => {
+                broker.kill().unwrap();
+                broker.start_again().unwrap();
+            }
+        }
+        queue.publish("waited for");
+        run.wait(PATIENCE).assert_status(0);
+
+        queue.publish("interrupted");
+        let file = a_file();
+        let run = worker(&broker, &queue)
+            .args(["--on-lost", "finish"])
+            .shell(&until_there(&file))
+            .spawn();
+        wait_started(&run);
+        broker.kill().unwrap();
+        run.wait_for_stderr("letting the command finish", PATIENCE);
+        std::fs::write(&file, "").unwrap();
+        run.wait(PATIENCE).assert_status(75);
+        broker.start_again().unwrap();
+        let run = worker(&broker, &queue).args(["cat"]).run();
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "interrupted");
+    }
+}
+
+#[test]
+fn the_acknowledgement_timeout_stops_the_command_and_is_75_and_names_the_setting() {
+    let broker = Broker::with_config("consumer_timeout = 2000");
+    // How often channels look at the time, where it is they who do; not a setting of rabbitmq.conf everywhere.
+    let tick = "application:set_env(rabbit, channel_tick_interval, 1000).";
+    broker.ctl(&["eval", tick]).unwrap();
+    let setting = match broker.version() {
+        version if version >= (4, 3, 0) => "raise --ack-timeout, the queue's x-consumer-timeout",
+        version if version >= (3, 12, 0) => "raise the queue's x-consumer-timeout",
+        _ => "raise consumer_timeout in the broker's rabbitmq.conf",
+    };
+    for kind in QueueKind::ALL {
+        // A classic queue has no such timeout from 4.3 on.
+        if kind == QueueKind::Classic && broker.version() >= (4, 3, 0) {
+            continue;
+        }
+        let queue = broker.declare("ack-timeout").kind(kind).create();
+        queue.publish("slow");
+        let run = worker(&broker, &queue)
+            .shell("trap 'echo stopped; exit 0' TERM; echo started; sleep 60 & wait")
+            .run();
+        run.assert_status(75).assert_stderr(setting);
+        assert!(run.stdout_text().contains("stopped"));
+        queue.wait_ready(1);
+
+        let run = worker(&broker, &queue)
+            .args(["--on-lost", "finish"])
+            .shell("sleep 5")
+            .run();
+        run.assert_status(75).assert_stderr(setting);
+        queue.wait_ready(1);
+    }
+}
+
+#[test]
+fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
+    let broker = Broker::shared();
+    for kind in QueueKind::ALL {
+        let asked = broker.version() >= (4, 3, 0) && kind == QueueKind::Quorum;
+        let refused = broker.version() >= (4, 3, 0) && kind == QueueKind::Classic;
+        let queue = broker.declare("asked").kind(kind).create();
+        queue.publish("slow");
+        let proxy = Proxy::of(broker);
+        let run = worker(broker, &queue)
+            .url(&proxy.url())
+            .args(["--ack-timeout", "2s"])
+            .shell("sleep 4")
+            .run();
+        run.assert_status(if asked { 75 } else { 0 })
+            .assert_stderr("80 % of the acknowledgement timeout of 2s");
+        if asked {
+            run.assert_stderr("raise --ack-timeout");
+        }
+        // A refusal is no reason to fail: it is consumed again, without.
+        let consumed = proxy.count(Direction::ToBroker, Method::BASIC_CONSUME);
+        assert_eq!(consumed, if refused { 2 } else { 1 });
+    }
+}
+
+#[test]
+fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
+    let broker = Broker::shared();
+    if broker.version() < (4, 3, 0) {
+        return; // Before, the channel itself watches the time, so its answer to the barrier is the truth.
+    }
+    // As the broker does it, which is too rare to wait for: it ends the channel once our consumer is cancelled, and
+    // cancels the consumer where more messages are to come.
+    let reason = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out";
+    let late = [
+        ("1", frames::channel_close(1, 406, reason)),
+        ("2", frames::basic_cancel(1, "qconsume")),
+    ];
+    for (count, late) in late {
+        let queue = broker.declare("late").quorum().create();
+        queue.publish("body");
+        let proxy = Proxy::of(broker);
+        let file = a_file();
+        let run = worker(broker, &queue)
+            .url(&proxy.url())
+            .args(["--count", count])
+            .shell(&format!("sleep 1; {}", until_there(&file)))
+            .spawn();
+        wait_started(&run);
+        // The broker hasn't closed its channel, so the answer would be its reason to close the connection.
+        let answer = Method::CHANNEL_CLOSE_OK;
+        proxy.on(Direction::ToBroker, answer, Action::SwallowFrame);
+        let barrier = Method::BASIC_QOS_OK;
+        proxy.once(Direction::ToClient, barrier, Action::Inject(late));
+        std::fs::write(&file, "").unwrap();
+        let run = run.wait(PATIENCE);
+        run.assert_status(75).assert_stderr("raise --ack-timeout");
+    }
+}
+
+#[test]
+fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
+    let broker = Broker::shared();
+    for kind in QueueKind::ALL {
+        let dead = broker.queue("dead");
+        let queue = broker
+            .declare("failures")
+            .kind(kind)
+            .dead_letter_to(&dead)
+            .create();
+        queue.publish("body");
+        let fail = |status: i32, options: &[&str]| {
+            let run = worker(broker, &queue)
+                .args(options)
+                .shell(&format!("exit {status}"));
+            run.run().status()
+        };
+        assert_eq!(fail(3, &[]), 3);
+        queue.wait_ready(1);
+        assert_eq!(fail(3, &["--failure-exit-code", "9"]), 9);
+        queue.wait_ready(1);
+        assert_eq!(fail(66, &["--reject-on", "65,100-120"]), 66);
+        queue.wait_ready(1);
+        let rejected: [(i32, &[&str], i32); 4] = [
+            (3, &["--on-failure", "reject"], 3),
+            (65, &["--reject-on", "65,100-120"], 65),
+            (
+                110,
+                &["--reject-on", "65,100-120", "--reject-exit-code", "0"],
+                0,
+            ),
+            // The first failure is the last, whatever the queue counts.
+            (3, &["--max-attempts", "1"], 3),
+        ];
+        for (status, options, expected) in rejected {
+            assert_eq!(fail(status, options), expected, "{options:?}");
+            assert_eq!(dead.wait_get().text(), "body", "{options:?}");
+            assert_eq!(queue.ready(), 0, "{options:?}");
+            queue.publish("body");
+        }
+    }
+}
+
+#[test]
+fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_the_broker_can_tell()
+{
+    let broker = Broker::shared();
+    let dead = broker.queue("dead");
+    let queue = broker
+        .declare("attempts")
+        .quorum()
+        .dead_letter_to(&dead)
+        .create();
+    let attempt = || worker(broker, &queue).args(["--max-attempts", "2"]);
+
+    queue.publish("fails twice");
+    attempt().shell("exit 3").run().assert_status(3);
+    queue.wait_ready(1);
+    attempt().shell("exit 3").run().assert_status(3);
+    assert_eq!(dead.wait_get().text(), "fails twice");
+
+    queue.publish("evicted, then fails");
+    let run = attempt().shell("echo started; exec sleep 60").spawn();
+    wait_started(&run);
+    run.signal(Signal::SIGTERM);
+    run.wait(PATIENCE).assert_status(143);
+    queue.wait_ready(1);
+    attempt().shell("exit 3").run().assert_status(3);
+    if broker.version() >= (4, 3, 0) {
+        queue.wait_ready(1);
+        attempt().shell("exit 3").run().assert_status(3);
+    }
+    assert_eq!(dead.wait_get().text(), "evicted, then fails");
+}
+
+#[test]
+fn a_classic_queue_does_not_count_so_more_than_one_attempt_never_rejects() {
+    let broker = Broker::shared();
+    let dead = broker.queue("dead");
+    let queue = broker.declare("uncounted").dead_letter_to(&dead).create();
+    queue.publish("body");
+    for attempt in 1..=3 {
+        let run = worker(broker, &queue)
+            .args(["--max-attempts", "2"])
+            .shell("exit 3")
+            .run();
+        run.assert_status(3);
+        if attempt > 1 {
+            run.assert_stderr("--max-attempts 2 has no effect");
+        }
+        queue.wait_ready(1);
+    }
+    assert_eq!(dead.ready(), 0);
+}
+
+#[test]
+fn a_failure_is_held_back_and_a_signal_cuts_that_short() {
+    let broker = Broker::shared();
+    let queue = broker.queue("held");
+    queue.publish("body");
+    let run = worker(broker, &queue)
+        .args(["--requeue-delay", "2s"])
+        .shell("exit 3")
+        .run();
+    run.assert_status(3);
+    assert!(run.wall >= Duration::from_secs(2), "{:?}", run.wall);
+    queue.wait_ready(1);
+
+    let run = worker(broker, &queue)
+        .args(["--requeue-delay", "1h"])
+        .shell("exit 3")
+        .spawn();
+    run.wait_for_stderr("holding the message back", PATIENCE);
+    assert_eq!(queue.ready(), 0);
+    run.signal(Signal::SIGTERM);
+    run.wait(PATIENCE).assert_status(3);
+    queue.wait_ready(1);
+}
+
+#[test]
+fn count_takes_so_many_and_leaves_the_others_untouched() {
+    let broker = Broker::shared();
+    for kind in QueueKind::ALL {
+        let queue = broker.declare("count").kind(kind).create();
+        queue.publish_all((1..=5).map(|n| format!("{n} ")));
+        let run = worker(broker, &queue).args(["-c", "3", "cat"]).run();
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "1 2 3 ");
+        queue.wait_ready(2);
+        assert!(!queue.get().unwrap().redelivered);
+        assert!(!queue.get().unwrap().redelivered);
+    }
+}
+
+#[test]
+fn a_failed_command_ends_count_and_drain_with_its_status() {
+    let broker = Broker::shared();
+    let endless: [&[&str]; 3] = [&["-c", "0"], &["--drain"], &["-c", "9"]];
+    for options in endless {
+        let queue = broker.queue("ends");
+        queue.publish_all(["good", "bad", "untouched"]);
+        let run = worker(broker, &queue)
+            .args(options)
+            .shell("read body; [ $body != bad ] || exit 7")
+            .run();
+        run.assert_status(7);
+        queue.wait_ready(2);
+        let mut left = [queue.get().unwrap(), queue.get().unwrap()];
+        left.sort_by_key(|got| got.text());
+        let [bad, untouched] = left;
+        assert_eq!((bad.text().as_str(), bad.redelivered), ("bad", true));
+        assert!(!untouched.redelivered, "{options:?}");
+    }
+}
+
+#[test]
+fn drain_works_until_the_queue_is_empty() {
+    let broker = Broker::shared();
+    for kind in QueueKind::ALL {
+        let queue = broker.declare("drain").kind(kind).create();
+        let drain = || worker(broker, &queue).args(["--drain", "cat"]);
+        let run = drain().run();
+        run.assert_status(0).assert_stderr("is empty");
+        queue.publish_all((0..4).map(|n| n.to_string()));
+        queue.wait_ready(4);
+        let run = drain().run();
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "0123");
+        assert_eq!(queue.ready(), 0);
+    }
+}
+
+#[test]
+fn several_drain_one_queue_and_each_message_is_done_once() {
+    let broker = Broker::shared();
+    for kind in QueueKind::ALL {
+        let queue = broker.declare("together").kind(kind).create();
+        queue.publish_all((0..40).map(|n| format!("{n:02} ")));
+        queue.wait_ready(40);
+        let drain = || worker(broker, &queue).args(["--drain", "cat"]).spawn();
+        let runs = [drain(), drain(), drain()];
+        let mut done = String::new();
+        for run in runs {
+            let run = run.wait(PATIENCE);
+            run.assert_status(0);
+            done += &run.stdout_text();
+        }
+        let mut done: Vec<_> = done.split_whitespace().collect();
+        done.sort_unstable();
+        let all: Vec<_> = (0..40).map(|n| format!("{n:02}")).collect();
+        assert_eq!(done, all);
+    }
+}
+
+#[test]
+fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
+    let broker = Broker::shared();
+    let queue = broker
+        .declare("single")
+        .quorum()
+        .arg("x-single-active-consumer", true)
+        .create();
+    let active = queue.consume(false);
+    queue.publish_all((0..4).map(|n| n.to_string()));
+    queue.wait_ready(3);
+    let proxy = Proxy::of(broker);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--drain", "cat"])
+        .spawn();
+    // It has looked several times, and it doesn't take three ready messages for none.
+    proxy.wait_for_nth(Direction::ToClient, Method::QUEUE_DECLARE_OK, 4, PATIENCE);
+    assert!(!run.has_ended());
+    active.close().unwrap();
+    let run = run.wait(PATIENCE);
+    run.assert_status(0);
+    assert_eq!(run.stdout_text().len(), 4);
+    assert_eq!(queue.ready(), 0);
+}
+
+#[test]
+fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
+    let broker = Broker::shared();
+    let options: [&[&str]; 2] = [&["--drain"], &["--wait", "200ms"]];
+    for options in options {
+        let queue = broker.queue("between");
+        let proxy = Proxy::of(broker);
+        proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
+        let run = worker(broker, &queue)
+            .url(&proxy.url())
+            .args(options)
+            .arg("cat")
+            .spawn();
+        proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+        queue.publish("just in time");
+        proxy.wait_for(Direction::ToClient, Method::BASIC_DELIVER, PATIENCE);
+        proxy.release();
+        let run = run.wait(PATIENCE);
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "just in time");
+        assert_eq!(queue.ready(), 0);
+    }
+}
+
+#[test]
+fn wait_lengthens_drain() {
+    let broker = Broker::shared();
+    let queue = broker.queue("patient");
+    let run = worker(broker, &queue)
+        .args(["--drain", "--wait", "3s", "cat"])
+        .spawn();
+    queue.wait_consumers(1);
+    queue.publish("late");
+    let run = run.wait(PATIENCE);
+    run.assert_status(0);
+    assert_eq!(run.stdout_text(), "late");
+    assert!(run.wall >= Duration::from_secs(3), "{:?}", run.wall);
+}
+
+#[test]
+fn a_signal_in_the_middle_of_a_count_is_no_completion_though_the_message_is_done() {
+    let broker = Broker::shared();
+    let cases = [
+        ("trap 'exit 0' TERM; echo started; sleep 60 & wait", 4),
+        ("echo started; exec sleep 60", 5),
+    ];
+    for (script, left) in cases {
+        let queue = broker.queue("middle");
+        queue.publish_all(["1", "2", "3", "4", "5"]);
+        let run = worker(broker, &queue)
+            .args(["--count", "5"])
+            .shell(script)
+            .spawn();
+        wait_started(&run);
+        run.signal(Signal::SIGTERM);
+        run.wait(PATIENCE).assert_status(143);
+        queue.wait_ready(left);
+        let got: Vec<_> = (0..left)
+            .map(|_| queue.get().unwrap().redelivered)
+            .collect();
+        let returned = got.iter().filter(|redelivered| **redelivered).count();
+        assert_eq!(
+            returned,
+            left as usize - 4,
+            "only what was run has come back"
+        );
+    }
+}
+
+#[test]
+fn no_message_waits_unacknowledged_behind_a_running_command() {
+    let broker = Broker::shared();
+    for kind in QueueKind::ALL {
+        let queue = broker.declare("behind").kind(kind).create();
+        queue.publish_all(["a", "b", "c"]);
+        queue.wait_ready(3);
+        let file = a_file();
+        let run = worker(broker, &queue)
+            .args(["-c", "0"])
+            .shell(&until_there(&file))
+            .spawn();
+        wait_started(&run);
+        queue.wait_ready(2);
+        let other = worker(broker, &queue).args(["-c", "2", "cat"]).run();
+        other.assert_status(0);
+        assert_eq!(other.stdout_text(), "bc");
+        std::fs::write(&file, "").unwrap();
+        run.wait_for_stderr("message acknowledged", PATIENCE);
+        run.signal(Signal::SIGTERM);
+        run.wait(PATIENCE).assert_status(143);
+        assert_eq!(queue.ready(), 0);
+    }
+}
+
+#[test]
+fn many_workers_burn_nobodys_attempts() {
+    const MESSAGES: usize = 200;
+    const WORKERS: usize = 24;
+    let broker = Broker::shared();
+    let scripts = [
+        "echo $MESSAGE_REDELIVERED",
+        // Every tenth fails, once.
+        "read n; case $n$MESSAGE_ATTEMPT in *01) echo failed; exit 1;; esac; echo done",
+    ];
+    for script in scripts {
+        let dead = broker.queue("dead");
+        let queue = broker
+            .declare("many")
+            .quorum()
+            .delivery_limit(2)
+            .dead_letter_to(&dead)
+            .create();
+        queue.publish_all((0..MESSAGES).map(|n| n.to_string()));
+        queue.wait_ready(MESSAGES as u32);
+        let lines: Vec<String> = std::thread::scope(|scope| {
+            let slots: Vec<_> = (0..WORKERS)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut lines = Vec::new();
+                        loop {
+                            let run = worker(broker, &queue)
+                                .args(["--wait", "1s"])
+                                .shell(script)
+                                .spawn()
+                                .wait(3 * PATIENCE);
+                            match run.status() {
+                                0 | 1 => lines.push(run.stdout_text().trim().to_owned()),
+                                66 => return lines,
+                                _ => panic!("{}", run.stderr),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let join = |slot: std::thread::ScopedJoinHandle<'_, Vec<String>>| slot.join().unwrap();
+            slots.into_iter().flat_map(join).collect()
+        });
+        let count = |text: &str| lines.iter().filter(|line| *line == text).count();
+        if script.contains("REDELIVERED") {
+            assert_eq!(count("false"), MESSAGES, "none was delivered twice");
+        } else {
+            assert_eq!(count("done"), MESSAGES);
+            assert_eq!(count("failed"), MESSAGES / 10);
+        }
+        assert_eq!((queue.ready(), dead.ready()), (0, 0));
+    }
+}

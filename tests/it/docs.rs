@@ -1,0 +1,243 @@
+//! Every command in the documentation is run, or, where it needs Docker, Kubernetes or a build, looked at.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use testbed::{Broker, Program};
+
+/// The address that the pages use; the broker's own takes its place.
+const ADDRESS: &str = "amqp://guest:guest@localhost:5672";
+
+/// The queue that the pages use; a name of this test's own takes its place.
+const QUEUE: &str = "job1";
+
+/// What the commands of one page may take, generously.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A fenced block of commands.
+struct Block {
+    line: usize,
+    /// What it needs, if that is more than a shell and a broker: `docker`, `kubectl` or `make`.
+    needs: Option<String>,
+    commands: String,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn pages() -> Vec<PathBuf> {
+    let mut pages: Vec<_> = fs::read_dir(root().join("docs"))
+        .expect("there is documentation")
+        .map(|entry| entry.expect("it can be listed").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect();
+    pages.sort();
+    pages.insert(0, root().join("README.md"));
+    pages
+}
+
+fn name(page: &Path) -> String {
+    page.strip_prefix(root())
+        .unwrap_or(page)
+        .display()
+        .to_string()
+}
+
+/// The blocks of commands in a page. Every fence says what it is, and one with commands is `sh`.
+fn blocks(page: &Path) -> Vec<Block> {
+    let text = fs::read_to_string(page).expect("the page can be read");
+    let mut blocks = Vec::new();
+    let mut open: Option<Option<Block>> = None;
+    for (index, line) in text.lines().enumerate() {
+        let Some(info) = line.trim_start().strip_prefix("```") else {
+            if let Some(Some(block)) = &mut open {
+                block.commands.push_str(line);
+                block.commands.push('\n');
+            }
+            continue;
+        };
+        if let Some(block) = open.take() {
+            blocks.extend(block);
+            continue;
+        }
+        let mut words = info.split_whitespace();
+        let language = words.next().unwrap_or_default();
+        let known = [
+            "sh",
+            "text",
+            "json",
+            "yaml",
+            "dockerfile",
+            "mermaid",
+            "toml",
+            "python",
+        ];
+        assert!(
+            known.contains(&language),
+            "{}:{}: a fence of {language:?}, which nobody checks; commands are sh",
+            name(page),
+            index + 1
+        );
+        open = Some((language == "sh").then(|| Block {
+            line: index + 1,
+            needs: words.next().map(str::to_owned),
+            commands: String::new(),
+        }));
+    }
+    assert!(open.is_none(), "{}: a fence stays open", name(page));
+    blocks
+}
+
+/// A folder that is removed with the test.
+struct Sandbox(PathBuf);
+
+impl Sandbox {
+    /// With what the pages take for granted.
+    fn new(page: &Path) -> Self {
+        let stem = page
+            .file_stem()
+            .expect("it has a name")
+            .display()
+            .to_string();
+        let path =
+            std::env::temp_dir().join(format!("qconsume-docs-{}-{stem}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("the temporary folder can be written to");
+        for file in ["tasks.txt", "image1.png", "image2.png"] {
+            fs::write(path.join(file), "one\ntwo\n").expect("it can be written");
+        }
+        std::os::unix::fs::symlink(root().join("examples"), path.join("examples"))
+            .expect("it can be linked");
+        Self(path)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs a page's blocks in one shell, in order, as a reader would.
+fn run(page: &Path, blocks: &[&Block]) {
+    let broker = Broker::shared();
+    let sandbox = Sandbox::new(page);
+    let queue = broker.declare("docs").create();
+    queue.publish_all(["apple", "banana", "cherry"]);
+    let mut script = String::from("set -eu\n");
+    for block in blocks {
+        script.push_str(&format!(
+            "echo '### line {}' >&2\n{}",
+            block.line, block.commands
+        ));
+    }
+    let url = broker.url();
+    let script = script.replace(ADDRESS, &url).replace(QUEUE, queue.name());
+    let programs = Path::new(env!("CARGO_BIN_EXE_qconsume"))
+        .parent()
+        .expect("it is in a folder");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let finished = Program::new("/bin/sh")
+        .args(["-c", &script])
+        .url(&url)
+        .queue(queue.name())
+        .env("PATH", format!("{}:{path}", programs.display()))
+        .current_dir(&sandbox.0)
+        .spawn()
+        .wait(LIMIT);
+    assert_eq!(
+        finished.status(),
+        0,
+        "{}: the commands of the last line named here failed:\n{}",
+        name(page),
+        finished.stderr
+    );
+    // Queues that the commands have declared beside it.
+    for line in script.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')) {
+        if line.starts_with(queue.name()) {
+            let _ = broker.client().delete(line);
+        }
+    }
+}
+
+#[test]
+fn the_commands_of_every_page_work() {
+    std::thread::scope(|scope| {
+        for page in pages() {
+            scope.spawn(move || {
+                let blocks = blocks(&page);
+                let run_here: Vec<_> = blocks
+                    .iter()
+                    .filter(|block| block.needs.is_none())
+                    .collect();
+                if !run_here.is_empty() {
+                    run(&page, &run_here);
+                }
+            });
+        }
+    });
+}
+
+/// What isn't run here: its programs are the ones named, its files are there, its targets are make's.
+#[test]
+fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
+    let makefile = fs::read_to_string(root().join("Makefile")).expect("there is a Makefile");
+    for page in pages() {
+        for block in blocks(&page) {
+            let Some(needs) = &block.needs else { continue };
+            let place = format!("{}:{}", name(&page), block.line);
+            assert!(
+                ["docker", "kubectl", "make"].contains(&needs.as_str()),
+                "{place}: {needs} is nothing that is checked"
+            );
+            let commands = block.commands.replace("\\\n", " ");
+            for command in commands.lines() {
+                let command = command.split(" #").next().unwrap_or_default().trim();
+                let words: Vec<&str> = command.split_whitespace().collect();
+                let Some(program) = words.first() else {
+                    continue;
+                };
+                assert!(
+                    program == needs || ["qpublish", "qconsume", "export", "cd"].contains(program),
+                    "{place}: {command:?} doesn't need {needs}"
+                );
+                for word in &words {
+                    let file = word.trim_start_matches("./");
+                    if file.starts_with("examples/") || file.starts_with("docker/") {
+                        assert!(root().join(file).exists(), "{place}: {file} isn't there");
+                    }
+                }
+                if needs == "make" {
+                    for target in &words[1..] {
+                        assert!(
+                            makefile.contains(&format!("\n{target}:")),
+                            "{place}: make has no {target}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A link to a file of ours leads to one.
+#[test]
+fn links_between_the_pages_lead_somewhere() {
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("the page can be read");
+        for link in text.split("](").skip(1) {
+            let target = link.split([')', '#']).next().unwrap_or_default();
+            if target.is_empty() || target.contains("://") {
+                continue;
+            }
+            let file = page
+                .parent()
+                .expect("it is in a folder")
+                .join(target.replace('\n', " "));
+            assert!(file.exists(), "{}: {target} isn't there", name(&page));
+        }
+    }
+}

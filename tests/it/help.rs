@@ -1,0 +1,92 @@
+//! What `-h`, `--help` and `--version` show.
+
+use crate::common::{qconsume, qpublish};
+use testbed::Program;
+
+/// What every terminal has, in columns.
+const WIDTH: usize = 80;
+
+/// What fits on one screen, in lines.
+const SCREEN: usize = 50;
+
+fn shown(program: Program, option: &str) -> String {
+    let run = program
+        .url("amqp://me:hunter2@localhost")
+        .env("QCONSUME_PASSWORD", "hunter2")
+        .arg(option)
+        .run();
+    run.assert_status(0);
+    assert_eq!(run.stderr, "");
+    run.stdout_text()
+}
+
+#[track_caller]
+fn assert_fits(help: &str) {
+    for line in help.lines() {
+        assert!(line.chars().count() <= WIDTH, "too long: {line}");
+    }
+    assert!(!help.contains("hunter2"));
+    assert!(!help.contains('\u{1b}'));
+}
+
+#[test]
+fn the_short_help_is_one_screen() {
+    let help = shown(qconsume(), "-h");
+    assert_fits(&help);
+    assert!(help.lines().count() <= SCREEN, "{help}");
+    for part in [
+        "-u, --url <URL>        amqp://user:password@host/vhost [$BROKER_URL]",
+        "[$QUEUE]",
+        "[default: 1] [$QCONSUME_COUNT]",
+        "Exit status:",
+    ] {
+        assert!(help.contains(part), "{part}: {help}");
+    }
+    assert_fits(&shown(qpublish(), "-h"));
+}
+
+#[test]
+fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuses() {
+    let help = shown(qconsume(), "--help");
+    assert_fits(&help);
+    let mut rest = help.as_str();
+    for heading in [
+        "Broker:",
+        "TLS:",
+        "Taking:",
+        "Running:",
+        "Settling:",
+        "Output:",
+        "Command:",
+        "As in amqp-tools:",
+        "Exit status:",
+    ] {
+        let at = rest
+            .find(&format!("\n{heading}\n"))
+            .unwrap_or_else(|| panic!("no {heading} behind the others in:\n{help}"));
+        rest = &rest[at + 1..];
+    }
+    for status in [
+        "0 ", "64", "66", "69", "70", "75", "77", "78", "124", "126", "127", "128+N",
+    ] {
+        assert!(rest.contains(&format!("\n  {status} ")), "{status}: {rest}");
+    }
+    assert!(help.contains("[env: QCONSUME_KILL_AFTER=]\n          [default: 10s]"));
+    assert_fits(&shown(qpublish(), "--help"));
+}
+
+#[test]
+fn the_version_begins_with_the_packages() {
+    for (program, name) in [(qconsume(), "qconsume"), (qpublish(), "qpublish")] {
+        let version = shown(program, "--version");
+        let expected = format!("{name} {}", env!("CARGO_PKG_VERSION"));
+        let rest = version
+            .strip_prefix(&expected)
+            .unwrap_or_else(|| panic!("{version:?} isn't {expected}"));
+        // A build that knows its commit names it.
+        assert!(
+            rest == "\n" || (rest.starts_with(" (") && rest.ends_with(")\n")),
+            "{version:?}"
+        );
+    }
+}

@@ -1,0 +1,17 @@
+//! The real binaries against a real RabbitMQ: one test program, so that its tests share one broker.
+
+mod common;
+
+mod addresses;
+mod cluster;
+mod compat;
+mod delivery;
+mod docs;
+mod environment;
+mod help;
+mod main_job;
+mod pid1;
+mod publish;
+mod report;
+mod signals;
+mod tls;

@@ -1,0 +1,203 @@
+//! Odd circumstances that a worker may be started in, and odd commands.
+
+use super::{assert_empty, assert_returned, queues, worker};
+use crate::common::qconsume;
+use std::{fs, os::unix::fs::PermissionsExt};
+use testbed::{
+    BasicProperties, Broker, PATIENCE, missing,
+    owner::temp_folder,
+    types::{AMQPValue, FieldTable},
+};
+
+/// The path of the program under test, for scripts that start it in their own way.
+const QCONSUME: &str = env!("CARGO_BIN_EXE_qconsume");
+
+#[test]
+fn closed_standard_streams_change_nothing() {
+    let queue = Broker::shared().queue("closed-streams");
+    for close in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
+        let folder = temp_folder("closed");
+        let own = folder.join("body");
+        let script = format!("exec {close}; exec \"$0\" --wait 10s sh -c 'cat >\"$1\"' sh \"$1\"");
+        let start = || {
+            testbed::Program::new("/bin/sh")
+                .url(&Broker::shared().url())
+                .queue(queue.name())
+                .args(["-c", &script, QCONSUME])
+                .arg(&own)
+        };
+        queue.publish("apple");
+        start().run().assert_status(0);
+        assert_eq!(fs::read(&own).unwrap(), b"apple", "{close}");
+    }
+    // Nobody reads what it says.
+    queue.publish("banana");
+    let script = "{ \"$0\" sh -c 'cat >/dev/null; exit 4'; echo $? >\"$1\"; } 2>&1 | true";
+    let status = temp_folder("pipe").join("status");
+    testbed::Program::new("/bin/bash")
+        .url(&Broker::shared().url())
+        .queue(queue.name())
+        .args(["-c", script, QCONSUME])
+        .arg(&status)
+        .run();
+    assert_eq!(fs::read_to_string(&status).unwrap(), "4\n");
+    assert_returned(&queue, "banana");
+}
+
+#[test]
+fn without_path_commands_are_found_where_execvp_looks() {
+    let queue = Broker::shared().queue("path");
+    queue.publish("cherry");
+    worker(&queue)
+        .env_remove("PATH")
+        .arg("cat")
+        .run()
+        .assert_status(0);
+    worker(&queue)
+        .env("PATH", "")
+        .arg("cat")
+        .run()
+        .assert_status(127);
+    worker(&queue)
+        .env("PATH", "/no/such/folder")
+        .arg("cat")
+        .run()
+        .assert_status(127);
+    queue.publish("date");
+    let done = worker(&queue)
+        .env("PATH", "")
+        .current_dir("/bin")
+        .arg("cat")
+        .run();
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "date");
+}
+
+#[test]
+fn blocked_and_ignored_signals_are_not_the_end_of_it() {
+    if testbed::owner::find_in_path("python3").is_none() {
+        return missing("python3");
+    }
+    let queue = Broker::shared().queue("signal-mask");
+    for before in [
+        "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))",
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        "[signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3, 13, 15, 17)]",
+    ] {
+        queue.publish("elderberry");
+        let python =
+            format!("import os, signal, sys; {before}; os.execv(sys.argv[1], sys.argv[1:])");
+        let done = worker(&queue)
+            .through(["python3", "-c", &python])
+            .args(["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"])
+            .run();
+        done.assert_status(0);
+        assert_eq!(
+            done.stdout_text(),
+            "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n",
+            "{before}"
+        );
+    }
+    assert_empty(&queue);
+}
+
+#[test]
+fn what_the_kernel_cannot_execute_gives_its_message_back() {
+    let folder = temp_folder("formats");
+    let file = |name: &str, bytes: &[u8]| {
+        let path = folder.join(name);
+        fs::write(&path, bytes).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    };
+    // The header of a program for AArch64; of a script without its first line; and nothing at all.
+    let foreign = file(
+        "foreign",
+        b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xfd\xff\x01\0\0\0",
+    );
+    let bare = file("bare", b"cat\nexit 0\n");
+    let empty = file("empty", b"");
+    for queue in queues("formats") {
+        for path in [&foreign, &bare, &empty] {
+            queue.publish("fig");
+            worker(&queue)
+                .arg(path)
+                .run()
+                .assert_status(126)
+                .assert_stderr("built for another machine, or a script without a #! line")
+                .assert_stderr("message given back to the queue");
+            assert_returned(&queue, "fig");
+        }
+    }
+}
+
+#[test]
+fn too_long_an_argument_list_gives_the_message_back() {
+    let queue = Broker::shared().queue("too-long");
+    let mut headers = FieldTable::default();
+    headers.insert(
+        "long".into(),
+        AMQPValue::LongString("h".repeat(100_000).into()),
+    );
+    let properties = BasicProperties::default().with_headers(headers);
+    queue.publish_with(properties, "grape");
+    // A quarter of the stack is for arguments and environment: 256 KiB, of which the arguments take 200 already.
+    let long = "a".repeat(100_000);
+    worker(&queue)
+        .through(["sh", "-c", "ulimit -s 1024; exec \"$0\" \"$@\""])
+        .args(["true", &long, &long])
+        .run()
+        .assert_status(126)
+        .assert_stderr("arguments and environment are too long");
+    assert_returned(&queue, "grape");
+}
+
+#[test]
+fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
+    let queue = Broker::shared().queue("background");
+    let body = super::binary(4 * super::MEBIBYTE);
+    queue.publish(&body);
+    // What the command leaves behind holds the pipe open without reading it.
+    let running = worker(&queue).shell("sleep 1000 & exit 0").spawn();
+    running.finish(PATIENCE).assert_status(0);
+    running.wait_no_leftovers(PATIENCE);
+    // Out of the group it lives on, and still doesn't hold anything up.
+    queue.publish(&body);
+    let running = worker(&queue).shell("setsid sleep 1000 & exit 0").spawn();
+    running.finish(PATIENCE).assert_status(0);
+    assert_empty(&queue);
+}
+
+#[test]
+fn a_command_that_closes_its_input_and_goes_on_is_waited_for() {
+    let queue = Broker::shared().queue("goes-on");
+    queue.publish(super::binary(super::MEBIBYTE * 2));
+    let done = worker(&queue)
+        .shell("exec <&-; i=0; while [ $i -lt 20 ]; do i=$((i + 1)); sleep 0.02; done; echo done; exit 7")
+        .run();
+    done.assert_status(7);
+    assert_eq!(done.stdout_text(), "done\n");
+}
+
+#[test]
+fn odd_names_of_queues_work() {
+    for name in [
+        "with blank",
+        "ümläut-✓",
+        "a/b?c#d%e",
+        "-q",
+        "quote'\"s",
+        &"x".repeat(240),
+    ] {
+        let name = format!("{name}-{}", std::process::id());
+        let queue = Broker::shared().declare("").exact_name(&name).create();
+        queue.publish("honeydew");
+        let done = qconsume()
+            .url(&Broker::shared().url())
+            .queue(&name)
+            .args(["--", "sh", "-c", "printf %s \"$MESSAGE_QUEUE\""])
+            .run();
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), name);
+    }
+}

@@ -1,0 +1,338 @@
+//! Brokers and queues that can't be reached or used: which status, and how soon.
+
+use super::worker;
+use crate::common::qconsume;
+use std::{
+    io::Read,
+    net::{Ipv6Addr, SocketAddr, TcpListener},
+    thread,
+    time::Duration,
+};
+use testbed::{
+    Action, Broker, Direction::ToBroker, Finished, FullBacklog, Method, PATIENCE, Program, Proxy,
+    lapin::options::QueueDeclareOptions, missing, reserve_port,
+};
+
+/// How long qconsume tries in the tests that see it give up.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// How much longer it may take, on a machine that is busy with other things.
+const SLACK: Duration = Duration::from_secs(10);
+
+/// Runs it against what never works, and checks that it has tried for as long as it was told to, and no longer.
+#[track_caller]
+fn gives_up(program: Program, status: i32, says: &str) -> Finished {
+    let done = program
+        .args(["--connect-timeout", "2s", "--", "touch", "/proc/never/run"])
+        .run();
+    done.assert_status(status)
+        .assert_stderr("gave up after 2s (--connect-timeout)")
+        .assert_stderr(says);
+    assert!(done.wall >= LIMIT, "gave up after {:?}", done.wall);
+    assert!(
+        done.wall < LIMIT + SLACK,
+        "gave up only after {:?}",
+        done.wall
+    );
+    done
+}
+
+/// Runs it against what is no use trying again, and checks that it says so at once.
+#[track_caller]
+fn ends_at_once(program: Program, status: i32, says: &str) {
+    let done = program
+        .args(["--connect-timeout", "60s", "--", "touch", "/proc/never/run"])
+        .run();
+    done.assert_status(status).assert_stderr(says);
+    assert!(done.wall < SLACK, "ended only after {:?}", done.wall);
+}
+
+fn at(address: SocketAddr) -> Program {
+    qconsume()
+        .queue("q")
+        .url(&format!("amqp://guest:guest@{address}"))
+}
+
+#[test]
+fn a_queue_that_is_missing_is_78_after_the_connect_timeout() {
+    let queue = Broker::shared().declare("missing").absent();
+    let done = gives_up(worker(&queue), 78, "there is no queue");
+    let said = done.stderr.matches("there is no queue").count();
+    assert_eq!(
+        said, 2,
+        "not once at once and once at the end:\n{}",
+        done.stderr
+    );
+}
+
+#[test]
+fn a_queue_that_is_declared_later_is_waited_for() {
+    for kind in testbed::QueueKind::ALL {
+        let absent = Broker::shared().declare("declared-later").absent();
+        let running = worker(&absent).args(["--", "cat"]).spawn();
+        running.wait_for_stderr("there is no queue", PATIENCE);
+        let queue = Broker::shared().declare("").exact_name(absent.name());
+        let queue = queue.kind(kind).create();
+        queue.publish("honeydew");
+        let done = running.wait(PATIENCE);
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), "honeydew");
+    }
+}
+
+#[test]
+fn a_wrong_password_is_77_at_once_and_is_not_shown() {
+    let broker = Broker::shared();
+    let url = broker.url_for("guest", "wr0ng-hunter2", "/");
+    let program = qconsume().queue("q").url(&url);
+    ends_at_once(program.clone(), 77, "check the user and the password");
+    let done = program.args(["--log-level", "debug", "cat"]).run();
+    assert!(!done.stderr.contains("hunter2"), "{}", done.stderr);
+    let unknown = broker.url_for("nobody-here", "x", "/");
+    ends_at_once(qconsume().queue("q").url(&unknown), 77, "\"nobody-here\"");
+}
+
+#[test]
+fn an_unknown_virtual_host_is_78_at_once() {
+    let url = Broker::shared().url_for("guest", "guest", "no such host");
+    ends_at_once(
+        qconsume().queue("q").url(&url),
+        78,
+        "no virtual host \"no such host\"",
+    );
+}
+
+#[test]
+fn missing_permissions_are_77_at_once() {
+    let own;
+    let broker = if Broker::shared().is_private() {
+        Broker::shared()
+    } else {
+        own = Broker::start();
+        &own
+    };
+    let queue = broker.queue("unreadable");
+    queue.publish("apple");
+    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
+    ctl(&["add_user", "writer", "writer"]);
+    ctl(&["set_permissions", "writer", ".*", ".*", "^$"]);
+    ctl(&["add_vhost", "closed"]);
+    let at = |vhost| {
+        let url = broker.url_for("writer", "writer", vhost);
+        qconsume().url(&url).queue(queue.name())
+    };
+    ends_at_once(at("/"), 77, "refused to let this user read from queue");
+    ends_at_once(
+        at("closed"),
+        77,
+        "user \"writer\" may not use virtual host \"closed\"",
+    );
+    assert!(!queue.get().expect("it is still there").redelivered);
+    ctl(&["delete_vhost", "closed"]);
+    ctl(&["delete_user", "writer"]);
+}
+
+#[test]
+fn a_queue_of_another_connection_only_is_78_at_once() {
+    let exclusive = QueueDeclareOptions {
+        exclusive: true,
+        ..QueueDeclareOptions::default()
+    };
+    let queue = Broker::shared()
+        .declare("exclusive")
+        .options(exclusive)
+        .create();
+    ends_at_once(worker(&queue), 78, "exclusive to another connection");
+}
+
+#[test]
+fn a_queue_with_an_exclusive_consumer_is_78_at_once() {
+    // Of a classic queue: RabbitMQ grants no exclusivity on quorum queues.
+    let queue = Broker::shared().queue("exclusive-consumer");
+    let _consumer = queue.consume(true);
+    ends_at_once(worker(&queue), 78, "has an exclusive consumer");
+}
+
+#[test]
+fn a_broker_that_is_not_there_is_69_at_the_connect_timeout() {
+    let port = reserve_port().unwrap();
+    gives_up(at(([127, 0, 0, 1], port.number()).into()), 69, "refused");
+}
+
+#[test]
+fn a_server_that_accepts_and_stays_silent_is_69_at_the_connect_timeout() {
+    let done = gives_up(
+        at(Proxy::silent().addr()),
+        69,
+        "no answer while waiting for the AMQP handshake",
+    );
+    assert!(!done.stderr.contains("guest:guest"));
+}
+
+#[test]
+fn a_broker_that_falls_silent_during_the_handshake_is_69_at_the_connect_timeout() {
+    let queue = Broker::shared().queue("half-way");
+    for method in [
+        Method::CONNECTION_START_OK,
+        Method::CONNECTION_OPEN,
+        Method::CHANNEL_OPEN,
+        Method::BASIC_CONSUME,
+    ] {
+        let proxy = Proxy::of(Broker::shared());
+        proxy.on(ToBroker, method, Action::Stall);
+        let program = qconsume().url(&proxy.url()).queue(queue.name());
+        gives_up(program, 69, "no answer while");
+    }
+}
+
+#[test]
+fn a_server_that_closes_at_once_is_69_at_the_connect_timeout() {
+    // By a reset: there is nothing behind the proxy.
+    let port = reserve_port().unwrap();
+    let proxy = Proxy::to(([127, 0, 0, 1], port.number()).into());
+    gives_up(at(proxy.addr()), 69, "AMQP handshake");
+    assert!(
+        proxy.accepted() > 2,
+        "it was tried {} times only",
+        proxy.accepted()
+    );
+    assert!(
+        proxy.accepted() < 12,
+        "it was tried {} times",
+        proxy.accepted()
+    );
+
+    // In order: it reads the greeting and says nothing to it.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            let mut connection = connection;
+            let _ = connection.read(&mut [0; 64]);
+        }
+    });
+    gives_up(
+        at(address),
+        69,
+        "the connection was closed during the AMQP handshake",
+    );
+}
+
+#[test]
+fn an_address_that_swallows_packets_is_69_at_the_connect_timeout() {
+    gives_up(
+        at(FullBacklog::new().addr()),
+        69,
+        "no answer while connecting to",
+    );
+}
+
+#[test]
+fn a_name_that_does_not_resolve_is_69_at_the_connect_timeout() {
+    let program = qconsume().queue("q").url("amqp://no-such-host.invalid");
+    gives_up(program, 69, "no-such-host.invalid");
+}
+
+#[test]
+fn what_is_no_amqp_is_said_to_be_none() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        use std::io::Write;
+        for mut connection in listener.incoming().flatten() {
+            let _ = connection.read(&mut [0; 64]);
+            let _ = connection.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        }
+    });
+    ends_at_once(at(address), 78, "what answers isn't AMQP");
+}
+
+#[test]
+fn where_one_node_is_gone_another_serves() {
+    let queue = Broker::shared().queue("nodes");
+    let good = Broker::shared().url();
+    let refusing = reserve_port().unwrap();
+    let refusing = format!("amqp://guest:guest@127.0.0.1:{}", refusing.number());
+    let full = FullBacklog::new();
+    let swallowing = format!("{}?connection_timeout=200", full.url());
+    for nodes in [
+        vec![&refusing, &good],
+        vec![&swallowing, &good],
+        vec![&refusing, &swallowing, &refusing, &good],
+        vec![&good, &refusing],
+    ] {
+        let urls = nodes
+            .iter()
+            .map(|url| url.as_str())
+            .collect::<Vec<_>>()
+            .join(",");
+        queue.publish("jackfruit");
+        let done = qconsume().url(&urls).queue(queue.name()).arg("cat").run();
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), "jackfruit");
+    }
+}
+
+#[test]
+fn where_a_node_is_silent_another_serves() {
+    let queue = Broker::shared().queue("silent-node");
+    queue.publish("kiwi");
+    let silent = Proxy::silent();
+    let urls = format!("{},{}", silent.url(), Broker::shared().url());
+    let done = qconsume()
+        .url(&urls)
+        .queue(queue.name())
+        .args(["--connect-timeout", "20s", "cat"])
+        .run();
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "kiwi");
+}
+
+#[test]
+fn each_address_of_a_name_is_tried() {
+    let broker = Broker::shared();
+    let queue = broker.queue("localhost");
+    let by_name = |port| {
+        broker
+            .url()
+            .replace(&broker.addr().to_string(), &format!("localhost:{port}"))
+    };
+    // The broker has an IPv4 address only, the proxy one of IPv6: whichever comes first, once it is the dead one.
+    queue.publish("lemon");
+    let url = by_name(broker.port());
+    qconsume()
+        .url(&url)
+        .queue(queue.name())
+        .arg("cat")
+        .run()
+        .assert_status(0);
+
+    let Ok(proxy) = Proxy::listen(Ipv6Addr::LOCALHOST.into(), Some(broker.addr())) else {
+        return missing("IPv6 on loopback");
+    };
+    queue.publish("melon");
+    let url = by_name(proxy.addr().port());
+    qconsume()
+        .url(&url)
+        .queue(queue.name())
+        .arg("cat")
+        .run()
+        .assert_status(0);
+    assert_eq!(proxy.accepted(), 1);
+}
+
+#[test]
+fn an_ipv6_address_works() {
+    let broker = Broker::shared();
+    let Ok(proxy) = Proxy::listen(Ipv6Addr::LOCALHOST.into(), Some(broker.addr())) else {
+        return missing("IPv6 on loopback");
+    };
+    let queue = broker.queue("ipv6");
+    queue.publish("nectarine");
+    let url = broker.url_at(proxy.addr());
+    assert!(url.contains("@[::1]:"), "{url}");
+    let done = qconsume().url(&url).queue(queue.name()).arg("cat").run();
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "nectarine");
+    assert_eq!(proxy.accepted(), 1);
+}

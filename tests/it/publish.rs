@@ -1,0 +1,608 @@
+//! qpublish: what it says is confirmed is in the queue, and what isn't is named.
+
+use crate::common::qpublish;
+use feed::Fifo;
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+};
+use testbed::{
+    Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
+    Signal, types::AMQPValue,
+};
+
+/// Shorter than the tests' patience, longer than a busy machine stumbles.
+const SOON: &str = "2s";
+
+/// Publishes to this queue of the shared broker.
+fn to(queue: &Queue) -> Program {
+    qpublish().url(&Broker::shared().url()).queue(queue.name())
+}
+
+/// Everything that is in the queue, in order; it is empty afterwards.
+fn drain(queue: &Queue) -> Vec<String> {
+    std::iter::from_fn(|| queue.get().map(|got| got.text())).collect()
+}
+
+/// A file of this test process's own.
+fn file(name: &str, content: &[u8]) -> PathBuf {
+    let name = format!("publish-{}-{name}", std::process::id());
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::write(&path, content).unwrap();
+    path
+}
+
+/// Standard input that the test writes to as it goes on.
+mod feed {
+    use std::{
+        fs::{File, OpenOptions},
+        io::Write,
+        path::PathBuf,
+        process::Command,
+    };
+    use testbed::{Program, Running};
+
+    pub struct Fifo {
+        path: PathBuf,
+        writer: File,
+    }
+
+    impl Fifo {
+        /// Starts the program with a pipe as its standard input.
+        #[track_caller]
+        pub fn feed(name: &str, program: Program) -> (Self, Running) {
+            let name = format!("publish-{}-{name}.fifo", std::process::id());
+            let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+            let _ = std::fs::remove_file(&path);
+            assert!(
+                Command::new("mkfifo")
+                    .arg(&path)
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+            let script = format!("exec \"$0\" \"$@\" < '{}'", path.display());
+            let running = program.through(["sh", "-c", &script]).spawn();
+            // Waits for the reader.
+            let writer = OpenOptions::new().write(true).open(&path).unwrap();
+            (Self { path, writer }, running)
+        }
+
+        #[track_caller]
+        pub fn write(&mut self, text: &str) {
+            self.writer.write_all(text.as_bytes()).unwrap();
+        }
+    }
+
+    impl Drop for Fifo {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A broker of these tests' own, one test at a time; messages of up to 64 KiB.
+fn own_broker() -> MutexGuard<'static, Broker> {
+    static OWN: OnceLock<Mutex<Broker>> = OnceLock::new();
+    OWN.get_or_init(|| Mutex::new(Broker::with_config("max_message_size = 65536")))
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+}
+
+fn says_confirmed(ended: &Finished, count: &str) {
+    ended.assert_status(0).assert_stderr(count);
+    assert!(ended.stdout.is_empty(), "{}", ended.stdout_text());
+}
+
+#[test]
+fn every_argument_is_a_message_that_survives_a_restart_and_they_stay_in_order() {
+    for kind in QueueKind::ALL {
+        let queue = Broker::shared().declare("fruits").kind(kind).create();
+        let fruits = [
+            "apple", "banana", "cherry", "date", "fig", "grape", "lemon", "melon",
+        ];
+        let ended = to(&queue).args(fruits).run();
+        says_confirmed(&ended, "8 messages confirmed");
+        queue.wait_ready(8);
+        let first = queue.get().unwrap();
+        assert_eq!(*first.properties.delivery_mode(), Some(2));
+        assert_eq!(
+            (first.text().as_str(), first.exchange.as_str()),
+            ("apple", "")
+        );
+        assert_eq!(drain(&queue), fruits[1..]);
+    }
+}
+
+#[test]
+fn the_documented_line_of_amqp_publish_runs_with_another_name() {
+    let queue = Broker::shared().queue("foo");
+    let url = format!("--url={}", Broker::shared().url());
+    // qpublish --url=$BROKER_URL -r foo -p -b Hello
+    let line = qpublish().args([&url, "-r", queue.name(), "-p", "-b", "Hello"]);
+    says_confirmed(&line.run(), "1 message confirmed");
+    assert_eq!(drain(&queue), ["Hello"]);
+    // A QUEUE that is there for others doesn't get in the way.
+    let line = qpublish().args([&url, "-r", queue.name(), "-b", "-1"]);
+    says_confirmed(&line.queue("another").run(), "1 message confirmed");
+    assert_eq!(drain(&queue), ["-1"]);
+}
+
+#[test]
+fn without_arguments_all_of_standard_input_is_one_message_byte_for_byte() {
+    let queue = Broker::shared().queue("stdin");
+    for body in [&b"two\nlines\n"[..], b"\0\xff\0", b""] {
+        says_confirmed(&to(&queue).stdin(body).run(), "1 message confirmed");
+        assert_eq!(queue.wait_get().body, body);
+    }
+}
+
+#[test]
+fn a_body_may_be_empty_or_begin_with_a_dash() {
+    let queue = Broker::shared().queue("body");
+    for body in ["", "-x", "--lines"] {
+        says_confirmed(&to(&queue).args(["-b", body]).run(), "1 message confirmed");
+        assert_eq!(queue.wait_get().text(), body);
+    }
+    says_confirmed(
+        &to(&queue).args(["--", "-x", ""]).run(),
+        "2 messages confirmed",
+    );
+    assert_eq!(drain(&queue), ["-x", ""]);
+}
+
+#[test]
+fn every_line_is_a_message_the_empty_ones_and_an_unfinished_last_one_too() {
+    let queue = Broker::shared().queue("lines");
+    for option in ["-l", "--lines", "--line-buffered"] {
+        let ended = to(&queue).arg(option).stdin("a\n\n b \r\nlast").run();
+        says_confirmed(&ended, "4 messages confirmed");
+        assert_eq!(drain(&queue), ["a", "", " b \r", "last"]);
+    }
+    says_confirmed(&to(&queue).arg("-l").run(), "0 messages confirmed");
+}
+
+#[test]
+fn what_stands_between_nuls_is_a_message() {
+    let queue = Broker::shared().queue("null");
+    for option in ["-0", "--null"] {
+        let ended = to(&queue).arg(option).stdin("a\nb\0\0c").run();
+        says_confirmed(&ended, "3 messages confirmed");
+        assert_eq!(drain(&queue), ["a\nb", "", "c"]);
+    }
+}
+
+#[test]
+fn every_file_is_a_message() {
+    let queue = Broker::shared().queue("files");
+    let one = file("one", b"1\n");
+    let two = file("two", &[0, 255]);
+    let ended = to(&queue).arg("-f").args([&one, &two]).run();
+    says_confirmed(&ended, "2 messages confirmed");
+    assert_eq!(queue.wait_get().body, b"1\n");
+    assert_eq!(queue.wait_get().body, [0, 255]);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_found_out_before_anything_is_published() {
+    let queue = Broker::shared().queue("unreadable");
+    let good = file("good", b"good");
+    for bad in ["/nonexistent", "/tmp"] {
+        let ended = to(&queue).arg("-f").arg(&good).arg(bad).run();
+        ended.assert_status(66).assert_stderr(bad);
+    }
+    assert_eq!(queue.ready(), 0);
+}
+
+#[test]
+fn a_line_is_published_as_soon_as_it_is_there_and_a_signal_ends_the_wait_for_more() {
+    let queue = Broker::shared().queue("endless");
+    for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
+        let (mut input, running) = Fifo::feed(&format!("endless-{status}"), to(&queue).arg("-l"));
+        input.write("first\n");
+        queue.wait_ready(1);
+        input.write("second\nunfinished");
+        queue.wait_ready(2);
+        running.signal(signal);
+        let ended = running.wait(PATIENCE);
+        ended
+            .assert_status(status)
+            .assert_stderr("2 of 2 messages sent, 2 from the start without a gap")
+            .assert_stderr("begin with line 3");
+        assert_eq!(drain(&queue), ["first", "second"]);
+    }
+}
+
+#[test]
+fn a_queue_is_declared_durable_and_of_the_type_that_is_asked_for() {
+    let broker = Broker::shared();
+    for (option, other) in [
+        ("--declare=quorum", "--declare=classic"),
+        ("--declare=classic", "--declare=quorum"),
+        ("--declare", "--declare=quorum"),
+    ] {
+        let queue = broker.declare("declared").absent();
+        // The option takes no word after it for its own.
+        says_confirmed(
+            &to(&queue).args([option, "apple"]).run(),
+            "1 message confirmed",
+        );
+        says_confirmed(
+            &to(&queue).args([option, "banana"]).run(),
+            "1 message confirmed",
+        );
+        let ended = to(&queue).args([other, "cherry"]).run();
+        ended
+            .assert_status(78)
+            .assert_stderr("is another kind of queue")
+            .assert_stderr("without --declare");
+        queue.wait_ready(2);
+        assert_eq!(drain(&queue), ["apple", "banana"]);
+    }
+}
+
+#[test]
+fn with_no_message_it_only_declares_and_leaves_standard_input_alone() {
+    let queue = Broker::shared().declare("only-declared").absent();
+    let line = qpublish().url(&Broker::shared().url());
+    // As amqp-declare-queue -q foo -d, and like that with an input that never ends.
+    let (_input, running) = Fifo::feed("declare", line.args(["--declare", "-q", queue.name()]));
+    let ended = running.wait(PATIENCE);
+    ended.assert_status(0).assert_stderr("nothing is published");
+    assert!(queue.exists());
+    assert_eq!(queue.ready(), 0);
+    // With a word about where messages come from they do come.
+    let ended = to(&queue).args(["--declare", "-l"]).stdin("a\nb\n").run();
+    says_confirmed(&ended, "2 messages confirmed");
+}
+
+#[test]
+fn the_properties_are_those_that_were_asked_for() {
+    let queue = Broker::shared().queue("properties");
+    let ended = to(&queue)
+        .args(["-p", "-C", "text/plain", "-E", "gzip", "-t", "answers"])
+        .args(["-H", "one:  1 ", "-H", "x:y:z", "--header", "empty:"])
+        .args(["--message-id", "m1", "--correlation-id", "c1"])
+        .args(["--priority", "7", "--expiration", "10m"])
+        .args(["--type", "job", "--app-id", "tests", "-b", "body"])
+        .run();
+    says_confirmed(&ended, "1 message confirmed");
+    let got = queue.wait_get();
+    let text =
+        |value: &Option<testbed::types::ShortString>| value.clone().map(|value| value.to_string());
+    let properties = &got.properties;
+    for (value, expected) in [
+        (properties.content_type(), "text/plain"),
+        (properties.content_encoding(), "gzip"),
+        (properties.reply_to(), "answers"),
+        (properties.message_id(), "m1"),
+        (properties.correlation_id(), "c1"),
+        (properties.expiration(), "600000"),
+        (properties.kind(), "job"),
+        (properties.app_id(), "tests"),
+    ] {
+        assert_eq!(text(value).as_deref(), Some(expected));
+    }
+    assert_eq!(*properties.priority(), Some(7));
+    for (name, expected) in [("one", "1 "), ("x", "y:z"), ("empty", "")] {
+        let Some(AMQPValue::LongString(value)) = got.header(name) else {
+            panic!("header {name}: {:?}", got.header(name));
+        };
+        assert_eq!(value.as_bytes(), expected.as_bytes());
+    }
+}
+
+#[test]
+fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
+    let queue = Broker::shared().declare("nowhere").absent();
+    let ended = to(&queue).args(["a", "b", "c"]).run();
+    ended
+        .assert_status(78)
+        .assert_stderr("message 1 came back")
+        .assert_stderr(&format!("there is no queue {:?}", queue.name()))
+        .assert_stderr("confirmed: 0 of ");
+    let line = || qpublish().url(&Broker::shared().url());
+    let ended = line()
+        .args(["-e", "amq.direct", "-r", queue.name(), "-b", "x"])
+        .run();
+    ended
+        .assert_status(78)
+        .assert_stderr("no queue is bound to exchange \"amq.direct\"");
+    let ended = line().args(["-e", "no such", "-r", "x", "-b", "x"]).run();
+    ended
+        .assert_status(78)
+        .assert_stderr("there is no exchange \"no such\"");
+}
+
+#[test]
+fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
+    let queue = Broker::shared().queue("deleted");
+    let (mut input, running) = Fifo::feed("deleted", to(&queue).arg("-l"));
+    input.write("same\nsame\n");
+    queue.wait_ready(2);
+    queue.delete();
+    input.write("same\nother\nsame\n");
+    // It ends by itself, though its input doesn't.
+    let ended = running.wait(PATIENCE);
+    ended
+        .assert_status(78)
+        .assert_stderr("line 3 came back")
+        .assert_stderr("confirmed: 2 of ")
+        .assert_stderr("2 from the start without a gap; to resume, begin with line 3");
+}
+
+#[test]
+fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
+    let queue = Broker::shared()
+        .declare("full")
+        .arg("x-max-length", 3)
+        .arg("x-overflow", "reject-publish")
+        .create();
+    let ended = to(&queue).arg("-l").stdin("1\n2\n3\n4\n5\n6\n").run();
+    ended
+        .assert_status(75)
+        .assert_stderr("was refused: the queue is full");
+    // Whatever the queue takes for full, the figures are the truth.
+    let there = drain(&queue);
+    let count = there.len();
+    assert!((3..6).contains(&count), "{there:?}");
+    let first = (1..=6)
+        .find(|line| !there.contains(&line.to_string()))
+        .unwrap();
+    ended
+        .assert_stderr(&format!("line {first} was refused"))
+        .assert_stderr(&format!(
+            "confirmed: {count} of 6 messages sent, {} from the start",
+            first - 1
+        ));
+}
+
+#[test]
+fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
+    let broker = Broker::shared();
+    let queue = broker.queue("lost");
+    let proxy = Proxy::of(broker);
+    let line = qpublish().url(&proxy.url()).queue(queue.name()).arg("-l");
+    let (mut input, running) = Fifo::feed("lost", line);
+    input.write("1\n2\n");
+    queue.wait_ready(2);
+    proxy.wait_for(Direction::ToClient, Method::BASIC_ACK, PATIENCE);
+    // Noticed at once, though nothing is in flight: the next line wouldn't be confirmed any more.
+    input.write("3\n");
+    queue.wait_ready(3);
+    proxy.cut();
+    let ended = running.wait(PATIENCE);
+    ended
+        .assert_status(75)
+        .assert_stderr("from the start without a gap");
+    let confirmed = ["2", "3"].into_iter().find(|n| {
+        ended
+            .stderr
+            .contains(&format!("confirmed: {n} of 3 messages sent, {n} from"))
+    });
+    assert!(confirmed.is_some(), "{}", ended.stderr);
+}
+
+#[test]
+fn an_answer_that_never_comes_is_no_confirmation() {
+    let broker = Broker::shared();
+    let queue = broker.queue("unanswered");
+    let proxy = Proxy::of(broker);
+    proxy.on(Direction::ToClient, Method::BASIC_ACK, Action::SwallowFrame);
+    let line = || qpublish().url(&proxy.url()).queue(queue.name());
+    let ended = line().args(["--timeout", SOON, "a", "b"]).run();
+    ended
+        .assert_status(75)
+        .assert_stderr("gave up after 2s (--timeout): the broker has confirmed nothing")
+        .assert_stderr("confirmed: 0 of 2 messages sent, 0 from the start without a gap")
+        .assert_stderr("may have arrived or not");
+    // Told to stop, it waits for the answers only so long.
+    let running = line().arg("a").spawn();
+    proxy.wait_for_nth(Direction::ToBroker, Method::BASIC_PUBLISH, 3, PATIENCE);
+    running.signal(Signal::SIGTERM);
+    let ended = running.wait(PATIENCE);
+    ended
+        .assert_status(143)
+        .assert_stderr("confirmed: 0 of 1 message sent");
+    // The first answer is swallowed, then they pass: one for several, or one each.
+    proxy.clear_rules();
+    says_confirmed(&line().args(["a", "b"]).run(), "2 messages confirmed");
+}
+
+#[test]
+fn no_more_is_read_than_the_window_holds() {
+    let broker = Broker::shared();
+    let queue = broker.queue("window");
+    let proxy = Proxy::of(broker);
+    proxy.on(Direction::ToClient, Method::BASIC_ACK, Action::SwallowFrame);
+    let ended = qpublish()
+        .url(&proxy.url())
+        .queue(queue.name())
+        .args(["-l", "--timeout", SOON])
+        .through(["sh", "-c", "yes | \"$0\" \"$@\""])
+        .run();
+    ended
+        .assert_status(75)
+        .assert_stderr("confirmed: 0 of 2048 messages sent");
+}
+
+#[test]
+fn twenty_thousand_lines_arrive_complete_and_in_order() {
+    let queue = Broker::shared().queue("many");
+    let lines: String = (0..20_000).map(|n| format!("line {n}\n")).collect();
+    let ended = to(&queue).arg("-l").stdin(lines).spawn().wait(2 * PATIENCE);
+    says_confirmed(&ended, "20000 messages confirmed");
+    queue.wait_ready(20_000);
+    for n in 0..100 {
+        assert_eq!(queue.wait_get().text(), format!("line {n}"));
+    }
+    queue.purge();
+}
+
+#[test]
+fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout() {
+    let broker = own_broker();
+    let queue = broker.queue("blocked");
+    let line = || qpublish().url(&broker.url()).queue(queue.name());
+    let (mut input, patient) = Fifo::feed("blocked", line().arg("-l"));
+    input.write("1\n");
+    queue.wait_ready(1);
+    broker
+        .ctl(&["set_vm_memory_high_watermark", "absolute", "1"])
+        .unwrap();
+    let ended = line().args(["--timeout", SOON, "a", "b", "c"]).run();
+    ended
+        .assert_status(75)
+        .assert_stderr("warning: the broker blocks publishers: low on memory; waiting for up to 2s")
+        .assert_stderr("gave up after 2s (--timeout): the broker blocks publishers: low on memory")
+        .assert_stderr("from the start without a gap");
+    // One that has more patience goes on when the broker does.
+    input.write("2\n3\n");
+    patient.wait_for_stderr("the broker blocks publishers", PATIENCE);
+    assert!(!patient.has_ended());
+    broker
+        .ctl(&["set_vm_memory_high_watermark", "0.9"])
+        .unwrap();
+    patient.wait_for_stderr("the broker takes messages again", PATIENCE);
+    drop(input);
+    let ended = patient.wait(PATIENCE);
+    says_confirmed(&ended, "3 messages confirmed");
+}
+
+#[test]
+fn a_message_larger_than_the_broker_takes_is_named() {
+    let broker = own_broker();
+    let queue = broker.queue("large");
+    let files = [
+        file("small", b"small"),
+        file("large", &vec![b'x'; 65_537]),
+        file("next", b"next"),
+    ];
+    let ended = qpublish()
+        .url(&broker.url())
+        .queue(queue.name())
+        .arg("-f")
+        .args(&files)
+        .run();
+    ended
+        .assert_status(78)
+        .assert_stderr(&format!("file {:?} is too large for this broker", files[1]))
+        .assert_stderr("max_message_size");
+    assert_eq!(drain(&queue), ["small"]);
+}
+
+#[test]
+fn what_the_broker_forbids_is_told_with_its_own_status() {
+    let broker = own_broker();
+    let queue = broker.queue("forbidden");
+    broker.ctl(&["add_user", "reader", "secret-word"]).unwrap();
+    broker
+        .ctl(&["set_permissions", "-p", "/", "reader", "", "", ".*"])
+        .unwrap();
+    let url = broker.url_for("reader", "secret-word", "/");
+    let line = || qpublish().url(&url).queue(queue.name());
+    let ended = line().arg("x").run();
+    ended.assert_status(77).assert_stderr("publish here");
+    let ended = line().args(["--declare", "-q", "other", "x"]).run();
+    ended
+        .assert_status(77)
+        .assert_stderr("declare queue \"other\"");
+    let ended = line()
+        .url(&broker.url_for("reader", "wrong-word", "/"))
+        .arg("x")
+        .run();
+    ended.assert_status(77);
+    assert!(!ended.stderr.contains("-word"), "{}", ended.stderr);
+    assert_eq!(queue.ready(), 0);
+}
+
+#[test]
+fn a_broker_that_is_not_there_is_no_success_and_the_wait_for_it_can_be_ended() {
+    let nobody = testbed::reserve_port().unwrap();
+    let url = format!("amqp://127.0.0.1:{}", nobody.number());
+    let line = qpublish().url(&url).queue("q");
+    line.args(["--connect-timeout", "1s", "x"])
+        .run()
+        .assert_status(69);
+    let silent = Proxy::silent();
+    let running = qpublish().url(&silent.url()).queue("q").arg("x").spawn();
+    silent.wait_accepted(1, PATIENCE);
+    running.signal(Signal::SIGTERM);
+    let ended = running.wait(PATIENCE);
+    ended
+        .assert_status(143)
+        .assert_stderr("before anything was published");
+}
+
+#[test]
+fn options_that_contradict_each_other_are_usage_errors() {
+    let url = "amqp://127.0.0.1:1";
+    for (arguments, what) in [
+        (&["x"][..], "nowhere to publish to"),
+        (&["-q", "", "x"], "name is empty"),
+        (&["--declare", "-r", "k", "x"], "--declare"),
+        (&["-q", "a", "-r", "b", "x"], "only one of them"),
+        (&["-q", "a", "-l", "x"], "cannot be used with"),
+        (&["-q", "a", "-l", "-b", "x"], "cannot be used with"),
+        (&["-q", "a", "-0", "-l"], "cannot be used with"),
+        (&["-q", "a", "-f", "x", "-b", "y"], "cannot be used with"),
+        (&["-q", "a", "-H", "none", "x"], "no colon"),
+        (&["-q", "a", "-H", "n:1", "-H", "n:2", "x"], "given twice"),
+        (&["-q", "a", "--timeout", "0", "x"], "more than nothing"),
+        (&["-q", "a", "--expiration", "50days", "x"], "49 days"),
+        (&["-q", "a", "--declare=stream", "x"], "stream"),
+    ] {
+        let ended = qpublish().url(url).args(arguments).run();
+        ended
+            .assert_status(64)
+            .assert_stderr("qpublish: ")
+            .assert_stderr(what);
+    }
+    let ended = qpublish()
+        .url(url)
+        .args(["-q", &"n".repeat(256), "x"])
+        .run();
+    ended.assert_status(64).assert_stderr("AMQP allows 255");
+    qpublish()
+        .args(["-q", "a", "x"])
+        .run()
+        .assert_status(64)
+        .assert_stderr("BROKER_URL");
+}
+
+#[test]
+fn a_terminal_sees_how_far_it_is_and_a_pipe_does_not() {
+    let queue = Broker::shared().queue("progress");
+    let line = |more: &str| {
+        let script = format!(
+            "(seq 50; exec sleep 1) | '{}' -l{more}",
+            env!("CARGO_BIN_EXE_qpublish")
+        );
+        Program::new("script")
+            .url(&Broker::shared().url())
+            .queue(queue.name())
+            .args(["-qec", &script, "/dev/null"])
+    };
+    if std::process::Command::new("script")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
+        return testbed::missing("script(1)");
+    }
+    let shown = line("").run();
+    shown.assert_status(0);
+    let shown = shown.stdout_text();
+    assert!(shown.contains("\r\u{1b}[K50 confirmed, "), "{shown:?}");
+    // Gone again before the last word.
+    assert!(
+        shown.ends_with("\r\u{1b}[Kqpublish: 50 messages confirmed\r\n"),
+        "{shown:?}"
+    );
+    let piped = line(" 2>&1 | cat").run();
+    let piped = piped.stdout_text();
+    assert!(
+        piped.contains("50 messages confirmed") && !piped.contains('\u{1b}'),
+        "{piped:?}"
+    );
+}

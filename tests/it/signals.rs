@@ -1,0 +1,83 @@
+//! The life of the command: signals, time limits, and the process itself.
+
+mod eviction;
+mod limits;
+mod process;
+mod random;
+mod states;
+mod terminal;
+
+use crate::common::qconsume;
+use std::time::{Duration, Instant};
+use testbed::{
+    Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running,
+    Signal,
+};
+
+/// Longest time from a signal to the end: two for a broker that doesn't answer, and much for a busy machine.
+const PROMPT: Duration = Duration::from_secs(10);
+
+/// Says `running` and waits; ends on any signal by default.
+const WAITS: &str = "echo running; exec sleep 1000";
+
+/// A queue of this kind with one message in it, and a proxy in front of its broker.
+fn one_message(name: &str, kind: QueueKind) -> (Queue, Proxy) {
+    let broker = Broker::shared();
+    let queue = broker.declare(name).kind(kind).create();
+    queue.publish("the message");
+    (queue, Proxy::of(broker))
+}
+
+/// A worker on that queue, by way of that proxy.
+fn worker(queue: &Queue, proxy: &Proxy) -> Program {
+    qconsume().url(&proxy.url()).queue(queue.name())
+}
+
+/// A worker whose command has come so far as to say `running`.
+fn running(program: Program) -> Running {
+    let running = program.spawn();
+    running.wait_for_stdout("running", PATIENCE);
+    running
+}
+
+/// Sends a signal and waits for the end, which has to come promptly and leave no process behind.
+#[track_caller]
+fn stop(running: &Running, signal: Signal) -> Finished {
+    let told = Instant::now();
+    running.signal(signal);
+    let finished = running.finish(PROMPT);
+    eprintln!("{signal} to end: {:?}", told.elapsed());
+    running.wait_no_leftovers(PROMPT);
+    finished
+}
+
+/// The message is in the queue again, alone, and nobody has it.
+#[track_caller]
+fn assert_back(queue: &Queue) {
+    let got = queue.wait_get();
+    assert_eq!(got.text(), "the message");
+    assert!(queue.get().is_none(), "the message is there twice");
+}
+
+/// The message is gone for good.
+#[track_caller]
+fn assert_gone(queue: &Queue) {
+    queue.wait_consumers(0);
+    queue.wait_ready(0);
+    assert!(queue.get().is_none(), "the message is still there");
+}
+
+/// How the worker settled, as the proxy has seen it.
+#[track_caller]
+fn assert_settled(proxy: &Proxy, by: Method) {
+    let settlements: Vec<Method> = proxy
+        .methods()
+        .into_iter()
+        .filter(|(direction, method)| {
+            *direction == Direction::ToBroker
+                && [Method::BASIC_ACK, Method::BASIC_NACK, Method::BASIC_REJECT].contains(method)
+        })
+        .map(|(_, method)| method)
+        .collect();
+    assert_eq!(settlements, [by]);
+}

@@ -1,0 +1,204 @@
+//! Time limits, a lost delivery, and the signals that end nothing.
+
+use super::*;
+
+#[test]
+fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
+    for kind in QueueKind::ALL {
+        for script in [
+            "echo running; exec sleep 1000",
+            // Its word comes too late.
+            "trap 'exit 0' TERM; sleep 1000 & wait",
+            // Stopped, as by a debugger, it sees no signal before it goes on.
+            "kill -STOP $$; exec sleep 1000",
+        ] {
+            let (queue, proxy) = one_message("limit", kind);
+            let worker = worker(&queue, &proxy).args(["--timeout", "300ms"]);
+            let running = worker.shell(script).spawn();
+            let finished = running.finish(PROMPT);
+            finished.assert_status(124).assert_stderr("--timeout");
+            assert!(finished.wall >= Duration::from_millis(300));
+            running.wait_no_leftovers(PROMPT);
+            assert_settled(&proxy, Method::BASIC_REJECT);
+            assert_back(&queue);
+        }
+    }
+}
+
+#[test]
+fn a_command_that_ignores_the_time_limit_is_killed_with_its_group() {
+    let (queue, proxy) = one_message("limit-deaf", QueueKind::Classic);
+    let running = worker(&queue, &proxy)
+        .args(["--timeout", "200ms", "--kill-after", "300ms"])
+        .shell("trap '' TERM; sleep 1000 & sleep 1000")
+        .spawn();
+    let finished = running.finish(PROMPT);
+    finished.assert_status(124).assert_stderr("SIGKILL");
+    assert!(finished.wall >= Duration::from_millis(500));
+    running.wait_no_leftovers(PROMPT);
+    assert_settled(&proxy, Method::BASIC_REJECT);
+    assert_back(&queue);
+}
+
+#[test]
+fn a_time_limit_dead_letters_where_failures_do() {
+    let broker = Broker::shared();
+    let dead = broker.queue("limit-dead");
+    let queue = broker
+        .declare("limit-reject")
+        .dead_letter_to(&dead)
+        .create();
+    queue.publish("the message");
+    qconsume()
+        .url(&broker.url())
+        .queue(queue.name())
+        .args(["--timeout", "200ms", "--reject-on", "124"])
+        .shell("exec sleep 1000")
+        .run()
+        .assert_status(124);
+    assert_back(&dead);
+    assert_gone(&queue);
+}
+
+#[test]
+fn the_first_of_a_signal_and_the_time_limit_decides() {
+    // The signal first: an eviction, though the limit is what ends the command.
+    let (queue, proxy) = one_message("signal-first", QueueKind::Classic);
+    let script = "trap 'echo got TERM' TERM; echo running; while :; do sleep 0.05; done";
+    let running = running(
+        worker(&queue, &proxy)
+            .args(["--timeout", "1s", "--kill-after", "0s"])
+            .shell(script),
+    );
+    stop(&running, Signal::SIGTERM).assert_status(137);
+    assert_settled(&proxy, Method::BASIC_NACK);
+    assert_back(&queue);
+
+    // The limit first: a failure, though a signal comes on top.
+    let (queue, proxy) = one_message("limit-first", QueueKind::Classic);
+    let running = worker(&queue, &proxy)
+        .args(["--timeout", "200ms", "--kill-after", "600s"])
+        .shell("n=0; trap 'n=$((n+1)); echo got $n' TERM; while [ $n -lt 2 ]; do sleep 0.05; done; exit 5")
+        .spawn();
+    running.wait_for_stdout("got 1", PATIENCE);
+    stop(&running, Signal::SIGTERM).assert_status(124);
+    assert_settled(&proxy, Method::BASIC_REJECT);
+    assert_back(&queue);
+}
+
+#[test]
+fn grace_kills_a_command_that_ignores_the_signal() {
+    for kind in QueueKind::ALL {
+        let (queue, proxy) = one_message("grace", kind);
+        let running = running(
+            worker(&queue, &proxy)
+                .args(["--grace", "300ms"])
+                .shell("trap '' TERM; echo running; sleep 1000 & sleep 1000"),
+        );
+        let told = Instant::now();
+        stop(&running, Signal::SIGTERM)
+            .assert_status(137)
+            .assert_stderr("message given back");
+        assert!(told.elapsed() >= Duration::from_millis(300));
+        assert_settled(&proxy, Method::BASIC_NACK);
+        assert_back(&queue);
+    }
+}
+
+#[test]
+fn a_lost_delivery_terminates_the_command() {
+    for kind in QueueKind::ALL {
+        for script in [
+            "trap 'echo terminated; exit 0' TERM; echo running; sleep 1000 & wait",
+            "trap 'echo terminated' TERM; echo running; while :; do sleep 0.05; done",
+        ] {
+            let (queue, proxy) = one_message("lost", kind);
+            let running = running(
+                worker(&queue, &proxy)
+                    .args(["--kill-after", "300ms"])
+                    .shell(script),
+            );
+            proxy.cut();
+            let finished = running.finish(PROMPT);
+            finished.assert_status(75).assert_stderr("message lost");
+            assert_eq!(finished.stdout_text(), "running\nterminated\n");
+            running.wait_no_leftovers(PROMPT);
+            assert_back(&queue);
+        }
+    }
+}
+
+#[test]
+fn a_lost_delivery_lets_the_command_finish_where_told_so() {
+    let (queue, proxy) = one_message("lost-finish", QueueKind::Quorum);
+    let finish = testbed::owner::temp_folder("lost-finish").join("finish");
+    let running = running(
+        worker(&queue, &proxy)
+            .args(["--on-lost", "finish"])
+            .env("FINISH", &finish)
+            .shell("echo running; while [ ! -e $FINISH ]; do sleep 0.02; done; echo finished"),
+    );
+    proxy.cut();
+    running.wait_for_stderr("letting the command finish", PATIENCE);
+    std::fs::write(&finish, "").unwrap();
+    let finished = running.finish(PROMPT);
+    finished.assert_status(75);
+    assert_eq!(finished.stdout_text(), "running\nfinished\n");
+    assert_back(&queue);
+}
+
+#[test]
+fn a_signal_still_reaches_a_command_whose_delivery_is_lost() {
+    let (queue, proxy) = one_message("lost-signal", QueueKind::Classic);
+    let running = running(
+        worker(&queue, &proxy)
+            .args(["--on-lost", "finish"])
+            .shell(WAITS),
+    );
+    proxy.cut();
+    running.wait_for_stderr("letting the command finish", PATIENCE);
+    stop(&running, Signal::SIGTERM).assert_status(75);
+    assert_back(&queue);
+}
+
+#[test]
+fn user_signals_go_to_the_command_alone_and_end_nothing() {
+    for (signal, name) in [
+        (Signal::SIGUSR1, "USR1"),
+        (Signal::SIGUSR2, "USR2"),
+        (Signal::SIGWINCH, "WINCH"),
+    ] {
+        let (queue, proxy) = one_message("user-signal", QueueKind::Classic);
+        // Were the child to get it, too, it would have the time to say so.
+        let script = format!(
+            "sh -c 'trap \"echo child got it\" {name}; while :; do sleep 0.02; done' & child=$!
+            trap 'got=1; echo got it' {name}; echo running
+            while [ ! $got ]; do sleep 0.02; done; sleep 0.2; kill -0 $child && echo child is there"
+        );
+        let running = running(worker(&queue, &proxy).shell(&script));
+        running.signal(signal);
+        let finished = running.finish(PROMPT);
+        finished.assert_status(0);
+        assert_eq!(finished.stdout_text(), "running\ngot it\nchild is there\n");
+        assert_settled(&proxy, Method::BASIC_ACK);
+        assert_gone(&queue);
+    }
+}
+
+#[test]
+fn user_signals_end_nothing_while_there_is_no_command() {
+    let broker = Broker::shared();
+    let queue = broker.queue("user-signal-idle");
+    let running = qconsume()
+        .url(&broker.url())
+        .queue(queue.name())
+        .shell("exit 4")
+        .spawn();
+    queue.wait_consumers(1);
+    for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH] {
+        running.signal(signal);
+    }
+    queue.publish("the message");
+    running.wait(PATIENCE).assert_status(4);
+    assert_back(&queue);
+}

@@ -1,0 +1,101 @@
+//! A hundred signals at random moments of a run.
+
+use super::*;
+use std::{collections::BTreeMap, sync::Mutex, thread};
+use testbed::block_on;
+
+const RUNS: usize = 100;
+
+/// As many workers at a time.
+const LANES: usize = 4;
+
+/// Another seed is another hundred moments.
+const SEED: &str = "QCONSUME_TEST_SEED";
+
+/// What the workers run, by turns: ended by the signal, ended with success, ended with a failure of its own.
+const COMMANDS: [&str; 3] = [
+    "cat >/dev/null; exec sleep 0.1",
+    "trap 'exit 0' TERM; cat >/dev/null; sleep 0.1 & wait; exit 0",
+    "cat >/dev/null; sleep 0.05 & sleep 0.05; exit 3",
+];
+
+#[test]
+fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
+    let seed = std::env::var(SEED).map_or(20_161_121, |seed| seed.parse().unwrap());
+    let broker = Broker::shared();
+    let table = Mutex::new(BTreeMap::<(i32, &str), usize>::new());
+    thread::scope(|scope| {
+        for lane in 0..LANES {
+            let table = &table;
+            scope.spawn(move || {
+                let kind = QueueKind::ALL[lane % 2];
+                let queue = broker.declare("random").kind(kind).create();
+                let mut random = Random(seed + lane as u64);
+                // Undisturbed, but side by side as the others, to know how long a run takes here and now.
+                let calm = (0..2).map(|_| calm(&queue)).max().unwrap();
+                eprintln!("lane {lane}: a run takes {calm:?}");
+                for run in (lane..RUNS).step_by(LANES) {
+                    let moment = calm.mul_f64(random.fraction() * 1.1);
+                    let entry = run_once(&queue, run, moment);
+                    *table.lock().unwrap().entry(entry).or_default() += 1;
+                }
+                // What had ended with 0 hasn't come back.
+                queue.wait_consumers(0);
+                queue.wait_ready(0);
+                assert!(queue.get().is_none());
+            });
+        }
+    });
+    let table = table.into_inner().unwrap();
+    eprintln!("seed {seed}");
+    for ((status, message), runs) in &table {
+        eprintln!("status {status:3}, message {message}: {runs}");
+    }
+    assert_eq!(table.values().sum::<usize>(), RUNS);
+}
+
+/// How long a run takes without a signal.
+fn calm(queue: &Queue) -> Duration {
+    queue.publish("the message");
+    let finished = worker(queue, COMMANDS[0]).run();
+    finished.assert_status(0);
+    finished.wall
+}
+
+fn worker(queue: &Queue, script: &str) -> Program {
+    let worker = qconsume().url(&Broker::shared().url());
+    worker.queue(queue.name()).shell(script)
+}
+
+/// One run with a signal at that moment: its status, and where the message is.
+fn run_once(queue: &Queue, run: usize, moment: Duration) -> (i32, &'static str) {
+    let body = format!("message {run}");
+    queue.publish(&body);
+    let running = worker(queue, COMMANDS[run % COMMANDS.len()]).spawn();
+    block_on(async { tokio::time::sleep(moment).await });
+    let finished = stop(&running, Signal::SIGTERM);
+    match finished.status() {
+        0 => {
+            assert!(queue.get().is_none(), "run {run}: success, and still there");
+            (0, "gone")
+        }
+        status @ (3 | 143) => {
+            assert_eq!(queue.wait_get().text(), body, "run {run}");
+            (status, "back")
+        }
+        _ => panic!("run {run}, after {moment:?}: {finished:?}"),
+    }
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn fraction(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}

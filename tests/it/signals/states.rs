@@ -1,0 +1,383 @@
+//! A signal in each state of a run without a command, each state held by something that doesn't answer.
+
+use super::*;
+use std::net::UdpSocket;
+use testbed::{Action, FullBacklog, eventually, missing, owner, reserve_port};
+
+/// All that ask for the end, with the status that they lead to.
+const STOPS: [(Signal, i32); 4] = [
+    (Signal::SIGTERM, 143),
+    (Signal::SIGINT, 130),
+    (Signal::SIGHUP, 129),
+    (Signal::SIGQUIT, 131),
+];
+
+/// Would leave a trace if it ever ran.
+fn never_runs(program: Program) -> Program {
+    program.shell("echo ran")
+}
+
+/// Stops a worker that has no message, and checks that it ran nothing.
+#[track_caller]
+fn stop_idle(running: &Running, signal: Signal, status: i32) {
+    let finished = stop(running, signal);
+    finished
+        .assert_status(status)
+        .assert_stderr("while no command ran");
+    // By its own exit: a default disposition would do nothing as PID 1.
+    assert_eq!(finished.code, Some(status));
+    assert_eq!(finished.stdout_text(), "");
+}
+
+#[test]
+fn a_signal_from_before_the_start_is_not_lost() {
+    let (queue, proxy) = one_message("before-start", QueueKind::Classic);
+    for (signal, status) in STOPS {
+        let name = &signal.as_str()[3..];
+        // Pending since before the program was executed: nothing can be earlier.
+        let finished = never_runs(worker(&queue, &proxy))
+            .through(["env", &format!("--block-signal={name}"), "sh", "-c"])
+            .through([&format!("kill -s {name} $$; exec \"$0\" \"$@\"")])
+            .run();
+        finished.assert_status(status);
+        assert_eq!(finished.code, Some(status));
+        assert_eq!(finished.stdout_text(), "");
+    }
+    assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_CONSUME), 0);
+    assert_back(&queue);
+}
+
+#[test]
+fn a_signal_ends_a_name_look_up() {
+    // Its own resolv.conf, with a name server that hears everything and says nothing.
+    let Some(server) = (owner::is_root() && owner::find_in_path("unshare").is_some())
+        .then(|| UdpSocket::bind("127.213.53.53:53"))
+        .and_then(Result::ok)
+    else {
+        return missing("root, unshare and port 53 of a loopback address");
+    };
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    let file = owner::temp_folder("names").join("resolv.conf");
+    std::fs::write(&file, "nameserver 127.213.53.53\n").unwrap();
+    let mount = "mount --bind \"$RESOLV_CONF\" /etc/resolv.conf && exec \"$0\" \"$@\"";
+    for (signal, status) in STOPS {
+        let running = never_runs(qconsume().url("amqp://broker.test").queue("any"))
+            .env("RESOLV_CONF", &file)
+            .through(["unshare", "--mount", "sh", "-c", mount])
+            .spawn();
+        let mut query = [0; 512];
+        if server.recv(&mut query).is_err() {
+            let stderr = running.stderr();
+            if stderr.contains("unshare:") || stderr.contains("mount:") {
+                return missing("the right to mount");
+            }
+            panic!("no name was looked up; standard error:\n{stderr}");
+        }
+        stop_idle(&running, signal, status);
+        // What it has asked besides, so that the next round waits for its own.
+        server.set_nonblocking(true).unwrap();
+        while server.recv(&mut query).is_ok() {}
+        server.set_nonblocking(false).unwrap();
+    }
+}
+
+#[test]
+fn a_signal_ends_a_dial() {
+    let hole = FullBacklog::new();
+    for (signal, status) in STOPS {
+        let running = never_runs(qconsume().url(&hole.url()).queue("any")).spawn();
+        let dials = || dials(running.pid(), hole.addr().port());
+        assert!(eventually(PATIENCE, dials), "it doesn't dial");
+        stop_idle(&running, signal, status);
+    }
+}
+
+/// Whether this process has asked that port of 127.0.0.1 for a connection and has had no answer (SYN_SENT).
+fn dials(pid: i32, port: u16) -> bool {
+    let waiting: Vec<String> = std::fs::read_to_string("/proc/net/tcp")
+        .unwrap()
+        .lines()
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let syn_sent = fields[2] == format!("0100007F:{port:04X}") && fields[3] == "02";
+            syn_sent.then(|| format!("socket:[{}]", fields[9]))
+        })
+        .collect();
+    let Ok(open) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    open.flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .any(|target| waiting.iter().any(|socket| target.as_os_str() == &**socket))
+}
+
+#[test]
+fn a_signal_ends_a_tls_handshake() {
+    for (signal, status) in STOPS {
+        let silent = Proxy::silent();
+        let url = format!("amqps://guest:guest@{}", silent.addr());
+        let running = never_runs(qconsume().url(&url).queue("any")).spawn();
+        silent.wait_accepted(1, PATIENCE);
+        stop_idle(&running, signal, status);
+    }
+}
+
+#[test]
+fn a_signal_ends_an_amqp_handshake() {
+    for (signal, status) in STOPS {
+        let silent = Proxy::silent();
+        let running = never_runs(qconsume().url(&silent.url()).queue("any")).spawn();
+        silent.wait_accepted(1, PATIENCE);
+        stop_idle(&running, signal, status);
+    }
+    // At each later step of it, too.
+    for step in [
+        Method::CONNECTION_START_OK,
+        Method::CONNECTION_TUNE_OK,
+        Method::CONNECTION_OPEN,
+        Method::CHANNEL_OPEN,
+    ] {
+        let (queue, proxy) = one_message("handshake", QueueKind::Classic);
+        proxy.once(Direction::ToBroker, step, Action::Stall);
+        let running = never_runs(worker(&queue, &proxy)).spawn();
+        proxy.wait_for(Direction::ToBroker, step, PATIENCE);
+        stop_idle(&running, Signal::SIGTERM, 143);
+        assert_back(&queue);
+    }
+}
+
+#[test]
+fn a_signal_ends_a_pause_between_attempts() {
+    let port = reserve_port().unwrap();
+    let url = format!("amqp://127.0.0.1:{}", port.number());
+    for (signal, status) in STOPS {
+        let running = never_runs(qconsume().url(&url).queue("any")).spawn();
+        running.wait_for_stderr("trying again", PATIENCE);
+        stop_idle(&running, signal, status);
+    }
+    // A queue that isn't there yet is waited for on an open connection.
+    let broker = Broker::shared();
+    let absent = broker.declare("absent").absent();
+    let proxy = Proxy::of(broker);
+    let running = never_runs(worker(&absent, &proxy)).spawn();
+    running.wait_for_stderr("trying again", PATIENCE);
+    stop_idle(&running, Signal::SIGTERM, 143);
+    proxy.wait_open(0, PATIENCE);
+}
+
+#[test]
+fn a_signal_ends_a_registration_that_is_not_answered() {
+    for kind in QueueKind::ALL {
+        let (queue, proxy) = one_message("consume-stalled", kind);
+        proxy.once(Direction::ToBroker, Method::BASIC_CONSUME, Action::Stall);
+        let running = never_runs(worker(&queue, &proxy)).spawn();
+        proxy.wait_for(Direction::ToBroker, Method::BASIC_CONSUME, PATIENCE);
+        stop_idle(&running, Signal::SIGTERM, 143);
+        drop(proxy);
+        assert_back(&queue);
+    }
+}
+
+#[test]
+fn a_message_that_arrives_while_the_registration_is_given_up_is_given_back() {
+    for kind in QueueKind::ALL {
+        let (queue, proxy) = one_message("consume-late", kind);
+        // The broker has registered the consumer and pushed the message; neither is here yet.
+        proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Hold);
+        let running = never_runs(worker(&queue, &proxy)).spawn();
+        proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK, PATIENCE);
+        queue.wait_ready(0);
+        running.signal(Signal::SIGTERM);
+        proxy.release();
+        stop_idle(&running, Signal::SIGTERM, 143);
+        assert_settled(&proxy, Method::BASIC_NACK);
+        assert_back(&queue);
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_a_message() {
+    for kind in QueueKind::ALL {
+        let broker = Broker::shared();
+        let queue = broker.declare("waiting").kind(kind).create();
+        for (signal, status) in STOPS {
+            let proxy = Proxy::of(broker);
+            let running = never_runs(worker(&queue, &proxy)).spawn();
+            queue.wait_consumers(1);
+            stop_idle(&running, signal, status);
+            // It has said goodbye rather than merely gone.
+            assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_CANCEL), 1);
+            assert_eq!(
+                proxy.count(Direction::ToClient, Method::CONNECTION_CLOSE_OK),
+                1
+            );
+            queue.wait_consumers(0);
+        }
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_a_message_from_a_broker_that_answers_nothing() {
+    let broker = Broker::shared();
+    let queue = broker.queue("waiting-stalled");
+    let proxy = Proxy::of(broker);
+    let running = never_runs(worker(&queue, &proxy)).spawn();
+    queue.wait_consumers(1);
+    proxy.stall();
+    stop_idle(&running, Signal::SIGTERM, 143);
+
+    // And while it comes back to one that accepts and stays silent.
+    proxy.pass();
+    let running = never_runs(worker(&queue, &proxy)).spawn();
+    queue.wait_consumers(1);
+    let before = proxy.accepted();
+    proxy.stall();
+    proxy.cut();
+    proxy.wait_accepted(before + 1, PATIENCE);
+    stop_idle(&running, Signal::SIGTERM, 143);
+}
+
+#[test]
+fn a_message_half_way_is_given_back_when_a_signal_comes() {
+    for kind in QueueKind::ALL {
+        for completes in [true, false] {
+            let broker = Broker::shared();
+            let queue = broker.declare("half-way").kind(kind).create();
+            let proxy = Proxy::of(broker);
+            // The first of three frames passes, the second doesn't.
+            proxy.once(Direction::ToClient, Method::BODY, Action::Pass);
+            proxy.once(Direction::ToClient, Method::BODY, Action::Hold);
+            let body = vec![b'x'; 300_000];
+            queue.publish(&body);
+            let running = never_runs(worker(&queue, &proxy)).spawn();
+            proxy.wait_for_nth(Direction::ToClient, Method::BODY, 2, PATIENCE);
+            running.signal(Signal::SIGTERM);
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+            if completes {
+                proxy.release();
+            }
+            stop_idle(&running, Signal::SIGTERM, 143);
+            if completes {
+                assert_settled(&proxy, Method::BASIC_NACK);
+            }
+            drop(proxy);
+            assert_eq!(queue.wait_get().body, body);
+            assert!(queue.get().is_none());
+        }
+    }
+}
+
+#[test]
+fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
+    for kind in QueueKind::ALL {
+        let broker = Broker::shared();
+        let queue = broker.declare("last-moment").kind(kind).create();
+        let proxy = Proxy::of(broker);
+        // The cancel of `--wait` is on its way when the message and then the signal come.
+        proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
+        let running = never_runs(worker(&queue, &proxy).args(["--wait", "200ms"])).spawn();
+        proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+        queue.publish("the message");
+        proxy.wait_for(Direction::ToClient, Method::BODY, PATIENCE);
+        running.signal(Signal::SIGTERM);
+        let noticed = || taken_note(&running, Signal::SIGTERM);
+        assert!(eventually(PATIENCE, noticed), "the signal is still pending");
+        proxy.release();
+        stop_idle(&running, Signal::SIGTERM, 143);
+        assert_settled(&proxy, Method::BASIC_NACK);
+        assert_back(&queue);
+    }
+}
+
+/// Whether the process is asleep with this signal no longer pending, so that it has dealt with it.
+fn taken_note(running: &Running, signal: Signal) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", running.pid())) else {
+        return true;
+    };
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_default().trim().to_owned()
+    };
+    let pending = u64::from_str_radix(&field("ShdPnd:"), 16).unwrap();
+    pending >> (signal as i32 - 1) & 1 == 0 && field("State:").starts_with('S')
+}
+
+#[test]
+fn a_signal_while_settling_changes_nothing() {
+    for kind in QueueKind::ALL {
+        for (script, status, by) in [
+            ("exit 0", 0, Method::BASIC_ACK),
+            ("exit 3", 3, Method::BASIC_REJECT),
+        ] {
+            let (queue, proxy) = one_message("settling", kind);
+            proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
+            let running = worker(&queue, &proxy).shell(script).spawn();
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+            for (signal, _) in STOPS {
+                running.signal(signal);
+            }
+            let noticed = || {
+                STOPS
+                    .iter()
+                    .all(|(signal, _)| taken_note(&running, *signal))
+            };
+            assert!(eventually(PATIENCE, noticed), "a signal is still pending");
+            assert!(!running.has_ended());
+            proxy.release();
+            running.finish(PROMPT).assert_status(status);
+            assert_settled(&proxy, by);
+            if status == 0 {
+                assert_gone(&queue);
+            } else {
+                assert_back(&queue);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
+    let (queue, proxy) = one_message("settling-stalled", QueueKind::Classic);
+    proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Stall);
+    let running = worker(&queue, &proxy)
+        .args(["--settle-timeout", "1s"])
+        .shell("exit 0")
+        .spawn();
+    proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+    stop(&running, Signal::SIGTERM)
+        .assert_status(75)
+        .assert_stderr("not confirmed");
+    drop(proxy);
+    assert_back(&queue);
+}
+
+#[test]
+fn a_signal_cuts_the_requeue_delay_short() {
+    let (queue, proxy) = one_message("delay", QueueKind::Classic);
+    let running = worker(&queue, &proxy)
+        .args(["--requeue-delay", "1h"])
+        .shell("exit 3")
+        .spawn();
+    running.wait_for_stderr("holding the message back", PATIENCE);
+    stop(&running, Signal::SIGTERM).assert_status(3);
+    // It had failed before the signal came.
+    assert_settled(&proxy, Method::BASIC_REJECT);
+    assert_back(&queue);
+}
+
+#[test]
+fn a_signal_cuts_the_goodbye_short() {
+    for (script, status) in [("exit 0", 0), ("exit 3", 3)] {
+        let (queue, proxy) = one_message("goodbye", QueueKind::Classic);
+        proxy.once(Direction::ToBroker, Method::CONNECTION_CLOSE, Action::Stall);
+        let running = worker(&queue, &proxy).shell(script).spawn();
+        proxy.wait_for(Direction::ToBroker, Method::CONNECTION_CLOSE, PATIENCE);
+        stop(&running, Signal::SIGTERM).assert_status(status);
+        drop(proxy);
+        if status == 0 {
+            assert_gone(&queue);
+        } else {
+            assert_back(&queue);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+"""What the tests share: the images, and a broker that runs from its own manifest."""
+
+import base64
+import json
+import os
+import re
+import tomllib
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pika
+import pytest
+
+import engine
+import kube
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+VERSION = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
+FRUITS = "apple banana cherry date fig grape lemon melon".split()
+
+RABBITMQ = "rabbitmq:4-management"
+PYTHON = "python:3-slim"
+DEBIAN = "debian:bookworm-slim"
+RUST = "rust:1-alpine"
+
+
+def missing(what):
+    """Something that this machine hasn't got: a reason to skip, but not where everything has to be tested."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def need(*images):
+    for image in images:
+        if not engine.has_image(image):
+            missing(f"there is no image {image}, and it can't be pulled")
+
+
+@pytest.fixture(scope="session")
+def docker():
+    if not engine.available():
+        missing("there is no Docker")
+    engine.remove_orphans()
+    yield engine
+    engine.remove_own()
+
+
+@pytest.fixture(scope="session")
+def image(docker):
+    """qconsume's own image. QCONSUME_TEST_IMAGE names one that is there already."""
+    if ready := os.environ.get("QCONSUME_TEST_IMAGE"):
+        return ready
+    need(RUST)
+    return engine.build(f"{engine.RUN}:qconsume", ROOT, ROOT / "docker/Dockerfile",
+                        args=[f"VERSION={VERSION}", "REVISION=0123abc"])
+
+
+@pytest.fixture(scope="session")
+def worker_image(image):
+    need(PYTHON)
+    folder = EXAMPLES / "work-queue"
+    text = (folder / "Dockerfile").read_text()
+    assert text.count("--from=qconsume ") == 1
+    return engine.build(f"{engine.RUN}:worker", folder, None, text=text.replace("--from=qconsume ", f"--from={image} "))
+
+
+@pytest.fixture(scope="session")
+def debian_image(image):
+    """Both programs in an image of another libc, with a shell."""
+    need(DEBIAN)
+    text = f"FROM {DEBIAN}\nCOPY --from={image} /qconsume /qpublish /usr/bin/\n"
+    return engine.build(f"{engine.RUN}:debian", ROOT / "examples", None, text=text)
+
+
+@pytest.fixture(scope="session")
+def network(docker):
+    need(PYTHON)
+    return kube.Cluster(PYTHON)
+
+
+@pytest.fixture(scope="session")
+def cluster(network, image, worker_image):
+    need(RABBITMQ)
+    network.images = {"job-wq-1:1": worker_image, f"qconsume:{VERSION}": image, RABBITMQ: RABBITMQ}
+    for name in ("work-queue/rabbitmq-secret.yaml", "keda/scaledjob.yaml"):
+        network.apply(*kube.load((EXAMPLES / name).read_text()))
+    return network
+
+
+class Broker:
+    """A RabbitMQ in a container, and what it says about itself: over AMQP where the numbers must be those of this moment."""
+
+    def __init__(self, name, network, user="guest", password="guest"):
+        self.name = name
+        self.network = network
+        self.user = user
+        self.password = password
+
+    @property
+    def address(self):
+        return engine.address(self.name, self.network)
+
+    @contextmanager
+    def channel(self):
+        credentials = pika.PlainCredentials(self.user, self.password)
+        with pika.BlockingConnection(pika.ConnectionParameters(self.address, credentials=credentials)) as connection:
+            yield connection.channel()
+
+    def wait(self, timeout=180):
+        def answers():
+            assert kube.running(self.name), engine.logs(self.name)
+            try:
+                self.http("GET", "overview")
+                with self.channel():
+                    return True
+            except (OSError, pika.exceptions.AMQPError):
+                return False
+        engine.until(f"{self.name} answers", answers, timeout)
+        return self
+
+    def http(self, method, *path):
+        """The management API."""
+        path = "/".join(urllib.parse.quote(part, safe="") for part in path)
+        request = urllib.request.Request(f"http://{self.address}:15672/api/{path}", method=method)
+        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        request.add_header("Authorization", f"Basic {login}")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or "null")
+
+    def queues(self):
+        """The queues, with their numbers of messages that are ready. What a worker held that has ended is ready again."""
+        names = [queue["name"] for queue in self.http("GET", "queues", "/")]
+        with self.channel() as channel:
+            return {name: channel.queue_declare(name, passive=True).method.message_count for name in names}
+
+    def policies(self):
+        return {policy["name"]: policy["definition"] for policy in self.http("GET", "policies", "/")}
+
+    def clear(self):
+        """No queues, no policies."""
+        for policy in self.policies():
+            self.http("DELETE", "policies", "/", policy)
+        for queue in self.http("GET", "queues", "/"):
+            self.http("DELETE", "queues", "/", queue["name"])
+
+    def ctl(self, *args):
+        return engine.docker("exec", self.name, "rabbitmqctl", "-q", *args)
+
+    def set_up(self, *queue):
+        script = (EXAMPLES / "rabbitmq/set-up.sh").read_text()
+        return engine.docker("exec", "--interactive", self.name, "sh", "-s", *queue, input=script)
+
+
+@pytest.fixture(scope="session")
+def shared_broker(cluster):
+    """The broker of the work queue's manifests."""
+    [service] = kube.load((EXAMPLES / "work-queue/rabbitmq-service.yaml").read_text())
+    [stateful_set] = kube.load((EXAMPLES / "work-queue/rabbitmq-statefulset.yaml").read_text())
+    spec = kube.pod_spec(stateful_set)
+    # In the official image there is such a user. A stand-in made from a distribution's package starts as root instead.
+    user = str(spec["securityContext"]["runAsUser"])
+    official = f":{user}:" in engine.docker("run", "--rm", "--network=none", "--entrypoint=cat", RABBITMQ, "/etc/passwd")
+    name = cluster.start(spec, what="rabbitmq", own_user=official,
+                         aliases=[f"{service['metadata']['name']}.{kube.DOMAIN}"])
+    secret = cluster.secrets["rabbitmq-secret"]
+    return Broker(name, cluster.network, secret["username"], secret["password"]).wait()
+
+
+@pytest.fixture
+def broker(shared_broker):
+    shared_broker.clear()
+    return shared_broker
+
+
+def manifest(path, **changes):
+    """The only document of a manifest, with changes to its spec."""
+    [document] = kube.load((EXAMPLES / path).read_text())
+    document["spec"] |= changes
+    return document
+
+
+def shapes(log):
+    """The lines of a log, whichever of the fruits they are about, however long it took."""
+    return {re.sub(r"\b[\d.]+\b", "0", re.sub(rf"\b({'|'.join(FRUITS)})\b", "fruit", line.rstrip()))
+            for line in log.splitlines() if line.strip()}
+
+
+def shown(readme, after):
+    """The first block of output that a README has after some words."""
+    text = readme.read_text()
+    return re.search(r"```text\n(.*?)```", text[text.index(after):], re.DOTALL)[1]
+
+
+@pytest.fixture
+def fill(cluster, broker):
+    """Fills the queue by the manifest made for it, or with other tasks, or another queue."""
+    def run(*tasks, queue="job1"):
+        job = manifest("work-queue/fill-job.yaml")
+        [container] = kube.pod_spec(job)["containers"]
+        options = list(container["args"][:-len(FRUITS)])
+        options[options.index("job1")] = queue
+        outcome = cluster.run_job(job, args=[*options, *(tasks or FRUITS)])
+        assert outcome.condition == "Complete", outcome.logs
+        return outcome
+    return run

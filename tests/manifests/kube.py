@@ -1,0 +1,247 @@
+"""As much of Kubernetes as a manifest needs to be run for real in Docker: a kubelet that starts a pod's container with the
+manifest's image, command, environment, user and limits, and a Job controller that counts completions as Kubernetes does.
+"""
+
+import base64
+import itertools
+import re
+import time
+from dataclasses import dataclass, field
+
+import yaml
+
+import engine
+
+# Kubernetes waits 10 s, 20 s, 40 s … before it replaces a failed pod. Here it may be quick.
+DOMAIN = "default.svc.cluster.local"
+
+
+def load(text):
+    """The documents of a manifest."""
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def pod_spec(manifest):
+    """The pod that a manifest would start, if it would."""
+    match manifest["kind"]:
+        case "Job" | "StatefulSet":
+            return manifest["spec"]["template"]["spec"]
+        case "ScaledJob":
+            return manifest["spec"]["jobTargetRef"]["template"]["spec"]
+        case "Pod":
+            return manifest["spec"]
+
+
+@dataclass
+class Pod:
+    name: str
+    index: int | None = None
+    status: int | None = None
+    action: str | None = None
+    disrupted: bool = False
+
+    @property
+    def logs(self):
+        return engine.logs(self.name)
+
+
+@dataclass
+class Outcome:
+    """What became of a Job."""
+
+    condition: str
+    reason: str
+    pods: list[Pod]
+    most_at_a_time: int
+    failed_indexes: list[int] = field(default_factory=list)
+
+    @property
+    def statuses(self):
+        return [pod.status for pod in self.pods]
+
+    @property
+    def logs(self):
+        return "".join(pod.logs for pod in self.pods)
+
+
+class Cluster:
+    """A network of its own without a way out, the Secrets that were applied, and the images behind their names."""
+
+    def __init__(self, dns_image):
+        self.network = f"{engine.RUN}-net"
+        self.secrets = {}
+        self.images = {}
+        self._numbers = itertools.count(1)
+        # Without a prefix of one's own, a network of both families would collide with that of another run.
+        prefix = f"fd{time.time_ns() & 0xff:02x}:{time.time_ns() >> 8 & 0xffff:x}:{time.time_ns() >> 24 & 0xffff:x}::/64"
+        engine.docker("network", "create", "--internal", "--ipv6", "--subnet", prefix, self.network)
+        # Docker's own DNS knows the containers' names and asks this one for all others; it says that there are none. So
+        # no query leaves, and a search list is walked as quickly as with a cluster's DNS.
+        self.dns = f"{engine.RUN}-dns"
+        engine.docker("run", "--detach", "--name", self.dns, "--network", self.network, dns_image, "python3", "-c", NO_SUCH_NAME)
+        self.dns_address = engine.address(self.dns, self.network)
+
+    def apply(self, *manifests):
+        for manifest in manifests:
+            if manifest["kind"] == "Secret":
+                values = {key: base64.b64decode(value).decode() for key, value in manifest.get("data", {}).items()}
+                self.secrets[manifest["metadata"]["name"]] = values | manifest.get("stringData", {})
+
+    def name(self, what):
+        return f"{engine.RUN}-{what}-{next(self._numbers)}"
+
+    def environment(self, container):
+        result = {}
+        for entry in container.get("env", []):
+            if reference := entry.get("valueFrom", {}).get("secretKeyRef"):
+                result[entry["name"]] = self.secrets[reference["name"]][reference["key"]]
+            else:
+                # $(NAME) is an earlier variable, $$ a dollar.
+                result[entry["name"]] = expand(entry.get("value", ""), result)
+        return result
+
+    def resolver(self):
+        """What a pod's /etc/resolv.conf says."""
+        search = [f"--dns-search={DOMAIN.split('.', n)[n]}" for n in range(3)]
+        return ["--dns", self.dns_address, *search, "--dns-opt", "ndots:5"]
+
+    def start(self, spec, *, what="pod", environment=None, args=None, aliases=(), own_user=True, index=None, more=()):
+        """Starts a pod's only container; gives back its name."""
+        [container] = spec["containers"]
+        name = self.name(what)
+        values = self.environment(container) | (environment or {})
+        if index is not None:
+            values["JOB_COMPLETION_INDEX"] = str(index)
+        options = ["--detach", "--name", name, "--hostname", name[len(engine.RUN) + 1:], "--network", self.network]
+        options += self.resolver()
+        for key, value in values.items():
+            options += ["--env", f"{key}={value}"]
+        for alias in aliases:
+            options += ["--network-alias", alias]
+        options += ["--stop-timeout", str(spec.get("terminationGracePeriodSeconds", 30))]
+        if memory := container.get("resources", {}).get("limits", {}).get("memory"):
+            options += ["--memory", memory.rstrip("i").lower()]
+        if own_user:
+            options += security(spec.get("securityContext", {}), container.get("securityContext", {}))
+        for mount in container.get("volumeMounts", []):
+            volume = f"{name}-{mount['name']}"
+            options += ["--volume", f"{volume}:{mount['mountPath']}" + (":ro" if mount.get("readOnly") else "")]
+        command = [expand(word, values) for word in container.get("command", [])]
+        arguments = [expand(word, values) for word in (container.get("args", []) if args is None else args)]
+        if command:
+            options += ["--entrypoint", command[0]]
+        engine.docker("run", *options, *more, self.images[container["image"]], *command[1:], *arguments)
+        return name
+
+    def run_job(self, manifest, *, environment=None, args=None, timeout=300, on_tick=None):
+        """Runs a Job to its end, as the Job controller does it, and stops what is left of it."""
+        spec = manifest["spec"]
+        parallelism = spec.get("parallelism", 1)
+        completions = spec.get("completions")
+        indexed = spec.get("completionMode") == "Indexed"
+        pods, active, counted, most = [], [], 0, 0
+        succeeded, failed_indexes, index_failures = [], [], {}
+        deadline = time.monotonic() + timeout
+
+        def finish(condition, reason=""):
+            for pod in active:
+                engine.docker("stop", pod.name, check=False)
+                pod.status = engine.wait(pod.name)
+            return Outcome(condition, reason, pods, most, failed_indexes)
+
+        while True:
+            # Who has ended?
+            for pod in [pod for pod in active if not running(pod.name)]:
+                active.remove(pod)
+                pod.status = engine.wait(pod.name)
+                if pod.status == 0:
+                    succeeded.append(pod)
+                    continue
+                pod.action = pod_failure_action(spec, pod)
+                if pod.action == "FailJob":
+                    return finish("Failed", "PodFailurePolicy")
+                if pod.action == "FailIndex":
+                    failed_indexes.append(pod.index)
+                if pod.action == "Count":
+                    counted += 1
+                    if indexed and "backoffLimitPerIndex" in spec:
+                        index_failures[pod.index] = index_failures.get(pod.index, 0) + 1
+                        if index_failures[pod.index] > spec["backoffLimitPerIndex"]:
+                            failed_indexes.append(pod.index)
+                    elif counted > spec.get("backoffLimit", 6):
+                        return finish("Failed", "BackoffLimitExceeded")
+            # Is that all?
+            if completions is None:
+                if succeeded and not active:
+                    return finish("Complete")
+            elif len(succeeded) >= completions:
+                return finish("Complete")
+            elif indexed and len(succeeded) + len(failed_indexes) == completions:
+                return finish("Failed", "FailedIndexes")
+            # Who is wanted?
+            if completions is None:
+                wanted = parallelism if not succeeded else 0
+            else:
+                wanted = min(parallelism, completions - len(succeeded) - len(failed_indexes))
+            while len(active) < wanted:
+                index = None
+                if indexed:
+                    taken = {pod.index for pod in [*active, *succeeded]} | set(failed_indexes)
+                    index = min(set(range(completions)) - taken)
+                pod = Pod(self.start(spec["template"]["spec"], what=manifest["metadata"]["name"], environment=environment,
+                                     args=args, index=index), index)
+                pods.append(pod)
+                active.append(pod)
+            most = max(most, len(active))
+            if on_tick:
+                on_tick(active)
+            if time.monotonic() > deadline:
+                outcome = finish("Running", "out of the test's time")
+                raise AssertionError(f"{outcome}\n{outcome.logs}")
+            time.sleep(0.1)
+
+
+def running(name):
+    return engine.docker("inspect", "--format", "{{.State.Running}}", name) == "true"
+
+
+def pod_failure_action(spec, pod):
+    """The first rule of the podFailurePolicy that fits; without one, the failure counts."""
+    for rule in spec.get("podFailurePolicy", {}).get("rules", []):
+        if codes := rule.get("onExitCodes"):
+            if (pod.status in codes["values"]) == (codes["operator"] == "In"):
+                return rule["action"]
+        elif any(pattern["type"] == "DisruptionTarget" and pod.disrupted for pattern in rule["onPodConditions"]):
+            return rule["action"]
+    return "Count"
+
+
+def security(pod, container):
+    """Docker's options for what the security contexts say."""
+    context = pod | container
+    options = []
+    if "runAsUser" in context:
+        options += ["--user", f"{context['runAsUser']}:{context.get('runAsGroup', 0)}"]
+    if context.get("readOnlyRootFilesystem"):
+        options += ["--read-only"]
+    if context.get("allowPrivilegeEscalation") is False:
+        options += ["--security-opt", "no-new-privileges"]
+    for capability in context.get("capabilities", {}).get("drop", []):
+        options += ["--cap-drop", capability]
+    return options
+
+
+def expand(text, environment):
+    """Kubernetes' own $(NAME) in a command, an argument or a value; what isn't known stays as it is."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[0] == "$$" else environment.get(m[1], m[0]), str(text))
+
+
+NO_SUCH_NAME = r"""
+import socket
+listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+listener.bind(("", 53))
+while True:
+    query, sender = listener.recvfrom(512)
+    end = query.index(b"\0", 12) + 5
+    listener.sendto(query[:2] + b"\x81\x83\0\1\0\0\0\0\0\0" + query[12:end], sender)
+"""

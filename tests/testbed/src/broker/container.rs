@@ -1,0 +1,298 @@
+//! A private node in a container.
+//!
+//! The container shares this machine's network, so that its ports are loopback ports like a local node's, and nothing needs
+//! to be mounted: configuration and cookie travel in its environment.
+
+use super::{CTL_LIMIT, Settings};
+use crate::exec;
+use crate::owner::{self, LABEL, find_in_path};
+use crate::ports::random;
+use crate::program::Program;
+use anyhow::{Context, Result, bail};
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// For everything the Docker daemon does but pulling.
+const DOCKER_LIMIT: Duration = Duration::from_secs(60);
+
+/// A pull may take its time.
+const PULL_LIMIT: Duration = Duration::from_secs(600);
+
+/// Where a node's files are, in its container.
+pub(super) const FOLDER: &str = "/tmp/testbed";
+
+/// Finds RabbitMQ's scripts in the container: behind Debian's wrappers or, in the official image, in PATH.
+const SCRIPTS: &str = r#"[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && PATH="/usr/lib/rabbitmq/bin:$PATH"
+"#;
+
+/// Replaces the image's start: our configuration instead of the image's, then the server as the container's first process.
+const START: &str = r#"set -e
+folder=/tmp/testbed
+mkdir -p "$folder"
+rm -f "$HOME/.erlang.cookie"
+printf %s "$TESTBED_COOKIE" >"$HOME/.erlang.cookie"
+chmod 400 "$HOME/.erlang.cookie"
+printf %s "$TESTBED_CONFIG" >"$folder/rabbitmq.conf"
+printf %s "$TESTBED_PLUGINS" >"$folder/enabled_plugins"
+: >"$folder/rabbitmq-env.conf"
+for variable in $(env | sed -n 's/^\(TESTBED_FILE_[0-9]*\)=.*/\1/p'); do
+    eval "file=\$$variable"
+    printf '%s\n' "${file#*:}" >"$folder/${file%%:*}"
+    unset "$variable"
+done
+unset TESTBED_COOKIE TESTBED_CONFIG TESTBED_PLUGINS
+exec rabbitmq-server
+"#;
+
+/// Sends a signal to the emulator, which isn't the container's first process: RabbitMQ's script watches over it.
+const SIGNAL: &str = r#"sent=
+for file in /proc/[0-9]*/comm; do
+    read -r name <"$file" || continue
+    case "$name" in
+        beam*) pid=${file#/proc/}; kill -"$1" "${pid%/comm}" && sent=yes ;;
+    esac
+done
+[ "$sent" ]
+"#;
+
+/// Whether a Docker daemon answers.
+pub fn docker_works() -> bool {
+    static WORKS: OnceLock<bool> = OnceLock::new();
+    *WORKS.get_or_init(|| {
+        find_in_path("docker").is_some()
+            && docker(&["version", "--format", "{{.Server.Version}}"]).is_ok()
+    })
+}
+
+/// Whether the Docker daemon has the image already.
+pub fn image_present(image: &str) -> bool {
+    docker_works() && docker(&["image", "inspect", "--format", "{{.Id}}", image]).is_ok()
+}
+
+/// The label, `name=value`, with which a test's own containers and networks are removed should this process be killed.
+pub fn docker_label() -> Result<String> {
+    let owner = owner::get()?;
+    owner.uses_docker()?;
+    Ok(format!("{LABEL}={}", owner.id))
+}
+
+/// Makes sure that the image is there.
+pub(super) fn provide_image(image: &str) -> Result<()> {
+    if image_present(image) {
+        return Ok(());
+    }
+    exec::run(
+        Command::new("docker").args(["pull", "--quiet", image]),
+        PULL_LIMIT,
+    )
+    .with_context(|| format!("the image {image} is not here and can't be pulled"))?;
+    Ok(())
+}
+
+/// A container that a test starts by itself (`docker start`), on this machine's network; removed when dropped.
+pub struct Container(Removed);
+
+impl Container {
+    /// Creates it from an image that is here, with `options` of `docker create` and the command to run.
+    ///
+    /// # Panics
+    /// When that doesn't work.
+    pub fn create(image: &str, options: &[&str], command: &[&str]) -> Self {
+        Self::try_create(image, options, command).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    fn try_create(image: &str, options: &[&str], command: &[&str]) -> Result<Self> {
+        let owner = owner::get()?;
+        owner.uses_docker()?;
+        let container = Removed {
+            name: format!("{}-test-{:08x}", owner.id, random() as u32),
+        };
+        let label = format!("{LABEL}={}", owner.id);
+        let mut args = vec!["create", "--name", &container.name, "--label", &label];
+        args.extend(["--network", "host", "--pull", "never"]);
+        args.extend(options);
+        args.push(image);
+        args.extend(command);
+        docker(&args)?;
+        Ok(Self(container))
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Puts a file of this machine into it, executable bit and all.
+    ///
+    /// # Panics
+    /// When that doesn't work.
+    pub fn copy_in(&self, file: &Path, to: &str) {
+        let (from, to) = (file.display().to_string(), format!("{}:{to}", self.name()));
+        docker(&["cp", &from, &to]).unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
+    /// The program `docker start`, which takes over the container's output and exit status.
+    pub fn start(&self) -> Program {
+        Program::new("docker").args(["start", "--attach", self.name()])
+    }
+}
+
+/// Runs docker with these arguments, and gives what it wrote to standard output.
+pub fn docker(args: &[&str]) -> Result<String> {
+    exec::run(Command::new("docker").args(args), DOCKER_LIMIT)
+}
+
+/// A container that is removed when this is dropped.
+pub(crate) struct Removed {
+    name: String,
+}
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        // -v: the image declares a volume for its data.
+        let _ = docker(&["rm", "-f", "-v", &self.name]);
+    }
+}
+
+/// A cluster's port mapper, in a container of its own so that it survives the death of any node.
+pub(super) fn start_epmd(image: &str, port: u16) -> Result<Removed> {
+    let owner = owner::get()?;
+    owner.uses_docker()?;
+    let container = Removed {
+        name: format!("{}-epmd-{port}", owner.id),
+    };
+    docker(&[
+        "run",
+        "--detach",
+        "--name",
+        &container.name,
+        "--label",
+        &format!("{LABEL}={}", owner.id),
+        "--network",
+        "host",
+        "--init",
+        "--entrypoint",
+        "epmd",
+        image,
+        "-address",
+        "127.0.0.1",
+        "-port",
+        &port.to_string(),
+    ])
+    .context("cannot start epmd in a container")?;
+    Ok(container)
+}
+
+/// A node in a container.
+pub(super) struct ContainerNode {
+    container: Removed,
+    settings: Settings,
+}
+
+impl ContainerNode {
+    pub(super) fn launch(image: &str, settings: Settings) -> Result<Self> {
+        let owner = owner::get()?;
+        owner.uses_docker()?;
+        let container = Removed {
+            name: format!("{}-node-{:08x}", owner.id, random() as u32),
+        };
+        let mut env = settings.identity();
+        let file = |name: &str| format!("{FOLDER}/{name}");
+        env.extend(
+            [
+                ("TESTBED_COOKIE", settings.group.cookie.clone()),
+                ("TESTBED_CONFIG", settings.config.replace("$folder", FOLDER)),
+                ("TESTBED_PLUGINS", settings.plugins.clone()),
+                ("HOME", "/var/lib/rabbitmq".into()),
+                ("RABBITMQ_CONFIG_FILE", file("rabbitmq.conf")),
+                // The image's own drop-in files would apply beside ours.
+                ("RABBITMQ_CONFIG_FILES", file("conf.d")),
+                ("RABBITMQ_CONF_ENV_FILE", file("rabbitmq-env.conf")),
+                ("RABBITMQ_ENABLED_PLUGINS_FILE", file("enabled_plugins")),
+            ]
+            .map(|(name, value)| (name.to_owned(), value)),
+        );
+        for (index, (name, content)) in settings.files.iter().enumerate() {
+            env.push((format!("TESTBED_FILE_{index}"), format!("{name}:{content}")));
+        }
+        let mut command = Command::new("docker");
+        command
+            .args(["run", "--detach", "--name", &container.name])
+            .args(["--label", &format!("{LABEL}={}", owner.id)])
+            .args(["--network", "host", "--entrypoint", "sh"]);
+        for (name, value) in &env {
+            command.arg("--env").arg(format!("{name}={value}"));
+        }
+        command.args([image, "-c", &format!("{SCRIPTS}{START}")]);
+        exec::run(&mut command, DOCKER_LIMIT)
+            .with_context(|| format!("cannot start a container of {image}"))?;
+        Ok(Self {
+            container,
+            settings,
+        })
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        docker(&[
+            "inspect",
+            "--format",
+            "{{.State.Running}}",
+            &self.container.name,
+        ])
+        .is_ok_and(|answer| answer.trim() == "true")
+    }
+
+    pub(super) fn log(&self) -> String {
+        // Both of its streams, so through a shell.
+        let script = "docker logs --tail 60 \"$1\" 2>&1";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh", &self.container.name]);
+        exec::run(&mut command, DOCKER_LIMIT).unwrap_or_else(|error| format!("{error:#}"))
+    }
+
+    pub(super) fn ctl(&self, args: &[&str]) -> Result<String> {
+        let script = format!("{SCRIPTS}exec rabbitmqctl -q \"$@\"");
+        let mut command = Command::new("docker");
+        command
+            .args(["exec", &self.container.name, "sh", "-c", &script, "sh"])
+            .args(args);
+        exec::run(&mut command, CTL_LIMIT)
+    }
+
+    pub(super) fn start_again(&self) -> Result<()> {
+        if self.is_running() {
+            bail!(
+                "the broker on port {} is running already",
+                self.settings.port.number()
+            );
+        }
+        docker(&["start", &self.container.name]).map(drop)
+    }
+
+    pub(super) fn stop(&self) -> Result<()> {
+        docker(&["stop", "--time", "50", &self.container.name]).map(drop)
+    }
+
+    pub(super) fn kill(&self) -> Result<()> {
+        docker(&["kill", &self.container.name]).map(drop)
+    }
+
+    pub(super) fn freeze(&self) -> Result<()> {
+        self.signal("STOP")
+    }
+
+    pub(super) fn thaw(&self) -> Result<()> {
+        self.signal("CONT")
+    }
+
+    /// To the emulator, as for a local node: Docker's own pause fails now and then while a node writes to the disk.
+    fn signal(&self, name: &str) -> Result<()> {
+        docker(&["exec", &self.container.name, "sh", "-c", SIGNAL, "sh", name]).map(drop)
+    }
+}

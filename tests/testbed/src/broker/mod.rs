@@ -1,0 +1,668 @@
+//! Finds or starts a RabbitMQ: one piece of code for tests, demo, soak and benchmark.
+//!
+//! In this order: `BROKER_URL`; containers of the image in `QCONSUME_TEST_RABBITMQ`; a private node of the `rabbitmq-server`
+//! on this machine; a container of [`DEFAULT_IMAGE`]; Debian's package, installed as root; else one clear line.
+//! A private node has its own port, name, cookie, epmd and data, listens on loopback only, and is gone afterwards. The
+//! broker that may run on 5672 is never touched.
+
+mod container;
+mod install;
+mod local;
+mod probe;
+
+pub use container::{Container, docker, docker_label, docker_works, image_present};
+
+use crate::client::{Client, Queue, QueueBuilder};
+use crate::ports::{Port, random, reserve_port};
+use anyhow::{Context, Result, bail};
+use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// Names the image of the containers to test with, for example `rabbitmq:4.3-management`.
+pub const IMAGE_VARIABLE: &str = "QCONSUME_TEST_RABBITMQ";
+
+/// The image when there is neither a `rabbitmq-server` on this machine nor an image asked for.
+pub const DEFAULT_IMAGE: &str = "rabbitmq:4-management";
+
+/// A node needs 5 to 12 seconds on two idle cores; with several at a time and much else to do it was over 90.
+const START_LIMIT: Duration = Duration::from_secs(240);
+
+/// `rabbitmqctl` needs one to two seconds, more while nodes are starting.
+const CTL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Where the command line tools listen; RabbitMQ's default is a range of eleven, too few for tests side by side.
+const CLI_PORTS: (u16, u16) = (7000, 9999);
+
+/// A quorum queue's node writes down that it has the queue only when it was left alone for half a second (a "dets" table's
+/// auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after.
+const QUORUM_WRITTEN: Duration = Duration::from_millis(1500);
+
+/// What a node says when something else has its port.
+const ADDRESS_IN_USE: [&str; 3] = ["eaddrinuse", "address already in use", "in use by another"];
+
+/// A broker to test with. Private ones are removed, data and all, when dropped.
+pub struct Broker {
+    user: String,
+    password: String,
+    vhost: Option<String>,
+    addr: SocketAddr,
+    version: OnceLock<(u32, u32, u32)>,
+    client: OnceLock<Client>,
+    /// None: someone else's broker, named by `BROKER_URL`.
+    node: Option<Node>,
+}
+
+/// How a private node runs.
+enum Node {
+    Local(local::LocalNode),
+    Container(container::ContainerNode),
+}
+
+/// Where private nodes come from.
+#[derive(Clone)]
+pub(crate) enum Source {
+    Local(local::Installation),
+    Image(String),
+}
+
+/// What every node of a cluster has in common (a single node is a cluster of one).
+pub(crate) struct Group {
+    cookie: String,
+    epmd_port: Port,
+    /// The port mapper; None inside a lone container, which runs its own.
+    _epmd: Option<Epmd>,
+}
+
+/// A port mapper of our own, so that no daemon is left running that a node has started on the way.
+pub(crate) enum Epmd {
+    Local(#[expect(dead_code, reason = "kills the process when dropped")] local::LocalEpmd),
+    Container(
+        #[expect(dead_code, reason = "removes the container when dropped")] container::Removed,
+    ),
+}
+
+/// One node's identity and settings, the same for a process and a container.
+pub(crate) struct Settings {
+    pub(crate) name: String,
+    pub(crate) port: Port,
+    pub(crate) dist_port: Port,
+    pub(crate) config: String,
+    pub(crate) plugins: String,
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) files: Vec<(String, String)>,
+    pub(crate) group: Arc<Group>,
+    /// Ports that the configuration mentions, held for as long as the node lives.
+    _more_ports: Vec<(String, Port)>,
+}
+
+/// What a private node shall be like.
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct BrokerOptions {
+    config: String,
+    plugins: Vec<String>,
+    env: Vec<(String, String)>,
+    image: Option<String>,
+    files: Vec<(String, String)>,
+    ports: Vec<(String, u16)>,
+}
+
+impl BrokerOptions {
+    /// Adds lines to the node's rabbitmq.conf. `{NAME}` stands for a port given with [`BrokerOptions::port`].
+    pub fn config(mut self, lines: &str) -> Self {
+        self.config.push_str(lines);
+        self.config.push('\n');
+        self
+    }
+
+    /// Enables a plugin, such as `rabbitmq_management`; none are unless asked for, because they slow the start down.
+    pub fn plugin(mut self, name: &str) -> Self {
+        self.plugins.push(name.to_owned());
+        self
+    }
+
+    /// Sets a variable of the node's environment, such as `RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS`.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Puts a file into the node's folder, which the configuration calls `$folder`:
+    /// `.config("ssl_options.certfile = $folder/cert.pem").file("cert.pem", &pem)`.
+    pub fn file(mut self, name: &str, content: &str) -> Self {
+        self.files.push((name.to_owned(), content.to_owned()));
+        self
+    }
+
+    /// Asks for containers of this image, whatever else is there.
+    pub fn image(mut self, image: &str) -> Self {
+        self.image = Some(image.to_owned());
+        self
+    }
+
+    /// Puts the port (from [`crate::reserve_port`], which the caller keeps) in the place of `{NAME}` in the configuration:
+    /// `.config("listeners.ssl.1 = 127.0.0.1:{tls_port}").port("tls_port", port.number())`.
+    pub fn port(mut self, name: &str, port: u16) -> Self {
+        self.ports.push((name.to_owned(), port));
+        self
+    }
+
+    /// Starts a private node and waits until it answers.
+    pub fn start(&self) -> Result<Broker> {
+        let source = self.source()?;
+        retry_on_port_conflict(|| {
+            let group = Group::start(&source, false)?;
+            let settings = self.settings(&group, "")?;
+            let broker = Broker::launch(&source, settings)?;
+            broker.await_start()?;
+            Ok(broker)
+        })
+    }
+
+    /// Starts private nodes that form one cluster, and waits until they do.
+    pub fn cluster(&self, size: usize) -> Result<Vec<Broker>> {
+        let source = self.source()?;
+        retry_on_port_conflict(|| {
+            let group = Group::start(&source, true)?;
+            let mut settings: Vec<Settings> = Vec::new();
+            for _ in 0..size {
+                settings.push(self.settings(&group, "")?);
+            }
+            let mut peers =
+                String::from("cluster_formation.peer_discovery_backend = classic_config\n");
+            for (index, node) in settings.iter().enumerate() {
+                peers += &format!(
+                    "cluster_formation.classic_config.nodes.{} = {}\n",
+                    index + 1,
+                    node.name
+                );
+            }
+            let mut brokers = Vec::new();
+            for mut node in settings {
+                node.config.push_str(&peers);
+                brokers.push(Broker::launch(&source, node)?);
+            }
+            for broker in &brokers {
+                broker.await_start()?;
+            }
+            for broker in &brokers {
+                broker.await_cluster(size)?;
+            }
+            Ok(brokers)
+        })
+    }
+
+    fn source(&self) -> Result<Source> {
+        match &self.image {
+            Some(image) => install::image(image),
+            None => install::find(),
+        }
+    }
+
+    fn settings(&self, group: &Arc<Group>, more_config: &str) -> Result<Settings> {
+        let port = reserve_port()?;
+        let dist_port = reserve_port()?;
+        let name = format!("qc{:08x}@localhost", random() as u32);
+        let mut config = format!(
+            "listeners.tcp.1 = 127.0.0.1:{}\n\
+             # A worker in a network namespace of the tests' own reaches us through a proxy, so from loopback too; a container's\n\
+             # image may say otherwise, and then this makes the versions alike.\n\
+             loopback_users = none\n\
+             log.console = true\n\
+             log.console.level = info\n\
+             log.file = false\n\
+             disk_free_limit.absolute = 50MB\n",
+            port.number()
+        );
+        config.push_str(&self.config);
+        config.push_str(more_config);
+        let mut more_ports = Vec::new();
+        for (name, number) in &self.ports {
+            config = config.replace(&format!("{{{name}}}"), &number.to_string());
+        }
+        // A port whose number nobody needs to know beforehand: management's, for example.
+        while let Some(placeholder) = find_placeholder(&config) {
+            let port = reserve_port()?;
+            config = config.replace(&format!("{{{placeholder}}}"), &port.number().to_string());
+            more_ports.push((placeholder, port));
+        }
+        Ok(Settings {
+            name,
+            port,
+            dist_port,
+            config,
+            plugins: format!("[{}].\n", self.plugins.join(",")),
+            env: self.env.clone(),
+            files: self.files.clone(),
+            group: group.clone(),
+            _more_ports: more_ports,
+        })
+    }
+}
+
+/// The first `{name_port}` in the configuration.
+fn find_placeholder(config: &str) -> Option<String> {
+    let (_, rest) = config.split_once('{')?;
+    let (name, _) = rest.split_once('}')?;
+    name.ends_with("_port").then(|| name.to_owned())
+}
+
+/// A port is reserved among testbeds only; if another program has taken it meanwhile, start anew with other ports.
+fn retry_on_port_conflict<T>(mut start: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        match start() {
+            Err(error)
+                if attempts < 3
+                    && ADDRESS_IN_USE
+                        .iter()
+                        .any(|text| format!("{error:#}").to_lowercase().contains(text)) => {}
+            result => return result,
+        }
+    }
+}
+
+impl Group {
+    fn start(source: &Source, several: bool) -> Result<Arc<Self>> {
+        let epmd_port = reserve_port()?;
+        let epmd = match source {
+            Source::Local(installation) => {
+                Some(Epmd::Local(installation.start_epmd(epmd_port.number())?))
+            }
+            Source::Image(image) if several => Some(Epmd::Container(container::start_epmd(
+                image,
+                epmd_port.number(),
+            )?)),
+            // The node in the container starts its own, and it ends with the container.
+            Source::Image(_) => None,
+        };
+        Ok(Arc::new(Self {
+            cookie: format!("{:016x}", random()),
+            epmd_port,
+            _epmd: epmd,
+        }))
+    }
+}
+
+impl Settings {
+    /// What tells this node apart from every other, as environment variables.
+    fn identity(&self) -> Vec<(String, String)> {
+        let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
+        let mut env: Vec<(String, String)> = [
+            ("ERL_EPMD_PORT", self.group.epmd_port.number().to_string()),
+            ("ERL_EPMD_ADDRESS", "127.0.0.1".into()),
+            ("ERL_CRASH_DUMP_BYTES", "0".into()),
+            ("LANG", "C.UTF-8".into()),
+            ("LC_ALL", "C.UTF-8".into()),
+            ("RABBITMQ_NODENAME", self.name.clone()),
+            ("RABBITMQ_DIST_PORT", self.dist_port.number().to_string()),
+            ("RABBITMQ_CTL_DIST_PORT_MIN", CLI_PORTS.0.to_string()),
+            ("RABBITMQ_CTL_DIST_PORT_MAX", CLI_PORTS.1.to_string()),
+            ("RABBITMQ_CTL_ERL_ARGS", loopback.into()),
+            (
+                // One scheduler of each kind is enough for tests, starts faster and leaves the cores to the workers.
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                format!("{loopback} +S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none"),
+            ),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+        env.extend(self.env.iter().cloned());
+        env
+    }
+}
+
+impl Broker {
+    /// The broker that all tests of this process share, started with the first call. Don't break it: a test that stops
+    /// or freezes a broker starts its own.
+    ///
+    /// # Panics
+    /// Without a broker there is nothing to test with.
+    pub fn shared() -> &'static Self {
+        static SHARED: OnceLock<Broker> = OnceLock::new();
+        SHARED.get_or_init(|| Self::find().unwrap_or_else(|error| panic!("{error:#}")))
+    }
+
+    /// The broker at `BROKER_URL` if that is set, else a new private node.
+    pub fn find() -> Result<Self> {
+        match std::env::var("BROKER_URL") {
+            Ok(url) if !url.is_empty() => Self::external(&url),
+            _ => Self::options().start(),
+        }
+    }
+
+    /// A private node of this test's own, to be stopped, killed or frozen.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    pub fn start() -> Self {
+        Self::with_config("")
+    }
+
+    /// A private node with more lines in its rabbitmq.conf, such as
+    /// `"consumer_timeout = 2000\nchannel_tick_interval = 1000\n"`.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    pub fn with_config(lines: &str) -> Self {
+        Self::options()
+            .config(lines)
+            .start()
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// Private nodes that form one cluster.
+    ///
+    /// # Panics
+    /// When they don't.
+    pub fn cluster(size: usize) -> Vec<Self> {
+        Self::options()
+            .cluster(size)
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// For a private node with more than a few lines of configuration.
+    pub fn options() -> BrokerOptions {
+        BrokerOptions::default()
+    }
+
+    fn external(url: &str) -> Result<Self> {
+        let uri: lapin::uri::AMQPUri = url
+            .parse()
+            // Without the URL: it has a password in it.
+            .map_err(|error| anyhow::anyhow!("BROKER_URL isn't a valid AMQP address: {error}"))?;
+        if uri.scheme != lapin::uri::AMQPScheme::AMQP {
+            bail!("BROKER_URL: the tests' own connections need amqp://, not amqps://");
+        }
+        let host = uri.authority.host.trim_matches(['[', ']']).to_owned();
+        let port = uri.authority.port;
+        let addr = (host.as_str(), port)
+            .to_socket_addrs()
+            .with_context(|| format!("BROKER_URL: cannot resolve {host}"))?
+            .next()
+            .with_context(|| format!("BROKER_URL: {host} has no address"))?;
+        let broker = Self {
+            user: uri.authority.userinfo.username,
+            password: uri.authority.userinfo.password,
+            vhost: Some(uri.vhost).filter(|vhost| vhost != "/"),
+            addr,
+            version: OnceLock::new(),
+            client: OnceLock::new(),
+            node: None,
+        };
+        let version = probe::probe(addr, Duration::from_secs(10))
+            .with_context(|| format!("BROKER_URL: no RabbitMQ answers at {addr}"))?;
+        let _ = broker.version.set(version);
+        Ok(broker)
+    }
+
+    fn launch(source: &Source, settings: Settings) -> Result<Self> {
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, settings.port.number()));
+        let node = match source {
+            Source::Local(installation) => {
+                Node::Local(local::LocalNode::launch(installation, settings)?)
+            }
+            Source::Image(image) => {
+                Node::Container(container::ContainerNode::launch(image, settings)?)
+            }
+        };
+        Ok(Self {
+            user: "guest".into(),
+            password: "guest".into(),
+            vhost: None,
+            addr,
+            version: OnceLock::new(),
+            client: OnceLock::new(),
+            node: Some(node),
+        })
+    }
+
+    /// Waits until the node greets a client. Its listeners are the last thing it starts.
+    fn await_start(&self) -> Result<()> {
+        let node = self.private()?;
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            if let Ok(version) = probe::probe(self.addr, Duration::from_secs(5)) {
+                let _ = self.version.set(version);
+                return Ok(());
+            }
+            if !node.is_running() {
+                bail!(
+                    "a private RabbitMQ ended while starting; its log ends with\n{}",
+                    node.log_tail()
+                );
+            }
+            if Instant::now() > end {
+                bail!(
+                    "a private RabbitMQ on port {} hadn't started after {START_LIMIT:?}; its log ends with\n{}",
+                    self.port(),
+                    node.log_tail()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn await_cluster(&self, size: usize) -> Result<()> {
+        let end = Instant::now() + START_LIMIT;
+        loop {
+            // Visible nodes only: the asking tool is a hidden one.
+            let others = self.ctl(&["eval", "length(nodes())."])?;
+            if others.trim() == (size - 1).to_string() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!(
+                    "{} of {} nodes had joined the cluster after {START_LIMIT:?}; the log ends with\n{}",
+                    others.trim(),
+                    size - 1,
+                    self.private()?.log_tail()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn private(&self) -> Result<&Node> {
+        self.node.as_ref().context(
+            "the broker at BROKER_URL is not the tests' to control; start a private one with Broker::start()",
+        )
+    }
+
+    /// Whether the testbed started this broker, and so may stop it and use [`Broker::ctl`].
+    pub fn is_private(&self) -> bool {
+        self.node.is_some()
+    }
+
+    /// The address for `BROKER_URL`, with the credentials of an administrator.
+    pub fn url(&self) -> String {
+        self.url_at(self.addr)
+    }
+
+    /// The same credentials and virtual host at another address: a proxy's, for example.
+    pub fn url_at(&self, addr: SocketAddr) -> String {
+        let vhost = self.vhost.as_deref().map(percent_encode);
+        let vhost = vhost.map(|vhost| format!("/{vhost}")).unwrap_or_default();
+        format!(
+            "amqp://{}:{}@{addr}{vhost}",
+            percent_encode(&self.user),
+            percent_encode(&self.password)
+        )
+    }
+
+    /// The address for another user and virtual host.
+    pub fn url_for(&self, user: &str, password: &str, vhost: &str) -> String {
+        format!(
+            "amqp://{}:{}@{}/{}",
+            percent_encode(user),
+            percent_encode(password),
+            self.addr,
+            percent_encode(vhost)
+        )
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// The port on which it listens.
+    pub fn port(&self) -> u16 {
+        self.addr.port()
+    }
+
+    /// RabbitMQ's version: `broker.version() >= (4, 3, 0)`.
+    pub fn version(&self) -> (u32, u32, u32) {
+        // Set by the handshake that found the broker ready, before anyone gets hold of it.
+        self.version.get().copied().unwrap_or_default()
+    }
+
+    /// The name of the private node, such as a cluster's status shows it.
+    pub fn node_name(&self) -> Option<&str> {
+        self.node.as_ref().map(|node| node.settings().name.as_str())
+    }
+
+    /// The port that took the place of `{placeholder}` in the configuration.
+    pub fn extra_port(&self, placeholder: &str) -> Option<u16> {
+        let more = &self.node.as_ref()?.settings()._more_ports;
+        let (_, port) = more.iter().find(|(name, _)| name == placeholder)?;
+        Some(port.number())
+    }
+
+    /// The folder with its files ([`BrokerOptions::file`]), as the node itself sees it.
+    pub fn folder(&self) -> Option<std::path::PathBuf> {
+        match self.node.as_ref()? {
+            Node::Local(node) => Some(node.folder().to_owned()),
+            Node::Container(_) => Some(container::FOLDER.into()),
+        }
+    }
+
+    /// Runs `rabbitmqctl` on it: `ctl(&["add_vhost", "other"])`. Gives what it printed.
+    pub fn ctl(&self, args: &[&str]) -> Result<String> {
+        match self.private()? {
+            Node::Local(node) => node.ctl(args),
+            Node::Container(node) => node.ctl(args),
+        }
+    }
+
+    /// Shuts it down in an orderly way and waits until it has ended.
+    pub fn stop(&self) -> Result<()> {
+        match self.private()? {
+            Node::Local(node) => node.stop(),
+            Node::Container(node) => node.stop(),
+        }
+    }
+
+    /// Kills it with SIGKILL, as a crash or a power failure would.
+    ///
+    /// A quorum queue that [`Broker::client`] has declared is given the second and a half that RabbitMQ needs to remember it.
+    pub fn kill(&self) -> Result<()> {
+        if let Some(declared) = self.client.get().and_then(Client::quorum_declared) {
+            std::thread::sleep(QUORUM_WRITTEN.saturating_sub(declared.elapsed()));
+        }
+        match self.private()? {
+            Node::Local(node) => node.kill(),
+            Node::Container(node) => node.kill(),
+        }
+    }
+
+    /// Stops its processes with SIGSTOP: its connections stay open, and nothing is answered.
+    pub fn freeze(&self) -> Result<()> {
+        match self.private()? {
+            Node::Local(node) => node.freeze(),
+            Node::Container(node) => node.freeze(),
+        }
+    }
+
+    /// Lets a frozen broker go on.
+    pub fn thaw(&self) -> Result<()> {
+        match self.private()? {
+            Node::Local(node) => node.thaw(),
+            Node::Container(node) => node.thaw(),
+        }
+    }
+
+    /// Starts a stopped or killed broker with the same data on the same port, and waits until it answers.
+    pub fn start_again(&self) -> Result<()> {
+        self.launch_again()?;
+        self.await_start()
+    }
+
+    /// The same without waiting; a cluster that was stopped as a whole may need several nodes before one answers.
+    pub fn launch_again(&self) -> Result<()> {
+        match self.private()? {
+            Node::Local(node) => node.start_again(),
+            Node::Container(node) => node.start_again(),
+        }
+    }
+
+    /// Stops it in an orderly way and starts it again.
+    pub fn restart(&self) -> Result<()> {
+        self.stop()?;
+        self.start_again()
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        self.node.as_ref().map(Node::log_tail).unwrap_or_default()
+    }
+
+    /// The tests' own connection to it.
+    pub fn client(&self) -> &Client {
+        self.client.get_or_init(|| Client::new(&self.url()))
+    }
+
+    /// Declares a durable classic queue of its own for a test; see [`Client::declare`] for more.
+    ///
+    /// # Panics
+    /// When the broker doesn't declare it.
+    pub fn queue(&self, name: &str) -> Queue {
+        self.client().queue(name)
+    }
+
+    /// Declares a queue with a type and arguments.
+    pub fn declare(&self, name: &str) -> QueueBuilder {
+        self.client().declare(name)
+    }
+}
+
+impl Node {
+    fn settings(&self) -> &Settings {
+        match self {
+            Self::Local(node) => node.settings(),
+            Self::Container(node) => node.settings(),
+        }
+    }
+
+    fn is_running(&self) -> bool {
+        match self {
+            Self::Local(node) => node.is_running(),
+            Self::Container(node) => node.is_running(),
+        }
+    }
+
+    /// The last lines of its log, which say why it didn't start.
+    fn log_tail(&self) -> String {
+        let log = match self {
+            Self::Local(node) => node.log(),
+            Self::Container(node) => node.log(),
+        };
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+}
+
+/// Encodes everything that isn't plainly allowed in every part of a URL.
+fn percent_encode(text: &str) -> String {
+    let mut encoded = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            encoded.push(char::from(byte));
+        } else {
+            encoded.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    encoded
+}

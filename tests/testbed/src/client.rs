@@ -1,0 +1,742 @@
+//! The test's own side of AMQP: fills queues and looks into them.
+//!
+//! [`Client`]'s methods give a `Result`, for the soak, whose broker comes and goes. [`Queue`]'s panic, so that a test reads as a
+//! sentence.
+
+use crate::ports::random;
+use crate::{PATIENCE, block_on, eventually};
+use anyhow::{Context, Result, bail};
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions,
+    BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
+    QueuePurgeOptions,
+};
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::Mutex;
+
+/// The longest that any single operation may take; a broker under load on two cores stays far below.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a dropped queue waits for a broker that may be gone or frozen by then.
+const DROP_LIMIT: Duration = Duration::from_secs(2);
+
+/// A connection to a broker, opened with the first use and again after the broker was gone.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    url: String,
+    /// When it last declared a quorum queue.
+    quorum_declared: std::sync::Mutex<Option<Instant>>,
+    connection: Mutex<Option<Connection>>,
+}
+
+/// What became of a message, as the broker tells it with the next delivery.
+#[derive(Debug, Clone)]
+pub struct Got {
+    /// The message itself.
+    pub body: Vec<u8>,
+    /// Whether it has been delivered before.
+    pub redelivered: bool,
+    /// The exchange it was published to.
+    pub exchange: String,
+    /// The routing key it was published with.
+    pub routing_key: String,
+    /// Properties and headers.
+    pub properties: BasicProperties,
+    /// How many were ready behind it.
+    pub remaining: u32,
+}
+
+impl Got {
+    /// The body as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// A header's value.
+    pub fn header(&self, name: &str) -> Option<&AMQPValue> {
+        self.properties.headers().as_ref()?.inner().get(name)
+    }
+
+    /// `x-delivery-count`: how often it came back. Quorum queues only, and absent the first time.
+    pub fn delivery_count(&self) -> Option<i64> {
+        integer(self.header("x-delivery-count")?)
+    }
+
+    /// `x-acquired-count`: how often it was handed out. Quorum queues of RabbitMQ 4.3 only.
+    pub fn acquired_count(&self) -> Option<i64> {
+        integer(self.header("x-acquired-count")?)
+    }
+}
+
+/// The broker may choose any integer type.
+fn integer(value: &AMQPValue) -> Option<i64> {
+    match value {
+        AMQPValue::ShortShortInt(n) => Some((*n).into()),
+        AMQPValue::ShortShortUInt(n) => Some((*n).into()),
+        AMQPValue::ShortInt(n) => Some((*n).into()),
+        AMQPValue::ShortUInt(n) => Some((*n).into()),
+        AMQPValue::LongInt(n) => Some((*n).into()),
+        AMQPValue::LongUInt(n) => Some((*n).into()),
+        AMQPValue::LongLongInt(n) => Some(*n),
+        AMQPValue::Timestamp(n) => (*n).try_into().ok(),
+        _ => None,
+    }
+}
+
+impl Client {
+    /// For the broker at this address; connects when first used.
+    pub fn new(url: &str) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                url: url.to_owned(),
+                quorum_declared: std::sync::Mutex::default(),
+                connection: Mutex::new(None),
+            }),
+        }
+    }
+
+    /// When this client last declared a quorum queue.
+    pub(crate) fn quorum_declared(&self) -> Option<Instant> {
+        let declared = self.inner.quorum_declared.lock();
+        *declared.unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn note_quorum(&self) {
+        let declared = self.inner.quorum_declared.lock();
+        *declared.unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Instant::now());
+    }
+
+    /// A channel of its own, for what this client has no method for (with [`block_on`]).
+    pub fn channel(&self) -> Result<Channel> {
+        block_on(limited(self.open_channel()))
+    }
+
+    async fn open_channel(&self) -> Result<Channel> {
+        let mut connection = self.inner.connection.lock().await;
+        if let Some(open) = connection.as_ref()
+            && let Ok(channel) = open.create_channel().await
+        {
+            return Ok(channel);
+        }
+        // Never opened, or lost with the broker that was killed a moment ago.
+        let properties = ConnectionProperties::default().with_connection_name("testbed".into());
+        let opened = Connection::connect(&self.inner.url, properties)
+            .await
+            .context("the test's own client can't connect to the broker")?;
+        let channel = opened.create_channel().await?;
+        *connection = Some(opened);
+        Ok(channel)
+    }
+
+    /// Runs one operation on a channel of its own, because an error closes the channel.
+    fn operate<T>(&self, operation: impl AsyncFnOnce(&Channel) -> Result<T>) -> Result<T> {
+        block_on(limited(async {
+            let channel = self.open_channel().await?;
+            let result = operation(&channel).await;
+            // With the answer to close, an ack sent before has been processed; after an error it is closed already.
+            if result.is_ok() {
+                channel.close(200, "".into()).await?;
+            }
+            result
+        }))
+    }
+
+    /// Declares a durable classic queue with a name of its own, which starts with `name`.
+    ///
+    /// # Panics
+    /// When the broker doesn't.
+    #[track_caller]
+    pub fn queue(&self, name: &str) -> Queue {
+        self.declare(name).create()
+    }
+
+    /// Declares a queue with a type and arguments.
+    pub fn declare(&self, name: &str) -> QueueBuilder {
+        QueueBuilder {
+            client: self.clone(),
+            name: format!("{name}-{:08x}", random() as u32),
+            options: QueueDeclareOptions {
+                durable: true,
+                ..Default::default()
+            },
+            arguments: FieldTable::default(),
+        }
+    }
+
+    /// Ready messages and consumers of a queue; None if there is no such queue.
+    pub fn counts(&self, queue: &str) -> Result<Option<(u32, u32)>> {
+        self.operate(async |channel| {
+            let options = QueueDeclareOptions {
+                passive: true,
+                ..Default::default()
+            };
+            match channel
+                .queue_declare(queue.into(), options, FieldTable::default())
+                .await
+            {
+                Ok(queue) => Ok(Some((queue.message_count(), queue.consumer_count()))),
+                Err(error) if is_not_found(&error) => Err(NotFound.into()),
+                Err(error) => Err(error.into()),
+            }
+        })
+        .map_or_else(
+            |error| {
+                if error.is::<NotFound>() {
+                    Ok(None)
+                } else {
+                    Err(error)
+                }
+            },
+            Ok,
+        )
+    }
+
+    /// Publishes messages to a queue, all in flight, and waits until the broker has confirmed every one.
+    pub fn publish<B: AsRef<[u8]>>(
+        &self,
+        queue: &str,
+        bodies: impl IntoIterator<Item = B>,
+        properties: BasicProperties,
+    ) -> Result<()> {
+        self.operate(async |channel| {
+            channel
+                .confirm_select(ConfirmSelectOptions::default())
+                .await?;
+            let options = BasicPublishOptions {
+                mandatory: true,
+                ..Default::default()
+            };
+            let mut confirms = Vec::new();
+            for body in bodies {
+                let confirm = channel
+                    .basic_publish(
+                        "".into(),
+                        queue.into(),
+                        options,
+                        body.as_ref(),
+                        properties.clone(),
+                    )
+                    .await?;
+                confirms.push(confirm);
+            }
+            for confirm in confirms {
+                let confirmation = confirm.await?;
+                if !confirmation.is_ack() || confirmation.take_message().is_some() {
+                    bail!("the broker refused or returned a message for queue {queue}");
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Takes the next ready message out of a queue for good.
+    pub fn get(&self, queue: &str) -> Result<Option<Got>> {
+        self.operate(async |channel| {
+            let Some((tag, got)) = basic_get(channel, queue).await? else {
+                return Ok(None);
+            };
+            channel.basic_ack(tag, BasicAckOptions::default()).await?;
+            Ok(Some(got))
+        })
+    }
+
+    /// Looks at the next ready message and puts it back, which marks it as redelivered and raises its counts.
+    pub fn peek(&self, queue: &str) -> Result<Option<Got>> {
+        self.operate(async |channel| {
+            let Some((tag, got)) = basic_get(channel, queue).await? else {
+                return Ok(None);
+            };
+            let options = BasicNackOptions {
+                requeue: true,
+                ..Default::default()
+            };
+            channel.basic_nack(tag, options).await?;
+            Ok(Some(got))
+        })
+    }
+
+    /// Takes the next ready message and keeps it unacknowledged.
+    pub fn hold(&self, queue: &str) -> Result<Option<Held>> {
+        block_on(limited(async {
+            let channel = self.open_channel().await?;
+            Ok(basic_get(&channel, queue)
+                .await?
+                .map(|(tag, got)| Held { got, tag, channel }))
+        }))
+    }
+
+    /// Throws away what is ready in a queue; gives how many that were.
+    pub fn purge(&self, queue: &str) -> Result<u32> {
+        self.operate(async |channel| {
+            Ok(channel
+                .queue_purge(queue.into(), QueuePurgeOptions::default())
+                .await?)
+        })
+    }
+
+    /// Deletes a queue, with everything in it; one that isn't there is no error.
+    pub fn delete(&self, queue: &str) -> Result<()> {
+        self.operate(async |channel| {
+            channel
+                .queue_delete(queue.into(), QueueDeleteOptions::default())
+                .await?;
+            Ok(())
+        })
+    }
+
+    /// Consumes from a queue and keeps all it is given (one message at a time) unacknowledged.
+    pub fn consume(&self, queue: &str, exclusive: bool) -> Result<Consumer> {
+        block_on(limited(async {
+            let channel = self.open_channel().await?;
+            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            let options = BasicConsumeOptions {
+                exclusive,
+                ..Default::default()
+            };
+            let deliveries = channel
+                .basic_consume(queue.into(), "".into(), options, FieldTable::default())
+                .await?;
+            Ok(Consumer {
+                channel,
+                _deliveries: deliveries,
+            })
+        }))
+    }
+
+    /// Closes the connection; the next use opens a new one.
+    pub fn disconnect(&self) {
+        last_wish(async {
+            if let Some(connection) = self.inner.connection.lock().await.take() {
+                connection.close(200, "".into()).await?;
+            }
+            Ok(())
+        });
+    }
+}
+
+async fn basic_get(channel: &Channel, queue: &str) -> Result<Option<(u64, Got)>> {
+    let Some(message) = channel
+        .basic_get(queue.into(), BasicGetOptions::default())
+        .await?
+    else {
+        return Ok(None);
+    };
+    let remaining = message.message_count;
+    let delivery = message.delivery;
+    Ok(Some((
+        delivery.delivery_tag,
+        Got {
+            body: delivery.data,
+            redelivered: delivery.redelivered,
+            exchange: delivery.exchange.to_string(),
+            routing_key: delivery.routing_key.to_string(),
+            properties: delivery.properties,
+            remaining,
+        },
+    )))
+}
+
+async fn limited<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::time::timeout(LIMIT, operation)
+        .await
+        .unwrap_or_else(|_| {
+            bail!("the broker didn't answer the test's own client within {LIMIT:?}")
+        })
+}
+
+/// For what is dropped: the broker may be gone or frozen by then, and then nothing more needs to be done.
+fn last_wish(operation: impl Future<Output = Result<()>>) {
+    // Within an async block, because the timer needs the runtime's context from the start.
+    let _ = block_on(async { tokio::time::timeout(DROP_LIMIT, operation).await });
+}
+
+/// Tells "no such queue" from other failures on its way through [`Client::operate`].
+#[derive(Debug)]
+struct NotFound;
+
+impl std::fmt::Display for NotFound {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("no such queue")
+    }
+}
+
+impl std::error::Error for NotFound {}
+
+fn is_not_found(error: &lapin::Error) -> bool {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => {
+            *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
+                // A classic queue whose home node is down is answered with the same code.
+                && error.get_message().as_str().contains("no queue")
+        }
+        _ => false,
+    }
+}
+
+/// The type of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueKind {
+    /// On one node; tells about earlier deliveries only by `redelivered`.
+    Classic,
+    /// Replicated; counts deliveries.
+    Quorum,
+}
+
+impl QueueKind {
+    /// Both, for a test that loops over them.
+    pub const ALL: [Self; 2] = [Self::Classic, Self::Quorum];
+
+    /// As in the argument `x-queue-type`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Classic => "classic",
+            Self::Quorum => "quorum",
+        }
+    }
+}
+
+/// A queue about to be declared.
+#[must_use]
+pub struct QueueBuilder {
+    client: Client,
+    name: String,
+    options: QueueDeclareOptions,
+    arguments: FieldTable,
+}
+
+impl QueueBuilder {
+    /// Its type; classic unless set.
+    pub fn kind(self, kind: QueueKind) -> Self {
+        self.arg("x-queue-type", kind.as_str())
+    }
+
+    /// A quorum queue.
+    pub fn quorum(self) -> Self {
+        self.kind(QueueKind::Quorum)
+    }
+
+    /// Any argument: `x-delivery-limit`, `x-single-active-consumer`, `x-max-priority`, …
+    pub fn arg(mut self, name: &str, value: impl Into<Argument>) -> Self {
+        self.arguments.insert(name.into(), value.into().0);
+        self
+    }
+
+    /// Where a rejected message goes: another queue of the test's.
+    pub fn dead_letter_to(self, queue: &Queue) -> Self {
+        let name = queue.name().to_owned();
+        self.arg("x-dead-letter-exchange", "")
+            .arg("x-dead-letter-routing-key", name)
+    }
+
+    /// After so many returns a message is dropped or dead-lettered (quorum queues).
+    pub fn delivery_limit(self, limit: i32) -> Self {
+        self.arg("x-delivery-limit", limit)
+    }
+
+    /// Exactly this name instead of one that is made unique.
+    pub fn exact_name(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// The flags of the declaration: durable, exclusive, auto-delete.
+    pub fn options(mut self, options: QueueDeclareOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Declares it.
+    ///
+    /// # Panics
+    /// When the broker doesn't.
+    #[track_caller]
+    pub fn create(self) -> Queue {
+        self.try_create()
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// The handle of a queue with this name that is not declared (yet).
+    pub fn absent(self) -> Queue {
+        Queue {
+            client: self.client,
+            name: self.name,
+        }
+    }
+
+    /// Declares it.
+    pub fn try_create(self) -> Result<Queue> {
+        let Self {
+            client,
+            name,
+            options,
+            arguments,
+        } = self;
+        if arguments.inner().get("x-queue-type") == Some(&AMQPValue::LongString("quorum".into())) {
+            client.note_quorum();
+        }
+        client
+            .operate(async |channel| {
+                channel
+                    .queue_declare(name.as_str().into(), options, arguments)
+                    .await?;
+                Ok(())
+            })
+            .with_context(|| format!("cannot declare queue {name}"))?;
+        Ok(Queue { client, name })
+    }
+}
+
+/// The value of a queue's argument.
+pub struct Argument(AMQPValue);
+
+impl From<&str> for Argument {
+    fn from(text: &str) -> Self {
+        Self(AMQPValue::LongString(text.into()))
+    }
+}
+
+impl From<String> for Argument {
+    fn from(text: String) -> Self {
+        Self(AMQPValue::LongString(text.into()))
+    }
+}
+
+impl From<i32> for Argument {
+    fn from(number: i32) -> Self {
+        Self(AMQPValue::LongInt(number))
+    }
+}
+
+impl From<bool> for Argument {
+    fn from(flag: bool) -> Self {
+        Self(AMQPValue::Boolean(flag))
+    }
+}
+
+impl From<AMQPValue> for Argument {
+    fn from(value: AMQPValue) -> Self {
+        Self(value)
+    }
+}
+
+/// A queue of a test's own, deleted when dropped. Every method panics when the broker fails it.
+pub struct Queue {
+    client: Client,
+    name: String,
+}
+
+impl Queue {
+    /// Its name, for `QUEUE`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Puts one message in; returns when the broker has confirmed it.
+    #[track_caller]
+    pub fn publish(&self, body: impl AsRef<[u8]>) {
+        self.publish_with(BasicProperties::default().with_delivery_mode(2), body);
+    }
+
+    /// Puts one message in, with properties and headers.
+    #[track_caller]
+    pub fn publish_with(&self, properties: BasicProperties, body: impl AsRef<[u8]>) {
+        self.must(
+            "publish to",
+            self.client.publish(&self.name, [body], properties),
+        );
+    }
+
+    /// Puts many messages in, all in flight; returns when the broker has confirmed every one.
+    #[track_caller]
+    pub fn publish_all<B: AsRef<[u8]>>(&self, bodies: impl IntoIterator<Item = B>) {
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        self.must(
+            "publish to",
+            self.client.publish(&self.name, bodies, properties),
+        );
+    }
+
+    /// How many messages are ready. A quorum queue's count lags behind; see [`Queue::wait_ready`].
+    #[track_caller]
+    pub fn ready(&self) -> u32 {
+        self.counts().0
+    }
+
+    /// How many consumers it has.
+    #[track_caller]
+    pub fn consumers(&self) -> u32 {
+        self.counts().1
+    }
+
+    #[track_caller]
+    fn counts(&self) -> (u32, u32) {
+        let counts = self.must("look at", self.client.counts(&self.name));
+        counts.unwrap_or_else(|| panic!("queue {} is not there", self.name))
+    }
+
+    /// Waits until exactly so many messages are ready.
+    #[track_caller]
+    pub fn wait_ready(&self, count: u32) {
+        let mut seen = 0;
+        let reached = eventually(PATIENCE, || {
+            seen = self.ready();
+            seen == count
+        });
+        assert!(
+            reached,
+            "queue {}: {seen} ready instead of {count} after {PATIENCE:?}",
+            self.name
+        );
+    }
+
+    /// Waits until it has exactly so many consumers.
+    #[track_caller]
+    pub fn wait_consumers(&self, count: u32) {
+        let mut seen = 0;
+        let reached = eventually(PATIENCE, || {
+            seen = self.consumers();
+            seen == count
+        });
+        assert!(
+            reached,
+            "queue {}: {seen} consumers instead of {count} after {PATIENCE:?}",
+            self.name
+        );
+    }
+
+    /// Takes the next ready message out for good.
+    #[track_caller]
+    pub fn get(&self) -> Option<Got> {
+        self.must("get from", self.client.get(&self.name))
+    }
+
+    /// The same, waiting for a message that is on its way back.
+    #[track_caller]
+    pub fn wait_get(&self) -> Got {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(got) = self.get() {
+                return got;
+            }
+            assert!(
+                Instant::now() < end,
+                "no message in queue {} after {PATIENCE:?}",
+                self.name
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Looks at the next ready message and puts it back, which marks it as redelivered and raises its counts.
+    #[track_caller]
+    pub fn peek(&self) -> Option<Got> {
+        self.must("peek into", self.client.peek(&self.name))
+    }
+
+    /// Takes the next ready message and keeps it unacknowledged until told otherwise.
+    #[track_caller]
+    pub fn hold(&self) -> Option<Held> {
+        self.must("get from", self.client.hold(&self.name))
+    }
+
+    /// Consumes from it, like a worker that never ends its first message; `exclusive` lets nobody else.
+    #[track_caller]
+    pub fn consume(&self, exclusive: bool) -> Consumer {
+        self.must("consume from", self.client.consume(&self.name, exclusive))
+    }
+
+    /// Throws away what is ready.
+    #[track_caller]
+    pub fn purge(&self) {
+        self.must("purge", self.client.purge(&self.name));
+    }
+
+    /// Deletes it under its consumers' feet.
+    #[track_caller]
+    pub fn delete(&self) {
+        self.must("delete", self.client.delete(&self.name));
+    }
+
+    /// Whether the broker has it.
+    #[track_caller]
+    pub fn exists(&self) -> bool {
+        self.must("look at", self.client.counts(&self.name))
+            .is_some()
+    }
+
+    #[track_caller]
+    fn must<T>(&self, what: &str, result: Result<T>) -> T {
+        match result {
+            Ok(value) => value,
+            Err(error) => panic!("cannot {what} queue {}: {error:#}", self.name),
+        }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        last_wish(async {
+            let channel = self.client.open_channel().await?;
+            let options = QueueDeleteOptions::default();
+            channel
+                .queue_delete(self.name.as_str().into(), options)
+                .await?;
+            Ok(channel.close(200, "".into()).await?)
+        });
+    }
+}
+
+/// A message that is kept unacknowledged. Dropping it without a word closes its channel, and the broker requeues it.
+pub struct Held {
+    /// The message.
+    pub got: Got,
+    tag: u64,
+    channel: Channel,
+}
+
+impl Held {
+    /// Acknowledges it.
+    pub fn ack(self) -> Result<()> {
+        block_on(limited(async {
+            self.channel
+                .basic_ack(self.tag, BasicAckOptions::default())
+                .await?;
+            Ok(self.channel.close(200, "".into()).await?)
+        }))
+    }
+
+    /// Puts it back.
+    pub fn requeue(self) -> Result<()> {
+        let options = BasicNackOptions {
+            requeue: true,
+            ..Default::default()
+        };
+        block_on(limited(async {
+            self.channel.basic_nack(self.tag, options).await?;
+            Ok(self.channel.close(200, "".into()).await?)
+        }))
+    }
+}
+
+/// A consumer of the test's own; dropping it closes its channel.
+pub struct Consumer {
+    channel: Channel,
+    _deliveries: lapin::Consumer,
+}
+
+impl Consumer {
+    /// Ends it and waits until the broker has taken note.
+    pub fn close(self) -> Result<()> {
+        block_on(limited(async {
+            Ok(self.channel.close(200, "".into()).await?)
+        }))
+    }
+}

@@ -1,0 +1,75 @@
+//! What qconsume's tests, demo, soak and benchmark stand on.
+//!
+//! - [`Broker`] finds or starts a RabbitMQ; private ones can be stopped, killed, frozen and clustered.
+//! - [`Client`] and [`Queue`] are the test's own side of AMQP.
+//! - [`Proxy`] stands between a worker and its broker and misbehaves on demand.
+//! - [`Program`] runs the binary under test and never hangs.
+//! - [`Container`] runs it as a container's first process.
+//! - [`soak`] puts all of it together, at random, and keeps the books.
+//! - [`Netns`] and [`FullBacklog`] are networks that swallow packets.
+//!
+//! Everything blocks, so a test is a plain function; what is asynchronous inside runs on one thread of the testbed's own.
+//! Nothing outlives the process that started it, not even when that process is killed: see [`owner`].
+
+#![forbid(unsafe_code)]
+
+mod backlog;
+mod broker;
+mod client;
+pub mod demo;
+mod exec;
+mod netns;
+pub mod owner;
+mod ports;
+mod program;
+mod proxy;
+mod runtime;
+pub mod soak;
+pub mod transcripts;
+
+pub use backlog::FullBacklog;
+pub use broker::{
+    Broker, BrokerOptions, Container, docker, docker_label, docker_works, image_present,
+};
+pub use client::{Client, Consumer, Got, Held, Queue, QueueBuilder, QueueKind};
+pub use lapin::{self, BasicProperties, types};
+pub use netns::Netns;
+pub use nix::sys::signal::Signal;
+pub use ports::{Port, reserve_port};
+pub use program::{Finished, Program, Running};
+pub use proxy::{Action, Direction, Fate, Method, Proxy, Rewrite, Seen, frames};
+pub use rcgen;
+pub use runtime::block_on;
+
+use std::time::{Duration, Instant};
+
+/// How long a test waits for something that should take milliseconds. Generous, because two cores may be starting
+/// several brokers at the same time; it is only ever reached by a failing test.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Reports that a test's optional ingredient (Docker, an image, root, tini) is absent; the test should then return.
+///
+/// # Panics
+/// Where `CI=true`: a pipeline must have everything, or else a test would be skipped there for ever without anybody noticing.
+pub fn missing(what: &str) {
+    let test = std::thread::current().name().unwrap_or("test").to_owned();
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{test} needs {what}, and with CI=true nothing may be skipped"
+    );
+    eprintln!("{test} skipped: needs {what}");
+}
+
+/// Polls `condition` until it holds or `deadline` has passed; says whether it held.
+pub fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + deadline;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

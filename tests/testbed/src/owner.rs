@@ -1,0 +1,197 @@
+//! Nothing is left behind, however this process ends.
+//!
+//! A test process may be killed at any time, so it can't be relied on to clean up after itself. With its first resource it
+//! starts a watchdog: a shell in a process group of its own that waits for the end of its standard input. This
+//! process holds the only other end of that pipe, so the watchdog wakes when this process is gone, even by SIGKILL, and then
+//! - kills every process that carries this owner's mark in its environment,
+//! - removes every container and network with this owner's label and every network namespace with this owner's prefix,
+//! - deletes this owner's folder.
+//!
+//! The marks are there from the moment a resource exists, so there is no window in which one is not yet registered.
+
+use crate::ports::random;
+use anyhow::{Context, Result};
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+
+/// The environment variable that marks what this process started.
+pub const MARK: &str = "QCONSUME_TESTBED_OWNER";
+
+/// The label of this process's containers.
+pub(crate) const LABEL: &str = "qconsume.testbed.owner";
+
+/// A temporary policy against starting services names its owner, so that only that owner's watchdog removes it.
+pub(crate) const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// What the watchdog runs: `sh -c WATCHDOG watchdog MARK ID FOLDER LABEL POLICY`.
+const WATCHDOG: &str = r#"
+trap '' HUP INT QUIT TERM
+cat >/dev/null
+mark="$1=$2" id="$2" folder="$3" label="$4=$2" policy="$5"
+# A process may be between fork and exec while we look, so look until nothing has been found twice in a row.
+clean=0 rounds=0
+while [ $clean -lt 2 ] && [ $rounds -lt 100 ]; do
+    clean=$((clean + 1)) rounds=$((rounds + 1))
+    for file in $(grep -l -a -F "$mark" /proc/[0-9]*/environ 2>/dev/null); do
+        pid=${file#/proc/} pid=${pid%/environ}
+        kill -9 "$pid" 2>/dev/null && clean=0
+    done
+    sleep 0.05
+done
+if [ -e "$folder/docker" ]; then
+    # The Docker daemon may still be creating what a killed client asked for: look again a little later.
+    for pause in 0 1 3; do
+        sleep $pause
+        names=$(docker ps -aq --filter "label=$label")
+        [ -z "$names" ] || docker rm -f -v $names
+    done
+    networks=$(docker network ls -q --filter "label=$label")
+    [ -z "$networks" ] || docker network rm $networks
+fi
+if [ -e "$folder/netns" ]; then
+    for name in $(ip netns list | sed 's/ .*//' | grep "^$id"); do ip netns delete "$name"; done
+fi
+if grep -q -s -F "$id" "$policy"; then rm -f "$policy"; fi
+rm -rf "$folder"
+"#;
+
+/// This process as the owner of processes, containers, namespaces and files.
+pub(crate) struct Owner {
+    /// Unique among all test processes; also the prefix of names.
+    pub(crate) id: String,
+    /// Everything on disk lives below.
+    folder: PathBuf,
+    /// Held for its standard input, whose closing is the signal.
+    _watchdog: Child,
+}
+
+/// This process's identity, with its watchdog running.
+pub(crate) fn get() -> Result<&'static Owner> {
+    static OWNER: OnceLock<Result<Owner, String>> = OnceLock::new();
+    OWNER
+        .get_or_init(|| Owner::start().map_err(|error| format!("{error:#}")))
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+impl Owner {
+    fn start() -> Result<Self> {
+        // Short, because the name of a network namespace's link has at most 15 characters.
+        let id = format!("qc{:08x}", random() as u32);
+        let folder = std::env::temp_dir().join(format!("qconsume-testbed-{id}"));
+        let watchdog = Command::new("sh")
+            .args(["-c", WATCHDOG, "watchdog", MARK, &id])
+            .arg(&folder)
+            .args([LABEL, POLICY])
+            .env_clear()
+            .envs(std::env::vars_os().filter(|(name, _)| {
+                // What it takes to run docker and ip; above all not the mark of an outer owner, or else its watchdog kills ours.
+                matches!(
+                    name.to_str(),
+                    Some("PATH" | "HOME" | "DOCKER_HOST" | "DOCKER_CONFIG")
+                )
+            }))
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            // Not inherited: whoever reads this process's output would wait for the watchdog too.
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .context("cannot start the shell that cleans up after the tests")?;
+        fs::create_dir(&folder)
+            .with_context(|| format!("cannot create {} for the tests", folder.display()))?;
+        Ok(Self {
+            id,
+            folder,
+            _watchdog: watchdog,
+        })
+    }
+
+    /// A new, empty folder of this process's.
+    pub(crate) fn create_folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.folder.join(format!("{name}-{:08x}", random() as u32));
+        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Tells the watchdog that it must ask Docker too.
+    pub(crate) fn uses_docker(&self) -> Result<()> {
+        self.note("docker")
+    }
+
+    /// Tells the watchdog that it must look for network namespaces too.
+    pub(crate) fn uses_netns(&self) -> Result<()> {
+        self.note("netns")
+    }
+
+    fn note(&self, name: &str) -> Result<()> {
+        let path = self.folder.join(name);
+        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// A folder for a test's own files, gone when this process ends.
+///
+/// # Panics
+/// When it can't be created.
+pub fn temp_folder(name: &str) -> PathBuf {
+    get()
+        .and_then(|owner| owner.create_folder(name))
+        .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Whether this process has the rights of root (its effective user id is 0).
+pub fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
+}
+
+/// The pids of the living processes that have `NAME=VALUE` in the environment they were started with.
+pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
+    let wanted = format!("{name}={value}");
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        // A zombie's environ reads as empty, so what has ended but isn't reaped doesn't count.
+        .filter(|pid: &i32| {
+            fs::read(format!("/proc/{pid}/environ")).is_ok_and(|bytes| {
+                bytes
+                    .split(|byte| *byte == 0)
+                    .any(|var| var == wanted.as_bytes())
+            })
+        })
+        .collect()
+}
+
+/// The first executable file of that name in `PATH`.
+pub fn find_in_path(name: &str) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let executable = |path: &Path| {
+        fs::metadata(path)
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        // The tools of an administrator are missing from many users' PATH.
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(name))
+        .find(|path| executable(path))
+}
+
+/// This process's mark: the value of [`MARK`] in what it starts.
+///
+/// # Panics
+/// When the watchdog can't be started.
+pub fn id() -> &'static str {
+    match get() {
+        Ok(owner) => &owner.id,
+        Err(error) => panic!("{error:#}"),
+    }
+}

@@ -1,0 +1,448 @@
+//! A TCP proxy between a worker and its broker, which misbehaves when told to.
+//!
+//! It reads the frames of AMQP 0-9-1 on their way (in each direction), so that a fault can be put exactly before or after a
+//! given method. What isn't AMQP in plain text (TLS) passes as it is, and only the faults that need no frames apply.
+
+pub mod frames;
+mod relay;
+
+pub use frames::Method;
+
+use crate::broker::Broker;
+use crate::ports::{Port, reserve_port};
+use crate::runtime;
+use anyhow::{Context, Result};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+/// Which way a frame goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the worker to the broker.
+    ToBroker,
+    /// From the broker to the worker.
+    ToClient,
+}
+
+impl Direction {
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// What happens when a certain method comes along.
+#[derive(Clone)]
+pub enum Action {
+    /// It passes.
+    Pass,
+    /// Both sides are reset, and the method doesn't arrive.
+    CutBefore,
+    /// The method arrives; then its receiver sees the connection closed and its sender sees it reset.
+    CutAfter,
+    /// This frame and everything after it in this direction disappears; the other direction goes on.
+    Swallow,
+    /// Only this frame disappears.
+    SwallowFrame,
+    /// From this frame on everything disappears in both directions, while the connections stay open.
+    Stall,
+    /// This frame and what follows in this direction wait for [`Proxy::release`].
+    Hold,
+    /// The frame passes, and these bytes (whole frames, see [`frames`]) go to the worker.
+    Inject(Vec<u8>),
+    /// These bytes go to the worker instead of the frame's going where it was to go.
+    InjectInstead(Vec<u8>),
+    /// Another frame takes its place: an ack with a wrong delivery tag, for example, to which the broker answers with a 406.
+    Replace(Rewrite),
+}
+
+/// Makes another frame of a frame.
+pub type Rewrite = Arc<dyn Fn(&[u8]) -> Vec<u8> + Send + Sync>;
+
+/// What became of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is in the proxy.
+    Arrived,
+    /// It was written to the other side.
+    Passed,
+    /// It was swallowed, or is held.
+    Stopped,
+}
+
+/// A frame that came along.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The connection, counted from 1 in the order of acceptance.
+    pub connection: usize,
+    /// Its direction.
+    pub direction: Direction,
+    /// Its channel.
+    pub channel: u16,
+    /// Its method, or what stands for a frame without one: [`Method::BODY`], for example.
+    pub method: Method,
+    /// What became of it.
+    pub fate: Fate,
+    /// When it arrived.
+    pub at: Instant,
+}
+
+/// A proxy on a port of its own; gone, with its connections, when dropped.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    addr: SocketAddr,
+    url: Option<String>,
+    _port: Port,
+}
+
+/// What the proxy's tasks and its owner share.
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    control: watch::Sender<Control>,
+}
+
+/// The settings that every connection obeys at once.
+#[derive(Clone)]
+struct Control {
+    /// None: there is nothing behind the proxy.
+    upstream: Option<SocketAddr>,
+    swallow: [bool; 2],
+    stall: bool,
+    delay: [Duration; 2],
+    refuse: bool,
+    /// Rises with every cut; a connection ends when it is no longer what it was at its start.
+    cut: u64,
+    /// Rises with every release.
+    release: u64,
+    /// The proxy was dropped.
+    gone: bool,
+}
+
+#[derive(Default)]
+struct State {
+    rules: Vec<Rule>,
+    seen: Vec<Seen>,
+    /// What [`Proxy::forget`] has dropped from the front of `seen`, so that indices stay valid.
+    forgotten: usize,
+    accepted: usize,
+    open: usize,
+    listening: bool,
+}
+
+struct Rule {
+    direction: Direction,
+    method: Method,
+    action: Action,
+    once: bool,
+}
+
+impl Proxy {
+    /// In front of a broker.
+    ///
+    /// # Panics
+    /// When it can't listen.
+    pub fn of(broker: &Broker) -> Self {
+        let mut proxy = Self::to(broker.addr());
+        proxy.url = Some(broker.url_at(proxy.addr));
+        proxy
+    }
+
+    /// In front of any address.
+    ///
+    /// # Panics
+    /// When it can't listen.
+    pub fn to(upstream: SocketAddr) -> Self {
+        Self::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), Some(upstream))
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// In front of nothing: it accepts connections and stays silent.
+    ///
+    /// # Panics
+    /// When it can't listen.
+    pub fn silent() -> Self {
+        Self::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), None)
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// In front of any address, listening on another than 127.0.0.1: a network namespace's way to the broker.
+    pub fn listen(ip: IpAddr, upstream: Option<SocketAddr>) -> Result<Self> {
+        let (port, listener) = Self::bind(ip)?;
+        let addr = SocketAddr::new(ip, port.number());
+        let (control, _) = watch::channel(Control {
+            upstream,
+            swallow: [false; 2],
+            stall: false,
+            delay: [Duration::ZERO; 2],
+            refuse: false,
+            cut: 0,
+            release: 0,
+            gone: false,
+        });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                listening: true,
+                ..State::default()
+            }),
+            changed: Condvar::new(),
+            control,
+        });
+        runtime::handle().spawn(relay::accept(shared.clone(), addr, listener));
+        Ok(Self {
+            shared,
+            addr,
+            url: None,
+            _port: port,
+        })
+    }
+
+    /// A port of its own rather than 0, because it is needed again after `refuse`.
+    fn bind(ip: IpAddr) -> Result<(Port, TcpListener)> {
+        let mut attempts = 0;
+        loop {
+            let port = reserve_port()?;
+            let addr = SocketAddr::new(ip, port.number());
+            attempts += 1;
+            match runtime::block_on(TcpListener::bind(addr)) {
+                Ok(listener) => return Ok((port, listener)),
+                // Between fork and exec another thread's child has a copy of the socket that tried the port out.
+                Err(error) if error.kind() == ErrorKind::AddrInUse && attempts < 10 => {}
+                Err(error) => {
+                    return Err(error).context(format!("the proxy can't listen on {addr}"));
+                }
+            }
+        }
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// The broker's address with the proxy's host and port in it.
+    pub fn url(&self) -> String {
+        match &self.url {
+            Some(url) => url.clone(),
+            None => format!("amqp://guest:guest@{}", self.addr),
+        }
+    }
+
+    /// Puts another address behind it, for connections from now on.
+    pub fn set_upstream(&self, upstream: SocketAddr) {
+        self.control(|control| control.upstream = Some(upstream));
+    }
+
+    /// Ends every fault: connections are accepted and everything passes at once. What was swallowed stays lost.
+    pub fn pass(&self) {
+        self.control(|control| {
+            control.swallow = [false; 2];
+            control.stall = false;
+            control.delay = [Duration::ZERO; 2];
+            control.refuse = false;
+            control.release += 1;
+        });
+        self.shared
+            .wait(Duration::from_secs(10), |state| state.listening);
+    }
+
+    /// Resets every connection, both sides.
+    pub fn cut(&self) {
+        self.control(|control| control.cut += 1);
+        self.shared
+            .wait(Duration::from_secs(10), |state| state.open == 0);
+    }
+
+    /// Lets everything in one direction disappear, like a firewall that has forgotten the connection.
+    pub fn swallow(&self, direction: Direction) {
+        self.control(|control| control.swallow[direction.index()] = true);
+    }
+
+    /// Lets nothing through any more, in either direction: what arrives waits until [`Proxy::pass`]. New connections are accepted
+    /// and get no answer.
+    pub fn stall(&self) {
+        self.control(|control| control.stall = true);
+    }
+
+    /// Makes everything in one direction so much later.
+    pub fn delay(&self, direction: Direction, delay: Duration) {
+        self.control(|control| control.delay[direction.index()] = delay);
+    }
+
+    /// Stops listening, so that new connections are refused; those there are stay. Ended by [`Proxy::pass`].
+    pub fn refuse(&self) {
+        self.control(|control| control.refuse = true);
+        self.shared
+            .wait(Duration::from_secs(10), |state| !state.listening);
+    }
+
+    /// Lets go what [`Action::Hold`] holds.
+    pub fn release(&self) {
+        self.control(|control| control.release += 1);
+    }
+
+    /// Does this every time the method comes along in that direction.
+    pub fn on(&self, direction: Direction, method: Method, action: Action) {
+        self.rule(Rule {
+            direction,
+            method,
+            action,
+            once: false,
+        });
+    }
+
+    /// Does this the next time the method comes along in that direction.
+    pub fn once(&self, direction: Direction, method: Method, action: Action) {
+        self.rule(Rule {
+            direction,
+            method,
+            action,
+            once: true,
+        });
+    }
+
+    fn rule(&self, rule: Rule) {
+        self.shared.lock().rules.push(rule);
+    }
+
+    /// Forgets what [`Proxy::on`] and [`Proxy::once`] have set.
+    pub fn clear_rules(&self) {
+        self.shared.lock().rules.clear();
+    }
+
+    /// What came along, in order of arrival.
+    pub fn seen(&self) -> Vec<Seen> {
+        self.shared.lock().seen.clone()
+    }
+
+    /// The methods that came along, in order of arrival, without bodies and heartbeats.
+    pub fn methods(&self) -> Vec<(Direction, Method)> {
+        let state = self.shared.lock();
+        let seen = state.seen.iter().map(|seen| (seen.direction, seen.method));
+        seen.filter(|(_, method)| method.is_method()).collect()
+    }
+
+    /// How often the method has come along in that direction.
+    pub fn count(&self, direction: Direction, method: Method) -> usize {
+        count(&self.shared.lock(), direction, method, |_| true)
+    }
+
+    /// Empties the record of what came along.
+    pub fn forget(&self) {
+        let mut state = self.shared.lock();
+        state.forgotten += state.seen.len();
+        state.seen.clear();
+    }
+
+    /// How many connections it has accepted.
+    pub fn accepted(&self) -> usize {
+        self.shared.lock().accepted
+    }
+
+    /// How many connections are open.
+    pub fn open(&self) -> usize {
+        self.shared.lock().open
+    }
+
+    /// Waits until the method has come along in that direction, and has passed or met its fault.
+    ///
+    /// # Panics
+    /// When it doesn't within the limit.
+    #[track_caller]
+    pub fn wait_for(&self, direction: Direction, method: Method, limit: Duration) {
+        self.wait_for_nth(direction, method, 1, limit);
+    }
+
+    /// Waits until the method has come along so many times.
+    ///
+    /// # Panics
+    /// When it doesn't within the limit.
+    #[track_caller]
+    pub fn wait_for_nth(&self, direction: Direction, method: Method, n: usize, limit: Duration) {
+        let settled = |seen: &Seen| seen.fate != Fate::Arrived;
+        let came = self
+            .shared
+            .wait(limit, |state| count(state, direction, method, settled) >= n);
+        assert!(
+            came,
+            "no {method} {direction:?} (number {n}) within {limit:?}; seen were {:?}",
+            self.methods()
+        );
+    }
+
+    /// Waits until so many connections have been accepted.
+    ///
+    /// # Panics
+    /// When they haven't within the limit.
+    #[track_caller]
+    pub fn wait_accepted(&self, count: usize, limit: Duration) {
+        let reached = self.shared.wait(limit, |state| state.accepted >= count);
+        assert!(
+            reached,
+            "{} of {count} connections after {limit:?}",
+            self.accepted()
+        );
+    }
+
+    /// Waits until exactly so many connections are open.
+    ///
+    /// # Panics
+    /// When they aren't within the limit.
+    #[track_caller]
+    pub fn wait_open(&self, count: usize, limit: Duration) {
+        let reached = self.shared.wait(limit, |state| state.open == count);
+        assert!(
+            reached,
+            "{} open connections, not {count}, after {limit:?}",
+            self.open()
+        );
+    }
+
+    fn control(&self, change: impl FnOnce(&mut Control)) {
+        self.shared.control.send_modify(change);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.control(|control| {
+            control.gone = true;
+            control.cut += 1;
+        });
+    }
+}
+
+fn count(
+    state: &State,
+    direction: Direction,
+    method: Method,
+    which: impl Fn(&Seen) -> bool,
+) -> usize {
+    let wanted = |seen: &&Seen| seen.direction == direction && seen.method == method && which(seen);
+    state.seen.iter().filter(wanted).count()
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let value = change(&mut self.lock());
+        self.changed.notify_all();
+        value
+    }
+
+    fn wait(&self, limit: Duration, condition: impl Fn(&State) -> bool) -> bool {
+        let (_state, result) = self
+            .changed
+            .wait_timeout_while(self.lock(), limit, |state| !condition(state))
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        !result.timed_out()
+    }
+}

@@ -1,0 +1,379 @@
+//! The proxy's tasks: accepting, and relaying one connection.
+
+use super::frames::{self, Next};
+use super::{Action, Control, Direction, Fate, Method, Seen, Shared};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep_until;
+
+/// Frames on their way through one direction; beyond that the sender has to wait, as on a real connection.
+const IN_FLIGHT: usize = 1024;
+
+/// Accepts connections until the proxy is dropped.
+pub(super) async fn accept(shared: Arc<Shared>, addr: SocketAddr, listener: TcpListener) {
+    let mut control = shared.control.subscribe();
+    let mut listener = Some(listener);
+    loop {
+        let (refuse, gone) = {
+            let control = control.borrow_and_update();
+            (control.refuse, control.gone)
+        };
+        if gone {
+            return;
+        }
+        if refuse {
+            listener = None;
+            shared.change(|state| state.listening = false);
+            let _ = control.changed().await;
+            continue;
+        }
+        if listener.is_none() {
+            listener = TcpListener::bind(addr).await.ok();
+            if listener.is_none() {
+                // Somebody else's outgoing connection sits on the port for a moment.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                continue;
+            }
+            shared.change(|state| state.listening = true);
+        }
+        let Some(listening) = &listener else { continue };
+        tokio::select! {
+            accepted = listening.accept() => {
+                if let Ok((client, _)) = accepted {
+                    let number = shared.change(|state| {
+                        state.accepted += 1;
+                        state.open += 1;
+                        state.accepted
+                    });
+                    tokio::spawn(connection(shared.clone(), number, client));
+                }
+            }
+            _ = control.changed() => {}
+        }
+    }
+}
+
+/// How a connection ends before both sides have closed it.
+enum End {
+    /// Both sides are reset.
+    Reset,
+    /// The receiver in this direction sees an orderly close, the sender a reset.
+    After(Direction),
+}
+
+/// One connection through the proxy.
+struct Connection {
+    shared: Arc<Shared>,
+    number: usize,
+    /// From an [`Action::Swallow`] or [`Action::Stall`] on, for each direction.
+    swallow: [AtomicBool; 2],
+    /// The client doesn't speak AMQP in plain text.
+    foreign: AtomicBool,
+}
+
+/// What the reader of a direction hands to its writer.
+enum Item {
+    Bytes {
+        due: Instant,
+        bytes: Vec<u8>,
+        record: Option<usize>,
+    },
+    Eof,
+    Cut,
+}
+
+async fn connection(shared: Arc<Shared>, number: usize, mut client: TcpStream) {
+    let connection = Connection {
+        shared: shared.clone(),
+        number,
+        swallow: Default::default(),
+        foreign: AtomicBool::new(false),
+    };
+    let mut control = shared.control.subscribe();
+    let cut = control.borrow().cut;
+    let mut broker = None;
+    let end = tokio::select! {
+        end = connection.serve(&mut client, &mut broker) => end,
+        _ = control.wait_for(|control| control.cut != cut) => Err(End::Reset),
+    };
+    let orderly = match end {
+        Ok(()) => [true; 2],
+        Err(End::Reset) => [false; 2],
+        Err(End::After(Direction::ToBroker)) => [true, false],
+        Err(End::After(Direction::ToClient)) => [false, true],
+    };
+    for (stream, orderly) in [(broker, orderly[0]), (Some(client), orderly[1])] {
+        if let Some(stream) = stream
+            && !orderly
+        {
+            let _ = stream.set_zero_linger();
+        }
+    }
+    shared.change(|state| state.open -= 1);
+}
+
+impl Connection {
+    async fn serve(
+        &self,
+        client: &mut TcpStream,
+        broker: &mut Option<TcpStream>,
+    ) -> Result<(), End> {
+        let mut control = self.shared.control.subscribe();
+        let upstream = match control
+            .wait_for(|control| !control.stall && control.upstream.is_some())
+            .await
+        {
+            Ok(control) => control.upstream,
+            Err(_) => None,
+        };
+        let upstream = upstream.ok_or(End::Reset)?;
+        let connected = TcpStream::connect(upstream).await.map_err(|_| End::Reset)?;
+        let broker = broker.insert(connected);
+        let _ = client.set_nodelay(true);
+        let _ = broker.set_nodelay(true);
+        let (client_read, client_write) = client.split();
+        let (broker_read, broker_write) = broker.split();
+        let (to_broker, from_client) = mpsc::channel(IN_FLIGHT);
+        let (to_client, from_broker) = mpsc::channel(IN_FLIGHT);
+        tokio::try_join!(
+            self.read(
+                Direction::ToBroker,
+                client_read,
+                to_broker,
+                to_client.clone()
+            ),
+            self.read(
+                Direction::ToClient,
+                broker_read,
+                to_client.clone(),
+                to_client
+            ),
+            self.write(Direction::ToBroker, broker_write, from_client),
+            self.write(Direction::ToClient, client_write, from_broker),
+        )?;
+        Ok(())
+    }
+
+    /// Takes frames from one side, applies the rules to them, and hands them on.
+    async fn read(
+        &self,
+        direction: Direction,
+        mut half: ReadHalf<'_>,
+        out: mpsc::Sender<Item>,
+        to_client: mpsc::Sender<Item>,
+    ) -> Result<(), End> {
+        let mut stream: Vec<u8> = Vec::with_capacity(64 * 1024);
+        let mut greeted = direction == Direction::ToClient;
+        loop {
+            match half.read_buf(&mut stream).await {
+                Ok(1..) => {}
+                Ok(0) => {
+                    let rest = std::mem::take(&mut stream);
+                    if !rest.is_empty() {
+                        self.send(direction, &out, rest, None).await?;
+                    }
+                    return out.send(Item::Eof).await.map_err(|_| End::Reset);
+                }
+                // What has disappeared into a hole in the network includes the reset.
+                Err(_) if self.swallows(direction) => return Ok(()),
+                Err(_) => return Err(End::Reset),
+            }
+            let mut start = 0;
+            while start < stream.len() {
+                let rest = &stream[start..];
+                let next = if self.foreign.load(Relaxed) {
+                    Next::Foreign
+                } else if greeted {
+                    frames::frame(rest)
+                } else {
+                    frames::protocol_header(rest)
+                };
+                match next {
+                    Next::Incomplete => break,
+                    Next::Foreign => {
+                        self.foreign.store(true, Relaxed);
+                        self.send(direction, &out, rest.to_vec(), None).await?;
+                        start = stream.len();
+                    }
+                    Next::Frame {
+                        length,
+                        channel,
+                        method,
+                    } => {
+                        greeted = true;
+                        let frame = &rest[..length];
+                        self.pass(direction, channel, method, frame, &out, &to_client)
+                            .await?;
+                        start += length;
+                    }
+                }
+            }
+            stream.drain(..start);
+        }
+    }
+
+    /// Records a frame and does with it what the first rule that fits it says.
+    async fn pass(
+        &self,
+        direction: Direction,
+        channel: u16,
+        method: Method,
+        frame: &[u8],
+        out: &mpsc::Sender<Item>,
+        to_client: &mpsc::Sender<Item>,
+    ) -> Result<(), End> {
+        let (record, action) = self.shared.change(|state| {
+            state.seen.push(Seen {
+                connection: self.number,
+                direction,
+                channel,
+                method,
+                fate: Fate::Arrived,
+                at: Instant::now(),
+            });
+            let record = state.forgotten + state.seen.len() - 1;
+            let fits = |rule: &super::Rule| rule.direction == direction && rule.method == method;
+            let Some(index) = state.rules.iter().position(fits) else {
+                return (record, Action::Pass);
+            };
+            let action = state.rules[index].action.clone();
+            if state.rules[index].once {
+                state.rules.remove(index);
+            }
+            (record, action)
+        });
+        let frame = frame.to_vec();
+        match action {
+            Action::Pass => self.send(direction, out, frame, Some(record)).await,
+            Action::CutBefore => {
+                self.settle(record, Fate::Stopped);
+                Err(End::Reset)
+            }
+            Action::CutAfter => {
+                self.send(direction, out, frame, Some(record)).await?;
+                out.send(Item::Cut).await.map_err(|_| End::Reset)?;
+                // The writer ends the connection.
+                std::future::pending().await
+            }
+            Action::Swallow => {
+                self.swallow[direction.index()].store(true, Relaxed);
+                self.settle(record, Fate::Stopped);
+                Ok(())
+            }
+            Action::SwallowFrame => {
+                self.settle(record, Fate::Stopped);
+                Ok(())
+            }
+            Action::Stall => {
+                self.swallow
+                    .iter()
+                    .for_each(|swallow| swallow.store(true, Relaxed));
+                self.settle(record, Fate::Stopped);
+                Ok(())
+            }
+            Action::Hold => {
+                let mut control = self.shared.control.subscribe();
+                let release = control.borrow().release;
+                self.settle(record, Fate::Stopped);
+                let _ = control.wait_for(|control| control.release != release).await;
+                self.send(direction, out, frame, Some(record)).await
+            }
+            Action::Inject(bytes) => {
+                self.send(direction, out, frame, Some(record)).await?;
+                self.send(Direction::ToClient, to_client, bytes, None).await
+            }
+            Action::InjectInstead(bytes) => {
+                self.send(Direction::ToClient, to_client, bytes, None)
+                    .await?;
+                self.settle(record, Fate::Stopped);
+                Ok(())
+            }
+            Action::Replace(with) => self.send(direction, out, with(&frame), Some(record)).await,
+        }
+    }
+
+    async fn send(
+        &self,
+        direction: Direction,
+        out: &mpsc::Sender<Item>,
+        bytes: Vec<u8>,
+        record: Option<usize>,
+    ) -> Result<(), End> {
+        let delay = self.shared.control.borrow().delay[direction.index()];
+        let item = Item::Bytes {
+            due: Instant::now() + delay,
+            bytes,
+            record,
+        };
+        out.send(item).await.map_err(|_| End::Reset)
+    }
+
+    /// Writes to one side what has passed, when it is due.
+    async fn write(
+        &self,
+        direction: Direction,
+        mut half: WriteHalf<'_>,
+        mut items: mpsc::Receiver<Item>,
+    ) -> Result<(), End> {
+        let mut control = self.shared.control.subscribe();
+        while let Some(item) = items.recv().await {
+            if let Item::Bytes { due, .. } = &item
+                && *due > Instant::now()
+            {
+                sleep_until((*due).into()).await;
+            }
+            self.go_ahead(&mut control).await?;
+            if self.swallows(direction) {
+                if let Item::Bytes {
+                    record: Some(record),
+                    ..
+                } = item
+                {
+                    self.settle(record, Fate::Stopped);
+                }
+                continue;
+            }
+            match item {
+                Item::Bytes { bytes, record, .. } => {
+                    half.write_all(&bytes).await.map_err(|_| End::Reset)?;
+                    if let Some(record) = record {
+                        self.settle(record, Fate::Passed);
+                    }
+                }
+                Item::Eof => {
+                    let _ = half.shutdown().await;
+                    return Ok(());
+                }
+                Item::Cut => return Err(End::After(direction)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of a stall.
+    async fn go_ahead(&self, control: &mut watch::Receiver<Control>) -> Result<(), End> {
+        let waited = control.wait_for(|control| !control.stall).await;
+        waited.map(drop).map_err(|_| End::Reset)
+    }
+
+    fn swallows(&self, direction: Direction) -> bool {
+        let index = direction.index();
+        self.swallow[index].load(Relaxed) || self.shared.control.borrow().swallow[index]
+    }
+
+    fn settle(&self, record: usize, fate: Fate) {
+        self.shared.change(|state| {
+            if let Some(index) = record.checked_sub(state.forgotten)
+                && let Some(seen) = state.seen.get_mut(index)
+            {
+                seen.fate = fate;
+            }
+        });
+    }
+}

@@ -1,0 +1,152 @@
+//! What happens to the broker and to the network between it and the workers.
+
+use super::Soak;
+use super::command::now;
+use crate::Direction;
+use anyhow::Result;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+/// What happens to the broker.
+#[derive(Clone, Copy)]
+enum Fault {
+    Kill,
+    Stop,
+    Restart,
+    Freeze,
+}
+
+impl Fault {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kill => "broker killed",
+            Self::Stop => "broker stopped for a while",
+            Self::Restart => "broker restarted",
+            Self::Freeze => "broker frozen",
+        }
+    }
+}
+
+impl Soak<'_> {
+    /// Breaks the broker as often as was asked for, one fault after the other.
+    pub(super) fn break_broker(&self, mut random: fastrand::Rng) -> Result<()> {
+        // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
+        let mut faults = Vec::new();
+        while faults.len() < self.options.faults as usize {
+            faults.extend([
+                Fault::Freeze,
+                Fault::Kill,
+                Fault::Freeze,
+                Fault::Freeze,
+                Fault::Stop,
+                Fault::Kill,
+                Fault::Freeze,
+                Fault::Restart,
+                Fault::Freeze,
+                Fault::Freeze,
+            ]);
+        }
+        faults.truncate(self.options.faults as usize);
+        random.shuffle(&mut faults);
+        for fault in faults {
+            // Work gets done in between.
+            self.pause(Duration::from_millis(random.u64(500..3000)));
+            if self.out_of_time() {
+                return Ok(());
+            }
+            let length = Duration::from_millis(random.u64(200..7000));
+            let begun = Instant::now();
+            match fault {
+                Fault::Kill => {
+                    let before = now();
+                    self.broker.kill()?;
+                    let after = now();
+                    self.note(|books| books.kills.push((before, after)));
+                    self.start()?;
+                }
+                Fault::Stop => {
+                    self.broker.stop()?;
+                    self.pause(length / 2);
+                    self.start()?;
+                }
+                Fault::Restart => {
+                    self.broker.stop()?;
+                    self.start()?;
+                }
+                Fault::Freeze => {
+                    self.broker.freeze()?;
+                    self.pause(length);
+                    self.broker.thaw()?;
+                }
+            }
+            let done = self.note(|books| {
+                *books.faults.entry(fault.name()).or_default() += 1;
+                (books.confirmed.len(), books.runs.len())
+            });
+            eprintln!(
+                "soak: {}, for {:.1} s; {} messages published, {} workers ended",
+                fault.name(),
+                begun.elapsed().as_secs_f64(),
+                done.0,
+                done.1
+            );
+        }
+        Ok(())
+    }
+
+    /// A node that was killed sometimes hangs when it starts again, and another start helps (seen with 3.10.8).
+    fn start(&self) -> Result<()> {
+        if self.broker.start_again().is_ok() {
+            return Ok(());
+        }
+        self.note(|books| *books.faults.entry("start repeated").or_default() += 1);
+        self.broker.kill()?;
+        self.broker.start_again()
+    }
+
+    /// Cuts, delays and swallows for as long as the broker is being broken.
+    pub(super) fn break_network(&self, mut random: fastrand::Rng) {
+        if self.options.faults == 0 {
+            // The end of a command can meet the acknowledgement timeout in more ways when answers take their time.
+            self.proxy
+                .delay(Direction::ToClient, Duration::from_millis(5));
+            return;
+        }
+        while !self.ending.load(Relaxed) && !self.out_of_time() {
+            self.pause(Duration::from_millis(random.u64(500..3000)));
+            let length = Duration::from_millis(random.u64(200..6000));
+            let direction = if random.bool() {
+                Direction::ToBroker
+            } else {
+                Direction::ToClient
+            };
+            let name = match random.u32(0..5) {
+                0 | 1 => {
+                    self.proxy.cut();
+                    "connections cut"
+                }
+                2 => {
+                    self.proxy.delay(direction, length / 10);
+                    self.pause(length);
+                    "bytes delayed"
+                }
+                3 => {
+                    self.proxy.swallow(direction);
+                    self.pause(length);
+                    // What was lost on the way makes the rest unintelligible; a network loses connections, not bytes.
+                    self.proxy.cut();
+                    "bytes swallowed"
+                }
+                _ => {
+                    self.proxy.stall();
+                    self.pause(length);
+                    "network stalled"
+                }
+            };
+            self.proxy.pass();
+            self.proxy.forget();
+            self.note(|books| *books.faults.entry(name).or_default() += 1);
+        }
+        self.proxy.pass();
+    }
+}

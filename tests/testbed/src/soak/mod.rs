@@ -1,0 +1,330 @@
+//! The soak: thousands of messages, dozens of workers at a time with commands that succeed, fail, die and hang, a broker that is
+//! killed, stopped and frozen, a network that cuts, delays and swallows, and the books about it all.
+//!
+//! It fails on: a message lost; an exit 0 whose message came back, unless its broker was killed within a second after (ten for
+//! classic queues: see `books`); a hang; a process left behind. What is drawn at random follows from the seed; the timing, of course, doesn't.
+
+mod books;
+mod command;
+mod faults;
+mod stderr_line;
+mod workers;
+
+pub use books::Report;
+pub use command::{How, Plan, command, command_plan};
+
+use crate::{Broker, Client, Proxy, QueueKind};
+use anyhow::{Context, Result, bail};
+use books::{Books, Findings};
+use lapin::BasicProperties;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+const USAGE: &str = "usage: soak [OPTIONS]
+  --seed N         draw the same again
+  --queue KIND     classic or quorum [quorum]
+  --messages N     publish at least so many [2000]
+  --workers N      so many at a time [24]
+  --kills N        kill so many workers [200]
+  --faults N       stop, kill, restart or freeze the broker so often [20]
+  --seconds N      no new faults after so long; that is a failure if there were too few [360]
+  --command-ms N   how long a command takes on average [300]
+  --ack-timeout-ms N  with --faults 0: let every command end within a few milliseconds of that acknowledgement timeout
+  --qconsume PATH  the binary under test [the one beside this program]
+The broker is a node of the soak's own: see QCONSUME_TEST_RABBITMQ.";
+
+/// So many messages are published in one flight, when fewer than [`HUNGRY`] are ready.
+const BATCH: u64 = 50;
+const HUNGRY: u32 = 200;
+
+/// How long a broker may take to confirm them; it may be frozen.
+const CONFIRMED: Duration = Duration::from_secs(10);
+
+/// What the soak shall do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    seed: u64,
+    queue: QueueKind,
+    messages: u64,
+    workers: u32,
+    kills: u32,
+    faults: u32,
+    seconds: u64,
+    command_ms: u64,
+    ack_timeout_ms: Option<u64>,
+    qconsume: PathBuf,
+}
+
+impl Options {
+    /// Reads the command line.
+    ///
+    /// # Errors
+    /// The usage.
+    pub fn parse(args: &[String]) -> Result<Self> {
+        let mut options = Self {
+            seed: fastrand::u64(..) % 1_000_000,
+            queue: QueueKind::Quorum,
+            messages: 2000,
+            workers: 24,
+            kills: 200,
+            faults: 20,
+            seconds: 360,
+            command_ms: 300,
+            ack_timeout_ms: None,
+            qconsume: std::env::current_exe()?.with_file_name("qconsume"),
+        };
+        let mut args = args.iter();
+        while let Some(name) = args.next() {
+            let value = args.next().context(USAGE)?;
+            let number = || value.parse::<u64>().context(USAGE);
+            let small = || value.parse::<u32>().context(USAGE);
+            match name.as_str() {
+                "--seed" => options.seed = number()?,
+                "--queue" => {
+                    let kinds = QueueKind::ALL;
+                    let kind = kinds.into_iter().find(|kind| kind.as_str() == value);
+                    options.queue = kind.context(USAGE)?;
+                }
+                "--messages" => options.messages = number()?,
+                "--workers" => options.workers = small()?.max(1),
+                "--kills" => options.kills = small()?,
+                "--faults" => options.faults = small()?,
+                "--seconds" => options.seconds = number()?.max(1),
+                "--command-ms" => options.command_ms = number()?,
+                "--ack-timeout-ms" => options.ack_timeout_ms = Some(number()?),
+                "--qconsume" => options.qconsume = value.into(),
+                _ => bail!("{USAGE}"),
+            }
+        }
+        Ok(options)
+    }
+
+    /// Kills are spread over the time that the faults take.
+    fn kill_pause(&self) -> Duration {
+        // A fault takes six seconds on average; seven in ten signals are kills.
+        let time = Duration::from_secs(u64::from(self.faults.max(2)) * 6);
+        time.mul_f64(0.7) / self.kills.max(1)
+    }
+}
+
+/// Everything that the threads share.
+struct Soak<'a> {
+    options: &'a Options,
+    broker: Broker,
+    proxy: Proxy,
+    client: Client,
+    queue: String,
+    book: PathBuf,
+    books: Mutex<Books>,
+    register: Mutex<workers::Register>,
+    next_run: AtomicU64,
+    killed: AtomicU32,
+    deadline: Instant,
+    /// No more faults and messages; what is in the queue gets done.
+    ending: AtomicBool,
+    /// No worker runs any more.
+    over: AtomicBool,
+}
+
+impl Soak<'_> {
+    fn note<T>(&self, change: impl FnOnce(&mut Books) -> T) -> T {
+        change(&mut self.books.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn out_of_time(&self) -> bool {
+        Instant::now() > self.deadline
+    }
+
+    fn pause(&self, length: Duration) {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        std::thread::sleep(length.min(left));
+    }
+
+    /// Keeps the queue filled, and publishes at least as much as was asked for.
+    fn publish(&self, mut random: fastrand::Rng, faults_over: &AtomicBool) {
+        let mut next = 0;
+        loop {
+            let enough = self.note(|books| books.confirmed.len()) as u64 >= self.options.messages;
+            if (enough && faults_over.load(Relaxed)) || self.out_of_time() {
+                return;
+            }
+            let ready = self.client.counts(&self.queue);
+            let hungry = matches!(ready, Ok(Some((ready, _))) if ready < HUNGRY);
+            if !hungry {
+                self.pause(Duration::from_millis(200));
+                continue;
+            }
+            let batch: Vec<_> = (next + 1..=next + BATCH)
+                .map(|message| {
+                    // Most are small, some need several frames.
+                    let filler = match random.u32(0..20) {
+                        0 => random.usize(100_000..300_000),
+                        _ => random.usize(0..2000),
+                    };
+                    (message, command::body(message, filler))
+                })
+                .collect();
+            next += BATCH;
+            let confirmed = self.publish_batch(&batch);
+            self.note(|books| {
+                for (message, _) in &batch {
+                    if confirmed.contains(message) {
+                        books.confirmed.push(*message);
+                    } else {
+                        books.unconfirmed.push(*message);
+                    }
+                }
+            });
+        }
+    }
+
+    /// Publishes messages in one flight; gives those that the broker has confirmed.
+    fn publish_batch(&self, batch: &[(u64, Vec<u8>)]) -> Vec<u64> {
+        let mut confirmed = Vec::new();
+        let Ok(channel) = self.client.channel() else {
+            return confirmed;
+        };
+        let publish = async {
+            channel
+                .confirm_select(ConfirmSelectOptions::default())
+                .await?;
+            let mut pending = Vec::new();
+            for (message, body) in batch {
+                let properties = BasicProperties::default()
+                    .with_delivery_mode(2)
+                    .with_message_id(message.to_string().into());
+                let options = BasicPublishOptions::default();
+                let queue = self.queue.as_str();
+                let confirm =
+                    channel.basic_publish("".into(), queue.into(), options, body, properties);
+                pending.push((*message, confirm.await?));
+            }
+            for (message, confirm) in pending {
+                if confirm.await?.is_ack() {
+                    confirmed.push(message);
+                }
+            }
+            channel.close(200, "".into()).await
+        };
+        let _ = crate::block_on(async { tokio::time::timeout(CONFIRMED, publish).await });
+        confirmed
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// When it can't be run; what it finds is in the report.
+pub fn run(options: &Options) -> Result<Report> {
+    let started = Instant::now();
+    let broker = Broker::options().start()?;
+    let proxy = Proxy::of(&broker);
+    let client = Client::new(&broker.url());
+    let dead = client
+        .declare("soak-dead")
+        .kind(options.queue)
+        .try_create()?;
+    let mut queue = client
+        .declare("soak")
+        .kind(options.queue)
+        .dead_letter_to(&dead);
+    if options.queue == QueueKind::Quorum {
+        // From 4.0 on there is a limit of 20 unless one is set.
+        queue = queue.delivery_limit(10_000);
+    }
+    let queue = queue.try_create()?;
+    let book = crate::owner::temp_folder("soak").join("book");
+    std::fs::write(&book, "")?;
+    let soak = Soak {
+        options,
+        proxy,
+        client: client.clone(),
+        queue: queue.name().to_owned(),
+        book,
+        books: Mutex::default(),
+        register: Mutex::default(),
+        next_run: AtomicU64::new(1),
+        killed: AtomicU32::new(0),
+        deadline: Instant::now() + Duration::from_secs(options.seconds),
+        ending: AtomicBool::new(false),
+        over: AtomicBool::new(false),
+        broker,
+    };
+    let mut seeds = fastrand::Rng::with_seed(options.seed);
+    let faults_over = AtomicBool::new(false);
+    std::thread::scope(|scope| -> Result<()> {
+        let slots: Vec<_> = (0..options.workers)
+            .map(|_| {
+                let random = seeds.fork();
+                scope.spawn(|| soak.slot(random))
+            })
+            .collect();
+        let watch = scope.spawn(|| soak.watch());
+        let (one, two, three, four) = (seeds.fork(), seeds.fork(), seeds.fork(), seeds.fork());
+        let broker = scope.spawn(|| soak.break_broker(one));
+        let assassin = scope.spawn(|| soak.assassin(two));
+        let publisher = scope.spawn(|| soak.publish(three, &faults_over));
+        let network = scope.spawn(|| soak.break_network(four));
+        // Whatever happens, the others must come to their end.
+        let broken = broker.join();
+        let _ = assassin.join();
+        faults_over.store(true, Relaxed);
+        let _ = publisher.join();
+        soak.ending.store(true, Relaxed);
+        let _ = network.join();
+        let ended: Vec<_> = slots.into_iter().map(|slot| slot.join()).collect();
+        soak.over.store(true, Relaxed);
+        let _ = watch.join();
+        for result in std::iter::once(broken).chain(ended) {
+            result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
+        }
+        Ok(())
+    })?;
+    let mut books = soak
+        .books
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    books.read(&std::fs::read_to_string(&soak.book)?)?;
+    books.crash_window = match options.queue {
+        QueueKind::Quorum => books::CRASH_WINDOW,
+        QueueKind::Classic => books::CRASH_WINDOW_CLASSIC,
+    };
+    books.left = left(&client, queue.name())?;
+    books.dead = left(&client, dead.name())?;
+    let (major, minor, patch) = soak.broker.version();
+    let mut findings = Findings::of(&books);
+    let faults: u32 = books
+        .faults
+        .iter()
+        .filter(|(name, _)| name.starts_with("broker"))
+        .map(|(_, count)| count)
+        .sum();
+    if (books.confirmed.len() as u64) < options.messages
+        || faults < options.faults
+        || findings.killed < options.kills as usize
+    {
+        findings.failures.push(format!(
+            "{} seconds were too few for all that was asked for",
+            options.seconds
+        ));
+    }
+    Ok(Report {
+        title: format!(
+            "RabbitMQ {major}.{minor}.{patch}, {} queue, {} workers, seed {}: {} s",
+            options.queue.as_str(),
+            options.workers,
+            options.seed,
+            started.elapsed().as_secs()
+        ),
+        faults: books.faults,
+        findings,
+    })
+}
+
+fn left(client: &Client, queue: &str) -> Result<u32> {
+    let counts = client.counts(queue)?;
+    Ok(counts.context("the queue is gone")?.0)
+}

@@ -1,0 +1,216 @@
+//! The proxy's faults, with the tests' own client as the worker.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use testbed::{
+    Action, Broker, Client, Direction, FullBacklog, Method, PATIENCE, Proxy, block_on, frames,
+};
+
+#[test]
+fn methods_are_seen_in_order() {
+    let broker = Broker::shared();
+    let queue = broker.queue("seen");
+    queue.publish("x");
+    let proxy = Proxy::of(broker);
+    let client = Client::new(&proxy.url());
+    assert!(client.get(queue.name()).expect("an answer").is_some());
+    proxy.wait_for(Direction::ToBroker, Method::CHANNEL_CLOSE, PATIENCE);
+    let sent: Vec<_> = proxy
+        .methods()
+        .into_iter()
+        .filter(|(to, _)| *to == Direction::ToBroker)
+        .map(|(_, method)| method)
+        .collect();
+    let expected = [
+        Method::CONNECTION_START_OK,
+        Method::CONNECTION_TUNE_OK,
+        Method::CONNECTION_OPEN,
+        Method::CHANNEL_OPEN,
+        Method::BASIC_GET,
+        Method::BASIC_ACK,
+        Method::CHANNEL_CLOSE,
+    ];
+    assert_eq!(sent, expected);
+    assert_eq!((proxy.accepted(), proxy.open()), (1, 1));
+    client.disconnect();
+    proxy.wait_open(0, PATIENCE);
+}
+
+#[test]
+fn an_ack_can_be_cut_off_before_and_after() {
+    let broker = Broker::shared();
+    for (action, left) in [(Action::CutBefore, 1), (Action::CutAfter, 0)] {
+        let queue = broker.queue("cut");
+        queue.publish("x");
+        let proxy = Proxy::of(broker);
+        proxy.once(Direction::ToBroker, Method::BASIC_ACK, action);
+        let client = Client::new(&proxy.url());
+        assert!(client.get(queue.name()).is_err());
+        proxy.wait_open(0, PATIENCE);
+        queue.wait_ready(left);
+    }
+}
+
+#[test]
+fn an_ack_can_disappear_and_a_channel_error_can_cross_it() {
+    let broker = Broker::shared();
+    let queue = broker.queue("swallowed");
+    queue.publish("x");
+    let proxy = Proxy::of(broker);
+    proxy.once(Direction::ToBroker, Method::BASIC_ACK, Action::SwallowFrame);
+    let client = Client::new(&proxy.url());
+    assert!(client.get(queue.name()).is_ok());
+    queue.wait_ready(1);
+
+    proxy.once(
+        Direction::ToBroker,
+        Method::BASIC_ACK,
+        Action::Replace(Arc::new(frames::unknown_ack)),
+    );
+    let _ = client.get(queue.name());
+    proxy.wait_for(Direction::ToClient, Method::CHANNEL_CLOSE, PATIENCE);
+
+    let client = Client::new(&proxy.url());
+    let close = frames::channel_close(1, 406, "PRECONDITION_FAILED - from the proxy");
+    proxy.once(
+        Direction::ToBroker,
+        Method::BASIC_GET,
+        Action::InjectInstead(close),
+    );
+    let error = client.get(queue.name()).expect_err("a channel error");
+    assert!(format!("{error:#}").contains("from the proxy"), "{error:#}");
+}
+
+#[test]
+fn a_broker_can_cancel_a_consumer() {
+    let broker = Broker::shared();
+    let queue = broker.queue("cancelled");
+    let proxy = Proxy::of(broker);
+    proxy.on(
+        Direction::ToClient,
+        Method::BASIC_CONSUME_OK,
+        Action::Inject(frames::basic_cancel(1, "me")),
+    );
+    let channel = Client::new(&proxy.url()).channel().expect("a channel");
+    let name = queue.name().into();
+    let mut consumer =
+        block_on(channel.basic_consume(name, "me".into(), Default::default(), Default::default()))
+            .expect("a consumer");
+    let next = block_on(async {
+        tokio::time::timeout(PATIENCE, tokio_stream::StreamExt::next(&mut consumer)).await
+    });
+    assert!(next.expect("noticed").is_none());
+}
+
+#[test]
+fn a_frame_can_be_held_and_released() {
+    let broker = Broker::shared();
+    let queue = broker.queue("held");
+    let proxy = Proxy::of(broker);
+    proxy.once(Direction::ToClient, Method::CONNECTION_TUNE, Action::Hold);
+    let client = Client::new(&proxy.url());
+    std::thread::scope(|scope| {
+        let counts = scope.spawn(|| client.counts(queue.name()));
+        proxy.wait_for(Direction::ToClient, Method::CONNECTION_TUNE, PATIENCE);
+        assert!(!counts.is_finished());
+        assert_eq!(
+            proxy.count(Direction::ToBroker, Method::CONNECTION_TUNE_OK),
+            0
+        );
+        proxy.release();
+        assert_eq!(
+            counts.join().expect("no panic").expect("counts"),
+            Some((0, 0))
+        );
+    });
+}
+
+#[test]
+fn a_stalled_proxy_goes_on_where_it_stopped() {
+    let broker = Broker::shared();
+    let queue = broker.queue("stalled");
+    let proxy = Proxy::of(broker);
+    proxy.stall();
+    let client = Client::new(&proxy.url());
+    std::thread::scope(|scope| {
+        let counts = scope.spawn(|| client.counts(queue.name()));
+        proxy.wait_accepted(1, PATIENCE);
+        assert!(!counts.is_finished());
+        proxy.pass();
+        assert_eq!(
+            counts.join().expect("no panic").expect("counts"),
+            Some((0, 0))
+        );
+    });
+}
+
+#[test]
+fn a_refusing_proxy_listens_again() {
+    let broker = Broker::shared();
+    let proxy = Proxy::of(broker);
+    let queue = broker.queue("refused");
+    let client = Client::new(&proxy.url());
+    assert_eq!(client.counts(queue.name()).expect("counts"), Some((0, 0)));
+    proxy.refuse();
+    let refused = std::net::TcpStream::connect(proxy.addr()).expect_err("refused");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    assert_eq!(
+        client
+            .counts(queue.name())
+            .expect("the old connection works"),
+        Some((0, 0))
+    );
+    proxy.cut();
+    assert!(client.counts(queue.name()).is_err());
+    proxy.pass();
+    assert_eq!(client.counts(queue.name()).expect("counts"), Some((0, 0)));
+}
+
+#[test]
+fn a_delay_delays() {
+    let broker = Broker::shared();
+    let queue = broker.queue("delayed");
+    let proxy = Proxy::of(broker);
+    let client = Client::new(&proxy.url());
+    client.counts(queue.name()).expect("counts");
+    proxy.delay(Direction::ToBroker, Duration::from_millis(50));
+    proxy.delay(Direction::ToClient, Duration::from_millis(50));
+    let start = Instant::now();
+    client.counts(queue.name()).expect("counts");
+    // Three round trips: channel.open, queue.declare, channel.close.
+    assert!(
+        start.elapsed() >= Duration::from_millis(300),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn large_messages_pass_in_pieces() {
+    let broker = Broker::shared();
+    let queue = broker.queue("large");
+    let proxy = Proxy::of(broker);
+    let client = Client::new(&proxy.url());
+    let body: Vec<u8> = (0..3_000_000_u32).map(|n| n as u8).collect();
+    client
+        .publish(queue.name(), [&body], Default::default())
+        .expect("published");
+    assert!(
+        client
+            .get(queue.name())
+            .expect("an answer")
+            .expect("a message")
+            .body
+            == body
+    );
+    assert!(proxy.count(Direction::ToClient, Method::BODY) > 1);
+}
+
+#[test]
+fn a_full_backlog_swallows_packets() {
+    let backlog = FullBacklog::new();
+    let limit = Duration::from_millis(700);
+    let error =
+        std::net::TcpStream::connect_timeout(&backlog.addr(), limit).expect_err("no answer");
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+}
