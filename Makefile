@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo test test-manifests soak image dist docs transcripts manuals
+.PHONY: help demo test test-manifests soak bench image binaries dist docs transcripts manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -22,13 +22,18 @@ soak: ## minutes of faults at random, with books about every message; SOAK='--qu
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
 
+bench: $(if $(BENCH_QCONSUME),,binaries) ## measures the static qconsume beside amqp-consume, and writes docs/benchmarks.md; BENCH=--quick, BENCH_QCONSUME=path
+	$(CARGO) run --quiet --locked --package testbed --bin bench -- --qconsume $(or $(BENCH_QCONSUME),dist/qconsume) --page docs/benchmarks.md $(BENCH)
+
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
 REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 image: ## the image qconsume, with /qconsume and /qpublish
 	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t qconsume:$(VERSION) -t qconsume .
 
-dist: image manuals ## the static binaries, man pages and completions, in dist/
+dist: binaries manuals ## the static binaries, man pages and completions, in dist/
+
+binaries: image
 	mkdir -p dist
 	container=$$(docker create qconsume) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
 	status=$$?; docker rm $$container >/dev/null; exit $$status

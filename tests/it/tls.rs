@@ -9,11 +9,12 @@ use std::{
     time::Duration,
 };
 use testbed::{
-    Broker, Finished, Port, Program, missing,
+    Broker, Finished, Port, Program,
+    certificates::{Identity, authority, identity},
+    missing,
     owner::{find_in_path, is_root, temp_folder},
     rcgen::{
-        BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose,
-        IsCa, KeyPair, date_time_ymd,
+        CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, KeyPair, date_time_ymd,
     },
     reserve_port,
 };
@@ -37,36 +38,6 @@ fn site() -> MutexGuard<'static, Site> {
     static SITE: OnceLock<Mutex<Site>> = OnceLock::new();
     let site = SITE.get_or_init(|| Mutex::new(Site::start()));
     site.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A certificate and its key, both PEM.
-#[derive(Clone)]
-struct Identity {
-    cert: String,
-    key: String,
-}
-
-fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.distinguished_name.push(DnType::CommonName, name);
-    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
-}
-
-/// Signed by `ca`, with what `change` makes of it.
-fn identity(
-    ca: &CertifiedIssuer<'static, KeyPair>,
-    names: &[&str],
-    change: impl FnOnce(&mut CertificateParams),
-) -> Identity {
-    let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
-    let mut params = CertificateParams::new(names).unwrap();
-    change(&mut params);
-    let key = KeyPair::generate().unwrap();
-    Identity {
-        cert: params.signed_by(&key, ca).unwrap().pem(),
-        key: key.serialize_pem(),
-    }
 }
 
 /// Who may log in with this certificate.

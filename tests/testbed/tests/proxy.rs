@@ -1,5 +1,7 @@
 //! The proxy's faults, with the tests' own client as the worker.
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use testbed::{
@@ -183,6 +185,53 @@ fn a_delay_delays() {
         "{:?}",
         start.elapsed()
     );
+}
+
+#[test]
+fn a_delay_shifts_in_time_and_holds_nothing_up() {
+    const DELAY: Duration = Duration::from_millis(200);
+    const PIECES: usize = 50;
+    // Not AMQP: it comes back byte for byte.
+    let echo = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let proxy = Proxy::to(echo.local_addr().expect("an address"));
+    proxy.delay(Direction::ToBroker, DELAY);
+    proxy.delay(Direction::ToClient, DELAY);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut from, _) = echo.accept().expect("a connection");
+            let mut to = from.try_clone().expect("a second handle");
+            std::io::copy(&mut from, &mut to).expect("an echo");
+        });
+        let start = Instant::now();
+        let mut out = TcpStream::connect(proxy.addr()).expect("a connection");
+        out.set_nodelay(true).expect("no delay of the kernel's");
+        let mut back = out.try_clone().expect("a second handle");
+        let came = scope.spawn(move || {
+            let mut byte = [0];
+            let times = (0..PIECES).map(|_| {
+                back.read_exact(&mut byte).expect("an echo");
+                start.elapsed()
+            });
+            times.collect::<Vec<_>>()
+        });
+        let sent: Vec<_> = (0..PIECES)
+            .map(|_| {
+                std::thread::sleep(Duration::from_millis(5));
+                let at = start.elapsed();
+                out.write_all(&[1]).expect("sent");
+                at
+            })
+            .collect();
+        let came = came.join().expect("no panic");
+        out.shutdown(std::net::Shutdown::Both).expect("an end");
+        // The first waits for the handshake as well.
+        assert!(came[0] >= 4 * DELAY, "{:?}", came[0]);
+        for (sent, came) in sent.iter().zip(&came) {
+            assert!(*came >= *sent + 2 * DELAY, "{came:?}, sent {sent:?}");
+        }
+        // One after the other they would take 50 × 400 ms.
+        assert!(came[PIECES - 1] < Duration::from_secs(10), "{came:?}");
+    });
 }
 
 #[test]

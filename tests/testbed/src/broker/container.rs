@@ -79,7 +79,7 @@ pub fn docker_label() -> Result<String> {
 }
 
 /// Makes sure that the image is there.
-pub(super) fn provide_image(image: &str) -> Result<()> {
+pub(crate) fn provide_image(image: &str) -> Result<()> {
     if image_present(image) {
         return Ok(());
     }

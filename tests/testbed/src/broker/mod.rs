@@ -10,6 +10,9 @@ mod install;
 mod local;
 mod probe;
 
+pub(crate) use container::provide_image;
+pub(crate) use install::debian_package;
+
 pub use container::{Container, docker, docker_label, docker_works, image_present};
 
 use crate::client::{Client, Queue, QueueBuilder};

@@ -267,7 +267,8 @@ impl Proxy {
         self.control(|control| control.stall = true);
     }
 
-    /// Makes everything in one direction so much later.
+    /// Makes everything in one direction so much later, by a constant: what is sent while something else is on its way
+    /// isn't held up by it. A new connection's handshake takes its round trip, too.
     pub fn delay(&self, direction: Direction, delay: Duration) {
         self.control(|control| control.delay[direction.index()] = delay);
     }

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::time::sleep_until;
+use tokio::time::{sleep, sleep_until};
 
 /// Frames on their way through one direction; beyond that the sender has to wait, as on a real connection.
 const IN_FLIGHT: usize = 1024;
@@ -133,6 +133,12 @@ impl Connection {
             Err(_) => None,
         };
         let upstream = upstream.ok_or(End::Reset)?;
+        // What a client sends first reaches us at once, as our kernel has shaken its hand; far away it would come a round
+        // trip later.
+        let round_trip: Duration = control.borrow().delay.iter().sum();
+        if !round_trip.is_zero() {
+            sleep(round_trip).await;
+        }
         let connected = TcpStream::connect(upstream).await.map_err(|_| End::Reset)?;
         let broker = broker.insert(connected);
         let _ = client.set_nodelay(true);

@@ -1,0 +1,308 @@
+//! The table, and the page around it.
+
+use super::{Bench, Pair};
+use crate::exec;
+use anyhow::Result;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What is measured; says how it is written.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Unit {
+    /// Seconds.
+    Time,
+    /// Bytes, of which only the first digits matter.
+    Memory,
+    /// Bytes, of which every one counts.
+    Size,
+}
+
+impl Unit {
+    fn write(self, value: f64) -> String {
+        match self {
+            Self::Time if value < 1.0 => format!("{:.1} ms", value * 1e3),
+            Self::Time => format!("{value:.2} s"),
+            Self::Memory if value < 10e6 => format!("{} KiB", thousands(value / 1024.0)),
+            Self::Memory => format!("{:.1} MiB", value / 1024.0 / 1024.0),
+            Self::Size => thousands(value),
+        }
+    }
+}
+
+/// A row of the table.
+pub(super) struct Row {
+    what: String,
+    unit: Unit,
+    amqp_consume: Option<f64>,
+    qconsume: f64,
+    /// Of the rounds' ratios, the first and the third quartile.
+    spread: Option<(f64, f64)>,
+    goal: Option<Goal>,
+}
+
+enum Goal {
+    /// At most so much of amqp-consume's.
+    Ratio(f64),
+    /// At most so much.
+    Value(f64),
+}
+
+impl Row {
+    /// Medians over the rounds.
+    pub(super) fn new<T>(
+        what: impl Into<String>,
+        unit: Unit,
+        rounds: &[Pair<T>],
+        value: impl Fn(&T) -> f64,
+    ) -> Self {
+        let amqp_consume: Vec<_> = rounds
+            .iter()
+            .map(|pair| value(&pair.amqp_consume))
+            .collect();
+        let qconsume: Vec<_> = rounds.iter().map(|pair| value(&pair.qconsume)).collect();
+        let ratios: Vec<_> = qconsume
+            .iter()
+            .zip(&amqp_consume)
+            .map(|(ours, theirs)| ours / theirs)
+            .collect();
+        Self {
+            what: what.into(),
+            unit,
+            amqp_consume: Some(median(&amqp_consume)),
+            qconsume: median(&qconsume),
+            spread: Some((quantile(&ratios, 0.25), quantile(&ratios, 0.75))),
+            goal: None,
+        }
+    }
+
+    /// What needs no rounds.
+    pub(super) fn single(what: &str, unit: Unit, amqp_consume: Option<f64>, qconsume: f64) -> Self {
+        Self {
+            what: what.to_owned(),
+            unit,
+            amqp_consume,
+            qconsume,
+            spread: None,
+            goal: None,
+        }
+    }
+
+    /// The ratio is to be this at most.
+    pub(super) fn goal(mut self, ratio: f64) -> Self {
+        self.goal = Some(Goal::Ratio(ratio));
+        self
+    }
+
+    /// qconsume's value is to be this at most.
+    pub(super) fn limit(mut self, value: f64) -> Self {
+        self.goal = Some(Goal::Value(value));
+        self
+    }
+
+    fn cells(&self) -> [String; 7] {
+        let ratio = self.amqp_consume.map(|other| self.qconsume / other);
+        let (goal, met) = match self.goal {
+            Some(Goal::Ratio(most)) => (format!("≤ {most:.2}"), ratio.map(|ratio| ratio <= most)),
+            Some(Goal::Value(most)) => (
+                format!("≤ {}", self.unit.write(most)),
+                Some(self.qconsume <= most),
+            ),
+            None => (String::new(), None),
+        };
+        let met = met.map_or("", |met| if met { "yes" } else { "no" });
+        [
+            self.what.clone(),
+            self.amqp_consume
+                .map(|value| self.unit.write(value))
+                .unwrap_or_default(),
+            self.unit.write(self.qconsume),
+            ratio.map(|ratio| format!("{ratio:.3}")).unwrap_or_default(),
+            self.spread
+                .map(|(low, high)| format!("{low:.2} to {high:.2}"))
+                .unwrap_or_default(),
+            goal,
+            met.to_owned(),
+        ]
+    }
+}
+
+pub(super) fn median(values: &[f64]) -> f64 {
+    quantile(values, 0.5)
+}
+
+/// Between the two nearest values, if it falls between them.
+fn quantile(values: &[f64], part: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let place = part * (sorted.len() - 1) as f64;
+    let (low, high) = (
+        sorted[place.floor() as usize],
+        sorted[place.ceil() as usize],
+    );
+    low + (high - low) * place.fract()
+}
+
+fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let groups: Vec<_> = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .map(String::from_utf8_lossy)
+        .collect();
+    groups.join(",")
+}
+
+/// In Markdown, and aligned, to be read on a terminal too.
+pub(super) fn table(rows: &[Row]) -> String {
+    let head = [
+        "",
+        "amqp-consume",
+        "qconsume",
+        "ratio",
+        "quartiles",
+        "goal",
+        "met",
+    ];
+    let mut lines = vec![head.map(str::to_owned)];
+    lines.extend(rows.iter().map(Row::cells));
+    let widths: Vec<usize> = (0..head.len())
+        .map(|column| {
+            lines
+                .iter()
+                .map(|cells| cells[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    let mut table = String::new();
+    for (index, cells) in lines.iter().enumerate() {
+        for (cell, width) in cells.iter().zip(&widths) {
+            table += &format!("| {cell:<width$} ");
+        }
+        table += "|\n";
+        if index == 0 {
+            for width in &widths {
+                table += &format!("|-{:-<width$}-", "");
+            }
+            table += "|\n";
+        }
+    }
+    table
+}
+
+/// The whole page.
+pub(super) fn page(results: &str, bench: &Bench) -> Result<String> {
+    let (major, minor, patch) = bench.broker.version();
+    let said = |command: &mut Command| exec::run(command, LIMIT).map(|text| text.trim().to_owned());
+    let date = said(Command::new("date").args(["-u", "+%F"]))?;
+    let tools = said(Command::new("dpkg-query").args(["-W", "-f", "${Version}", "amqp-tools"]))
+        .unwrap_or_else(|_| "of an unknown version".to_owned());
+    let qconsume = said(Command::new(&bench.programs.qconsume).arg("--version"))?;
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let cpus = std::thread::available_parallelism()?;
+    let rounds = &bench.rounds;
+    Ok(format!(
+        r#"<!-- Written by `make bench`; the words around the numbers are in tests/testbed/src/bench/page.rs. -->
+# Beside amqp-consume
+
+What qconsume costs compared with rabbitmq-c's amqp-consume, for the same message from the same queue to the same command.
+
+{results}
+Measured on {date}: {qconsume}, amqp-tools {tools}, RabbitMQ {major}.{minor}.{patch}, Linux {kernel} on {arch} with {cpus} processors.
+
+## How to read it
+
+Medians, and the ratio of qconsume's to amqp-consume's: below 1 qconsume takes less. A machine that does other things
+meanwhile makes all numbers larger; the ratios stay, as the two take turns, A B A B, so half of the rounds' own ratios lie between the
+*quartiles*. The *goal* is what the ratio (for the binary, the bytes) should be at most.
+
+- Both are given the same options, `--url URL -q QUEUE -c 1 cat`, and start the same way, with standard output and
+  error to /dev/null. A run counts when it has ended with 0 and its message is gone for good. The queue is durable and
+  classic, the messages persistent. Every round publishes what it needs and no more, so nobody sees another's message.
+- **Time** is the wall clock's, from the start of the process to its end: {small} rounds of the small ones, {large} of 12 MiB, {huge} of
+  128 MiB, {series} of 300 messages in one process, {crowds} of the {crowd} at once.
+- **Processor** is user and system time, by getrusage(2), the command's included; *less `cat`'s* is without what `cat` takes by itself.
+- **Memory** of one process is its own peak (`VmHWM` of proc(5), read as it exits); that of many is what they have
+  together, shared pages counted once (the sum of `Pss`), while they wait for a message.
+- *20 ms round trip* is by a proxy that lets everything arrive 10 ms later, each way, TCP's own handshake included.
+- *TLS* is as the two agree with the broker (TLS 1.3), with a P-256 certificate, verified: `--cacert`.
+- *Bytes added to an image* are those of the layer that `apt-get install -y --no-install-recommends amqp-tools` makes,
+  and of the one file that `COPY --from=qconsume` brings.
+- qconsume does more in the same time: it waits for the broker's word that the acknowledgement has arrived, and its
+  connection has heartbeats. With `-c 300` amqp-consume takes everything that is in the queue at once, qconsume one message
+  at a time.
+
+## Again
+
+With cargo, Docker (for the static binary and the images) and RabbitMQ as for the tests, as root on Debian or with amqp-tools installed:
+
+```sh make
+make bench
+```
+
+`BENCH_QCONSUME=path` measures a binary that is there already, and `BENCH=--quick` makes a few rounds only, to see that it
+works; it leaves this page alone.
+"#,
+        kernel = kernel.trim(),
+        arch = std::env::consts::ARCH,
+        small = rounds.small,
+        large = rounds.large,
+        huge = rounds.huge,
+        series = rounds.series,
+        crowds = rounds.crowds,
+        crowd = rounds.crowd,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_quartiles_fall_between_values() {
+        let values = [4.0, 1.0, 2.0, 3.0];
+        assert_eq!(median(&values), 2.5);
+        assert_eq!(quantile(&values, 0.25), 1.75);
+        assert_eq!(median(&[7.0]), 7.0);
+    }
+
+    #[test]
+    fn values_are_written_with_their_units() {
+        assert_eq!(Unit::Time.write(0.01234), "12.3 ms");
+        assert_eq!(Unit::Time.write(1.5), "1.50 s");
+        assert_eq!(Unit::Memory.write(1_638_400.0), "1,600 KiB");
+        assert_eq!(Unit::Memory.write(13_107_200.0), "12.5 MiB");
+        assert_eq!(Unit::Size.write(2_999_999.0), "2,999,999");
+        assert_eq!(Unit::Size.write(999.0), "999");
+    }
+
+    #[test]
+    fn a_row_has_the_medians_and_says_whether_its_goal_is_met() {
+        let rounds = [(2.0, 1.0), (4.0, 3.0), (8.0, 9.0)].map(|(amqp_consume, qconsume)| Pair {
+            amqp_consume,
+            qconsume,
+        });
+        let row = |goal| {
+            Row::new("a", Unit::Time, &rounds, |value| *value)
+                .goal(goal)
+                .cells()
+        };
+        let cells = [
+            "a",
+            "4.00 s",
+            "3.00 s",
+            "0.750",
+            "0.62 to 0.94",
+            "≤ 0.75",
+            "yes",
+        ];
+        assert_eq!(row(0.75), cells);
+        assert_eq!(row(0.74)[6], "no");
+        let size = Row::single("b", Unit::Size, None, 3e6).limit(3e6).cells();
+        assert_eq!(size, ["b", "", "3,000,000", "", "", "≤ 3,000,000", "yes"]);
+    }
+}
