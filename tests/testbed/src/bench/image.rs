@@ -16,6 +16,9 @@ const BASE: &str = "debian:bookworm-slim";
 
 const INSTALL: &str = "apt-get update && apt-get install -y --no-install-recommends amqp-tools";
 
+/// The published image comes without OpenSSL, which amqp-tools brings along; one that was built by other hands may not.
+const BARE: &str = "dpkg --purge ca-certificates openssl libssl3";
+
 /// Takes away what apt-get leaves behind for the next time; the caches aren't there in the published image, which has apt
 /// keep none.
 const CLEAN: &str = "apt-get clean && rm -rf /var/lib/apt/lists/* /var/cache/apt/*";
@@ -53,7 +56,7 @@ fn amqp_tools() -> Result<AmqpTools> {
     ensure!(docker_works(), "Docker doesn't answer");
     provide_image(BASE)?;
     let image = Image::build(INSTALL)?;
-    let before = packages(BASE)?;
+    let before = packages(&Image::build(BARE)?.0)?;
     let after = packages(&image.0)?;
     let new: Vec<_> = after.difference(&before).map(String::as_str).collect();
     Ok(AmqpTools {
@@ -82,7 +85,7 @@ impl Image {
         let folder = temp_folder("image");
         fs::write(
             folder.join("Dockerfile"),
-            format!("FROM {BASE}\nRUN {command}\n"),
+            format!("FROM {BASE}\nRUN {BARE}\nRUN {command}\n"),
         )?;
         let folder = folder.to_str().context("a path in UTF-8")?;
         Ok(Self(

@@ -38,6 +38,7 @@ pub(super) struct Row {
     unit: Unit,
     amqp_consume: Option<f64>,
     qconsume: f64,
+    ratio: Option<f64>,
     /// Of the rounds' ratios, the first and the third quartile.
     spread: Option<(f64, f64)>,
     goal: Option<Goal>,
@@ -51,7 +52,7 @@ enum Goal {
 }
 
 impl Row {
-    /// Medians over the rounds.
+    /// Medians over the rounds, of their ratios too: each compares what ran within the same second.
     pub(super) fn new<T>(
         what: impl Into<String>,
         unit: Unit,
@@ -73,6 +74,7 @@ impl Row {
             unit,
             amqp_consume: Some(median(&amqp_consume)),
             qconsume: median(&qconsume),
+            ratio: Some(median(&ratios)),
             spread: Some((quantile(&ratios, 0.25), quantile(&ratios, 0.75))),
             goal: None,
         }
@@ -85,6 +87,7 @@ impl Row {
             unit,
             amqp_consume,
             qconsume,
+            ratio: amqp_consume.map(|other| qconsume / other),
             spread: None,
             goal: None,
         }
@@ -103,9 +106,11 @@ impl Row {
     }
 
     fn cells(&self) -> [String; 7] {
-        let ratio = self.amqp_consume.map(|other| self.qconsume / other);
         let (goal, met) = match self.goal {
-            Some(Goal::Ratio(most)) => (format!("≤ {most:.2}"), ratio.map(|ratio| ratio <= most)),
+            Some(Goal::Ratio(most)) => (
+                format!("≤ {most:.2}"),
+                self.ratio.map(|ratio| ratio <= most),
+            ),
             Some(Goal::Value(most)) => (
                 format!("≤ {}", self.unit.write(most)),
                 Some(self.qconsume <= most),
@@ -119,7 +124,9 @@ impl Row {
                 .map(|value| self.unit.write(value))
                 .unwrap_or_default(),
             self.unit.write(self.qconsume),
-            ratio.map(|ratio| format!("{ratio:.3}")).unwrap_or_default(),
+            self.ratio
+                .map(|ratio| format!("{ratio:.3}"))
+                .unwrap_or_default(),
             self.spread
                 .map(|(low, high)| format!("{low:.2} to {high:.2}"))
                 .unwrap_or_default(),
@@ -216,9 +223,9 @@ Measured on {date}: {qconsume}, amqp-tools {tools}, RabbitMQ {major}.{minor}.{pa
 
 ## How to read it
 
-Medians, and the ratio of qconsume's to amqp-consume's: below 1 qconsume takes less. A machine that does other things
-meanwhile makes all numbers larger; the ratios stay, as the two take turns, A B A B, so half of the rounds' own ratios lie between the
-*quartiles*. The *goal* is what the ratio (for the binary, the bytes) should be at most.
+Medians. The *ratio* is the median of each round's own, qconsume's to amqp-consume's: below 1 qconsume takes less. Half
+of the rounds' ratios lie between the *quartiles*. A machine that does other things meanwhile makes the numbers larger, and the ratios
+less so, as the two take turns, A B A B. The *goal* is what the ratio (for the binary, the bytes) should be at most.
 
 - Both are given the same options, `--url URL -q QUEUE -c 1 cat`, and start the same way, with standard output and
   error to /dev/null. A run counts when it has ended with 0 and its message is gone for good. The queue is durable and
