@@ -8,6 +8,7 @@ use testbed::owner::temp_folder;
 use testbed::{
     Action, BasicProperties, Broker, Direction, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
     Running, Signal, frames,
+    types::{AMQPValue, FieldTable},
 };
 
 /// qconsume for this queue.
@@ -393,6 +394,36 @@ fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_th
         attempt().shell("exit 3").run().assert_status(3);
     }
     assert_eq!(dead.wait_get().text(), "evicted, then fails");
+}
+
+#[test]
+fn failures_on_another_queue_are_no_attempts_on_this_one() {
+    let broker = Broker::shared();
+    let dead = broker.queue("dead");
+    let queue = broker
+        .declare("moved")
+        .quorum()
+        .dead_letter_to(&dead)
+        .create();
+    // What a shovel brings along that moves a message back from where it was dead-lettered.
+    let mut headers = FieldTable::default();
+    for count in ["x-acquired-count", "x-delivery-count"] {
+        headers.insert(count.into(), AMQPValue::LongLongInt(7));
+    }
+    queue.publish_with(BasicProperties::default().with_headers(headers), "body");
+    let attempt = || worker(broker, &queue).args(["--max-attempts", "2"]);
+    if broker.version() >= (4, 3, 0) {
+        // An eviction isn't counted, so the queue still shows the foreign count.
+        let run = attempt().shell("echo started; exec sleep 60").spawn();
+        wait_started(&run);
+        run.signal(Signal::SIGTERM);
+        run.wait(PATIENCE).assert_status(143);
+        queue.wait_ready(1);
+    }
+    attempt().shell("exit 3").run().assert_status(3);
+    queue.wait_ready(1);
+    attempt().shell("exit 3").run().assert_status(3);
+    assert_eq!(dead.wait_get().text(), "body");
 }
 
 #[test]
