@@ -507,6 +507,31 @@ fn a_failed_command_ends_count_and_drain_with_its_status() {
 }
 
 #[test]
+fn a_dead_lettered_message_that_counts_as_done_ends_neither_count_nor_drain() {
+    let broker = Broker::shared();
+    let options: [&[&str]; 2] = [&["-c", "3"], &["--drain"]];
+    for options in options {
+        let dead = broker.queue("dead");
+        let queue = broker
+            .declare("goes-on")
+            .quorum()
+            .dead_letter_to(&dead)
+            .create();
+        queue.publish_all(["good ", "bad ", "last "]);
+        queue.wait_ready(3);
+        let run = worker(broker, &queue)
+            .args(options)
+            .args(["--reject-on", "65", "--reject-exit-code", "0"])
+            .shell("read body; echo $body; [ $body != bad ] || exit 65")
+            .run();
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "good\nbad\nlast\n", "{options:?}");
+        assert_eq!(dead.wait_get().text(), "bad ");
+        assert_eq!(queue.ready(), 0);
+    }
+}
+
+#[test]
 fn drain_works_until_the_queue_is_empty() {
     let broker = Broker::shared();
     for kind in QueueKind::ALL {
