@@ -427,12 +427,16 @@ impl Task {
 /// What became of the message, for machines and for people.
 fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome, String) {
     if let Some(why) = unconfirmed {
-        let text = if settlement == Settlement::Ack {
-            format!(
+        let text = match settlement {
+            Settlement::Ack => format!(
                 "but its acknowledgement was not confirmed, so the message may come again: {why}"
-            )
-        } else {
-            format!("message goes back to the queue, though the broker has not confirmed it: {why}")
+            ),
+            Settlement::DeadLetter => format!(
+                "message rejected, but the broker has not confirmed it, so it may come again: {why}"
+            ),
+            Settlement::Requeue | Settlement::GiveBack => format!(
+                "message goes back to the queue, though the broker has not confirmed it: {why}"
+            ),
         };
         return (Outcome::Unconfirmed, text);
     }
