@@ -7,7 +7,7 @@ use std::time::Duration;
 use testbed::owner::temp_folder;
 use testbed::{
     Action, BasicProperties, Broker, Direction, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
-    Running, Signal, frames,
+    Running, Signal, eventually, frames,
     types::{AMQPValue, FieldTable},
 };
 
@@ -594,6 +594,65 @@ fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
     run.assert_status(0);
     assert_eq!(run.stdout_text().len(), 4);
     assert_eq!(queue.ready(), 0);
+}
+
+#[test]
+fn an_answer_that_knows_of_no_consumer_is_no_empty_queue() {
+    let broker = Broker::shared();
+    let queue = broker.queue("unknown");
+    let proxy = Proxy::of(broker);
+    // What the broker says of a quorum queue that doesn't answer it in time: no message and no consumer.
+    let nothing = |frame: &[u8]| {
+        let mut frame = frame.to_vec();
+        let end = frame.len() - 1;
+        frame[end - 8..end].fill(0);
+        frame
+    };
+    let nothing = Action::Replace(Arc::new(nothing));
+    proxy.once(Direction::ToClient, Method::QUEUE_DECLARE_OK, nothing);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--drain", "cat"])
+        .run();
+    run.assert_status(0);
+    let looks = proxy.count(Direction::ToClient, Method::QUEUE_DECLARE_OK);
+    assert_eq!(looks, 2, "it took the first answer for an empty queue");
+}
+
+#[test]
+fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
+    let broker = Broker::shared();
+    let queue = broker.queue("patience");
+    let proxy = Proxy::of(broker);
+    // The broker's heartbeats begin one and a half to three seconds after the handshake.
+    let cut = Action::CutAfter;
+    proxy.once(Direction::ToClient, Method::HEARTBEAT, cut);
+    let running = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--wait", "5s", "--heartbeat", "3"])
+        .args(["--log-level", "debug", "cat"])
+        .spawn();
+    proxy.wait_for(Direction::ToClient, Method::HEARTBEAT, PATIENCE);
+    proxy.refuse();
+    // With the pauses between them, six attempts take a second and a half at least.
+    let attempts = || running.stderr().matches("; trying again").count();
+    assert!(eventually(PATIENCE, || attempts() >= 6));
+    proxy.pass();
+    running.wait(PATIENCE).assert_status(66);
+
+    let at = |connection, direction, method| {
+        let mut seen = proxy.seen().into_iter();
+        let found = seen.find(|seen| {
+            (seen.connection, seen.direction, seen.method) == (connection, direction, method)
+        });
+        found.expect("it came along").at
+    };
+    let last = proxy.accepted();
+    let registered = |connection| at(connection, Direction::ToClient, Method::BASIC_CONSUME_OK);
+    let first = at(1, Direction::ToClient, Method::HEARTBEAT) - registered(1);
+    let second = at(last, Direction::ToBroker, Method::BASIC_CANCEL) - registered(last);
+    let waited = (first + second).as_secs_f64();
+    assert!((4.8..6.4).contains(&waited), "{first:?} and {second:?}");
 }
 
 #[test]
