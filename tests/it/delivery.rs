@@ -142,12 +142,19 @@ fn an_address_that_accepts_and_stays_silent_is_tried_again() {
     queue.publish("body");
     let proxy = Proxy::of(broker);
     proxy.once(Direction::ToBroker, Method::PROTOCOL_HEADER, Action::Stall);
+    let file = a_file();
     let run = worker(broker, &queue)
         .url(&proxy.url())
-        .args(["--connect-timeout", "12s", "cat"])
-        .run();
-    run.assert_status(0).assert_stderr("no answer while");
+        .args(["--connect-timeout", "12s"])
+        .shell(&until_there(&file))
+        .spawn();
+    wait_started(&run);
     assert_eq!(proxy.accepted(), 2);
+    // What was given up doesn't go on beside its successor.
+    proxy.wait_open(1, PATIENCE);
+    std::fs::write(&file, "").unwrap();
+    let run = run.wait(PATIENCE);
+    run.assert_status(0).assert_stderr("no answer while");
 }
 
 #[test]
