@@ -272,22 +272,20 @@ impl Run {
 
     fn note(&mut self, answer: Answer) {
         self.shares.pop_front();
-        let returned = match answer {
-            Answer::Acked { returned } => {
-                self.tally.acked();
-                returned
-            }
-            Answer::Nacked { returned } => {
-                self.tally.refused();
-                returned
-            }
-            Answer::None => {
-                self.tally.unanswered();
-                None
-            }
-        };
-        if let Some(body) = returned {
-            self.tally.returned(&body);
+        // Before the answer that brought it, with which what is beyond doubt is forgotten.
+        if let Answer::Acked {
+            returned: Some(body),
+        }
+        | Answer::Nacked {
+            returned: Some(body),
+        } = &answer
+        {
+            self.tally.returned(body);
+        }
+        match answer {
+            Answer::Acked { .. } => self.tally.acked(),
+            Answer::Nacked { .. } => self.tally.refused(),
+            Answer::None => self.tally.unanswered(),
         }
     }
 

@@ -307,7 +307,9 @@ fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
         .run();
     ended
         .assert_status(78)
-        .assert_stderr("no queue is bound to exchange \"amq.direct\"");
+        .assert_stderr("message 1 came back: no queue is bound to exchange \"amq.direct\"")
+        .assert_stderr("confirmed: 0 of 1 message sent, 0 from the start without a gap")
+        .assert_stderr("begin with message 1");
     let ended = line().args(["-e", "no such", "-r", "x", "-b", "x"]).run();
     ended
         .assert_status(78)
@@ -329,6 +331,27 @@ fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
         .assert_stderr("line 3 came back")
         .assert_stderr("confirmed: 2 of ")
         .assert_stderr("2 from the start without a gap; to resume, begin with line 3");
+}
+
+#[test]
+fn a_message_that_comes_back_alone_is_not_taken_for_a_confirmed_one() {
+    let broker = Broker::shared();
+    let queue = broker.queue("alone");
+    let proxy = Proxy::of(broker);
+    let line = qpublish().url(&proxy.url()).queue(queue.name()).arg("-l");
+    let (mut input, running) = Fifo::feed("alone", line);
+    for n in 1..=2 {
+        input.write("same\n");
+        proxy.wait_for_nth(Direction::ToClient, Method::BASIC_ACK, n, PATIENCE);
+    }
+    queue.delete();
+    input.write("same\n");
+    running
+        .wait(PATIENCE)
+        .assert_status(78)
+        .assert_stderr("line 3 came back")
+        .assert_stderr("confirmed: 2 of 3 messages sent, 2 from the start without a gap")
+        .assert_stderr("begin with line 3");
 }
 
 #[test]
