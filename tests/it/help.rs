@@ -13,6 +13,8 @@ fn shown(program: Program, option: &str) -> String {
     let run = program
         .url("amqp://me:hunter2@localhost")
         .env("QCONSUME_PASSWORD", "hunter2")
+        .env("QCONSUME_SERVER", "amqp://me:hunter2@localhost")
+        .env("QUEUE", "a-queue-with-a-name-".repeat(5))
         .arg(option)
         .run();
     run.assert_status(0);
@@ -71,7 +73,7 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
     ] {
         assert!(rest.contains(&format!("\n  {status} ")), "{status}: {rest}");
     }
-    assert!(help.contains("[env: QCONSUME_KILL_AFTER=]\n          [default: 10s]"));
+    assert!(help.contains("[env: QCONSUME_KILL_AFTER]\n          [default: 10s]"));
     assert_fits(&shown(qpublish(), "--help"));
 }
 
