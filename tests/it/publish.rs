@@ -198,7 +198,9 @@ fn a_file_that_cannot_be_read_is_found_out_before_anything_is_published() {
 fn a_line_is_published_as_soon_as_it_is_there_and_a_signal_ends_the_wait_for_more() {
     let queue = Broker::shared().queue("endless");
     for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let (mut input, running) = Fifo::feed(&format!("endless-{status}"), to(&queue).arg("-l"));
+        let log = file(&format!("termination-{status}"), b"");
+        let line = to(&queue).arg("-l").arg("--termination-log").arg(&log);
+        let (mut input, running) = Fifo::feed(&format!("endless-{status}"), line);
         input.write("first\n");
         queue.wait_ready(1);
         input.write("second\nunfinished");
@@ -209,6 +211,12 @@ fn a_line_is_published_as_soon_as_it_is_there_and_a_signal_ends_the_wait_for_mor
             .assert_status(status)
             .assert_stderr("2 of 2 messages sent, 2 from the start without a gap")
             .assert_stderr("begin with line 3");
+        let message = std::fs::read_to_string(&log).unwrap();
+        assert!(
+            message.starts_with("stopped by SIG")
+                && message.ends_with(&format!(" (status {status} by qpublish)\n")),
+            "{message:?}"
+        );
         assert_eq!(drain(&queue), ["first", "second"]);
     }
 }
