@@ -18,8 +18,8 @@ use crate::{
     verdict::{OnFailure, Policy, Statuses},
 };
 use clap::{
-    ArgAction, ArgMatches, CommandFactory, Parser, ValueEnum,
-    error::{ContextValue, ErrorKind},
+    ArgAction, ArgMatches, Command, CommandFactory, Parser, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
     parser::ValueSource,
 };
 use std::{
@@ -345,10 +345,10 @@ fn understand<C: Parser, T>(
             let short = shown == command().render_help().to_string();
             return Ok(Request::Show(help::fitted(&shown, short)));
         }
-        Err(error) => return Err(usage(&error)),
+        Err(error) => return Err(usage(&error, command())),
     };
     no_address_astray::<C>(&matches)?;
-    let cli = C::from_arg_matches(&matches).map_err(|error| usage(&error))?;
+    let cli = C::from_arg_matches(&matches).map_err(|error| usage(&error, command()))?;
     Ok(Request::Run(Box::new(options(cli, &matches)?)))
 }
 
@@ -396,9 +396,21 @@ fn is_address(text: impl AsRef<OsStr>) -> bool {
     text.starts_with("amqp://") || text.starts_with("amqps://")
 }
 
-/// clap's message in one line, as a log has it: without the usage, and with its tips.
-fn usage(error: &clap::Error) -> Failure {
+/// clap's message in one line, as a log has it: without the usage, and with its tips and the variable that is to blame.
+fn usage(error: &clap::Error, mut command: Command) -> Failure {
+    command.build();
     let mut text = error.render().to_string();
+    if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
+        && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && let Some(arg) = command
+            .get_arguments()
+            .find(|arg| arg.to_string() == *option)
+        && let Some(variable) = arg.get_env()
+        && std::env::var_os(variable).is_some_and(|set| set.to_string_lossy() == *value)
+    {
+        let quoted = format!("'{option}'");
+        text = text.replace(&quoted, &format!("{quoted} ({})", variable.display()));
+    }
     // It quotes what was given. An address that has slipped in after the wrong option has a password in it.
     for (_, given) in error.context() {
         if let ContextValue::String(given) = given

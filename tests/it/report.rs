@@ -225,6 +225,31 @@ fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
         run.stderr,
         "qconsume: error: unexpected argument '--drian' found; tip: a similar argument exists: '--drain'; see --help status=64 by=\"qconsume\"\n"
     );
+    for (variable, value, says) in [
+        (
+            "QCONSUME_WAIT",
+            "soon",
+            "'soon' for '--wait <DURATION>' (QCONSUME_WAIT): not a duration",
+        ),
+        ("QCONSUME_COUNT", "", "'--count <N>' (QCONSUME_COUNT)"),
+        (
+            "QCONSUME_ON_LOST",
+            "x",
+            "'--on-lost <WHAT>' (QCONSUME_ON_LOST) [possible",
+        ),
+        (
+            "BROKER_URL_FILE",
+            "",
+            "'--url-file <FILE>' (BROKER_URL_FILE)",
+        ),
+    ] {
+        let run = qconsume().env(variable, value).arg("cat").run();
+        run.assert_status(64);
+        assert_contains(&run.stderr, &[says]);
+    }
+    let run = qconsume().args(["--wait", "soon", "cat"]).run();
+    run.assert_status(64);
+    assert!(!run.stderr.contains("QCONSUME_WAIT"), "{}", run.stderr);
     let run = qconsume().args(["--", "cat"]).run();
     run.assert_status(64);
     assert_eq!(lines(&run).len(), 1, "{}", run.stderr);
