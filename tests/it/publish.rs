@@ -5,6 +5,7 @@ use feed::Fifo;
 use std::{
     path::PathBuf,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Instant,
 };
 use testbed::{
     Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
@@ -360,6 +361,42 @@ fn a_message_that_comes_back_alone_is_not_taken_for_a_confirmed_one() {
         .assert_stderr("line 3 came back")
         .assert_stderr("confirmed: 2 of 3 messages sent, 2 from the start without a gap")
         .assert_stderr("begin with line 3");
+}
+
+#[test]
+fn where_to_resume_is_right_with_many_in_flight() {
+    let broker = Broker::shared();
+    let queue = broker.queue("unbound");
+    let name = || queue.name().into();
+    let channel = broker.client().channel().unwrap();
+    let bound = channel.queue_bind(
+        name(),
+        "amq.direct".into(),
+        name(),
+        Default::default(),
+        Default::default(),
+    );
+    testbed::block_on(bound).unwrap();
+    let running = qpublish()
+        .url(&broker.url())
+        .args(["-l", "-e", "amq.direct", "-r", queue.name()])
+        .through(["sh", "-c", "seq 100000000 | \"$0\" \"$@\""])
+        .spawn();
+    let deadline = Instant::now() + PATIENCE;
+    while queue.ready() < 3000 {
+        assert!(Instant::now() < deadline, "{}", running.stderr());
+    }
+    let unbound = channel.queue_unbind(name(), "amq.direct".into(), name(), Default::default());
+    testbed::block_on(unbound).unwrap();
+    let ended = running.wait(PATIENCE);
+    // What the queue has are the lines up to there, and no other.
+    let there = queue.ready();
+    ended
+        .assert_status(78)
+        .assert_stderr(&format!("line {} came back", there + 1))
+        .assert_stderr(&format!("confirmed: {there} of "))
+        .assert_stderr(&format!("{there} from the start without a gap"));
+    queue.purge();
 }
 
 #[test]
