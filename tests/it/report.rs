@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
 };
-use testbed::{BasicProperties, Broker, Finished, PATIENCE, Program, Queue, Signal, missing};
+use testbed::{
+    BasicProperties, Broker, Finished, PATIENCE, Program, Proxy, Queue, Signal, missing,
+};
 
 /// Kubernetes keeps this much of a termination message.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
@@ -214,6 +216,32 @@ fn a_stop_is_told_with_what_became_of_the_message() {
             "stopped by SIGTERM while no command ran; whatever had arrived goes back",
             "by=\"qconsume\"",
         ],
+    );
+}
+
+#[test]
+fn long_waits_are_mentioned_with_what_is_waited_for() {
+    let silent = Proxy::silent();
+    let broker = qconsume()
+        .url(&silent.url())
+        .args(["-q", "x", "--", "true"])
+        .spawn();
+    let idle = Broker::shared().queue("report-idle");
+    let message = worker(&idle).args(["--", "true"]).spawn();
+    let queue = queue_with_order_7("report-stubborn");
+    let command = worker(&queue)
+        .shell("trap '' TERM; echo here; while :; do sleep 1; done")
+        .spawn();
+    command.wait_for_stdout("here", PATIENCE);
+    command.signal(Signal::SIGTERM);
+    broker.wait_for_stderr("still waiting for the AMQP handshake with", PATIENCE);
+    command.wait_for_stderr("and still runs; without --grace it isn't killed", PATIENCE);
+    message.wait_for_stderr(
+        &format!(
+            "still waiting for a message in queue {:?}, for ",
+            idle.name()
+        ),
+        2 * PATIENCE,
     );
 }
 
