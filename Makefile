@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo test test-manifests soak bench image binaries dist docs transcripts manuals
+.PHONY: help demo test test-addresses test-manifests soak bench image binaries dist docs transcripts manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -14,6 +14,9 @@ demo: ## fills a queue and works it off, to see what qconsume does
 
 test: ## all tests, against a real RabbitMQ
 	$(CARGO) test --workspace --locked --no-fail-fast
+
+test-addresses: ## a million addresses at random, in some minutes
+	PROPTEST_CASES=250000 $(CARGO) test --locked --lib broker::address
 
 test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
 	tests/manifests/run
@@ -41,7 +44,7 @@ binaries: image
 docs: ## writes docs/options.md anew
 	$(CARGO) run --quiet --locked --example docgen
 
-transcripts: ## writes docs/transcripts.md anew, from real runs
+transcripts: ## writes docs/transcripts.md anew, from real runs; QCONSUME_TEST_RABBITMQ=rabbitmq:4.3-management for the version it is about
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin testbed -- transcripts >target/transcripts.md
 	mv target/transcripts.md docs/transcripts.md

@@ -18,10 +18,14 @@ use crate::{
     verdict::{OnFailure, Policy, Statuses},
 };
 use clap::{
-    ArgAction, ArgMatches, CommandFactory, Parser, ValueEnum,
-    error::{ContextValue, ErrorKind},
+    ArgAction, ArgMatches, Command, CommandFactory, Parser, ValueEnum,
+    error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
 };
-use std::{ffi::OsString, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    time::Duration,
+};
 
 /// Longest time that an option may name: ten years. More than that is a slip of the finger, and overflows clocks.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -327,7 +331,9 @@ fn understand<C: Parser, T>(
     arguments: &[OsString],
     options: impl FnOnce(C, &ArgMatches) -> Result<T, Failure>,
 ) -> Result<Request<T>, Failure> {
-    let matches = match C::command().try_get_matches_from(arguments) {
+    // Help goes where it is pasted: it names variables, and leaves what this machine has in them alone.
+    let command = || C::command().mut_args(|arg| arg.hide_env_values(true));
+    let matches = match command().try_get_matches_from(arguments) {
         Ok(matches) => matches,
         Err(error)
             if matches!(
@@ -336,18 +342,75 @@ fn understand<C: Parser, T>(
             ) =>
         {
             let shown = error.render().to_string();
-            let short = shown == C::command().render_help().to_string();
+            let short = shown == command().render_help().to_string();
             return Ok(Request::Show(help::fitted(&shown, short)));
         }
-        Err(error) => return Err(usage(&error)),
+        Err(error) => return Err(usage(&error, command())),
     };
-    let cli = C::from_arg_matches(&matches).map_err(|error| usage(&error))?;
+    no_address_astray::<C>(&matches)?;
+    let cli = C::from_arg_matches(&matches).map_err(|error| usage(&error, command()))?;
     Ok(Request::Run(Box::new(options(cli, &matches)?)))
 }
 
-/// clap's message in one line, as a log has it: without the usage, and with its tips.
-fn usage(error: &clap::Error) -> Failure {
+/// Options whose values are printed: the names of files, and of what is on the broker.
+const NAMES: [&str; 13] = [
+    "url_file",
+    "queue",
+    "exchange",
+    "routing_key",
+    "server",
+    "server_name",
+    "vhost",
+    "authfile",
+    "cacert",
+    "cert",
+    "key",
+    "file",
+    "termination_log",
+];
+
+/// None of them looks like an address. One that has slipped in there would be printed, with its password.
+fn no_address_astray<C: CommandFactory>(matches: &ArgMatches) -> Result<(), Failure> {
+    for arg in C::command().get_arguments() {
+        let id = arg.get_id().as_str();
+        if !NAMES.contains(&id) || !matches.get_raw(id).into_iter().flatten().any(is_address) {
+            continue;
+        }
+        let option = match (matches.value_source(id), arg.get_env()) {
+            (Some(ValueSource::EnvVariable), Some(variable)) => {
+                variable.to_string_lossy().into_owned()
+            }
+            _ => format!("--{}", arg.get_long().unwrap_or(id)),
+        };
+        return Err(Failure::new(
+            Exit::Usage,
+            format!("{option} is an amqp:// address, which goes to BROKER_URL or --url"),
+        ));
+    }
+    Ok(())
+}
+
+fn is_address(text: impl AsRef<OsStr>) -> bool {
+    let text = text.as_ref().to_string_lossy().to_lowercase();
+    let text = text.trim_start();
+    text.starts_with("amqp://") || text.starts_with("amqps://")
+}
+
+/// clap's message in one line, as a log has it: without the usage, and with its tips and the variable that is to blame.
+fn usage(error: &clap::Error, mut command: Command) -> Failure {
+    command.build();
     let mut text = error.render().to_string();
+    if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
+        && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && let Some(arg) = command
+            .get_arguments()
+            .find(|arg| arg.to_string() == *option)
+        && let Some(variable) = arg.get_env()
+        && std::env::var_os(variable).is_some_and(|set| set.to_string_lossy() == *value)
+    {
+        let quoted = format!("'{option}'");
+        text = text.replace(&quoted, &format!("{quoted} ({})", variable.display()));
+    }
     // It quotes what was given. An address that has slipped in after the wrong option has a password in it.
     for (_, given) in error.context() {
         if let ContextValue::String(given) = given
@@ -391,15 +454,7 @@ impl Cli {
             ));
         }
         // A URL that lacks its option must not be looked for as a command, and printed.
-        let first = self
-            .command
-            .first()
-            .map(|word| word.to_string_lossy().to_lowercase());
-        if first.is_some_and(|word| {
-            ["amqp://", "amqps://"]
-                .iter()
-                .any(|scheme| word.starts_with(scheme))
-        }) {
+        if self.command.first().is_some_and(is_address) {
             return Err(Failure::new(
                 Exit::Usage,
                 "there is an amqp:// address where the command should be: it goes to --url",

@@ -14,7 +14,7 @@ use crate::{
     broker::{Answer, Broker, ConnectOptions, Heard, Publisher, Stop, declare, goodbye},
     cli::Request,
     exit::{Exit, Failure, status_of_signal},
-    report::{self, Span},
+    report::{self, LastWord, Span},
     show,
     signals::{Signals, next_stop},
 };
@@ -80,9 +80,8 @@ async fn publish(options: Options, mut signals: Signals) -> anyhow::Result<u8> {
     let opened = tokio::select! {
         biased;
         signal = next_stop(&mut signals) => {
-            let status = status_of_signal(signal as i32);
-            tracing::error!(status, "stopped by {signal} before anything was published");
-            return Ok(status);
+            let text = format!("stopped by {signal} before anything was published");
+            return Ok(stopped(signal, text));
         }
         opened = open(&options) => opened?,
     };
@@ -272,22 +271,20 @@ impl Run {
 
     fn note(&mut self, answer: Answer) {
         self.shares.pop_front();
-        let returned = match answer {
-            Answer::Acked { returned } => {
-                self.tally.acked();
-                returned
-            }
-            Answer::Nacked { returned } => {
-                self.tally.refused();
-                returned
-            }
-            Answer::None => {
-                self.tally.unanswered();
-                None
-            }
-        };
-        if let Some(body) = returned {
-            self.tally.returned(&body);
+        // Before the answer that brought it, with which what is beyond doubt is forgotten.
+        if let Answer::Acked {
+            returned: Some(body),
+        }
+        | Answer::Nacked {
+            returned: Some(body),
+        } = &answer
+        {
+            self.tally.returned(body);
+        }
+        match answer {
+            Answer::Acked { .. } => self.tally.acked(),
+            Answer::Nacked { .. } => self.tally.refused(),
+            Answer::None => self.tally.unanswered(),
         }
     }
 
@@ -316,9 +313,8 @@ impl Run {
             (None, Some(Cause::Signal { signal, early }))
                 if early || self.tally.first_failed().is_some() =>
             {
-                let status = status_of_signal(signal as i32);
-                tracing::error!(status, "stopped by {signal}; {}", self.summary());
-                return Ok(status);
+                let text = format!("stopped by {signal}; {}", self.summary());
+                return Ok(stopped(signal, text));
             }
             (None, None | Some(Cause::Signal { .. })) => {
                 tracing::info!("{} confirmed", messages(self.tally.total()));
@@ -369,6 +365,13 @@ impl Run {
         }
         text
     }
+}
+
+/// Says that a signal has ended it, and returns the status.
+fn stopped(signal: Signal, text: String) -> u8 {
+    let status = status_of_signal(signal as i32);
+    LastWord::without_message(status, text).say();
+    status
 }
 
 /// How much there is to publish, as far as that is known: messages, or bytes of standard input.

@@ -153,7 +153,8 @@ impl Worker {
 
         let all = self.options.count.is_some_and(|count| done + 1 >= count);
         let stopped_by = outcome.stop.and_then(Stop::signal);
-        let last = all || settlement != Settlement::Ack || stopped_by.is_some();
+        // With `--reject-exit-code 0` a message that was dead-lettered is done like any other.
+        let last = all || verdict.confirmed != 0 || stopped_by.is_some();
         let word = if self.options.no_ack {
             task.word(
                 by,
@@ -174,11 +175,10 @@ impl Worker {
         };
         match stopped_by {
             _ if word.status != 0 || all => Ok(Step::End(word)),
-            None if !last => {
+            None => {
                 word.log();
                 Ok(Step::Next)
             }
-            None => Ok(Step::End(word)),
             // This message is done, but a stop before all are is no completion.
             Some(signal) => Ok(Step::End(LastWord {
                 by: By::Qconsume,
@@ -427,12 +427,16 @@ impl Task {
 /// What became of the message, for machines and for people.
 fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome, String) {
     if let Some(why) = unconfirmed {
-        let text = if settlement == Settlement::Ack {
-            format!(
+        let text = match settlement {
+            Settlement::Ack => format!(
                 "but its acknowledgement was not confirmed, so the message may come again: {why}"
-            )
-        } else {
-            format!("message goes back to the queue, though the broker has not confirmed it: {why}")
+            ),
+            Settlement::DeadLetter => format!(
+                "message rejected, but the broker has not confirmed it, so it may come again: {why}"
+            ),
+            Settlement::Requeue | Settlement::GiveBack => format!(
+                "message goes back to the queue, though the broker has not confirmed it: {why}"
+            ),
         };
         return (Outcome::Unconfirmed, text);
     }

@@ -56,19 +56,23 @@ struct Counts {
 
 impl Counts {
     fn new(headers: &FieldTable, redelivered: bool) -> Self {
+        if !redelivered {
+            // A count on a first delivery is not this queue's: it was published along with a copied message, by a
+            // shovel for example.
+            return Self {
+                attempt: Some(1),
+                failures: Some(0),
+            };
+        }
         let count = |name: &str| headers.inner().get(name).and_then(integer);
         let (acquired, delivered) = (count("x-acquired-count"), count("x-delivery-count"));
-        let counted = acquired.or(delivered);
         Self {
-            attempt: counted
-                .map(|before| before.saturating_add(1))
-                .or((!redelivered).then_some(1)),
-            failures: match (acquired, redelivered) {
-                // A count on a first delivery is not this queue's: somebody has published it along with a copied message.
-                (None, false) => Some(0),
-                // A queue that counts acquisitions counts deliveries too, and says nothing of zero.
-                (Some(_), _) => Some(delivered.unwrap_or(0)),
-                (None, true) => delivered,
+            attempt: acquired.or(delivered).map(|n| n.saturating_add(1)),
+            failures: match acquired {
+                // A queue that counts acquisitions counts deliveries too, and says nothing of zero; a count of more
+                // failures than acquisitions is one that was published along.
+                Some(acquired) => Some(delivered.filter(|n| *n <= acquired).unwrap_or(0)),
+                None => delivered,
             },
         }
     }

@@ -100,7 +100,12 @@ struct Cli {
     null: bool,
 
     /// Changes nothing: messages are always persistent
-    #[arg(short, long, help_heading = "Properties of every message")]
+    #[arg(
+        hide_short_help = true,
+        short,
+        long,
+        help_heading = "Properties of every message"
+    )]
     persistent: bool,
 
     /// For example text/plain
@@ -110,11 +115,11 @@ struct Cli {
     /// For example gzip
     ///
     /// The message is sent as it is.
-    #[arg(short = 'E', long, value_name = "ENCODING", value_parser = name, help_heading = "Properties of every message")]
+    #[arg(hide_short_help = true, short = 'E', long, value_name = "ENCODING", value_parser = name, help_heading = "Properties of every message")]
     content_encoding: Option<String>,
 
     /// The queue for answers
-    #[arg(short = 't', long, value_name = "NAME", value_parser = name, help_heading = "Properties of every message")]
+    #[arg(hide_short_help = true, short = 't', long, value_name = "NAME", value_parser = name, help_heading = "Properties of every message")]
     reply_to: Option<String>,
 
     /// A header; may be given several times
@@ -126,7 +131,7 @@ struct Cli {
     message_id: Option<String>,
 
     /// What an answer is to carry
-    #[arg(long, value_name = "ID", value_parser = name, help_heading = "Properties of every message")]
+    #[arg(hide_short_help = true, long, value_name = "ID", value_parser = name, help_heading = "Properties of every message")]
     correlation_id: Option<String>,
 
     /// The higher, the sooner
@@ -142,15 +147,15 @@ struct Cli {
     /// Drop it when nobody has taken it for so long
     ///
     /// Or dead-letter it, where the queue says so.
-    #[arg(long, value_name = "DURATION", value_parser = expiration, help_heading = "Properties of every message")]
+    #[arg(hide_short_help = true, long, value_name = "DURATION", value_parser = expiration, help_heading = "Properties of every message")]
     expiration: Option<u32>,
 
     /// The kind of message
-    #[arg(long = "type", value_name = "NAME", value_parser = name, help_heading = "Properties of every message")]
+    #[arg(hide_short_help = true, long = "type", value_name = "NAME", value_parser = name, help_heading = "Properties of every message")]
     kind: Option<String>,
 
     /// Who sends it
-    #[arg(long, value_name = "NAME", value_parser = name, help_heading = "Properties of every message")]
+    #[arg(hide_short_help = true, long, value_name = "NAME", value_parser = name, help_heading = "Properties of every message")]
     app_id: Option<String>,
 
     /// Longest wait for the next confirmation

@@ -68,8 +68,8 @@ impl Tally {
         self.answer();
     }
 
-    /// A message with this body came back: one of those sent and not answered before the last answer. It is among the
-    /// acknowledged ones too.
+    /// A message with this body came back along with the answer that is noted next: it is the one answered there, or one
+    /// that was in flight with that. It is among the acknowledged ones too.
     pub(super) fn returned(&mut self, body: &[u8]) {
         self.returned.push(digest(body));
     }
@@ -223,8 +223,8 @@ mod tests {
     fn of_several_alike_the_first_is_taken_for_the_one_that_came_back() {
         let mut tally = sent(["x", "x", "y", "x"]);
         tally.acked();
-        tally.acked();
         tally.returned(b"x");
+        tally.acked();
         tally.acked();
         tally.acked();
         assert_eq!(tally.first_failed(), Some((1, Failed::Returned)));
@@ -240,6 +240,17 @@ mod tests {
         tally.acked();
         assert_eq!(tally.first_failed(), Some((3, Failed::Returned)));
         assert_eq!((tally.confirmed(), tally.without_gap()), (2, 2));
+    }
+
+    #[test]
+    fn one_that_was_alone_in_flight_is_found_too() {
+        let mut tally = sent(["a"]);
+        tally.acked();
+        tally.sent(b"b");
+        tally.returned(b"b");
+        tally.acked();
+        assert_eq!(tally.first_failed(), Some((2, Failed::Returned)));
+        assert_eq!((tally.confirmed(), tally.without_gap()), (1, 1));
     }
 
     #[test]

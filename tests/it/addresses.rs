@@ -1,9 +1,9 @@
 //! Addresses, from outside: what is meant is what is reached, and what is malformed is told in one line without the
 //! secret. The whole table of cases is beside the parser.
 
-use crate::common::qconsume;
+use crate::common::{qconsume, qpublish};
 use std::fs;
-use testbed::{Broker, Proxy, Queue, missing, owner::temp_folder};
+use testbed::{Broker, Program, Proxy, Queue, missing, owner::temp_folder};
 
 /// What every malformed address below has for a password, or a piece of it.
 const SECRET: &str = "hunter2";
@@ -84,6 +84,42 @@ fn a_malformed_address_is_told_in_one_line_without_the_secret() {
                 assert!(!ended.stderr.contains(piece), "{url:?}: {}", ended.stderr);
             }
         }
+    }
+}
+
+#[test]
+fn an_address_in_anothers_place_is_told_without_the_secret() {
+    let url = "amqp://u:hunter2@127.0.0.1:1";
+    for variable in [
+        "BROKER_URL_FILE",
+        "QUEUE",
+        "QCONSUME_CACERT",
+        "QCONSUME_SERVER",
+    ] {
+        for program in [qconsume(), qpublish()] {
+            let ended = program.env(variable, url).arg("cat").run();
+            ended
+                .assert_status(64)
+                .assert_stderr(&format!("{variable} is an amqp:// address"))
+                .assert_stderr("BROKER_URL or --url");
+            assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
+        }
+    }
+    let mistakes: [(Program, &str); 4] = [
+        (qconsume().args(["--url-file", url, "cat"]), "--url-file"),
+        (qconsume().args(["-q", url, "cat"]), "--queue"),
+        (qpublish().args(["-q", "q", "-f", "x", url]), "--file"),
+        (
+            qpublish().args(["-q", "q", "-r", &format!(" {url}")]),
+            "--routing-key",
+        ),
+    ];
+    for (program, option) in mistakes {
+        let ended = program.run();
+        ended
+            .assert_status(64)
+            .assert_stderr(&format!("{option} is an amqp:// address"));
+        assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
     }
 }
 

@@ -194,7 +194,7 @@ fn what_contradicts_itself_is_a_usage_error() {
         (&["--server=h:1", "--port=2"], "both name the port"),
         (
             &["--server=amqp://u:hunter2@h"],
-            "a whole URL goes to --url",
+            "--server is an amqp:// address, which goes to BROKER_URL or --url",
         ),
         (&["--server=h", "--port=0"], "--port"),
         (

@@ -7,7 +7,8 @@ use std::time::Duration;
 use testbed::owner::temp_folder;
 use testbed::{
     Action, BasicProperties, Broker, Direction, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
-    Running, Signal, frames,
+    Running, Signal, eventually, frames,
+    types::{AMQPValue, FieldTable},
 };
 
 /// qconsume for this queue.
@@ -141,12 +142,19 @@ fn an_address_that_accepts_and_stays_silent_is_tried_again() {
     queue.publish("body");
     let proxy = Proxy::of(broker);
     proxy.once(Direction::ToBroker, Method::PROTOCOL_HEADER, Action::Stall);
+    let file = a_file();
     let run = worker(broker, &queue)
         .url(&proxy.url())
-        .args(["--connect-timeout", "12s", "cat"])
-        .run();
-    run.assert_status(0).assert_stderr("no answer while");
+        .args(["--connect-timeout", "12s"])
+        .shell(&until_there(&file))
+        .spawn();
+    wait_started(&run);
     assert_eq!(proxy.accepted(), 2);
+    // What was given up doesn't go on beside its successor.
+    proxy.wait_open(1, PATIENCE);
+    std::fs::write(&file, "").unwrap();
+    let run = run.wait(PATIENCE);
+    run.assert_status(0).assert_stderr("no answer while");
 }
 
 #[test]
@@ -396,6 +404,36 @@ fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_th
 }
 
 #[test]
+fn failures_on_another_queue_are_no_attempts_on_this_one() {
+    let broker = Broker::shared();
+    let dead = broker.queue("dead");
+    let queue = broker
+        .declare("moved")
+        .quorum()
+        .dead_letter_to(&dead)
+        .create();
+    // What a shovel brings along that moves a message back from where it was dead-lettered.
+    let mut headers = FieldTable::default();
+    for count in ["x-acquired-count", "x-delivery-count"] {
+        headers.insert(count.into(), AMQPValue::LongLongInt(7));
+    }
+    queue.publish_with(BasicProperties::default().with_headers(headers), "body");
+    let attempt = || worker(broker, &queue).args(["--max-attempts", "2"]);
+    if broker.version() >= (4, 3, 0) {
+        // An eviction isn't counted, so the queue still shows the foreign count.
+        let run = attempt().shell("echo started; exec sleep 60").spawn();
+        wait_started(&run);
+        run.signal(Signal::SIGTERM);
+        run.wait(PATIENCE).assert_status(143);
+        queue.wait_ready(1);
+    }
+    attempt().shell("exit 3").run().assert_status(3);
+    queue.wait_ready(1);
+    attempt().shell("exit 3").run().assert_status(3);
+    assert_eq!(dead.wait_get().text(), "body");
+}
+
+#[test]
 fn a_classic_queue_does_not_count_so_more_than_one_attempt_never_rejects() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
@@ -476,6 +514,31 @@ fn a_failed_command_ends_count_and_drain_with_its_status() {
 }
 
 #[test]
+fn a_dead_lettered_message_that_counts_as_done_ends_neither_count_nor_drain() {
+    let broker = Broker::shared();
+    let options: [&[&str]; 2] = [&["-c", "3"], &["--drain"]];
+    for options in options {
+        let dead = broker.queue("dead");
+        let queue = broker
+            .declare("goes-on")
+            .quorum()
+            .dead_letter_to(&dead)
+            .create();
+        queue.publish_all(["good ", "bad ", "last "]);
+        queue.wait_ready(3);
+        let run = worker(broker, &queue)
+            .args(options)
+            .args(["--reject-on", "65", "--reject-exit-code", "0"])
+            .shell("read body; echo $body; [ $body != bad ] || exit 65")
+            .run();
+        run.assert_status(0);
+        assert_eq!(run.stdout_text(), "good\nbad\nlast\n", "{options:?}");
+        assert_eq!(dead.wait_get().text(), "bad ");
+        assert_eq!(queue.ready(), 0);
+    }
+}
+
+#[test]
 fn drain_works_until_the_queue_is_empty() {
     let broker = Broker::shared();
     for kind in QueueKind::ALL {
@@ -538,6 +601,65 @@ fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
     run.assert_status(0);
     assert_eq!(run.stdout_text().len(), 4);
     assert_eq!(queue.ready(), 0);
+}
+
+#[test]
+fn an_answer_that_knows_of_no_consumer_is_no_empty_queue() {
+    let broker = Broker::shared();
+    let queue = broker.queue("unknown");
+    let proxy = Proxy::of(broker);
+    // What the broker says of a quorum queue that doesn't answer it in time: no message and no consumer.
+    let nothing = |frame: &[u8]| {
+        let mut frame = frame.to_vec();
+        let end = frame.len() - 1;
+        frame[end - 8..end].fill(0);
+        frame
+    };
+    let nothing = Action::Replace(Arc::new(nothing));
+    proxy.once(Direction::ToClient, Method::QUEUE_DECLARE_OK, nothing);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--drain", "cat"])
+        .run();
+    run.assert_status(0);
+    let looks = proxy.count(Direction::ToClient, Method::QUEUE_DECLARE_OK);
+    assert_eq!(looks, 2, "it took the first answer for an empty queue");
+}
+
+#[test]
+fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
+    let broker = Broker::shared();
+    let queue = broker.queue("patience");
+    let proxy = Proxy::of(broker);
+    // The broker's heartbeats begin one and a half to three seconds after the handshake.
+    let cut = Action::CutAfter;
+    proxy.once(Direction::ToClient, Method::HEARTBEAT, cut);
+    let running = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--wait", "5s", "--heartbeat", "3"])
+        .args(["--log-level", "debug", "cat"])
+        .spawn();
+    proxy.wait_for(Direction::ToClient, Method::HEARTBEAT, PATIENCE);
+    proxy.refuse();
+    // With the pauses between them, six attempts take a second and a half at least.
+    let attempts = || running.stderr().matches("; trying again").count();
+    assert!(eventually(PATIENCE, || attempts() >= 6));
+    proxy.pass();
+    running.wait(PATIENCE).assert_status(66);
+
+    let at = |connection, direction, method| {
+        let mut seen = proxy.seen().into_iter();
+        let found = seen.find(|seen| {
+            (seen.connection, seen.direction, seen.method) == (connection, direction, method)
+        });
+        found.expect("it came along").at
+    };
+    let last = proxy.accepted();
+    let registered = |connection| at(connection, Direction::ToClient, Method::BASIC_CONSUME_OK);
+    let first = at(1, Direction::ToClient, Method::HEARTBEAT) - registered(1);
+    let second = at(last, Direction::ToBroker, Method::BASIC_CANCEL) - registered(last);
+    let waited = (first + second).as_secs_f64();
+    assert!((4.8..6.4).contains(&waited), "{first:?} and {second:?}");
 }
 
 #[test]

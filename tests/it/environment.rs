@@ -210,6 +210,27 @@ fn a_redelivered_message_says_so_and_counts_where_the_queue_does() {
 }
 
 #[test]
+fn counts_that_were_published_along_are_not_this_queues() {
+    // As of a message that a shovel has moved here from a queue where it had failed.
+    let copied = || {
+        let count = || AMQPValue::LongLongInt(7);
+        with_headers(vec![
+            ("x-acquired-count", count()),
+            ("x-delivery-count", count()),
+        ])
+    };
+    for kind in QueueKind::ALL {
+        let queue = Broker::shared()
+            .declare("environment-copied")
+            .kind(kind)
+            .create();
+        queue.publish_with(copied(), "");
+        let environment = environment_of(&queue);
+        assert_eq!(message_variables(&environment)["MESSAGE_ATTEMPT"], "1");
+    }
+}
+
+#[test]
 fn every_type_of_header_is_in_the_json() {
     let mut inner = FieldTable::default();
     inner.insert("deep".into(), AMQPValue::LongInt(-1));

@@ -5,6 +5,7 @@ use feed::Fifo;
 use std::{
     path::PathBuf,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Instant,
 };
 use testbed::{
     Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
@@ -198,7 +199,9 @@ fn a_file_that_cannot_be_read_is_found_out_before_anything_is_published() {
 fn a_line_is_published_as_soon_as_it_is_there_and_a_signal_ends_the_wait_for_more() {
     let queue = Broker::shared().queue("endless");
     for (signal, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let (mut input, running) = Fifo::feed(&format!("endless-{status}"), to(&queue).arg("-l"));
+        let log = file(&format!("termination-{status}"), b"");
+        let line = to(&queue).arg("-l").arg("--termination-log").arg(&log);
+        let (mut input, running) = Fifo::feed(&format!("endless-{status}"), line);
         input.write("first\n");
         queue.wait_ready(1);
         input.write("second\nunfinished");
@@ -209,6 +212,12 @@ fn a_line_is_published_as_soon_as_it_is_there_and_a_signal_ends_the_wait_for_mor
             .assert_status(status)
             .assert_stderr("2 of 2 messages sent, 2 from the start without a gap")
             .assert_stderr("begin with line 3");
+        let message = std::fs::read_to_string(&log).unwrap();
+        assert!(
+            message.starts_with("stopped by SIG")
+                && message.ends_with(&format!(" (status {status} by qpublish)\n")),
+            "{message:?}"
+        );
         assert_eq!(drain(&queue), ["first", "second"]);
     }
 }
@@ -307,7 +316,9 @@ fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
         .run();
     ended
         .assert_status(78)
-        .assert_stderr("no queue is bound to exchange \"amq.direct\"");
+        .assert_stderr("message 1 came back: no queue is bound to exchange \"amq.direct\"")
+        .assert_stderr("confirmed: 0 of 1 message sent, 0 from the start without a gap")
+        .assert_stderr("begin with message 1");
     let ended = line().args(["-e", "no such", "-r", "x", "-b", "x"]).run();
     ended
         .assert_status(78)
@@ -329,6 +340,63 @@ fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
         .assert_stderr("line 3 came back")
         .assert_stderr("confirmed: 2 of ")
         .assert_stderr("2 from the start without a gap; to resume, begin with line 3");
+}
+
+#[test]
+fn a_message_that_comes_back_alone_is_not_taken_for_a_confirmed_one() {
+    let broker = Broker::shared();
+    let queue = broker.queue("alone");
+    let proxy = Proxy::of(broker);
+    let line = qpublish().url(&proxy.url()).queue(queue.name()).arg("-l");
+    let (mut input, running) = Fifo::feed("alone", line);
+    for n in 1..=2 {
+        input.write("same\n");
+        proxy.wait_for_nth(Direction::ToClient, Method::BASIC_ACK, n, PATIENCE);
+    }
+    queue.delete();
+    input.write("same\n");
+    running
+        .wait(PATIENCE)
+        .assert_status(78)
+        .assert_stderr("line 3 came back")
+        .assert_stderr("confirmed: 2 of 3 messages sent, 2 from the start without a gap")
+        .assert_stderr("begin with line 3");
+}
+
+#[test]
+fn where_to_resume_is_right_with_many_in_flight() {
+    let broker = Broker::shared();
+    let queue = broker.queue("unbound");
+    let name = || queue.name().into();
+    let channel = broker.client().channel().unwrap();
+    let bound = channel.queue_bind(
+        name(),
+        "amq.direct".into(),
+        name(),
+        Default::default(),
+        Default::default(),
+    );
+    testbed::block_on(bound).unwrap();
+    let running = qpublish()
+        .url(&broker.url())
+        .args(["-l", "-e", "amq.direct", "-r", queue.name()])
+        .through(["sh", "-c", "seq 100000000 | \"$0\" \"$@\""])
+        .spawn();
+    let deadline = Instant::now() + PATIENCE;
+    while queue.ready() < 3000 {
+        assert!(Instant::now() < deadline, "{}", running.stderr());
+    }
+    let unbound = channel.queue_unbind(name(), "amq.direct".into(), name(), Default::default());
+    testbed::block_on(unbound).unwrap();
+    let ended = running.wait(PATIENCE);
+    // What the queue has are the lines up to there, and no other.
+    let there = queue.ready();
+    ended
+        .assert_status(78)
+        .assert_stderr(&format!("line {} came back", there + 1))
+        .assert_stderr(&format!("confirmed: {there} of "))
+        .assert_stderr(&format!("{there} from the start without a gap"));
+    queue.purge();
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
 };
-use testbed::{BasicProperties, Broker, Finished, PATIENCE, Program, Queue, Signal, missing};
+use testbed::{
+    BasicProperties, Broker, Finished, PATIENCE, Program, Proxy, Queue, Signal, missing,
+};
 
 /// Kubernetes keeps this much of a termination message.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
@@ -218,6 +220,32 @@ fn a_stop_is_told_with_what_became_of_the_message() {
 }
 
 #[test]
+fn long_waits_are_mentioned_with_what_is_waited_for() {
+    let silent = Proxy::silent();
+    let broker = qconsume()
+        .url(&silent.url())
+        .args(["-q", "x", "--", "true"])
+        .spawn();
+    let idle = Broker::shared().queue("report-idle");
+    let message = worker(&idle).args(["--", "true"]).spawn();
+    let queue = queue_with_order_7("report-stubborn");
+    let command = worker(&queue)
+        .shell("trap '' TERM; echo here; while :; do sleep 1; done")
+        .spawn();
+    command.wait_for_stdout("here", PATIENCE);
+    command.signal(Signal::SIGTERM);
+    broker.wait_for_stderr("still waiting for the AMQP handshake with", PATIENCE);
+    command.wait_for_stderr("and still runs; without --grace it isn't killed", PATIENCE);
+    message.wait_for_stderr(
+        &format!(
+            "still waiting for a message in queue {:?}, for ",
+            idle.name()
+        ),
+        2 * PATIENCE,
+    );
+}
+
+#[test]
 fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
     let run = qconsume().args(["--drian", "--", "cat"]).run();
     run.assert_status(64);
@@ -225,6 +253,31 @@ fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
         run.stderr,
         "qconsume: error: unexpected argument '--drian' found; tip: a similar argument exists: '--drain'; see --help status=64 by=\"qconsume\"\n"
     );
+    for (variable, value, says) in [
+        (
+            "QCONSUME_WAIT",
+            "soon",
+            "'soon' for '--wait <DURATION>' (QCONSUME_WAIT): not a duration",
+        ),
+        ("QCONSUME_COUNT", "", "'--count <N>' (QCONSUME_COUNT)"),
+        (
+            "QCONSUME_ON_LOST",
+            "x",
+            "'--on-lost <WHAT>' (QCONSUME_ON_LOST) [possible",
+        ),
+        (
+            "BROKER_URL_FILE",
+            "",
+            "'--url-file <FILE>' (BROKER_URL_FILE)",
+        ),
+    ] {
+        let run = qconsume().env(variable, value).arg("cat").run();
+        run.assert_status(64);
+        assert_contains(&run.stderr, &[says]);
+    }
+    let run = qconsume().args(["--wait", "soon", "cat"]).run();
+    run.assert_status(64);
+    assert!(!run.stderr.contains("QCONSUME_WAIT"), "{}", run.stderr);
     let run = qconsume().args(["--", "cat"]).run();
     run.assert_status(64);
     assert_eq!(lines(&run).len(), 1, "{}", run.stderr);

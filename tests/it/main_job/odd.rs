@@ -157,14 +157,31 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     let queue = Broker::shared().queue("background");
     let body = super::binary(4 * super::MEBIBYTE);
     queue.publish(&body);
-    // What the command leaves behind holds the pipe open without reading it.
-    let running = worker(&queue).shell("sleep 1000 & exit 0").spawn();
+    // What the command leaves behind holds the pipe open without reading it. Behind another number, as the shell gives
+    // what it starts in the background /dev/null to read.
+    let running = worker(&queue)
+        .shell("exec 3<&0; sleep 1000 & exit 0")
+        .spawn();
     running.finish(PATIENCE).assert_status(0);
     running.wait_no_leftovers(PATIENCE);
-    // Out of the group it lives on, and still doesn't hold anything up.
-    queue.publish(&body);
-    let running = worker(&queue).shell("setsid sleep 1000 & exit 0").spawn();
-    running.finish(PATIENCE).assert_status(0);
+    // Out of the group it lives on, and still doesn't hold anything up; nor does qconsume keep the rest of the body, and
+    // its pipe, when it goes on with the next message.
+    queue.publish_all([&body, &body, &body]);
+    let away = temp_folder("away");
+    let script = "exec 3<&0; setsid sh -c 'echo >away; exec sleep 1000' &
+        until [ -s away ]; do sleep 0.02; done; rm away
+        set -- /proc/$PPID/fd/*; echo $#";
+    let running = worker(&queue)
+        .args(["--count", "3"])
+        .shell(script)
+        .current_dir(&away)
+        .spawn();
+    let done = running.finish(PATIENCE);
+    done.assert_status(0);
+    let text = done.stdout_text();
+    let descriptors: Vec<&str> = text.lines().collect();
+    assert_eq!(descriptors.len(), 3);
+    assert!(descriptors.iter().all(|n| *n == descriptors[0]), "{text}");
     assert_empty(&queue);
 }
 

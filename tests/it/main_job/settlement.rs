@@ -275,6 +275,22 @@ fn a_failure_whose_return_cannot_be_confirmed_keeps_its_status() {
     all_faults(Method::BASIC_REJECT, "exit 3", 3);
 }
 
+#[test]
+fn a_rejection_that_cannot_be_confirmed_is_no_success_though_a_confirmed_one_would_be() {
+    for queue in queues("unrejected") {
+        queue.publish("orange");
+        let proxy = Proxy::of(Broker::shared());
+        proxy.once(ToBroker, Method::BASIC_REJECT, Action::CutBefore);
+        behind(&proxy, &queue)
+            .args(["--on-failure", "reject", "--reject-exit-code", "0"])
+            .shell("exit 3")
+            .run()
+            .assert_status(3)
+            .assert_stderr("has not confirmed it, so it may come again");
+        assert_returned(&queue, "orange");
+    }
+}
+
 /// A command that says when it starts, and when it is told to end. It ends with success, which must not count.
 const LONG: &str =
     "trap 'echo terminated; exit 0' TERM; echo started; while :; do sleep 0.05; done";
@@ -352,6 +368,41 @@ fn a_channel_or_connection_closed_while_the_command_runs_ends_it_with_75() {
         assert_lost(running, why);
         proxy.cut();
         assert_returned(&queue, "pear");
+    }
+}
+
+#[test]
+fn a_delivery_lost_after_its_consumer_was_cancelled_ends_the_command_with_75() {
+    let channel = frames::channel_close(
+        1,
+        406,
+        "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out",
+    );
+    let connection =
+        frames::connection_close(320, "CONNECTION_FORCED - broker forced connection closure");
+    for (loss, why) in [
+        (Action::Inject(channel), "acknowledgement timeout"),
+        (Action::Inject(connection), "CONNECTION_FORCED"),
+        (Action::CutAfter, "connection"),
+        (Action::Swallow, "silent for two heartbeat intervals"),
+    ] {
+        let queue = Broker::shared().queue("cancelled-first");
+        let proxy = Proxy::of(Broker::shared());
+        // The message comes when `--wait` has given up already: only the connection is left to tell of a loss.
+        proxy.once(ToBroker, Method::BASIC_CANCEL, Action::Hold);
+        let running = behind(&proxy, &queue)
+            .args(["--heartbeat", "1", "--wait", "200ms"])
+            .shell(LONG)
+            .spawn();
+        proxy.wait_for(ToBroker, Method::BASIC_CANCEL, PATIENCE);
+        queue.publish("raisin");
+        proxy.wait_for(ToClient, Method::BASIC_DELIVER, PATIENCE);
+        proxy.release();
+        running.wait_for_stdout("started", PATIENCE);
+        proxy.once(ToClient, Method::HEARTBEAT, loss);
+        assert_lost(running, why);
+        proxy.cut();
+        assert_returned(&queue, "raisin");
     }
 }
 

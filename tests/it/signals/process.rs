@@ -91,7 +91,8 @@ fn what_a_command_leaves_in_its_group_is_killed_before_the_settlement() {
 
 #[test]
 fn a_child_that_holds_stdin_open_holds_nothing_up() {
-    // More than the pipe takes, so that there is something left to write when the command has ended.
+    // More than the pipe takes, so that there is something left to write when the command has ended. The child holds it
+    // behind another number: the shell gives what it starts in the background /dev/null to read.
     let broker = Broker::shared();
     for detach in ["", "setsid "] {
         let queue = broker.queue("stdin-held");
@@ -102,7 +103,7 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
             .queue(queue.name())
             .env("STARTED", &started)
             .shell(&format!(
-                "{detach}sh -c 'echo >$STARTED; exec sleep 1000' <&0 &
+                "exec 3<&0; {detach}sh -c 'echo >$STARTED; exec sleep 1000' &
                 while [ ! -s $STARTED ]; do sleep 0.02; done; head -c 10 >/dev/null; exit 0"
             ))
             .spawn();

@@ -1,7 +1,8 @@
 //! A signal in each state of a run without a command, each state held by something that doesn't answer.
 
 use super::*;
-use std::net::UdpSocket;
+use nix::libc::O_NONBLOCK;
+use std::{fs::OpenOptions, io::Write, net::UdpSocket, os::unix::fs::OpenOptionsExt};
 use testbed::{Action, FullBacklog, eventually, missing, owner, reserve_port};
 
 /// All that ask for the end, with the status that they lead to.
@@ -40,6 +41,35 @@ fn a_signal_from_before_the_start_is_not_lost() {
             .through([&format!("kill -s {name} $$; exec \"$0\" \"$@\"")])
             .run();
         finished.assert_status(status);
+        assert_eq!(finished.code, Some(status));
+        assert_eq!(finished.stdout_text(), "");
+    }
+    assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_CONSUME), 0);
+    assert_back(&queue);
+}
+
+#[test]
+fn a_signal_from_before_the_handlers_is_held_for_them() {
+    let (queue, proxy) = one_message("before-handlers", QueueKind::Classic);
+    let file = owner::temp_folder("url").join("url");
+    nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (signal, status) in STOPS {
+        // The options are read before the runtime is there that handles signals, and this one comes late.
+        let running = never_runs(qconsume().queue(queue.name()))
+            .env("BROKER_URL_FILE", &file)
+            .spawn();
+        let mut url = None;
+        let reads = || {
+            let mut how = OpenOptions::new();
+            url = how.write(true).custom_flags(O_NONBLOCK).open(&file).ok();
+            url.is_some()
+        };
+        assert!(eventually(PATIENCE, reads), "it doesn't read its options");
+        running.signal(signal);
+        url.unwrap().write_all(proxy.url().as_bytes()).unwrap();
+        let finished = running.finish(PROMPT);
+        finished.assert_status(status);
+        // By its own exit: as PID 1 it would never have heard of the signal.
         assert_eq!(finished.code, Some(status));
         assert_eq!(finished.stdout_text(), "");
     }

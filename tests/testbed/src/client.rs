@@ -15,6 +15,7 @@ use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
@@ -32,8 +33,8 @@ pub struct Client {
 
 struct Inner {
     url: String,
-    /// When it last declared a quorum queue.
-    quorum_declared: std::sync::Mutex<Option<Instant>>,
+    /// Whether it has declared a quorum queue that nobody has asked about since.
+    quorum_declared: AtomicBool,
     connection: Mutex<Option<Connection>>,
 }
 
@@ -97,21 +98,15 @@ impl Client {
         Self {
             inner: Arc::new(Inner {
                 url: url.to_owned(),
-                quorum_declared: std::sync::Mutex::default(),
+                quorum_declared: AtomicBool::new(false),
                 connection: Mutex::new(None),
             }),
         }
     }
 
-    /// When this client last declared a quorum queue.
-    pub(crate) fn quorum_declared(&self) -> Option<Instant> {
-        let declared = self.inner.quorum_declared.lock();
-        *declared.unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn note_quorum(&self) {
-        let declared = self.inner.quorum_declared.lock();
-        *declared.unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(Instant::now());
+    /// Whether this client has declared a quorum queue since it was last asked.
+    pub(crate) fn take_quorum_declared(&self) -> bool {
+        self.inner.quorum_declared.swap(false, Relaxed)
     }
 
     /// A channel of its own, for what this client has no method for (with [`block_on`]).
@@ -480,7 +475,7 @@ impl QueueBuilder {
             arguments,
         } = self;
         if arguments.inner().get("x-queue-type") == Some(&AMQPValue::LongString("quorum".into())) {
-            client.note_quorum();
+            client.inner.quorum_declared.store(true, Relaxed);
         }
         client
             .operate(async |channel| {

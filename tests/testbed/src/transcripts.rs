@@ -26,7 +26,8 @@ const HEAD: &str = "# Transcripts
 
 What qconsume says in each case, as a person sees it, as a machine does (`--log-format json`), and in the termination
 message. Written from real runs by `make transcripts`; times, ports and the queue's name are made the same in each.
-Which fields there are is in [logs.md](logs.md).
+Which fields there are is in [logs.md](logs.md). The queue is a quorum queue of RabbitMQ VERSION; another version may word
+what it says itself differently.
 
 A qconsume that is itself killed says nothing, and its termination message stays empty. The broker requeues the message.
 ";
@@ -323,11 +324,14 @@ fn cases() -> Vec<Case> {
 
 /// The page, from two runs of each case.
 ///
+/// The one in the repository is RabbitMQ 4.3's, which has the most to say: `QCONSUME_TEST_RABBITMQ` names an image of it.
+///
 /// # Errors
 /// When there is no broker, or no folder for temporary files.
 pub fn page() -> Result<String> {
     let programs = demo::paths()?.programs;
-    let mut page = HEAD.to_owned();
+    let (major, minor, _) = Broker::shared().version();
+    let mut page = HEAD.replace("VERSION", &format!("{major}.{minor}"));
     for (title, command, case) in cases() {
         eprintln!("{title}");
         let (text, message) = run(&programs, case, "text")?;
@@ -381,6 +385,7 @@ fn run(programs: &Path, case: fn(&Stage) -> Finished, format: &str) -> Result<(F
         }
         text = number_behind(&text, "seconds=", "0.012");
         text = number_behind(&text, "\"seconds\":", "0.012");
+        text = rest_of_time(&text);
         number_behind(&text, "\"time\":\"", "2026-01-01T00:00:00.000Z")
     };
     finished.stderr = always_the_same(&finished.stderr);
@@ -395,6 +400,18 @@ fn named(text: &str) -> String {
     for part in parts {
         result.push_str(QUEUE);
         result.push_str(part.trim_start_matches(|c: char| c.is_ascii_hexdigit()));
+    }
+    result
+}
+
+/// The text with what is left of `--connect-timeout`, after some milliseconds, as two seconds.
+fn rest_of_time(text: &str) -> String {
+    let mark = "trying again for up to ";
+    let mut parts = text.split(mark);
+    let mut result = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let rest = part.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || c == ' ');
+        let _ = write!(result, "{mark}2s{rest}");
     }
     result
 }

@@ -37,9 +37,10 @@ const CTL_LIMIT: Duration = Duration::from_secs(60);
 /// Where the command line tools listen; RabbitMQ's default is a range of eleven, too few for tests side by side.
 const CLI_PORTS: (u16, u16) = (7000, 9999);
 
-/// A quorum queue's node writes down that it has the queue only when it was left alone for half a second (a "dets" table's
-/// auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after.
-const QUORUM_WRITTEN: Duration = Duration::from_millis(1500);
+/// Has a node write down that it has its quorum queues. By itself it does so only when it was left alone for half a second
+/// (a "dets" table's auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after, and 4.3.6 makes it
+/// anew: empty, whatever it had confirmed.
+const WRITE_DOWN: &str = "[ok = dets:sync(Table) || Table <- dets:all()].";
 
 /// What a node says when something else has its port.
 const ADDRESS_IN_USE: [&str; 3] = ["eaddrinuse", "address already in use", "in use by another"];
@@ -560,10 +561,10 @@ impl Broker {
 
     /// Kills it with SIGKILL, as a crash or a power failure would.
     ///
-    /// A quorum queue that [`Broker::client`] has declared is given the second and a half that RabbitMQ needs to remember it.
+    /// A quorum queue that [`Broker::client`] has declared is written down before: see [`WRITE_DOWN`].
     pub fn kill(&self) -> Result<()> {
-        if let Some(declared) = self.client.get().and_then(Client::quorum_declared) {
-            std::thread::sleep(QUORUM_WRITTEN.saturating_sub(declared.elapsed()));
+        if self.client.get().is_some_and(Client::take_quorum_declared) {
+            self.ctl(&["eval", WRITE_DOWN])?;
         }
         match self.private()? {
             Node::Local(node) => node.kill(),

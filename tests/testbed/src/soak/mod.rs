@@ -222,7 +222,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let started = Instant::now();
     let broker = Broker::options().start()?;
     let proxy = Proxy::of(&broker);
-    let client = Client::new(&broker.url());
+    let client = broker.client().clone();
     let dead = client
         .declare("soak-dead")
         .kind(options.queue)
