@@ -25,12 +25,14 @@ soak: ## minutes of faults at random, with books about every message; SOAK='--qu
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
 REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
-image: ## the image qconsume, with /qconsume and /qpublish
-	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t qconsume:$(VERSION) -t qconsume .
+IMAGE ?= qconsume
+
+image: ## the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name
+	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t $(IMAGE):$(VERSION) -t $(IMAGE) .
 
 dist: image manuals ## the static binaries, man pages and completions, in dist/
 	mkdir -p dist
-	container=$$(docker create qconsume) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
+	container=$$(docker create $(IMAGE)) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
 	status=$$?; docker rm $$container >/dev/null; exit $$status
 
 docs: ## writes docs/options.md anew
