@@ -31,14 +31,16 @@ bench: $(if $(BENCH_QCONSUME),,binaries) ## measures the static qconsume beside 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
 REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
-image: ## the image qconsume, with /qconsume and /qpublish
-	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t qconsume:$(VERSION) -t qconsume .
+IMAGE ?= qconsume
+
+image: ## the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name
+	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t $(IMAGE):$(VERSION) -t $(IMAGE) .
 
 dist: binaries manuals ## the static binaries, man pages and completions, in dist/
 
 binaries: image
 	mkdir -p dist
-	container=$$(docker create qconsume) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
+	container=$$(docker create $(IMAGE)) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
 	status=$$?; docker rm $$container >/dev/null; exit $$status
 
 docs: ## writes docs/options.md anew

@@ -11,6 +11,7 @@ pub mod broker;
 pub mod cli;
 pub mod command;
 pub mod exit;
+mod program;
 pub mod publish;
 pub mod report;
 pub mod signals;
@@ -20,6 +21,7 @@ pub mod worker;
 use anyhow::Context;
 use cli::Request;
 use exit::Exit;
+pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
 /// Runs qconsume with this command line, and returns the exit status.

@@ -1,15 +1,7 @@
-//! `qpublish`: parse, run, print one error, exit.
+//! `qpublish`, whatever it is called.
 
-use qconsume::{exit_on_panic, fail, publish, report, signals};
-use std::process::exit;
+use qconsume::Program;
 
 fn main() {
-    // First of all: as PID 1 a signal without a handler would be lost.
-    let held = signals::hold();
-    report::speak_as("qpublish");
-    exit_on_panic();
-    debug_assert!(held.is_ok());
-    // Not by returning: see `block_on`.
-    let status = publish::run(std::env::args_os()).unwrap_or_else(|error| fail(&error));
-    exit(status.into());
+    Program::Qpublish.main()
 }

@@ -1,7 +1,8 @@
 //! What `-h`, `--help` and `--version` show.
 
 use crate::common::{qconsume, qpublish};
-use testbed::Program;
+use std::os::unix::fs::symlink;
+use testbed::{Program, owner};
 
 /// What every terminal has, in columns.
 const WIDTH: usize = 80;
@@ -91,6 +92,18 @@ fn the_version_begins_with_the_packages() {
         assert!(
             rest == "\n" || (rest.starts_with(" (") && rest.ends_with(")\n")),
             "{version:?}"
+        );
+    }
+}
+
+#[test]
+fn under_the_name_of_qpublish_it_is_that() {
+    let link = owner::temp_folder("name").join("qpublish");
+    symlink(env!("CARGO_BIN_EXE_qconsume"), &link).unwrap();
+    for option in ["--help", "--version"] {
+        assert_eq!(
+            shown(Program::new(&link), option),
+            shown(qpublish(), option)
         );
     }
 }

@@ -156,18 +156,28 @@ class Broker:
 
 
 @pytest.fixture(scope="session")
-def shared_broker(cluster):
-    """The broker of the work queue's manifests."""
+def start_broker(cluster):
+    """Starts the pod of the work queue's stateful set: its first, or the one after another, on that one's volume."""
     [service] = kube.load((EXAMPLES / "work-queue/rabbitmq-service.yaml").read_text())
     [stateful_set] = kube.load((EXAMPLES / "work-queue/rabbitmq-statefulset.yaml").read_text())
     spec = kube.pod_spec(stateful_set)
-    # In the official image there is such a user. A stand-in made from a distribution's package starts as root instead.
-    user = str(spec["securityContext"]["runAsUser"])
-    official = f":{user}:" in engine.docker("run", "--rm", "--network=none", "--entrypoint=cat", RABBITMQ, "/etc/passwd")
-    name = cluster.start(spec, what="rabbitmq", own_user=official,
-                         aliases=[f"{service['metadata']['name']}.{kube.DOMAIN}"])
+    # In the official image there is such a user. A stand-in made from a distribution's package has one with another number.
+    users = engine.docker("run", "--rm", "--network=none", "--entrypoint=cat", RABBITMQ, "/etc/passwd")
+    user = None if f":{spec['securityContext']['runAsUser']}:" in users else "rabbitmq"
     secret = cluster.secrets["rabbitmq-secret"]
-    return Broker(name, cluster.network, secret["username"], secret["password"]).wait()
+
+    def start(aliases=(f"{service['metadata']['name']}.{kube.DOMAIN}",), **more):
+        name = cluster.start(spec, what="rabbitmq", user=user, aliases=aliases,
+                             hostname=f"{stateful_set['metadata']['name']}-0", **more)
+        return Broker(name, cluster.network, secret["username"], secret["password"])
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def shared_broker(start_broker):
+    """The broker of the work queue's manifests."""
+    return start_broker().wait()
 
 
 @pytest.fixture

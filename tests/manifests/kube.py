@@ -105,14 +105,16 @@ class Cluster:
         search = [f"--dns-search={DOMAIN.split('.', n)[n]}" for n in range(3)]
         return ["--dns", self.dns_address, *search, "--dns-opt", "ndots:5"]
 
-    def start(self, spec, *, what="pod", environment=None, args=None, aliases=(), own_user=True, index=None, more=()):
-        """Starts a pod's only container; gives back its name."""
+    def start(self, spec, *, what="pod", environment=None, args=None, aliases=(), user=None, index=None, hostname=None,
+              volumes=None):
+        """Starts a pod's only container; gives back its name. `user` instead of the manifest's, where the image has no such;
+        `volumes` are those of the pod before, by their names in the manifest."""
         [container] = spec["containers"]
         name = self.name(what)
         values = self.environment(container) | (environment or {})
         if index is not None:
             values["JOB_COMPLETION_INDEX"] = str(index)
-        options = ["--detach", "--name", name, "--hostname", name[len(engine.RUN) + 1:], "--network", self.network]
+        options = ["--detach", "--name", name, "--hostname", hostname or name[len(engine.RUN) + 1:], "--network", self.network]
         options += self.resolver()
         for key, value in values.items():
             options += ["--env", f"{key}={value}"]
@@ -121,17 +123,24 @@ class Cluster:
         options += ["--stop-timeout", str(spec.get("terminationGracePeriodSeconds", 30))]
         if memory := container.get("resources", {}).get("limits", {}).get("memory"):
             options += ["--memory", memory.rstrip("i").lower()]
-        if own_user:
-            options += security(spec.get("securityContext", {}), container.get("securityContext", {}))
+        options += security(spec.get("securityContext", {}), container.get("securityContext", {}), user)
         for mount in container.get("volumeMounts", []):
-            volume = f"{name}-{mount['name']}"
-            options += ["--volume", f"{volume}:{mount['mountPath']}" + (":ro" if mount.get("readOnly") else "")]
+            volume = (volumes or {}).get(mount["name"], f"{name}-{mount['name']}")
+            self.set_ownership(volume, spec.get("securityContext", {}), self.images[container["image"]])
+            # A volume of Kubernetes' starts empty. Docker's own would be filled with what the image has there.
+            options += ["--volume", f"{volume}:{mount['mountPath']}:nocopy" + (",ro" if mount.get("readOnly") else "")]
         command = [expand(word, values) for word in container.get("command", [])]
         arguments = [expand(word, values) for word in (container.get("args", []) if args is None else args)]
         if command:
             options += ["--entrypoint", command[0]]
-        engine.docker("run", *options, *more, self.images[container["image"]], *command[1:], *arguments)
+        engine.docker("run", *options, self.images[container["image"]], *command[1:], *arguments)
         return name
+
+    def set_ownership(self, volume, context, image):
+        """What the kubelet does to a volume before it starts a pod that has an fsGroup: pkg/volume/volume_linux.go."""
+        if "fsGroup" in context:
+            engine.docker("run", "--rm", "--network=none", "--user=0", "--volume", f"{volume}:/volume:nocopy", "--entrypoint=sh",
+                          image, "-c", SET_OWNERSHIP, "sh", context["fsGroup"], context.get("fsGroupChangePolicy", "Always"))
 
     def run_job(self, manifest, *, environment=None, args=None, timeout=300, on_tick=None):
         """Runs a Job to its end, as the Job controller does it, and stops what is left of it."""
@@ -216,16 +225,20 @@ def pod_failure_action(spec, pod):
     return "Count"
 
 
-def security(pod, container):
-    """Docker's options for what the security contexts say."""
+def security(pod, container, user=None):
+    """Docker's options for what the security contexts say; with another user where there is one given."""
     context = pod | container
     options = []
-    if "runAsUser" in context:
+    if user:
+        options += ["--user", user]
+    elif "runAsUser" in context:
         options += ["--user", f"{context['runAsUser']}:{context.get('runAsGroup', 0)}"]
     if context.get("readOnlyRootFilesystem"):
         options += ["--read-only"]
     if context.get("allowPrivilegeEscalation") is False:
         options += ["--security-opt", "no-new-privileges"]
+    if "fsGroup" in context:
+        options += ["--group-add", str(context["fsGroup"])]
     for capability in context.get("capabilities", {}).get("drop", []):
         options += ["--cap-drop", capability]
     return options
@@ -244,4 +257,10 @@ while True:
     query, sender = listener.recvfrom(512)
     end = query.index(b"\0", 12) + 5
     listener.sendto(query[:2] + b"\x81\x83\0\1\0\0\0\0\0\0" + query[12:end], sender)
+"""
+
+SET_OWNERSHIP = r"""
+cd /volume
+[ "$2" = OnRootMismatch ] && [ -n "$(find . -maxdepth 0 -group "$1" -perm -2770)" ] && exit
+chgrp -R "$1" . && find . -type d -exec chmod ug+rwx,g+s {} + && find . -type f -exec chmod ug+rw {} +
 """

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import engine
-from conftest import FRUITS, PYTHON, RABBITMQ, ROOT, RUST, missing, need, shapes, shown
+from conftest import FRUITS, PYTHON, RABBITMQ, REVISION, ROOT, RUST, missing, need, shapes, shown
 
 FILE = ROOT / "docker/compose.yaml"
 
@@ -25,7 +25,7 @@ def compose(docker):
         missing("there is neither docker compose nor docker-compose")
     need(RABBITMQ, PYTHON, RUST)
     name = f"{engine.RUN}-compose"
-    environment = os.environ | {"QCONSUME_IMAGE": name, "COMPOSE_PROJECT_NAME": name, "DOCKER_BUILDKIT":
+    environment = os.environ | {"QCONSUME_IMAGE": name, "COMPOSE_PROJECT_NAME": name, "REVISION": REVISION, "DOCKER_BUILDKIT":
                                 os.environ.get("DOCKER_BUILDKIT", "0" if client == ["docker-compose"] else "1")}
 
     def run(*args, timeout=900):

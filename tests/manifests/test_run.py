@@ -275,6 +275,21 @@ def test_the_readmes_kubectl_run(cluster, broker, fill, options, command):
     assert after > before if "/qpublish" in command else after == before - 1
 
 
+# The broker
+
+def test_the_queue_outlives_the_brokers_pod(start_broker):
+    first = start_broker(aliases=()).wait()
+    with first.channel() as channel:
+        channel.queue_declare("job1", durable=True, arguments={"x-queue-type": "quorum"})
+        channel.confirm_delivery()
+        channel.basic_publish("", "job1", b"apple")
+    [volume] = [mount["Name"] for mount in engine.inspect(first.name)["Mounts"] if mount["Type"] == "volume"]
+    engine.docker("stop", "--time", 30, first.name)
+    engine.docker("rm", first.name)
+    second = start_broker(aliases=(), volumes={"rabbitmq-data": volume}).wait()
+    assert second.queues() == {"job1": 1}
+
+
 # The queue for production
 
 @pytest.mark.parametrize("version", ["3", "4", "4.3"])
