@@ -6,7 +6,7 @@
 //! - [`Program`] runs the binary under test and never hangs.
 //! - [`Container`] runs it as a container's first process.
 //! - [`soak`] puts all of it together, at random, and keeps the books.
-//! - [`bench`] compares qconsume with what it replaces.
+//! - [`mod@bench`] compares qconsume with what it replaces.
 //! - [`Netns`] and [`FullBacklog`] are networks that swallow packets.
 //!
 //! Everything blocks, so a test is a plain function; what is asynchronous inside runs on one thread of the testbed's own.

@@ -561,7 +561,7 @@ impl Broker {
 
     /// Kills it with SIGKILL, as a crash or a power failure would.
     ///
-    /// A quorum queue that [`Broker::client`] has declared is written down before: see [`WRITE_DOWN`].
+    /// A quorum queue that [`Broker::client`] has declared is written down before.
     pub fn kill(&self) -> Result<()> {
         if self.client.get().is_some_and(Client::take_quorum_declared) {
             self.ctl(&["eval", WRITE_DOWN])?;
