@@ -331,25 +331,33 @@ fn understand<C: Parser, T>(
     arguments: &[OsString],
     options: impl FnOnce(C, &ArgMatches) -> Result<T, Failure>,
 ) -> Result<Request<T>, Failure> {
-    // Help goes where it is pasted: it names variables, and leaves what this machine has in them alone.
-    let command = || C::command().mut_args(|arg| arg.hide_env_values(true));
-    let matches = match command().try_get_matches_from(arguments) {
+    // Once: with its dozens of options it costs more than anything else before the connection.
+    let mut command = C::command();
+    let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
-            ) =>
-        {
-            let shown = error.render().to_string();
-            let short = shown == command().render_help().to_string();
-            return Ok(Request::Show(help::fitted(&shown, short)));
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            return Ok(Request::Show(error.render().to_string()));
         }
-        Err(error) => return Err(usage(&error, command())),
+        Err(error) if error.kind() == ErrorKind::DisplayHelp => {
+            let short = error.render().to_string() == command.render_help().to_string();
+            return Ok(Request::Show(shown_help::<C>(short)));
+        }
+        Err(error) => return Err(usage(&error, &command)),
     };
-    no_address_astray::<C>(&matches)?;
-    let cli = C::from_arg_matches(&matches).map_err(|error| usage(&error, command()))?;
+    no_address_astray(&command, &matches)?;
+    let cli = C::from_arg_matches(&matches).map_err(|error| usage(&error, &command))?;
     Ok(Request::Run(Box::new(options(cli, &matches)?)))
+}
+
+/// Help goes where it is pasted: it names variables, and leaves what this machine has in them alone.
+fn shown_help<C: CommandFactory>(short: bool) -> String {
+    let mut command = C::command().mut_args(|arg| arg.hide_env_values(true));
+    let text = if short {
+        command.render_help()
+    } else {
+        command.render_long_help()
+    };
+    help::fitted(&text.to_string(), short)
 }
 
 /// Options whose values are printed: the names of files, and of what is on the broker.
@@ -370,8 +378,8 @@ const NAMES: [&str; 13] = [
 ];
 
 /// None of them looks like an address. One that has slipped in there would be printed, with its password.
-fn no_address_astray<C: CommandFactory>(matches: &ArgMatches) -> Result<(), Failure> {
-    for arg in C::command().get_arguments() {
+fn no_address_astray(command: &Command, matches: &ArgMatches) -> Result<(), Failure> {
+    for arg in command.get_arguments() {
         let id = arg.get_id().as_str();
         if !NAMES.contains(&id) || !matches.get_raw(id).into_iter().flatten().any(is_address) {
             continue;
@@ -397,8 +405,7 @@ fn is_address(text: impl AsRef<OsStr>) -> bool {
 }
 
 /// clap's message in one line, as a log has it: without the usage, and with its tips and the variable that is to blame.
-fn usage(error: &clap::Error, mut command: Command) -> Failure {
-    command.build();
+fn usage(error: &clap::Error, command: &Command) -> Failure {
     let mut text = error.render().to_string();
     if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
         && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
