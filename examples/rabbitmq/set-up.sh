@@ -49,8 +49,8 @@ policy='"delivery-limit": 5,
 timeout='"consumer-timeout": 43200000'
 
 # delayed-retry, from 4.3.1 on (4.3.0 knows it as queue arguments only): a failed message comes back after min × its number
-#   of failures, at most max: 10 s, 20 s, 30 s …, at most 5 minutes. Until then it is not there for any consumer, so that
-#   --wait must be longer than max, and --drain does not wait for it. Type failed: what was rejected waits; what an eviction
+#   of failures, at most max: 10 s, 20 s, 30 s …, at most 5 minutes; with this delivery limit that is 50 s at most. Until then it is
+#   not there for any consumer, so that --wait must be longer than that, and --drain needs a --wait, too. Type failed: what was rejected waits; what an eviction
 #   gave back (a nack) is ready at once.
 retry='"delayed-retry-type": "failed", "delayed-retry-min": 10000, "delayed-retry-max": 300000'
 

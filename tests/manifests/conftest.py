@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import subprocess
 import tomllib
 import urllib.parse
 import urllib.request
@@ -19,6 +20,8 @@ import kube
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 VERSION = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
+# The same for all that is built, so that it is compiled once.
+REVISION = "0123abc"
 FRUITS = "apple banana cherry date fig grape lemon melon".split()
 
 RABBITMQ = "rabbitmq:4-management"
@@ -55,8 +58,8 @@ def image(docker):
     if ready := os.environ.get("QCONSUME_TEST_IMAGE"):
         return ready
     need(RUST)
-    return engine.build(f"{engine.RUN}:qconsume", ROOT, ROOT / "docker/Dockerfile",
-                        args=[f"VERSION={VERSION}", "REVISION=0123abc"])
+    subprocess.run(["make", "--directory", ROOT, "image", f"IMAGE={engine.RUN}", f"REVISION={REVISION}"], check=True, timeout=1800)
+    return f"{engine.RUN}:{VERSION}"
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +181,24 @@ def start_broker(cluster):
 def shared_broker(start_broker):
     """The broker of the work queue's manifests."""
     return start_broker().wait()
+
+
+@pytest.fixture(scope="session")
+def broker_of(network):
+    """A broker of any version, empty; the same one whoever asks."""
+    brokers = {}
+
+    def get(version):
+        image = f"rabbitmq:{version}-management"
+        need(image)
+        if version not in brokers:
+            name = network.name("broker")
+            engine.docker("run", "--detach", "--name", name, "--network", network.network, image)
+            brokers[version] = Broker(name, network.network).wait()
+        brokers[version].clear()
+        return brokers[version]
+
+    return get
 
 
 @pytest.fixture
