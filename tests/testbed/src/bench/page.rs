@@ -236,7 +236,7 @@ less so, as the two take turns, A B A B. The *goal* is what the ratio (for the b
 - **Memory** of one process is its own peak (`VmHWM` of proc(5), read as it exits); that of many is what they have
   together, shared pages counted once (the sum of `Pss`), while they wait for a message.
 - *20 ms round trip* is by a proxy that lets everything arrive 10 ms later, each way, TCP's own handshake included.
-- *TLS* is as the two agree with the broker (TLS 1.3), with a P-256 certificate, verified: `--cacert`.
+- *TLS* is as the two agree with the broker, with a P-256 certificate, verified: `--cacert`.
 - *Bytes added to an image* are those of the layer that `apt-get install -y --no-install-recommends amqp-tools` makes,
   and of the one file that `COPY --from=qconsume` brings.
 - qconsume does more in the same time: it waits for the broker's word that the acknowledgement has arrived, and its
