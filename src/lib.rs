@@ -7,6 +7,8 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(target_env = "musl")]
+mod allocator;
 pub mod broker;
 pub mod cli;
 pub mod command;
@@ -23,6 +25,10 @@ use cli::Request;
 use exit::Exit;
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
+
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 /// Runs qconsume with this command line, and returns the exit status.
 ///
