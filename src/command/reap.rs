@@ -88,8 +88,9 @@ fn peek() -> Option<(Pid, Ended)> {
     Some((Pid::from_raw(pid), ended))
 }
 
+/// Reaps a child that has ended.
 #[allow(unsafe_code)]
-fn reap(child: Pid) {
+pub(super) fn reap(child: Pid) {
     // SAFETY: no status is asked for, so there is no memory to write to.
     unsafe { libc::waitpid(child.as_raw(), std::ptr::null_mut(), libc::WNOHANG) };
 }
