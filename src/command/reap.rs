@@ -88,9 +88,8 @@ fn peek() -> Option<(Pid, Ended)> {
     Some((Pid::from_raw(pid), ended))
 }
 
-/// Reaps a child that has ended.
 #[allow(unsafe_code)]
-pub(super) fn reap(child: Pid) {
+fn reap(child: Pid) {
     // SAFETY: no status is asked for, so there is no memory to write to.
     unsafe { libc::waitpid(child.as_raw(), std::ptr::null_mut(), libc::WNOHANG) };
 }

@@ -1,6 +1,6 @@
 //! Starts the command: its group, its environment, its standard input.
 
-use super::{Process, Program, Reaper, Target, reap::reap};
+use super::{Process, Program, Reaper, Target};
 use crate::{exit::Exit, exit::Failure, verdict::Ended};
 use nix::{
     sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg},
@@ -302,20 +302,33 @@ fn start(image: &Image, stdin: RawFd) -> io::Result<Pid> {
     // outlive it. It makes system calls only: it allocates nothing, takes no lock and doesn't panic.
     let pid = unsafe { libc::clone(become_program, top.cast(), flags, (&raw mut order).cast()) };
     let failed = io::Error::last_os_error();
-    mask.thread_set_mask()?;
+    // It was good a moment ago, and nothing may fail now that the command runs.
+    let _ = mask.thread_set_mask();
     if pid < 0 {
         return Err(failed);
     }
     // SAFETY: the child has written it, if at all, before this thread went on.
     let error = unsafe { (&raw const order.error).read_volatile() };
     if error != 0 {
-        reap(Pid::from_raw(pid));
+        await_end(pid);
         return Err(io::Error::from_raw_os_error(error));
     }
     Ok(Pid::from_raw(pid))
 }
 
-/// The child's way from its start to the program.
+/// Reaps a child that is about to end: this thread goes on a moment before it has.
+#[allow(unsafe_code)]
+fn await_end(pid: libc::pid_t) {
+    // SAFETY: no status is asked for, so there is no memory to write to.
+    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } < 0 {
+        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            break;
+        }
+    }
+}
+
+/// The child's way from its start to the program: system calls only, and no libc function that looks at the thread it is
+/// on, which is the parent's here.
 #[allow(unsafe_code)]
 extern "C" fn become_program(order: *mut libc::c_void) -> libc::c_int {
     let order = order.cast::<Order<'_>>();
@@ -337,9 +350,10 @@ extern "C" fn become_program(order: *mut libc::c_void) -> libc::c_int {
                 );
             }
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            // The parent may have died before the death signal was asked for.
+            // The parent may have died before the death signal was asked for. Not raise(3): musl's would signal the
+            // parent's thread, whose descriptor this child shares.
             if libc::getppid() != parent {
-                libc::raise(libc::SIGKILL);
+                libc::_exit(0);
             }
             let none = 0_u64;
             libc::syscall(
