@@ -1,7 +1,7 @@
 //! One delivery at a time, and whether it is still ours.
 
 use super::{
-    connect::{Attempts, Broker, Link},
+    connect::{Attempts, Broker, Link, Opening},
     message::Message,
     setup::{Declare, Setup},
     trouble::{Loss, Trouble, said},
@@ -20,7 +20,7 @@ use lapin::{
     protocol::AMQPErrorKind,
     types::{AMQPValue, DeliveryTag, FieldTable, ShortString},
 };
-use std::time::Duration;
+use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::{
     task::JoinHandle,
     time::{Instant, timeout, timeout_at},
@@ -66,7 +66,7 @@ pub struct Consumer {
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
     /// A registration that was begun: kept, as the broker may have pushed a message before its answer is here.
-    registering: Option<JoinHandle<Result<Subscription, (Link, Trouble)>>>,
+    registering: Option<JoinHandle<Registration>>,
 }
 
 impl Consumer {
@@ -130,11 +130,16 @@ impl Consumer {
         }
         // On a connection that is kept, what was made for it is still there.
         let mut known_as = link.as_ref().and(self.known_as.clone());
+        let opening = if self.options.setup.is_empty() {
+            Opening::Pipelined
+        } else {
+            Opening::Awaited
+        };
         loop {
             let deadline = attempts.deadline;
             let trouble = match link.take() {
                 Some(link) => Ok(link),
-                None => match timeout_at(deadline, self.broker.open(deadline)).await {
+                None => match timeout_at(deadline, self.broker.open(deadline, opening)).await {
                     Ok(opened) => opened,
                     Err(_) => return Err(attempts.out_of_time(self.broker.stage())),
                 },
@@ -142,15 +147,29 @@ impl Consumer {
             let trouble = match trouble {
                 Err(trouble) => trouble,
                 Ok(opened) => {
+                    let (seen, opened_by) = (Arc::clone(&opened.seen), opened.opened_by);
                     let task = self.registering.insert(tokio::spawn(Subscription::open(
                         opened,
                         self.options.clone(),
                         known_as.take(),
                     )));
+                    let abort = task.abort_handle();
                     let stage = "waiting for the answer to basic.consume";
-                    let answer = timeout_at(deadline, mentioned(stage, task)).await;
-                    let Ok(answer) = answer else {
-                        return Err(attempts.out_of_time(stage));
+                    let answer = async {
+                        let mut answer = pin!(mentioned(stage, task));
+                        match timeout_at(opened_by, &mut answer).await {
+                            Err(_) if seen.opened() => timeout_at(deadline, answer).await,
+                            answered => answered,
+                        }
+                    };
+                    let answer = match answer.await {
+                        Ok(answer) => answer,
+                        Err(_) if seen.opened() => return Err(attempts.out_of_time(stage)),
+                        // Silent before it has opened the connection, so nothing is consumed from: its turn is over.
+                        Err(_) => {
+                            abort.abort();
+                            Ok(Err((None, self.broker.no_answer())))
+                        }
                     };
                     self.registering = None;
                     match answer.expect("opening a subscription doesn't panic") {
@@ -166,9 +185,7 @@ impl Consumer {
                             return Ok(());
                         }
                         Err((used, trouble)) => {
-                            if trouble.queue_missing {
-                                link = Some(used);
-                            }
+                            link = used.filter(|_| trouble.queue_missing);
                             trouble
                         }
                     }
@@ -265,6 +282,9 @@ impl Consumer {
     }
 }
 
+/// What came of asking for messages; without success, the connection is there to ask again.
+type Registration = Result<Subscription, (Option<Link>, Trouble)>;
+
 /// A consumer on a channel of its own, and the message that it holds.
 pub(super) struct Subscription {
     pub(super) link: Link,
@@ -290,16 +310,12 @@ impl std::fmt::Debug for Subscription {
 
 impl Subscription {
     /// `known_as`: what the queue is called that was made for this consumer before.
-    async fn open(
-        link: Link,
-        options: ConsumeOptions,
-        known_as: Option<String>,
-    ) -> Result<Self, (Link, Trouble)> {
+    async fn open(link: Link, options: ConsumeOptions, known_as: Option<String>) -> Registration {
         let queue = match known_as {
             Some(queue) => queue,
             None => match options.setup.make(&link.connection, &options.queue).await {
                 Ok(queue) => queue,
-                Err(trouble) => return Err((link, trouble)),
+                Err(trouble) => return Err((Some(link), trouble)),
             },
         };
         let mut asks = options
@@ -327,7 +343,12 @@ impl Subscription {
                 asked_timeout: asks,
                 queue,
             }),
-            Err(error) => Err((link, Trouble::in_consume(&error, &queue))),
+            Err(error) => {
+                let trouble = link
+                    .not_opened(&error)
+                    .unwrap_or_else(|| Trouble::in_consume(&error, &queue));
+                Err((Some(link), trouble))
+            }
         }
     }
 
@@ -340,8 +361,12 @@ impl Subscription {
             .then_some(self.link)
     }
 
-    fn take(&mut self, delivery: Delivery) -> Message {
-        self.held = Some(delivery.delivery_tag);
+    fn take(&mut self, mut delivery: Delivery) -> Message {
+        let tag = delivery.delivery_tag;
+        self.held = Some(tag);
+        if let Some(body) = self.link.bodies.take(self.channel.id(), tag) {
+            delivery.data = body;
+        }
         self.taken = Instant::now();
         Message::new(delivery, &self.queue)
     }

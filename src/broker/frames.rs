@@ -1,26 +1,45 @@
-//! Reads along with the broker's frames, for two facts that lapin 4.12 keeps to itself: the broker's version,
-//! and whether a consumer was cancelled by the broker rather than by us.
+//! The frames of AMQP 0-9-1, and what is noted of the broker's, as lapin 4.12 keeps it to itself.
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
+    Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
 
 /// Frame header of AMQP 0-9-1 (2.3.5): type, channel (2 bytes), size (4 bytes).
-const HEADER: usize = 7;
-/// The type of a method frame.
-const METHOD: u8 = 1;
-/// Class and method of `connection.start`.
-const CONNECTION_START: [u8; 4] = [0, 10, 0, 10];
-/// Class and method of `basic.cancel`.
-const BASIC_CANCEL: [u8; 4] = [0, 60, 0, 30];
-/// How much of a method is kept, in bytes: `connection.start` is the longest one that matters.
-const KEPT: usize = 4096;
+pub(super) const HEADER: usize = 7;
+/// The last octet of a frame (2.3.5).
+pub(super) const FRAME_END: u8 = 0xce;
+/// The type of a method frame (2.3.5.1).
+pub(super) const METHOD: u8 = 1;
+/// The type of a frame with a content's header (2.3.5.2).
+pub(super) const CONTENT_HEADER: u8 = 2;
+/// The type of a frame with a piece of a body (2.3.5.2).
+pub(super) const BODY: u8 = 3;
+/// The type of a heartbeat frame (2.3.5.3).
+pub(super) const HEARTBEAT: u8 = 8;
+
+/// Class and method, as a method frame's payload begins.
+pub(super) type Id = [u8; 4];
+/// `connection.start`.
+const CONNECTION_START: Id = [0, 10, 0, 10];
+/// `connection.open`.
+pub(super) const CONNECTION_OPEN: Id = [0, 10, 0, 40];
+/// `connection.open-ok`.
+pub(super) const CONNECTION_OPEN_OK: Id = [0, 10, 0, 41];
+/// `channel.open`.
+pub(super) const CHANNEL_OPEN: Id = [0, 20, 0, 10];
+/// `channel.open-ok`.
+pub(super) const CHANNEL_OPEN_OK: Id = [0, 20, 0, 11];
+/// `basic.cancel`.
+const BASIC_CANCEL: Id = [0, 60, 0, 30];
+/// `basic.deliver`.
+pub(super) const BASIC_DELIVER: Id = [0, 60, 0, 60];
 
 /// What was seen so far.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     version: Mutex<Option<Version>>,
+    opened: AtomicBool,
     cancelled: AtomicBool,
     without_external: AtomicBool,
 }
@@ -37,6 +56,11 @@ impl Seen {
         self.without_external.load(Ordering::Acquire)
     }
 
+    /// Whether the broker has opened the connection: the handshake is over.
+    pub(super) fn opened(&self) -> bool {
+        self.opened.load(Ordering::Acquire)
+    }
+
     /// Whether the broker has cancelled a consumer of this connection.
     pub(super) fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
@@ -46,76 +70,18 @@ impl Seen {
 /// RabbitMQ's version: major and minor.
 pub(super) type Version = (u32, u32);
 
-/// Follows one connection's incoming bytes.
-#[derive(Debug)]
-pub(super) struct Frames {
-    seen: Arc<Seen>,
-    header: [u8; HEADER],
-    have: usize,
-    /// What is left of the frame behind its header, its end octet included, in bytes.
-    left: usize,
-    method: Vec<u8>,
-}
-
-impl Frames {
-    pub(super) fn new(seen: Arc<Seen>) -> Self {
-        Self {
-            seen,
-            header: [0; HEADER],
-            have: 0,
-            left: 0,
-            method: Vec::new(),
-        }
-    }
-
-    /// Takes note of the next bytes, in pieces of any size.
-    pub(super) fn read(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            if self.have < HEADER {
-                let n = bytes.len().min(HEADER - self.have);
-                self.header[self.have..self.have + n].copy_from_slice(&bytes[..n]);
-                self.have += n;
-                bytes = &bytes[n..];
-                if self.have == HEADER {
-                    let size = u32::from_be_bytes([
-                        self.header[3],
-                        self.header[4],
-                        self.header[5],
-                        self.header[6],
-                    ]);
-                    self.left = size as usize + 1;
-                    self.method.clear();
-                }
-                continue;
-            }
-            let n = bytes.len().min(self.left);
-            if self.header[0] == METHOD {
-                let room = KEPT - self.method.len();
-                self.method.extend_from_slice(&bytes[..n.min(room)]);
-            }
-            self.left -= n;
-            bytes = &bytes[n..];
-            if self.left == 0 {
-                self.have = 0;
-                if self.header[0] == METHOD {
-                    self.method();
-                }
-            }
-        }
-    }
-
-    fn method(&mut self) {
-        if self.method.starts_with(&BASIC_CANCEL) {
-            self.seen.cancelled.store(true, Ordering::Release);
-        } else if self.method.starts_with(&CONNECTION_START) {
-            *self
-                .seen
-                .version
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = version(&self.method);
-            let offered = mechanisms(&self.method);
+impl Seen {
+    /// Takes note of a method of the broker's.
+    pub(super) fn method(&self, method: &[u8]) {
+        if method.starts_with(&BASIC_CANCEL) {
+            self.cancelled.store(true, Ordering::Release);
+        } else if method.starts_with(&CONNECTION_OPEN_OK) {
+            self.opened.store(true, Ordering::Release);
+        } else if method.starts_with(&CONNECTION_START) {
+            *self.version.lock().unwrap_or_else(PoisonError::into_inner) = version(method);
+            let offered = mechanisms(method);
             let without = offered.is_some_and(|names| !names.split(' ').any(|it| it == "EXTERNAL"));
-            self.seen.without_external.store(without, Ordering::Release);
+            self.without_external.store(without, Ordering::Release);
         }
     }
 }
@@ -148,29 +114,6 @@ fn mechanisms(start: &[u8]) -> Option<&str> {
 mod tests {
     use super::*;
 
-    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
-        let mut frame = vec![kind, 0, 1];
-        frame.extend((payload.len() as u32).to_be_bytes());
-        frame.extend(payload);
-        frame.push(0xce);
-        frame
-    }
-
-    fn stream() -> Vec<u8> {
-        let start = [
-            &CONNECTION_START[..],
-            b"\0\x09\0\0\0\x30\x07productS\0\0\0\x08RabbitMQ\x07versionS\0\0\0\x064.3.61\0\0",
-        ]
-        .concat();
-        let mut bytes = frame(METHOD, &start);
-        bytes.extend(frame(METHOD, &[0, 60, 0, 60, 1, 2, 3]));
-        // a body that looks like a cancel isn't one
-        bytes.extend(frame(3, &frame(METHOD, &BASIC_CANCEL)));
-        bytes.extend(frame(3, &[0; 3 * KEPT]));
-        bytes.extend(frame(8, &[]));
-        bytes
-    }
-
     #[test]
     fn mechanisms_are_seen() {
         for (names, without) in [
@@ -186,26 +129,20 @@ mod tests {
                 b"\0\0\0\x05en_US",
             ]
             .concat();
-            let seen = Arc::new(Seen::default());
-            Frames::new(Arc::clone(&seen)).read(&frame(METHOD, &start));
+            let seen = Seen::default();
+            seen.method(&start);
             assert_eq!(seen.without_external(), without, "{names:?}");
         }
     }
 
     #[test]
-    fn version_and_cancel_are_seen_however_the_bytes_are_cut() {
-        let calm = stream();
-        let cancelled = [calm.clone(), frame(METHOD, &BASIC_CANCEL)].concat();
-        for size in [1, 2, 3, 7, 8, 13, 4096, usize::MAX] {
-            for (bytes, expected) in [(&calm, false), (&cancelled, true)] {
-                let seen = Arc::new(Seen::default());
-                let mut frames = Frames::new(Arc::clone(&seen));
-                for piece in bytes.chunks(size.min(bytes.len())) {
-                    frames.read(piece);
-                }
-                assert_eq!(seen.version(), Some((4, 3)), "pieces of {size}");
-                assert_eq!(seen.cancelled(), expected, "pieces of {size}");
-            }
-        }
+    fn version_and_cancel_are_seen() {
+        let seen = Seen::default();
+        seen.method(b"\0\x0a\0\x0a\0\x09\0\0\0\x30\x07productS\0\0\0\x08RabbitMQ\x07versionS\0\0\0\x064.3.61\0\0");
+        assert_eq!(seen.version(), Some((4, 3)));
+        seen.method(&[0, 60, 0, 31, 1, 2, 3]);
+        assert!(!seen.cancelled());
+        seen.method(&[0, 60, 0, 30, 1, 2, 3]);
+        assert!(seen.cancelled());
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! lapin's own dialling knows no time limit, no IPv6 literals and, without its TLS features, no error for `amqps`.
 
-use super::frames::Frames;
+use super::incoming::Incoming;
 use async_rs::{
     Tokio,
     traits::{Executor, Reactor, RuntimeKit},
@@ -13,12 +13,12 @@ use std::{
     future::{Future, ready},
     io::{self, Read, Write},
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 use tokio::{
-    io::{AsyncRead as _, ReadBuf},
+    io::{AsyncRead as _, AsyncReadExt, ReadBuf},
     net::TcpStream,
 };
 use tokio_rustls::client::TlsStream;
@@ -29,24 +29,43 @@ enum Socket {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// A connected stream, for lapin.
-pub(super) struct Stream {
-    socket: Socket,
-    frames: Frames,
-}
-
-impl Stream {
-    pub(super) fn plain(socket: TcpStream, frames: Frames) -> Self {
-        Self {
-            socket: Socket::Plain(socket),
-            frames,
+impl Socket {
+    fn read_half(&mut self) -> Pin<&mut (dyn tokio::io::AsyncRead + Send + Unpin)> {
+        match self {
+            Socket::Plain(socket) => Pin::new(socket),
+            Socket::Tls(socket) => Pin::new(socket.as_mut()),
         }
     }
 
-    pub(super) fn tls(socket: TlsStream<TcpStream>, frames: Frames) -> Self {
+    fn write_half(&mut self) -> Pin<&mut (dyn tokio::io::AsyncWrite + Send + Unpin)> {
+        match self {
+            Socket::Plain(socket) => Pin::new(socket),
+            Socket::Tls(socket) => Pin::new(socket.as_mut()),
+        }
+    }
+}
+
+/// How much is read at once that is no body, in bytes.
+const PIECE: usize = 4096;
+
+/// A connected stream, for lapin.
+pub(super) struct Stream {
+    socket: Socket,
+    incoming: Incoming,
+}
+
+impl Stream {
+    pub(super) fn plain(socket: TcpStream, incoming: Incoming) -> Self {
+        Self {
+            socket: Socket::Plain(socket),
+            incoming,
+        }
+    }
+
+    pub(super) fn tls(socket: TlsStream<TcpStream>, incoming: Incoming) -> Self {
         Self {
             socket: Socket::Tls(Box::new(socket)),
-            frames,
+            incoming,
         }
     }
 
@@ -62,20 +81,6 @@ impl Stream {
             _ => error,
         }
     }
-
-    fn read_half(&mut self) -> Pin<&mut (dyn tokio::io::AsyncRead + Unpin)> {
-        match &mut self.socket {
-            Socket::Plain(socket) => Pin::new(socket),
-            Socket::Tls(socket) => Pin::new(socket.as_mut()),
-        }
-    }
-
-    fn write_half(&mut self) -> Pin<&mut (dyn tokio::io::AsyncWrite + Unpin)> {
-        match &mut self.socket {
-            Socket::Plain(socket) => Pin::new(socket),
-            Socket::Tls(socket) => Pin::new(socket.as_mut()),
-        }
-    }
 }
 
 impl AsyncRead for Stream {
@@ -84,10 +89,28 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let mut buffer = ReadBuf::new(buffer);
-        ready!(self.read_half().poll_read(cx, &mut buffer))?;
-        self.frames.read(buffer.filled());
-        Poll::Ready(Ok(buffer.filled().len()))
+        let Self { socket, incoming } = &mut *self;
+        incoming.wait(cx);
+        loop {
+            let n = incoming.pass(buffer);
+            if n > 0 {
+                return Poll::Ready(Ok(n));
+            }
+            let mut read = socket.read_half();
+            let n = if let Some(mut body) = incoming.in_place() {
+                let n = ready!(pin!(read.read_buf(&mut body)).poll(cx))?;
+                incoming.read_in_place(n);
+                n
+            } else {
+                let mut piece = [0; PIECE];
+                let n = ready!(pin!(read.read(&mut piece)).poll(cx))?;
+                incoming.received(&piece[..n])?;
+                n
+            };
+            if n == 0 {
+                return Poll::Ready(Ok(0));
+            }
+        }
     }
 }
 
@@ -97,7 +120,10 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = self.write_half().poll_write(cx, bytes);
+        let written = self.socket.write_half().poll_write(cx, bytes);
+        if let Poll::Ready(Ok(n)) = written {
+            self.incoming.sent(&bytes[..n]);
+        }
         written.map_err(|error| self.last_words(cx, error))
     }
 
@@ -106,17 +132,24 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = self.write_half().poll_write_vectored(cx, pieces);
+        let written = self.socket.write_half().poll_write_vectored(cx, pieces);
+        if let Poll::Ready(Ok(mut left)) = written {
+            for piece in pieces {
+                let n = left.min(piece.len());
+                self.incoming.sent(&piece[..n]);
+                left -= n;
+            }
+        }
         written.map_err(|error| self.last_words(cx, error))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = self.write_half().poll_flush(cx);
+        let flushed = self.socket.write_half().poll_flush(cx);
         flushed.map_err(|error| self.last_words(cx, error))
     }
 
     fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.write_half().poll_shutdown(cx)
+        self.socket.write_half().poll_shutdown(cx)
     }
 }
 
@@ -183,3 +216,6 @@ impl Reactor for Kit {
         ready(Err(io::ErrorKind::Unsupported.into()))
     }
 }
+
+#[cfg(test)]
+mod tests;

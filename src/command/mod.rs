@@ -1,5 +1,6 @@
 //! The only part that knows processes.
 
+mod feed;
 mod find;
 mod reap;
 mod spawn;

@@ -1,6 +1,9 @@
 //! Starts the command: its group, its environment, its standard input.
 
-use super::{Process, Program, Reaper, Target};
+use super::{
+    Process, Program, Reaper, Target,
+    feed::{feed, spawn_feeder},
+};
 use crate::{exit::Exit, exit::Failure, verdict::Ended};
 use nix::{
     sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg},
@@ -8,22 +11,16 @@ use nix::{
 };
 use std::{
     ffi::{CString, OsStr, OsString},
-    io::{self, PipeReader, PipeWriter, Write},
+    io,
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, RawFd},
         unix::ffi::OsStrExt,
     },
 };
-use tokio::{io::AsyncWriteExt, net::unix::pipe, sync::oneshot, task::JoinHandle};
+use tokio::{sync::oneshot, task::JoinHandle};
 
 /// Longest `NAME=value` with its NUL that Linux's execve(2) takes: `MAX_ARG_STRLEN`, in bytes.
 const VARIABLE_MAX: usize = 128 * 1024;
-
-/// What an unprivileged process may ask a pipe to hold, in bytes: the default of `fs.pipe-max-size`.
-const PIPE_MAX: i32 = 1024 * 1024;
-
-/// What an unchanged pipe holds, in bytes.
-const PIPE_DEFAULT: usize = 64 * 1024;
 
 /// The kernel's `struct sigaction` for `SIG_DFL`: zeroes, and more of them than it has on any machine.
 const DEFAULT: [u64; 8] = [0; 8];
@@ -147,51 +144,6 @@ fn fits(name: &str, value: &OsStr) -> bool {
     !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX
 }
 
-/// What is left to write once the command runs: the pipe, the body, and where to go on.
-type Rest = (pipe::Sender, Vec<u8>, usize);
-
-/// A pipe that holds the body's beginning already, which for most bodies is all of it.
-fn feed(body: Vec<u8>) -> io::Result<(PipeReader, Option<Rest>)> {
-    let (reader, mut writer) = io::pipe()?;
-    prepare_pipe(&writer, body.len())?;
-    let mut written = 0;
-    while written < body.len() {
-        match writer.write(&body[written..]) {
-            Ok(n) => written += n,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let pipe = pipe::Sender::from_owned_fd(OwnedFd::from(writer))?;
-                return Ok((reader, Some((pipe, body, written))));
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok((reader, None))
-}
-
-#[allow(unsafe_code)]
-fn prepare_pipe(writer: &PipeWriter, size: usize) -> io::Result<()> {
-    let fd = writer.as_raw_fd();
-    // SAFETY: fcntl(2) on a descriptor that we own, with integer arguments.
-    unsafe {
-        if size > PIPE_DEFAULT {
-            // Fewer turns between us and the command; where the limit is lower, the pipe stays as it is.
-            libc::fcntl(fd, libc::F_SETPIPE_SZ, PIPE_MAX);
-        }
-        if libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
-fn spawn_feeder((mut pipe, body, from): Rest) -> JoinHandle<()> {
-    tokio::spawn(async move {
-        // A command that doesn't read to the end (EPIPE) knows what it does.
-        let _ = pipe.write_all(&body[from..]).await;
-    })
-}
-
 /// Our own descriptors close on exec; so shall those that we were started with by accident.
 #[allow(unsafe_code)]
 fn close_on_exec() {
@@ -293,8 +245,9 @@ fn start(image: &Image, stdin: RawFd) -> io::Result<Pid> {
         parent: getpid().as_raw(),
         error: 0,
     };
-    let mut stack = vec![0_u128; CHILD_STACK / size_of::<u128>()];
-    let top = stack.as_mut_ptr_range().end;
+    // Not filled with zeroes, so that only the pages are there that the child uses.
+    let mut stack = Vec::<u128>::with_capacity(CHILD_STACK / size_of::<u128>());
+    let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
     // None of our handlers may run in the child: it has them until it has executed, and its memory is ours.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;

@@ -158,6 +158,30 @@ fn an_address_that_accepts_and_stays_silent_is_tried_again() {
 }
 
 #[test]
+fn a_large_body_over_a_slow_line_is_no_silence() {
+    let broker = Broker::shared();
+    let queue = broker.queue("slow-line");
+    let body = vec![b'x'; 1024 * 1024];
+    queue.publish(&body);
+    let proxy = Proxy::of(broker);
+    proxy.on(Direction::ToClient, Method::BODY, Action::Hold);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["--heartbeat", "1", "cat"])
+        .spawn();
+    // Frames of 128 KiB: three times as long in all as a broker may be silent, and each of them in time.
+    for frame in 1..=9 {
+        proxy.wait_for_nth(Direction::ToClient, Method::BODY, frame, PATIENCE);
+        std::thread::sleep(Duration::from_millis(700));
+        proxy.release();
+    }
+    let run = run.wait(PATIENCE);
+    run.assert_status(0);
+    assert!(run.stdout == body);
+    assert!(!run.stderr.contains("connecting again"), "{}", run.stderr);
+}
+
+#[test]
 fn a_frozen_broker_is_noticed_waiting_running_and_settling() {
     let broker = Broker::start();
     let queue = broker.queue("frozen");

@@ -279,7 +279,12 @@ fn statuses_are_those_of_tini() {
             let worker = qconsume().url(&Broker::shared().url()).queue(queue.name());
             worker.shell(script)
         };
-        let theirs = |script: &str| Program::new("tini").args(["-g", "-s"]).shell(script);
+        // A shell's background job has SIGINT and SIGQUIT ignored; qconsume gives its command their defaults back, tini not.
+        let theirs = |script: &str| {
+            Program::new("env")
+                .args(["--default-signal", "tini", "-g", "-s"])
+                .shell(script)
+        };
         // As PID 1, to be told to stop it has to be found below unshare.
         let run = |program: Program, signal: Option<Signal>| {
             let running = if first {

@@ -12,7 +12,7 @@ use crate::owner::{find_in_path, temp_folder};
 use crate::{Broker, Direction, Port, Proxy, Queue, eventually, reserve_port};
 use anyhow::{Context, Result, bail, ensure};
 use page::{Row, Unit};
-use process::Cost;
+use process::{Cost, Resident};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 const USAGE: &str = "usage: bench [OPTIONS]
   --qconsume PATH  the binary to measure [the one beside this program]
   --quick          a few rounds of everything but the largest, to see that it works; writes no page
+  --only PART      one part of it: small, far, tls, large, huge, series, crowd or image; writes no page
   --page PATH      write the page with the results there";
 
 /// On the way to a broker in the next region, half of the round trip of 20 ms.
@@ -37,6 +38,7 @@ const NOTICED: Duration = Duration::from_secs(120);
 pub struct Options {
     qconsume: PathBuf,
     quick: bool,
+    only: Option<String>,
     page: Option<PathBuf>,
 }
 
@@ -49,14 +51,16 @@ impl Options {
         let mut options = Self {
             qconsume: std::env::current_exe()?.with_file_name("qconsume"),
             quick: false,
+            only: None,
             page: None,
         };
         let mut args = args.iter();
         while let Some(name) = args.next() {
-            let mut value = || args.next().map(PathBuf::from).context(USAGE);
+            let mut value = || args.next().context(USAGE);
             match name.as_str() {
-                "--qconsume" => options.qconsume = value()?,
-                "--page" => options.page = Some(value()?),
+                "--qconsume" => options.qconsume = value()?.into(),
+                "--page" => options.page = Some(value()?.into()),
+                "--only" => options.only = Some(value()?.clone()),
                 "--quick" => options.quick = true,
                 _ => bail!("{USAGE}"),
             }
@@ -128,18 +132,36 @@ pub fn run(options: &Options) -> Result<()> {
     };
     process::end_if_hung();
     let bench = Bench::start(rounds, programs)?;
-    let mut rows = bench.one_message()?;
-    rows.extend(bench.far_away()?);
-    rows.extend(bench.tls()?);
-    rows.extend(bench.large(12, bench.rounds.large)?);
-    rows.extend(bench.large(128, bench.rounds.huge)?);
-    rows.extend(bench.series()?);
-    rows.extend(bench.crowd()?);
-    let (bytes, note) = image::bytes(&bench.programs.qconsume)?;
-    rows.extend(bytes);
-    let results = format!("{}\n{note}\n", page::table(&rows));
+    let mut note = String::new();
+    let mut rows = Vec::new();
+    let mut known = false;
+    let mut part = |name: &str, measure: &mut dyn FnMut() -> Result<Vec<Row>>| {
+        if options.only.as_deref().is_none_or(|only| only == name) {
+            known = true;
+            rows.extend(measure()?);
+        }
+        anyhow::Ok(())
+    };
+    part("small", &mut || bench.one_message())?;
+    part("far", &mut || bench.far_away())?;
+    part("tls", &mut || bench.tls())?;
+    part("large", &mut || bench.large(12, bench.rounds.large))?;
+    part("huge", &mut || bench.large(128, bench.rounds.huge))?;
+    part("series", &mut || bench.series())?;
+    part("crowd", &mut || bench.crowd())?;
+    part("image", &mut || {
+        let (rows, about) = image::bytes(&bench.programs.qconsume)?;
+        note = format!("\n{about}\n");
+        Ok(rows)
+    })?;
+    ensure!(known, "{USAGE}");
+    let results = format!("{}{note}", page::table(&rows));
     println!("\n{results}");
-    if let Some(path) = options.page.as_ref().filter(|_| !options.quick) {
+    if let Some(path) = options
+        .page
+        .as_ref()
+        .filter(|_| !options.quick && options.only.is_none())
+    {
         fs::write(path, page::page(&results, &bench)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -191,13 +213,14 @@ impl Bench {
             url: self.broker.url(),
             cacert: None,
             messages: 1,
+            prefetch: None,
             body: b"a small message".to_vec(),
         }
     }
 
     fn one_message(&self) -> Result<Vec<Row>> {
         let costs = self.costs("one message", &self.near(), self.rounds.small)?;
-        let peaks = self.peaks("one message", &self.near(), self.rounds.memory)?;
+        let peaks = self.resident("one message", &self.near(), self.rounds.memory)?;
         // The kernel doesn't tell the two apart afterwards; by itself the command costs the same.
         let command = (0..self.rounds.small)
             .map(|_| Ok(process::cost(Command::new("cat"))?.cpu))
@@ -216,7 +239,13 @@ impl Bench {
                 &costs,
                 less_command,
             ),
-            Row::new("… memory", Unit::Memory, &peaks, |peak| *peak).goal(0.45),
+            Row::new("… memory", Unit::Memory, &peaks, |it| it.peak).goal(0.45),
+            Row::new(
+                "… memory, without files' pages",
+                Unit::Memory,
+                &peaks,
+                |it| it.private,
+            ),
         ])
     }
 
@@ -244,11 +273,11 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("one message over TLS", &work, self.rounds.small)?;
-        let peaks = self.peaks("one message over TLS", &work, self.rounds.memory)?;
+        let peaks = self.resident("one message over TLS", &work, self.rounds.memory)?;
         Ok(vec![
             Row::new("one over TLS: time", Unit::Time, &costs, |cost| cost.wall).goal(0.70),
             Row::new("… processor", Unit::Time, &costs, |cost| cost.cpu),
-            Row::new("… memory", Unit::Memory, &peaks, |peak| *peak),
+            Row::new("… memory", Unit::Memory, &peaks, |it| it.peak),
         ])
     }
 
@@ -262,11 +291,11 @@ impl Bench {
         };
         let label = format!("one of {mib} MiB");
         let costs = self.costs(&label, &work, rounds)?;
-        let peaks = self.peaks(&label, &work, rounds.min(self.rounds.memory))?;
+        let peaks = self.resident(&label, &work, rounds.min(self.rounds.memory))?;
         let time = Row::new(format!("{label}: time"), Unit::Time, &costs, |cost| {
             cost.wall
         });
-        let memory = Row::new("… memory", Unit::Memory, &peaks, |peak| *peak);
+        let memory = Row::new("… memory", Unit::Memory, &peaks, |it| it.peak);
         Ok(match mib {
             12 => vec![time.goal(0.80), memory.goal(0.80)],
             _ => vec![time, memory],
@@ -279,6 +308,15 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("300 in one process", &work, self.rounds.series)?;
+        let one_at_a_time = Work {
+            prefetch: Some(1),
+            ..work
+        };
+        let same = self.costs(
+            "300 in one process, one at a time",
+            &one_at_a_time,
+            self.rounds.series,
+        )?;
         Ok(vec![
             Row::new(
                 "300 in one process (`-c 300`): time",
@@ -288,6 +326,13 @@ impl Bench {
             )
             .goal(0.95),
             Row::new("… processor", Unit::Time, &costs, |cost| cost.cpu),
+            Row::new(
+                "… both one at a time (`-p 1`): time",
+                Unit::Time,
+                &same,
+                |cost| cost.wall,
+            ),
+            Row::new("… processor", Unit::Time, &same, |cost| cost.cpu),
         ])
     }
 
@@ -342,14 +387,14 @@ impl Bench {
         Ok(costs)
     }
 
-    /// What runs that do the work have resident at most, in bytes.
-    fn peaks(&self, label: &str, work: &Work, rounds: usize) -> Result<Vec<Pair<f64>>> {
+    /// What runs that do the work have resident.
+    fn resident(&self, label: &str, work: &Work, rounds: usize) -> Result<Vec<Pair<Resident>>> {
         let queue = self.broker.queue("bench");
         self.in_turn(&format!("{label}, memory"), rounds, |program| {
             queue.publish_all(vec![&work.body; work.messages]);
-            let peak = process::peak(work.command(program, queue.name()))?;
+            let resident = process::resident(work.command(program, queue.name()))?;
             settled(&queue)?;
-            Ok(peak)
+            Ok(resident)
         })
     }
 
@@ -375,6 +420,8 @@ struct Work {
     url: String,
     cacert: Option<PathBuf>,
     messages: usize,
+    /// How many messages the broker hands out ahead; qconsume never has more than one.
+    prefetch: Option<u32>,
     body: Vec<u8>,
 }
 
@@ -383,6 +430,9 @@ impl Work {
         let mut command = Command::new(program);
         command.args(["--url", &self.url, "-q", queue]);
         command.args(["-c", &self.messages.to_string()]);
+        if let Some(limit) = self.prefetch {
+            command.args(["-p", &limit.to_string()]);
+        }
         if let Some(file) = &self.cacert {
             command.arg("--cacert").arg(file);
         }
