@@ -264,7 +264,7 @@ What keeps qconsume from the goals that it misses, and what of it could be had. 
   would take for reading, its ring of 32 frames (4 MiB), isn't used: the body is read past it, which lapin could do too.
 - **300 messages in one process.** The next message is asked for when the last one is settled, as no message shall wait behind a
   running command while another worker is idle; this is a round trip through the queue for each. amqp-consume has all 300 on its side
-  before the first command runs, and puts back what is left when it ends. With `-p 1` it waits in the same way, and most of
+  before the first command runs, and puts back what is left when it ends. With `-p 1` it waits in the same way, and over half of
   the difference is gone. What remains is lapin's I/O thread, through which everything passes that the queue and the main thread
   say to each other: 9 changes of thread for a message, where amqp-consume has 3. A lapin that polled its socket where
   the answers are waited for would save six of them, here and about 25 of 40 with a single message.
