@@ -130,19 +130,16 @@ impl Consumer {
         }
         // On a connection that is kept, what was made for it is still there.
         let mut known_as = link.as_ref().and(self.known_as.clone());
-        let opening = if self.options.setup.is_empty() {
-            Opening::Pipelined
-        } else {
-            Opening::Awaited
-        };
         loop {
             let deadline = attempts.deadline;
             let trouble = match link.take() {
                 Some(link) => Ok(link),
-                None => match timeout_at(deadline, self.broker.open(deadline, opening)).await {
-                    Ok(opened) => opened,
-                    Err(_) => return Err(attempts.out_of_time(self.broker.stage())),
-                },
+                None => {
+                    match timeout_at(deadline, self.broker.open(deadline, Opening::Awaited)).await {
+                        Ok(opened) => opened,
+                        Err(_) => return Err(attempts.out_of_time(self.broker.stage())),
+                    }
+                }
             };
             let trouble = match trouble {
                 Err(trouble) => trouble,

@@ -32,11 +32,6 @@ pub enum Declare {
 }
 
 impl Setup {
-    /// Whether nothing is made.
-    pub(super) fn is_empty(&self) -> bool {
-        self.declare == Declare::No && self.exchange.is_none()
-    }
-
     /// Makes it, and returns the queue's name, which the broker chooses where `queue` is empty.
     pub(super) async fn make(
         &self,

@@ -9,11 +9,8 @@ use std::{
     time::Duration,
 };
 use testbed::{
-    Action, Broker,
-    Direction::{ToBroker, ToClient},
-    Finished, FullBacklog, Method, PATIENCE, Program, Proxy,
-    lapin::options::QueueDeclareOptions,
-    missing, reserve_port,
+    Action, Broker, Direction::ToBroker, Finished, FullBacklog, Method, PATIENCE, Program, Proxy,
+    lapin::options::QueueDeclareOptions, missing, reserve_port,
 };
 
 /// How long qconsume tries in the tests that see it give up.
@@ -291,30 +288,11 @@ fn where_a_node_is_silent_another_serves() {
         assert_eq!(done.stdout_text(), "kiwi");
     };
     by_way_of(&Proxy::silent());
-    // From the middle of the handshake on: what goes out behind connection.open isn't waited for in vain.
+    // From the middle of the handshake on.
     queue.publish("kiwi");
     let silent = Proxy::of(Broker::shared());
     silent.on(ToBroker, Method::CONNECTION_OPEN, Action::Stall);
     by_way_of(&silent);
-}
-
-#[test]
-fn nothing_waits_for_the_answers_to_opening() {
-    let queue = Broker::shared().queue("flights");
-    queue.publish("lime");
-    let proxy = Proxy::of(Broker::shared());
-    proxy.once(ToClient, Method::CONNECTION_OPEN_OK, Action::Hold);
-    let run = qconsume()
-        .url(&proxy.url())
-        .queue(queue.name())
-        .arg("cat")
-        .spawn();
-    proxy.wait_for(ToBroker, Method::BASIC_CONSUME, PATIENCE);
-    proxy.release();
-    let done = run.wait(PATIENCE);
-    done.assert_status(0);
-    assert_eq!(done.stdout_text(), "lime");
-    assert_eq!(queue.ready(), 0);
 }
 
 #[test]
