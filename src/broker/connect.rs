@@ -4,7 +4,6 @@ use super::{
     address::{Address, AuthMechanism},
     frames::{Seen, Version},
     incoming::{Bodies, Incoming},
-    pipelining::Pipelining,
     resolve::resolve,
     tls::Tls,
     transport::{Kit, Stream},
@@ -91,11 +90,6 @@ impl Broker {
         &self.stage
     }
 
-    /// What it means that nobody answers to what is under way.
-    pub(super) fn no_answer(&self) -> Trouble {
-        Trouble::transient(no_answer(&self.stage))
-    }
-
     /// A connection, from as many attempts as it needs within `--connect-timeout`.
     ///
     /// # Errors
@@ -104,7 +98,7 @@ impl Broker {
         let mut attempts = Attempts::new(self.options.timeout);
         loop {
             let limit = attempts.deadline;
-            match timeout_at(limit, self.open(limit, Opening::Awaited)).await {
+            match timeout_at(limit, self.open(limit)).await {
                 Ok(Ok(link)) => return Ok(link),
                 Ok(Err(trouble)) => attempts.failed(trouble).await?,
                 Err(_) => return Err(attempts.out_of_time(&self.stage)),
@@ -113,34 +107,30 @@ impl Broker {
     }
 
     /// One attempt at the next node.
-    pub(super) async fn open(
-        &mut self,
-        deadline: Instant,
-        opening: Opening,
-    ) -> Result<Link, Trouble> {
+    pub(super) async fn open(&mut self, deadline: Instant) -> Result<Link, Trouble> {
         let node = self.next % self.nodes.len();
         let address = self.nodes[node].clone();
         // Should this one fail, the next attempt is the next node's.
         self.next = node + 1;
         // One that accepts and then says nothing mustn't use up all the time: its successor at the same address, or
         // the next node, gets what it leaves.
-        let begin = Instant::now();
-        let left = deadline.saturating_duration_since(begin);
-        let opened_by = begin + (left / 2).max(TCP_CONNECT).min(left);
-        match timeout_at(opened_by, self.open_node(&address, opening, opened_by)).await {
-            // It was good: after a loss it is asked first again only where it is the only one.
-            Ok(Ok(link)) => Ok(link),
-            Ok(Err(trouble)) => Err(trouble.at(&address)),
-            Err(_) => Err(self.no_answer()),
-        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let share = (left / 2).max(TCP_CONNECT).min(left);
+        let link = match timeout(share, self.open_node(&address)).await {
+            Ok(Ok(link)) => link,
+            Ok(Err(mut trouble)) => {
+                trouble.failure.message = format!("{address}: {}", trouble.failure.message);
+                return Err(trouble);
+            }
+            Err(_) => {
+                return Err(Trouble::transient(no_answer(&self.stage)));
+            }
+        };
+        // It was good: after a loss it is asked first again only where it is the only one.
+        Ok(link)
     }
 
-    async fn open_node(
-        &mut self,
-        address: &Address,
-        opening: Opening,
-        opened_by: Instant,
-    ) -> Result<Link, Trouble> {
+    async fn open_node(&mut self, address: &Address) -> Result<Link, Trouble> {
         self.stage = format!("looking up {}", address.host);
         let found = mentioned(&self.stage, resolve(&address.host, address.port))
             .await
@@ -154,16 +144,11 @@ impl Broker {
         let cutter = Cutter::new(&socket).map_err(|error| Trouble::transient(error.to_string()))?;
         let seen = Arc::new(Seen::default());
         let bodies = Arc::new(Bodies::default());
-        let pipelining = match opening {
-            Opening::Awaited => None,
-            Opening::Pipelined => Some(Pipelining::new()),
-        };
         let incoming = Incoming::new(
             // The greeting comes before a smaller one is agreed on.
             frame_max(address).max(FRAME_MAX),
             Arc::clone(&seen),
             Arc::clone(&bodies),
-            pipelining,
         );
         let stream = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {address}");
@@ -191,13 +176,12 @@ impl Broker {
             }
         })?;
         tracing::debug!("connected to {address}");
+        let events = Box::pin(connection.events_listener());
         Ok(Link {
-            events: Box::pin(connection.events_listener()),
             connection,
+            events,
             seen,
             bodies,
-            address: address.clone(),
-            opened_by,
             _cutter: cutter,
         })
     }
@@ -236,29 +220,12 @@ impl Broker {
     }
 }
 
-/// Whether the broker's answer to `connection.open` is waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Opening {
-    /// It is.
-    Awaited,
-    /// The first channel's methods go out behind it at once.
-    ///
-    /// Not in use: lapin, which takes the connection for open, tells of a refusal that comes between two of our calls
-    /// as an invalid state only, so a virtual host that isn't there could end as 69. It has to be told from the
-    /// broker's own `connection.close` first.
-    #[allow(dead_code)]
-    Pipelined,
-}
-
-/// An open connection, or, where its opening is pipelined, one that is about to be.
+/// An open connection.
 pub struct Link {
     pub(super) connection: Connection,
     pub(super) events: Pin<Box<dyn TokioStream<Item = Event> + Send>>,
     pub(super) seen: Arc<Seen>,
     pub(super) bodies: Arc<Bodies>,
-    address: Address,
-    /// When the handshake has to be over.
-    pub(super) opened_by: Instant,
     _cutter: Cutter,
 }
 
@@ -282,14 +249,6 @@ impl Link {
 
     pub(super) fn version(&self) -> Option<Version> {
         self.seen.version()
-    }
-
-    /// What an error means that came before the connection was open.
-    pub(super) fn not_opened(&self, error: &lapin::Error) -> Option<Trouble> {
-        if self.seen.opened() {
-            return None;
-        }
-        Some(Trouble::in_handshake(error, &self.address).at(&self.address))
     }
 
     /// Forgets the events so far: the end of an earlier channel, a refused one for example, is no loss to the next.

@@ -1,7 +1,7 @@
 //! One delivery at a time, and whether it is still ours.
 
 use super::{
-    connect::{Attempts, Broker, Link, Opening},
+    connect::{Attempts, Broker, Link},
     message::Message,
     setup::{Declare, Setup},
     trouble::{Loss, Trouble, said},
@@ -20,7 +20,7 @@ use lapin::{
     protocol::AMQPErrorKind,
     types::{AMQPValue, DeliveryTag, FieldTable, ShortString},
 };
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::time::Duration;
 use tokio::{
     task::JoinHandle,
     time::{Instant, timeout, timeout_at},
@@ -66,7 +66,7 @@ pub struct Consumer {
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
     /// A registration that was begun: kept, as the broker may have pushed a message before its answer is here.
-    registering: Option<JoinHandle<Registration>>,
+    registering: Option<JoinHandle<Result<Subscription, (Link, Trouble)>>>,
 }
 
 impl Consumer {
@@ -134,39 +134,23 @@ impl Consumer {
             let deadline = attempts.deadline;
             let trouble = match link.take() {
                 Some(link) => Ok(link),
-                None => {
-                    match timeout_at(deadline, self.broker.open(deadline, Opening::Awaited)).await {
-                        Ok(opened) => opened,
-                        Err(_) => return Err(attempts.out_of_time(self.broker.stage())),
-                    }
-                }
+                None => match timeout_at(deadline, self.broker.open(deadline)).await {
+                    Ok(opened) => opened,
+                    Err(_) => return Err(attempts.out_of_time(self.broker.stage())),
+                },
             };
             let trouble = match trouble {
                 Err(trouble) => trouble,
                 Ok(opened) => {
-                    let (seen, opened_by) = (Arc::clone(&opened.seen), opened.opened_by);
                     let task = self.registering.insert(tokio::spawn(Subscription::open(
                         opened,
                         self.options.clone(),
                         known_as.take(),
                     )));
-                    let abort = task.abort_handle();
                     let stage = "waiting for the answer to basic.consume";
-                    let answer = async {
-                        let mut answer = pin!(mentioned(stage, task));
-                        match timeout_at(opened_by, &mut answer).await {
-                            Err(_) if seen.opened() => timeout_at(deadline, answer).await,
-                            answered => answered,
-                        }
-                    };
-                    let answer = match answer.await {
-                        Ok(answer) => answer,
-                        Err(_) if seen.opened() => return Err(attempts.out_of_time(stage)),
-                        // Silent before it has opened the connection, so nothing is consumed from: its turn is over.
-                        Err(_) => {
-                            abort.abort();
-                            Ok(Err((None, self.broker.no_answer())))
-                        }
+                    let answer = timeout_at(deadline, mentioned(stage, task)).await;
+                    let Ok(answer) = answer else {
+                        return Err(attempts.out_of_time(stage));
                     };
                     self.registering = None;
                     match answer.expect("opening a subscription doesn't panic") {
@@ -182,7 +166,9 @@ impl Consumer {
                             return Ok(());
                         }
                         Err((used, trouble)) => {
-                            link = used.filter(|_| trouble.queue_missing);
+                            if trouble.queue_missing {
+                                link = Some(used);
+                            }
                             trouble
                         }
                     }
@@ -279,9 +265,6 @@ impl Consumer {
     }
 }
 
-/// What came of asking for messages; without success, the connection is there to ask again.
-type Registration = Result<Subscription, (Option<Link>, Trouble)>;
-
 /// A consumer on a channel of its own, and the message that it holds.
 pub(super) struct Subscription {
     pub(super) link: Link,
@@ -307,12 +290,16 @@ impl std::fmt::Debug for Subscription {
 
 impl Subscription {
     /// `known_as`: what the queue is called that was made for this consumer before.
-    async fn open(link: Link, options: ConsumeOptions, known_as: Option<String>) -> Registration {
+    async fn open(
+        link: Link,
+        options: ConsumeOptions,
+        known_as: Option<String>,
+    ) -> Result<Self, (Link, Trouble)> {
         let queue = match known_as {
             Some(queue) => queue,
             None => match options.setup.make(&link.connection, &options.queue).await {
                 Ok(queue) => queue,
-                Err(trouble) => return Err((Some(link), trouble)),
+                Err(trouble) => return Err((link, trouble)),
             },
         };
         let mut asks = options
@@ -340,12 +327,7 @@ impl Subscription {
                 asked_timeout: asks,
                 queue,
             }),
-            Err(error) => {
-                let trouble = link
-                    .not_opened(&error)
-                    .unwrap_or_else(|| Trouble::in_consume(&error, &queue));
-                Err((Some(link), trouble))
-            }
+            Err(error) => Err((link, Trouble::in_consume(&error, &queue))),
         }
     }
 
@@ -358,10 +340,15 @@ impl Subscription {
             .then_some(self.link)
     }
 
+    /// The body of a delivery, which lapin hasn't; only once.
+    fn body(&self, delivery: &Delivery) -> Option<Vec<u8>> {
+        let (channel, tag) = (self.channel.id(), delivery.delivery_tag);
+        self.link.bodies.take(channel, tag)
+    }
+
     fn take(&mut self, mut delivery: Delivery) -> Message {
-        let tag = delivery.delivery_tag;
-        self.held = Some(tag);
-        if let Some(body) = self.link.bodies.take(self.channel.id(), tag) {
+        self.held = Some(delivery.delivery_tag);
+        if let Some(body) = self.body(&delivery) {
             delivery.data = body;
         }
         self.taken = Instant::now();
@@ -380,7 +367,10 @@ impl Subscription {
             match self.step().await {
                 Err(loss) => return loss,
                 // With a prefetch of one the broker doesn't; if it did, the message would go back with the connection.
-                Ok(_) => tracing::warn!("the broker pushed a second message; it goes back"),
+                Ok(second) => {
+                    drop(self.body(&second));
+                    tracing::warn!("the broker pushed a second message; it goes back");
+                }
             }
         }
     }

@@ -19,17 +19,11 @@ pub(super) const BODY: u8 = 3;
 pub(super) const HEARTBEAT: u8 = 8;
 
 /// Class and method, as a method frame's payload begins.
-pub(super) type Id = [u8; 4];
+type Id = [u8; 4];
 /// `connection.start`.
 const CONNECTION_START: Id = [0, 10, 0, 10];
-/// `connection.open`.
-pub(super) const CONNECTION_OPEN: Id = [0, 10, 0, 40];
-/// `connection.open-ok`.
-pub(super) const CONNECTION_OPEN_OK: Id = [0, 10, 0, 41];
-/// `channel.open`.
-pub(super) const CHANNEL_OPEN: Id = [0, 20, 0, 10];
-/// `channel.open-ok`.
-pub(super) const CHANNEL_OPEN_OK: Id = [0, 20, 0, 11];
+/// `channel.close`.
+pub(super) const CHANNEL_CLOSE: Id = [0, 20, 0, 40];
 /// `basic.cancel`.
 const BASIC_CANCEL: Id = [0, 60, 0, 30];
 /// `basic.deliver`.
@@ -39,7 +33,6 @@ pub(super) const BASIC_DELIVER: Id = [0, 60, 0, 60];
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     version: Mutex<Option<Version>>,
-    opened: AtomicBool,
     cancelled: AtomicBool,
     without_external: AtomicBool,
 }
@@ -56,11 +49,6 @@ impl Seen {
         self.without_external.load(Ordering::Acquire)
     }
 
-    /// Whether the broker has opened the connection: the handshake is over.
-    pub(super) fn opened(&self) -> bool {
-        self.opened.load(Ordering::Acquire)
-    }
-
     /// Whether the broker has cancelled a consumer of this connection.
     pub(super) fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
@@ -75,8 +63,6 @@ impl Seen {
     pub(super) fn method(&self, method: &[u8]) {
         if method.starts_with(&BASIC_CANCEL) {
             self.cancelled.store(true, Ordering::Release);
-        } else if method.starts_with(&CONNECTION_OPEN_OK) {
-            self.opened.store(true, Ordering::Release);
         } else if method.starts_with(&CONNECTION_START) {
             *self.version.lock().unwrap_or_else(PoisonError::into_inner) = version(method);
             let offered = mechanisms(method);

@@ -2,23 +2,22 @@
 //!
 //! - The broker's version, its mechanisms, and whether it was the broker that has cancelled a consumer, are noted in
 //!   [`Seen`]: lapin keeps them to itself.
-//! - The answers that [`Pipelining`] has given lapin early are taken out.
 //! - The body of a delivery is read to where it stays, in [`Bodies`], and lapin gets a delivery without one: it would
 //!   read a large body through a ring of 32 frames, copy it out byte by byte, and gather it from there. lapin hears of the
 //!   delivery when the body is complete, so to it a connection that is lost half-way has delivered nothing.
 
-use super::{
-    frames::{BASIC_DELIVER, BODY, CONTENT_HEADER, FRAME_END, HEADER, HEARTBEAT, METHOD, Seen},
-    pipelining::Pipelining,
+use super::frames::{
+    BASIC_DELIVER, BODY, CHANNEL_CLOSE, CONTENT_HEADER, FRAME_END, HEADER, HEARTBEAT, METHOD, Seen,
 };
 use bytes::{BufMut, buf::Limit};
 use lapin::types::DeliveryTag;
 use std::{
-    io, mem,
+    mem,
     sync::{Arc, Mutex, PoisonError},
-    task::Context,
 };
 
+/// The types that a frame may have.
+const KINDS: [u8; 4] = [METHOD, CONTENT_HEADER, BODY, HEARTBEAT];
 /// Where the size of the body is in a frame with a content header (2.3.5.2): behind class and weight.
 const BODY_SIZE: std::ops::Range<usize> = HEADER + 4..HEADER + 12;
 
@@ -75,7 +74,6 @@ pub(super) struct Incoming {
     frame_max: u32,
     seen: Arc<Seen>,
     bodies: Arc<Bodies>,
-    pipelining: Option<Pipelining>,
     place: Place,
     /// The frame that has begun; of a body's frame, its header only.
     frame: Vec<u8>,
@@ -88,36 +86,16 @@ pub(super) struct Incoming {
 
 impl Incoming {
     /// `frame_max`: what the broker is asked for at most, in bytes.
-    pub(super) fn new(
-        frame_max: u32,
-        seen: Arc<Seen>,
-        bodies: Arc<Bodies>,
-        pipelining: Option<Pipelining>,
-    ) -> Self {
+    pub(super) fn new(frame_max: u32, seen: Arc<Seen>, bodies: Arc<Bodies>) -> Self {
         Self {
             frame_max,
             seen,
             bodies,
-            pipelining,
             place: Place::Header,
             frame: Vec::new(),
             delivered: None,
             content: None,
             through: Vec::new(),
-        }
-    }
-
-    /// Takes note of bytes that are on their way to the broker, in pieces of any size.
-    pub(super) fn sent(&mut self, bytes: &[u8]) {
-        if let Some(pipelining) = &mut self.pipelining {
-            pipelining.sent(bytes, &mut self.through);
-        }
-    }
-
-    /// Whoever reads is to be told when there is something to [pass](Self::pass) that the broker has no part in.
-    pub(super) fn wait(&mut self, cx: &Context<'_>) {
-        if let Some(pipelining) = &mut self.pipelining {
-            pipelining.wait(cx);
         }
     }
 
@@ -149,12 +127,12 @@ impl Incoming {
     }
 
     /// Takes what the broker has sent.
-    ///
-    /// # Errors
-    /// When the body of a delivery isn't what its header has said.
-    pub(super) fn received(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn received(&mut self, mut bytes: &[u8]) {
         let (mut of_body, before) = (false, self.through.len());
         while let [first, ..] = *bytes {
+            if self.place == Place::Header && self.frame.is_empty() && !KINDS.contains(&first) {
+                self.place = Place::Nowhere;
+            }
             let n = match self.place {
                 Place::Header => self.collect(bytes, HEADER),
                 Place::Whole(size) => self.collect(bytes, size),
@@ -165,7 +143,7 @@ impl Incoming {
             let (piece, rest) = bytes.split_at(n);
             bytes = rest;
             match self.place {
-                Place::Header if self.frame.len() == HEADER => self.begun()?,
+                Place::Header if self.frame.len() == HEADER => self.begun(),
                 Place::Whole(size) if self.frame.len() == size => self.whole(),
                 Place::Header | Place::Whole(_) => {}
                 Place::Body(left) => {
@@ -176,14 +154,13 @@ impl Incoming {
                     of_body = true;
                 }
                 Place::End if first == FRAME_END => self.body_frame(),
-                Place::End => return Err(malformed("a frame of a body has no end")),
+                Place::End => self.spoil(),
                 Place::Nowhere => self.through.extend_from_slice(piece),
             }
         }
         if of_body && self.through.len() == before {
             self.sign_of_life();
         }
-        Ok(())
     }
 
     /// Takes from `bytes` what the frame lacks to be of this size, as far as it is here, and returns how many bytes.
@@ -206,29 +183,35 @@ impl Incoming {
         Some((kind, u16::from_be_bytes([high, low]), size))
     }
 
+    /// What has come is no body: lapin is given what it can't read either, and ends the connection.
+    fn spoil(&mut self) {
+        self.content = None;
+        self.frame.clear();
+        self.place = Place::Nowhere;
+        // A frame without its end.
+        self.through.extend([BODY, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
     /// The header of a frame is there.
-    fn begun(&mut self) -> io::Result<()> {
+    fn begun(&mut self) {
         let Some((kind, channel, payload)) = self.header() else {
-            return Ok(());
+            return;
         };
-        if ![METHOD, CONTENT_HEADER, BODY, HEARTBEAT].contains(&kind)
-            || payload > self.frame_max as usize
-        {
+        if payload > self.frame_max as usize {
             self.place = Place::Nowhere;
             self.through.append(&mut self.frame);
-            return Ok(());
+            return;
         }
         self.place = match &self.content {
             Some(content) if kind == BODY && content.key.0 == channel => {
                 if payload as u64 > content.size - content.body.len() as u64 {
-                    return Err(malformed("a body is longer than its header says"));
+                    return self.spoil();
                 }
                 self.frame.clear();
                 in_body(payload)
             }
             _ => Place::Whole(HEADER + payload + 1),
         };
-        Ok(())
     }
 
     /// A frame is there, up to its end octet, and is no part of a body that is kept.
@@ -244,8 +227,13 @@ impl Incoming {
 
     /// `end`: where its end octet is.
     fn is_for_lapin(&mut self, kind: u8, channel: u16, end: usize) -> bool {
-        // Something else on that channel than the body's next frame: lapin will have to do without that delivery.
-        self.content.take_if(|content| content.key.0 == channel);
+        // Something else on that channel than the body's next frame.
+        let interrupted = self.content.take_if(|content| content.key.0 == channel);
+        let closes = kind == METHOD && self.frame[HEADER..end].starts_with(&CHANNEL_CLOSE);
+        if interrupted.is_some() && !closes {
+            self.spoil();
+            return false;
+        }
         let delivered = self.delivered.take_if(|&mut (on, _)| on == channel);
         match (kind, delivered) {
             (METHOD, _) => {
@@ -256,8 +244,7 @@ impl Incoming {
                     // The one of an earlier channel of that number: tags begin anew with a channel.
                     self.bodies.take(channel, tag);
                 }
-                let pipelining = self.pipelining.as_mut();
-                !pipelining.is_some_and(|pipelining| pipelining.is_paid(channel, method))
+                true
             }
             // One body at a time is enough for one consumer; others' are lapin's.
             (CONTENT_HEADER, Some(key)) if self.content.is_none() => {
@@ -312,8 +299,4 @@ fn delivery_tag(method: &[u8]) -> Option<DeliveryTag> {
     let (&length, rest) = arguments.split_first()?;
     let tag = rest.get(length.into()..)?.first_chunk()?;
     Some(u64::from_be_bytes(*tag))
-}
-
-fn malformed(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
 }

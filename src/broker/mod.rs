@@ -6,7 +6,6 @@ mod consumer;
 mod frames;
 mod incoming;
 mod message;
-mod pipelining;
 mod publisher;
 mod resolve;
 mod settle;

@@ -90,7 +90,6 @@ impl AsyncRead for Stream {
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let Self { socket, incoming } = &mut *self;
-        incoming.wait(cx);
         loop {
             let n = incoming.pass(buffer);
             if n > 0 {
@@ -104,7 +103,7 @@ impl AsyncRead for Stream {
             } else {
                 let mut piece = [0; PIECE];
                 let n = ready!(pin!(read.read(&mut piece)).poll(cx))?;
-                incoming.received(&piece[..n])?;
+                incoming.received(&piece[..n]);
                 n
             };
             if n == 0 {
@@ -121,9 +120,6 @@ impl AsyncWrite for Stream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = self.socket.write_half().poll_write(cx, bytes);
-        if let Poll::Ready(Ok(n)) = written {
-            self.incoming.sent(&bytes[..n]);
-        }
         written.map_err(|error| self.last_words(cx, error))
     }
 
@@ -133,13 +129,6 @@ impl AsyncWrite for Stream {
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = self.socket.write_half().poll_write_vectored(cx, pieces);
-        if let Poll::Ready(Ok(mut left)) = written {
-            for piece in pieces {
-                let n = left.min(piece.len());
-                self.incoming.sent(&piece[..n]);
-                left -= n;
-            }
-        }
         written.map_err(|error| self.last_words(cx, error))
     }
 

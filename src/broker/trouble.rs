@@ -48,12 +48,6 @@ impl Trouble {
         }
     }
 
-    /// The same, with the node that it is about.
-    pub(super) fn at(mut self, address: &Address) -> Self {
-        self.failure.message = format!("{address}: {}", self.failure.message);
-        self
-    }
-
     /// What an error during the AMQP handshake, up to `connection.open-ok`, means.
     pub(super) fn in_handshake(error: &lapin::Error, address: &Address) -> Self {
         if let ErrorKind::IOError(error) = error.kind()

@@ -47,6 +47,28 @@ fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connecti
     queue.wait_ready(1);
 }
 
+#[test]
+fn a_body_without_its_end_ends_the_run_instead_of_a_storm_of_connections() {
+    let broker = Broker::shared();
+    let queue = broker.queue("endless");
+    queue.publish("body");
+    let proxy = Proxy::of(broker);
+    let spoil = |frame: &[u8]| {
+        let mut frame = frame.to_vec();
+        *frame.last_mut().expect("an end octet") = 0;
+        frame
+    };
+    let spoil = Action::Replace(Arc::new(spoil));
+    proxy.on(Direction::ToClient, Method::BODY, spoil);
+    let run = worker(broker, &queue)
+        .url(&proxy.url())
+        .args(["touch", "/proc/never/run"])
+        .run();
+    run.assert_status(70).assert_stderr("can't be taken");
+    assert_eq!(proxy.accepted(), 1, "{}", run.stderr);
+    queue.wait_ready(1);
+}
+
 /// Two and a half heartbeats of two seconds, and something for a machine that has other things to do.
 const NOTICED: Duration = Duration::from_millis(5000 + 2500);
 
@@ -172,6 +194,7 @@ fn a_large_body_over_a_slow_line_is_no_silence() {
     // Frames of 128 KiB: three times as long in all as a broker may be silent, and each of them in time.
     for frame in 1..=9 {
         proxy.wait_for_nth(Direction::ToClient, Method::BODY, frame, PATIENCE);
+        // The slowness of the line itself, which is what is tried; nothing is waited for by it.
         std::thread::sleep(Duration::from_millis(700));
         proxy.release();
     }
