@@ -22,6 +22,10 @@ pub(super) const HEARTBEAT: u8 = 8;
 type Id = [u8; 4];
 /// `connection.start`.
 const CONNECTION_START: Id = [0, 10, 0, 10];
+/// `connection.open`.
+pub(super) const CONNECTION_OPEN: Id = [0, 10, 0, 40];
+/// `connection.open-ok`.
+pub(super) const CONNECTION_OPEN_OK: Id = [0, 10, 0, 41];
 /// `channel.close`.
 pub(super) const CHANNEL_CLOSE: Id = [0, 20, 0, 40];
 /// `basic.cancel`.

@@ -5,15 +5,18 @@
 //! - The body of a delivery is read to where it stays, in [`Bodies`], and lapin gets a delivery without one: it would
 //!   read a large body through a ring of 32 frames, copy it out byte by byte, and gather it from there. lapin hears of the
 //!   delivery when the body is complete, so to it a connection that is lost half-way has delivered nothing.
+//! - What follows `connection.open-ok` waits until lapin has asked for it: see [`Outgoing`](super::outgoing::Outgoing).
 
 use super::frames::{
-    BASIC_DELIVER, BODY, CHANNEL_CLOSE, CONTENT_HEADER, FRAME_END, HEADER, HEARTBEAT, METHOD, Seen,
+    BASIC_DELIVER, BODY, CHANNEL_CLOSE, CONNECTION_OPEN_OK, CONTENT_HEADER, FRAME_END, HEADER,
+    HEARTBEAT, METHOD, Seen,
 };
 use bytes::{BufMut, buf::Limit};
 use lapin::types::DeliveryTag;
 use std::{
     mem,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Waker},
 };
 
 /// The types that a frame may have.
@@ -67,6 +70,18 @@ enum Place {
     Nowhere,
 }
 
+/// Whether what follows `connection.open-ok` may be read.
+#[derive(Debug)]
+enum Gate {
+    /// It hasn't come yet.
+    Ahead,
+    /// lapin hasn't gone on yet. What was received in one piece with `connection.open-ok` is here, and whoever would
+    /// read on.
+    Shut(Vec<u8>, Option<Waker>),
+    /// It may.
+    Open,
+}
+
 /// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
 pub(super) struct Incoming {
@@ -74,6 +89,7 @@ pub(super) struct Incoming {
     frame_max: u32,
     seen: Arc<Seen>,
     bodies: Arc<Bodies>,
+    gate: Gate,
     place: Place,
     /// The frame that has begun; of a body's frame, its header only.
     frame: Vec<u8>,
@@ -91,6 +107,7 @@ impl Incoming {
             frame_max,
             seen,
             bodies,
+            gate: Gate::Ahead,
             place: Place::Header,
             frame: Vec::new(),
             delivered: None,
@@ -105,6 +122,25 @@ impl Incoming {
         buffer[..n].copy_from_slice(&self.through[..n]);
         self.through.drain(..n);
         n
+    }
+
+    /// Whether lapin has to go on before more is read; then the reader is woken when it has.
+    pub(super) fn is_shut(&mut self, cx: &Context<'_>) -> bool {
+        let Gate::Shut(_, reader) = &mut self.gate else {
+            return false;
+        };
+        *reader = Some(cx.waker().clone());
+        true
+    }
+
+    /// lapin has gone on behind `connection.open`.
+    pub(super) fn unshut(&mut self) {
+        if let Gate::Shut(rest, reader) = mem::replace(&mut self.gate, Gate::Open) {
+            self.received(&rest);
+            if let Some(reader) = reader {
+                reader.wake();
+            }
+        }
     }
 
     /// Where the next bytes may be read to, if they are a body's. How many they were is for [`Self::read_in_place`]: they
@@ -130,6 +166,10 @@ impl Incoming {
     pub(super) fn received(&mut self, mut bytes: &[u8]) {
         let (mut of_body, before) = (false, self.through.len());
         while let [first, ..] = *bytes {
+            if let Gate::Shut(rest, _) = &mut self.gate {
+                rest.extend_from_slice(bytes);
+                break;
+            }
             if self.place == Place::Header && self.frame.is_empty() && !KINDS.contains(&first) {
                 self.place = Place::Nowhere;
             }
@@ -239,6 +279,9 @@ impl Incoming {
             (METHOD, _) => {
                 let method = &self.frame[HEADER..end];
                 self.seen.method(method);
+                if method.starts_with(&CONNECTION_OPEN_OK) && matches!(self.gate, Gate::Ahead) {
+                    self.gate = Gate::Shut(Vec::new(), None);
+                }
                 if let Some(tag) = delivery_tag(method) {
                     self.delivered = Some((channel, tag));
                     // The one of an earlier channel of that number: tags begin anew with a channel.

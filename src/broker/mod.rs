@@ -6,6 +6,7 @@ mod consumer;
 mod frames;
 mod incoming;
 mod message;
+mod outgoing;
 mod publisher;
 mod resolve;
 mod settle;

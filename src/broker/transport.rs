@@ -2,7 +2,7 @@
 //!
 //! lapin's own dialling knows no time limit, no IPv6 literals and, without its TLS features, no error for `amqps`.
 
-use super::incoming::Incoming;
+use super::{incoming::Incoming, outgoing::Outgoing};
 use async_rs::{
     Tokio,
     traits::{Executor, Reactor, RuntimeKit},
@@ -52,6 +52,7 @@ const PIECE: usize = 4096;
 pub(super) struct Stream {
     socket: Socket,
     incoming: Incoming,
+    outgoing: Outgoing,
 }
 
 impl Stream {
@@ -59,6 +60,7 @@ impl Stream {
         Self {
             socket: Socket::Plain(socket),
             incoming,
+            outgoing: Outgoing::new(),
         }
     }
 
@@ -66,7 +68,41 @@ impl Stream {
         Self {
             socket: Socket::Tls(Box::new(socket)),
             incoming,
+            outgoing: Outgoing::new(),
         }
+    }
+
+    /// Takes what lapin writes before it has a channel, and sends it as far as the socket takes it.
+    fn poll_opening(
+        &mut self,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_waiting(cx))?;
+        let mut n = 0;
+        for piece in pieces {
+            if self.outgoing.take(piece) {
+                self.incoming.unshut();
+            }
+            n += piece.len();
+        }
+        // What doesn't go out now does when lapin flushes.
+        match self.poll_waiting(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(n)),
+        }
+    }
+
+    fn poll_waiting(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.outgoing.waiting().is_empty() {
+            let waiting = self.outgoing.waiting();
+            let n = ready!(self.socket.write_half().poll_write(cx, waiting))?;
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.outgoing.sent(n);
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Why the peer has closed, where it has said so: a broker that refuses the client's certificate sends an alert
@@ -89,11 +125,16 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let Self { socket, incoming } = &mut *self;
+        let Self {
+            socket, incoming, ..
+        } = &mut *self;
         loop {
             let n = incoming.pass(buffer);
             if n > 0 {
                 return Poll::Ready(Ok(n));
+            }
+            if incoming.is_shut(cx) {
+                return Poll::Pending;
             }
             let mut read = socket.read_half();
             let n = if let Some(mut body) = incoming.in_place() {
@@ -119,7 +160,11 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = self.socket.write_half().poll_write(cx, bytes);
+        let written = if self.outgoing.is_done() {
+            self.socket.write_half().poll_write(cx, bytes)
+        } else {
+            self.poll_opening(cx, &[io::IoSlice::new(bytes)])
+        };
         written.map_err(|error| self.last_words(cx, error))
     }
 
@@ -128,12 +173,19 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = self.socket.write_half().poll_write_vectored(cx, pieces);
+        let written = if self.outgoing.is_done() {
+            self.socket.write_half().poll_write_vectored(cx, pieces)
+        } else {
+            self.poll_opening(cx, pieces)
+        };
         written.map_err(|error| self.last_words(cx, error))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = self.socket.write_half().poll_flush(cx);
+        let flushed = match self.poll_waiting(cx) {
+            Poll::Ready(Ok(())) => self.socket.write_half().poll_flush(cx),
+            unsent => unsent,
+        };
         flushed.map_err(|error| self.last_words(cx, error))
     }
 

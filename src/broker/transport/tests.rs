@@ -2,14 +2,28 @@
 
 use super::*;
 use crate::broker::{frames::Seen, incoming::Bodies};
-use std::{future::poll_fn, sync::Arc};
+use std::{
+    future::poll_fn,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Wake,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, tcp::OwnedWriteHalf},
+    net::{
+        TcpListener,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
 };
 
 const START: [u8; 4] = [0, 10, 0, 10];
+const TUNE_OK: [u8; 4] = [0, 10, 0, 31];
+const OPEN: [u8; 4] = [0, 10, 0, 40];
 const OPEN_OK: [u8; 4] = [0, 10, 0, 41];
+const CLOSE: [u8; 4] = [0, 10, 0, 50];
+const CHANNEL_OPEN: [u8; 4] = [0, 20, 0, 10];
 const CHANNEL_OPEN_OK: [u8; 4] = [0, 20, 0, 11];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
 const CANCEL: [u8; 4] = [0, 60, 0, 30];
@@ -47,6 +61,7 @@ struct Connected {
     seen: Arc<Seen>,
     bodies: Arc<Bodies>,
     broker: OwnedWriteHalf,
+    received: OwnedReadHalf,
     /// What lapin has read.
     read: Vec<u8>,
 }
@@ -59,12 +74,7 @@ impl Connected {
             .unwrap();
         let (theirs, _) = listener.accept().await.unwrap();
         theirs.set_nodelay(true).unwrap();
-        let (mut received, broker) = theirs.into_split();
-        // The broker reads, so that nothing is stuck.
-        tokio::spawn(async move {
-            let mut buffer = [0; 4096];
-            while received.read(&mut buffer).await.is_ok_and(|n| n > 0) {}
-        });
+        let (received, broker) = theirs.into_split();
         let seen = Arc::new(Seen::default());
         let bodies = Arc::new(Bodies::default());
         let incoming = Incoming::new(1 << 20, Arc::clone(&seen), Arc::clone(&bodies));
@@ -73,8 +83,28 @@ impl Connected {
             seen,
             bodies,
             broker,
+            received,
             read: Vec::new(),
         }
+    }
+
+    /// lapin writes, `cut` at a time, and flushes.
+    async fn write(&mut self, bytes: &[u8], cut: usize) {
+        let mut stream = Pin::new(&mut self.stream);
+        for mut piece in bytes.chunks(cut) {
+            while !piece.is_empty() {
+                let n = poll_fn(|cx| stream.as_mut().poll_write(cx, piece)).await;
+                piece = &piece[n.unwrap()..];
+            }
+        }
+        poll_fn(|cx| stream.as_mut().poll_flush(cx)).await.unwrap();
+    }
+
+    /// The broker receives this, and nothing before it.
+    async fn receives(&mut self, expected: &[u8]) {
+        let mut received = vec![0; expected.len()];
+        self.received.read_exact(&mut received).await.unwrap();
+        assert_eq!(received, expected);
     }
 
     /// lapin reads, `cut` at a time, until it has had `size` bytes in all or everything.
@@ -90,6 +120,19 @@ impl Connected {
             self.read.extend(&buffer[..n]);
         }
     }
+}
+
+/// What lapin sends until it waits for the answer to `connection.open`.
+fn opening() -> [Vec<u8>; 3] {
+    [
+        b"AMQP\x00\x00\x09\x01".to_vec(),
+        method(0, TUNE_OK, &[0; 8]),
+        method(0, OPEN, b"\x01/\0\0"),
+    ]
+}
+
+fn channel_open(channel: u16) -> Vec<u8> {
+    method(channel, CHANNEL_OPEN, &[0])
 }
 
 /// A `basic.deliver`.
@@ -108,6 +151,76 @@ fn content_header(channel: u16, size: u64) -> Vec<u8> {
 /// A body that shows when a piece of it is missing, doubled or out of its place.
 fn body(size: usize) -> Vec<u8> {
     (0..size).map(|n| (n % 251) as u8).collect()
+}
+
+/// Notes that it was woken.
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn the_first_channel_is_asked_for_once_and_answered_when_lapin_has_asked() {
+    let asked_first = [&opening().concat()[..], &channel_open(1)].concat();
+    let (qos, beat) = (method(1, [0, 60, 0, 10], &[0; 7]), frame(8, 0, &[]));
+    let answers = [
+        method(1, CHANNEL_OPEN_OK, &[0; 4]),
+        method(0, CLOSE, b"\x01\x40\x04stop\0\0\0\0"),
+    ]
+    .concat();
+    let open_ok = method(0, OPEN_OK, &[0]);
+    for cut in [1, 2, 7, 8, 12, 1 << 20] {
+        // What lapin sends next, and what the broker gets of it.
+        for (next, rest) in [
+            (channel_open(1), vec![]),
+            // Whatever else it may be, it is sent as it is.
+            (channel_open(2), channel_open(2)),
+            (method(0, CLOSE, &[0; 11]), method(0, CLOSE, &[0; 11])),
+        ] {
+            let mut it = Connected::new().await;
+            it.write(&opening().concat(), cut).await;
+            it.receives(&asked_first).await;
+            for piece in [&open_ok[..], &answers].concat().chunks(cut) {
+                it.broker.write_all(piece).await.unwrap();
+            }
+            it.broker.shutdown().await.unwrap();
+            it.read(open_ok.len(), cut).await;
+            // The answer is there and waits, whatever of it has been received already.
+            let woken = Arc::new(Woken::default());
+            let waker = Arc::clone(&woken).into();
+            for _ in 0..2 {
+                let mut cx = Context::from_waker(&waker);
+                let read = Pin::new(&mut it.stream).poll_read(&mut cx, &mut [0; PIECE]);
+                assert!(read.is_pending(), "{read:?}");
+                it.write(&beat, cut).await;
+                it.receives(&beat).await;
+                assert!(!woken.0.load(Ordering::Relaxed));
+            }
+            it.write(&next, cut).await;
+            assert!(woken.0.load(Ordering::Relaxed));
+            it.read(usize::MAX, cut.min(PIECE)).await;
+            assert_eq!(it.read, [&open_ok[..], &answers].concat(), "cut {cut}");
+            it.write(&qos, cut).await;
+            it.write(&channel_open(1), cut).await;
+            it.receives(&[rest, qos.clone(), channel_open(1)].concat())
+                .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_refused_connection_is_heard_of_at_once() {
+    let mut it = Connected::new().await;
+    it.write(&opening().concat(), PIECE).await;
+    let refusal = method(0, CLOSE, b"\x02\x12\x02no\0\0\0\0");
+    it.broker.write_all(&refusal).await.unwrap();
+    it.broker.shutdown().await.unwrap();
+    it.read(usize::MAX, PIECE).await;
+    assert_eq!(it.read, refusal);
 }
 
 #[tokio::test]
@@ -161,6 +274,8 @@ async fn each_body_is_kept_however_the_bytes_are_cut() {
     ];
     for cut in [1, 2, 7, 8, 13, PIECE - 1, PIECE, 1 << 20] {
         let mut it = Connected::new().await;
+        it.write(&[opening().concat(), channel_open(1)].concat(), cut)
+            .await;
         for piece in from_broker.chunks(cut) {
             it.broker.write_all(piece).await.unwrap();
         }
