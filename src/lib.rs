@@ -21,7 +21,7 @@ pub mod verdict;
 pub mod worker;
 
 use anyhow::Context;
-use cli::Request;
+use cli::{Options, Request};
 use exit::Exit;
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
@@ -36,13 +36,18 @@ static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 /// What ended the run before the command could, or instead of it: an [`exit::Failure`], or else a defect.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
     let arguments: Vec<_> = arguments.into_iter().collect();
-    let options = match cli::parse(&arguments)? {
-        Request::Run(options) => *options,
+    match cli::parse(&arguments)? {
+        Request::Run(options) => work(*options),
         Request::Show(text) => {
             show(&text);
-            return Ok(0);
+            Ok(0)
         }
-    };
+    }
+}
+
+// Its future is large, and so is what clap needs: they needn't be on the stack together.
+#[inline(never)]
+fn work(options: Options) -> anyhow::Result<u8> {
     report::start(options.output.clone());
     block_on(async {
         let signals = signals::Signals::install().context("can't handle signals")?;

@@ -4,6 +4,7 @@ use super::{
     address::{Address, AuthMechanism},
     frames::{Seen, Version},
     incoming::{Bodies, Incoming},
+    one_cpu::{IoThread, OneCpu},
     resolve::resolve,
     tls::Tls,
     transport::{Kit, Stream},
@@ -99,7 +100,10 @@ impl Broker {
         loop {
             let limit = attempts.deadline;
             match timeout_at(limit, self.open(limit)).await {
-                Ok(Ok(link)) => return Ok(link),
+                Ok(Ok(mut link)) => {
+                    link.opening = None;
+                    return Ok(link);
+                }
                 Ok(Err(trouble)) => attempts.failed(trouble).await?,
                 Err(_) => return Err(attempts.out_of_time(&self.stage)),
             }
@@ -158,10 +162,12 @@ impl Broker {
             Stream::plain(socket, incoming)
         };
         self.stage = format!("waiting for the AMQP handshake with {address}");
+        let io_thread = IoThread::default();
+        let opening = OneCpu::begin(io_thread.clone());
         let handshake = Connection::connector(
             uri(address, self.options.heartbeat),
             Runtime::new(Kit::current()),
-            hand_over(stream),
+            hand_over(stream, io_thread),
             properties(&self.options.name),
         );
         let connection = mentioned(&self.stage, handshake).await.map_err(|error| {
@@ -182,6 +188,7 @@ impl Broker {
             events,
             seen,
             bodies,
+            opening,
             _cutter: cutter,
         })
     }
@@ -226,6 +233,8 @@ pub struct Link {
     pub(super) events: Pin<Box<dyn TokioStream<Item = Event> + Send>>,
     pub(super) seen: Arc<Seen>,
     pub(super) bodies: Arc<Bodies>,
+    /// Until it has been put to its first use.
+    pub(super) opening: Option<OneCpu>,
     _cutter: Cutter,
 }
 
@@ -348,13 +357,15 @@ fn no_answer(stage: &str) -> String {
     format!("no answer while {stage}")
 }
 
-/// lapin dials by calling this, once; a second call would be a reconnection, which is ours to do.
+/// lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
 fn hand_over(
     stream: Stream,
+    io_thread: IoThread,
 ) -> impl AsyncFn(AMQPUri, Runtime<Kit>) -> lapin::Result<AsyncTcpStream<Stream>> + Send + Sync + 'static
 {
     let stream = Mutex::new(Some(stream));
     async move |_, _| {
+        io_thread.is_this();
         stream
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

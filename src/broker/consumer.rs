@@ -250,7 +250,14 @@ impl Consumer {
         let Some(subscription) = self.registered.take() else {
             return;
         };
-        let close = subscription.link.connection.close(200, "OK".into());
+        let link = &subscription.link;
+        let close = async {
+            tokio::select! {
+                // lapin would tell of the broker's answer some changes of thread later.
+                () = link.seen.closed() => Ok(()),
+                closed = link.connection.close(200, "OK".into()) => closed,
+            }
+        };
         match timeout(GOODBYE, close).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!("closing the connection: {}", said(&error)),
@@ -291,10 +298,11 @@ impl std::fmt::Debug for Subscription {
 impl Subscription {
     /// `known_as`: what the queue is called that was made for this consumer before.
     async fn open(
-        link: Link,
+        mut link: Link,
         options: ConsumeOptions,
         known_as: Option<String>,
     ) -> Result<Self, (Link, Trouble)> {
+        let _opening = link.opening.take();
         let queue = match known_as {
             Some(queue) => queue,
             None => match options.setup.make(&link.connection, &options.queue).await {

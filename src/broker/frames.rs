@@ -4,6 +4,7 @@ use std::sync::{
     Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
+use tokio::sync::Notify;
 
 /// Frame header of AMQP 0-9-1 (2.3.5): type, channel (2 bytes), size (4 bytes).
 pub(super) const HEADER: usize = 7;
@@ -26,6 +27,8 @@ const CONNECTION_START: Id = [0, 10, 0, 10];
 pub(super) const CONNECTION_OPEN: Id = [0, 10, 0, 40];
 /// `connection.open-ok`.
 pub(super) const CONNECTION_OPEN_OK: Id = [0, 10, 0, 41];
+/// `connection.close-ok`.
+const CONNECTION_CLOSE_OK: Id = [0, 10, 0, 51];
 /// `channel.close`.
 pub(super) const CHANNEL_CLOSE: Id = [0, 20, 0, 40];
 /// `basic.cancel`.
@@ -39,6 +42,7 @@ pub(super) struct Seen {
     version: Mutex<Option<Version>>,
     cancelled: AtomicBool,
     without_external: AtomicBool,
+    closed: Notify,
 }
 
 impl Seen {
@@ -57,6 +61,11 @@ impl Seen {
     pub(super) fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
     }
+
+    /// Waits until the broker has confirmed that the connection is closed.
+    pub(super) async fn closed(&self) {
+        self.closed.notified().await;
+    }
 }
 
 /// RabbitMQ's version: major and minor.
@@ -67,6 +76,8 @@ impl Seen {
     pub(super) fn method(&self, method: &[u8]) {
         if method.starts_with(&BASIC_CANCEL) {
             self.cancelled.store(true, Ordering::Release);
+        } else if method.starts_with(&CONNECTION_CLOSE_OK) {
+            self.closed.notify_one();
         } else if method.starts_with(&CONNECTION_START) {
             *self.version.lock().unwrap_or_else(PoisonError::into_inner) = version(method);
             let offered = mechanisms(method);

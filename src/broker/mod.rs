@@ -6,6 +6,7 @@ mod consumer;
 mod frames;
 mod incoming;
 mod message;
+mod one_cpu;
 mod outgoing;
 mod publisher;
 mod resolve;

@@ -32,7 +32,7 @@ enum Stage {
     New,
     /// The handshake is under way.
     Handshake,
-    /// `connection.open` was sent, and the first channel asked for, by us.
+    /// lapin has sent `connection.open`, and we have asked for the first channel.
     Opening,
     /// lapin has gone on: nothing is left to be done.
     Open,
