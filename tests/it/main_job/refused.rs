@@ -9,8 +9,11 @@ use std::{
     time::Duration,
 };
 use testbed::{
-    Action, Broker, Direction::ToBroker, Finished, FullBacklog, Method, PATIENCE, Program, Proxy,
-    lapin::options::QueueDeclareOptions, missing, reserve_port,
+    Action, Broker,
+    Direction::{ToBroker, ToClient},
+    Finished, FullBacklog, Method, PATIENCE, Program, Proxy,
+    lapin::options::QueueDeclareOptions,
+    missing, reserve_port,
 };
 
 /// How long qconsume tries in the tests that see it give up.
@@ -100,6 +103,44 @@ fn an_unknown_virtual_host_is_78_at_once() {
         78,
         "no virtual host \"no such host\"",
     );
+}
+
+#[test]
+fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
+    // Behind connection.open goes more, which mustn't make anything else of the refusal.
+    let proxy = Proxy::of(Broker::shared());
+    proxy.on(ToClient, Method::CONNECTION_CLOSE, Action::CutAfter);
+    for address in [Broker::shared().addr(), proxy.addr()] {
+        let url = format!("amqp://guest:guest@{address}/no-such-host");
+        for _ in 0..20 {
+            let done = qconsume().queue("q").url(&url).arg("cat").run();
+            done.assert_status(78)
+                .assert_stderr("no virtual host \"no-such-host\"");
+            assert!(!done.stderr.contains("trying again"), "{}", done.stderr);
+        }
+    }
+}
+
+#[test]
+fn a_limit_of_channels_is_69_at_the_connect_timeout_and_named() {
+    let own;
+    let broker = if Broker::shared().is_private() {
+        Broker::shared()
+    } else {
+        own = Broker::start();
+        &own
+    };
+    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
+    ctl(&["add_user", "silent", "silent"]);
+    ctl(&["set_permissions", "silent", ".*", ".*", ".*"]);
+    ctl(&["set_user_limits", "silent", r#"{"max-channels": 0}"#]);
+    let url = broker.url_for("silent", "silent", "/");
+    gives_up(
+        qconsume().queue("q").url(&url),
+        69,
+        "number of channels opened for user 'silent' has reached the maximum",
+    );
+    ctl(&["delete_user", "silent"]);
 }
 
 #[test]
@@ -293,6 +334,27 @@ fn where_a_node_is_silent_another_serves() {
     let silent = Proxy::of(Broker::shared());
     silent.on(ToBroker, Method::CONNECTION_OPEN, Action::Stall);
     by_way_of(&silent);
+}
+
+#[test]
+fn the_first_channel_is_asked_for_before_connection_open_is_answered_and_once() {
+    let queue = Broker::shared().queue("flights");
+    queue.publish("lime");
+    let proxy = Proxy::of(Broker::shared());
+    proxy.once(ToClient, Method::CONNECTION_OPEN_OK, Action::Hold);
+    let run = qconsume()
+        .url(&proxy.url())
+        .queue(queue.name())
+        .arg("cat")
+        .spawn();
+    proxy.wait_for(ToBroker, Method::CHANNEL_OPEN, PATIENCE);
+    proxy.release();
+    let done = run.finish(PATIENCE);
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "lime");
+    assert_eq!(queue.ready(), 0);
+    let asked = |frame: &testbed::Seen| frame.method == Method::CHANNEL_OPEN;
+    assert_eq!(proxy.seen().iter().filter(|frame| asked(frame)).count(), 1);
 }
 
 #[test]

@@ -34,6 +34,22 @@ fn a_command_inherits_no_descriptor() {
 }
 
 #[test]
+fn a_command_and_who_waits_for_it_may_use_every_cpu() {
+    let (queue, proxy) = one_message("cpus", QueueKind::Classic);
+    let finished = worker(&queue, &proxy)
+        .shell("cd /proc; grep -h Cpus_allowed: self/status $PPID/task/*/status | uniq -c")
+        .run();
+    finished.assert_status(0);
+    let ours = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mut ours = ours
+        .lines()
+        .filter(|line| line.starts_with("Cpus_allowed:"));
+    // The command, our thread and lapin's.
+    let expected = format!("3 {}", ours.next().unwrap());
+    assert_eq!(finished.stdout_text().trim(), expected);
+}
+
+#[test]
 fn a_command_leads_a_process_group_of_its_own() {
     let (queue, proxy) = one_message("group", QueueKind::Classic);
     let running = worker(&queue, &proxy)
