@@ -347,14 +347,14 @@ fn the_first_channel_is_asked_for_before_connection_open_is_answered_and_once() 
         .queue(queue.name())
         .arg("cat")
         .spawn();
+    proxy.wait_for(ToClient, Method::CONNECTION_OPEN_OK, PATIENCE);
     proxy.wait_for(ToBroker, Method::CHANNEL_OPEN, PATIENCE);
     proxy.release();
     let done = run.finish(PATIENCE);
     done.assert_status(0);
     assert_eq!(done.stdout_text(), "lime");
     assert_eq!(queue.ready(), 0);
-    let asked = |frame: &testbed::Seen| frame.method == Method::CHANNEL_OPEN;
-    assert_eq!(proxy.seen().iter().filter(|frame| asked(frame)).count(), 1);
+    assert_eq!(proxy.count(ToBroker, Method::CHANNEL_OPEN), 1);
 }
 
 #[test]
