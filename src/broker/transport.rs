@@ -12,6 +12,7 @@ use futures_io::{AsyncRead, AsyncWrite};
 use std::{
     future::{Future, ready},
     io::{self, Read, Write},
+    mem,
     net::SocketAddr,
     pin::{Pin, pin},
     task::{Context, Poll, ready},
@@ -53,23 +54,45 @@ pub(super) struct Stream {
     socket: Socket,
     incoming: Incoming,
     outgoing: Outgoing,
+    /// lapin has read something and asks for more, so it hasn't looked at it yet.
+    unread: bool,
+    /// What reading has failed with, until lapin has looked at what came before.
+    failed: Option<io::Error>,
 }
 
 impl Stream {
     pub(super) fn plain(socket: TcpStream, incoming: Incoming) -> Self {
-        Self {
-            socket: Socket::Plain(socket),
-            incoming,
-            outgoing: Outgoing::new(),
-        }
+        Self::new(Socket::Plain(socket), incoming)
     }
 
     pub(super) fn tls(socket: TlsStream<TcpStream>, incoming: Incoming) -> Self {
+        Self::new(Socket::Tls(Box::new(socket)), incoming)
+    }
+
+    fn new(socket: Socket, incoming: Incoming) -> Self {
         Self {
-            socket: Socket::Tls(Box::new(socket)),
+            socket,
             incoming,
             outgoing: Outgoing::new(),
+            unread: false,
+            failed: None,
         }
+    }
+
+    /// Reads once from the socket, and returns how many bytes.
+    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut read = self.socket.read_half();
+        let n = if let Some(mut body) = self.incoming.in_place() {
+            let n = ready!(pin!(read.read_buf(&mut body)).poll(cx))?;
+            self.incoming.read_in_place(n);
+            n
+        } else {
+            let mut piece = [0; PIECE];
+            let n = ready!(pin!(read.read(&mut piece)).poll(cx))?;
+            self.incoming.received(&piece[..n]);
+            n
+        };
+        Poll::Ready(Ok(n))
     }
 
     /// Takes what lapin writes before it has a channel, and sends it as far as the socket takes it.
@@ -125,30 +148,34 @@ impl AsyncRead for Stream {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let Self {
-            socket, incoming, ..
-        } = &mut *self;
+        if let Some(error) = self.failed.take() {
+            return Poll::Ready(Err(error));
+        }
         loop {
-            let n = incoming.pass(buffer);
+            let n = self.incoming.pass(buffer);
             if n > 0 {
+                self.unread = true;
                 return Poll::Ready(Ok(n));
             }
-            if incoming.is_shut(cx) {
-                return Poll::Pending;
-            }
-            let mut read = socket.read_half();
-            let n = if let Some(mut body) = incoming.in_place() {
-                let n = ready!(pin!(read.read_buf(&mut body)).poll(cx))?;
-                incoming.read_in_place(n);
-                n
+            let more = if self.incoming.is_shut(cx) {
+                Poll::Pending
             } else {
-                let mut piece = [0; PIECE];
-                let n = ready!(pin!(read.read(&mut piece)).poll(cx))?;
-                incoming.received(&piece[..n]);
-                n
+                self.poll_more(cx)
             };
-            if n == 0 {
-                return Poll::Ready(Ok(0));
+            match more {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(0)),
+                Poll::Ready(Ok(_)) => {}
+                // lapin would drop what it has read and not looked at, which may be why the connection has ended.
+                Poll::Ready(Err(error)) if mem::take(&mut self.unread) => {
+                    self.failed = Some(error);
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    self.unread = false;
+                    return Poll::Pending;
+                }
             }
         }
     }

@@ -224,6 +224,33 @@ async fn a_refused_connection_is_heard_of_at_once() {
 }
 
 #[tokio::test]
+async fn what_came_before_a_reset_is_looked_at_first() {
+    let mut it = Connected::new().await;
+    it.write(&opening().concat(), PIECE).await;
+    let refusal = method(0, CLOSE, b"\x02\x12\x02no\0\0\0\0");
+    it.broker.write_all(&refusal).await.unwrap();
+    // With more to read than it has read, a socket is closed by a reset.
+    drop(it.received.reunite(it.broker));
+    let woken = Arc::new(Woken::default());
+    let waker = Arc::clone(&woken).into();
+    let mut stream = Pin::new(&mut it.stream);
+    let mut buffer = [0; PIECE];
+    let n = poll_fn(|cx| stream.as_mut().poll_read(cx, &mut buffer)).await;
+    assert_eq!(buffer[..n.unwrap()], refusal);
+    let read = stream
+        .as_mut()
+        .poll_read(&mut Context::from_waker(&waker), &mut buffer);
+    assert!(read.is_pending(), "{read:?}");
+    assert!(woken.0.load(Ordering::Relaxed));
+    let read = poll_fn(|cx| stream.as_mut().poll_read(cx, &mut buffer)).await;
+    assert_eq!(
+        read.unwrap_err().kind(),
+        io::ErrorKind::ConnectionReset,
+        "only put off"
+    );
+}
+
+#[tokio::test]
 async fn each_body_is_kept_however_the_bytes_are_cut() {
     let start = method(0, START, b"\0\x09\0\0\0\0");
     let heartbeat = frame(8, 0, &[]);
