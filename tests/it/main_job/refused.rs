@@ -3,15 +3,15 @@
 use super::worker;
 use crate::common::qconsume;
 use std::{
-    io::Read,
-    net::{Ipv6Addr, SocketAddr, TcpListener},
+    io::{self, Read, Write},
+    net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     thread,
     time::Duration,
 };
 use testbed::{
     Action, Broker,
     Direction::{ToBroker, ToClient},
-    Finished, FullBacklog, Method, PATIENCE, Program, Proxy,
+    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, frames,
     lapin::options::QueueDeclareOptions,
     missing, reserve_port,
 };
@@ -110,7 +110,11 @@ fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
     // Behind connection.open goes more, which mustn't make anything else of the refusal.
     let proxy = Proxy::of(Broker::shared());
     proxy.on(ToClient, Method::CONNECTION_CLOSE, Action::CutAfter);
-    for address in [Broker::shared().addr(), proxy.addr()] {
+    for address in [
+        Broker::shared().addr(),
+        proxy.addr(),
+        resets_behind_a_refusal(),
+    ] {
         let url = format!("amqp://guest:guest@{address}/no-such-host");
         for _ in 0..20 {
             let done = qconsume().queue("q").url(&url).arg("cat").run();
@@ -119,6 +123,41 @@ fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
             assert!(!done.stderr.contains("trying again"), "{}", done.stderr);
         }
     }
+}
+
+/// A peer that no RabbitMQ is: it closes with something unread, so that a reset follows its refusal at once.
+fn resets_behind_a_refusal() -> SocketAddr {
+    fn read_frame(connection: &mut TcpStream) -> io::Result<()> {
+        let mut header = [0; 7];
+        connection.read_exact(&mut header)?;
+        let [.., a, b, c, d] = header;
+        let size = u32::from_be_bytes([a, b, c, d]) as usize;
+        connection.read_exact(&mut vec![0; size + 1])
+    }
+    fn refuse(mut connection: TcpStream) -> io::Result<()> {
+        connection.read_exact(&mut [0; 8])?;
+        let greeting = b"\0\x09\0\0\0\0\0\0\0\x05PLAIN\0\0\0\x05en_US";
+        let start = frames::method_frame(0, Method::CONNECTION_START, greeting);
+        connection.write_all(&start)?;
+        read_frame(&mut connection)?;
+        let limits = b"\x07\xff\0\x02\0\0\0\x0a";
+        let tune = frames::method_frame(0, Method::CONNECTION_TUNE, limits);
+        connection.write_all(&tune)?;
+        // tune-ok and open; more has to be there before the end.
+        read_frame(&mut connection)?;
+        read_frame(&mut connection)?;
+        connection.peek(&mut [0])?;
+        let text = "NOT_ALLOWED - vhost no-such-host not found";
+        connection.write_all(&frames::connection_close(530, text))
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            let _ = refuse(connection);
+        }
+    });
+    address
 }
 
 #[test]
