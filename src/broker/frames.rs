@@ -29,6 +29,8 @@ pub(super) const CONNECTION_OPEN: Id = [0, 10, 0, 40];
 pub(super) const CONNECTION_OPEN_OK: Id = [0, 10, 0, 41];
 /// `connection.close-ok`.
 const CONNECTION_CLOSE_OK: Id = [0, 10, 0, 51];
+/// `connection.blocked`.
+pub(super) const CONNECTION_BLOCKED: Id = [0, 10, 0, 60];
 /// `channel.close`.
 pub(super) const CHANNEL_CLOSE: Id = [0, 20, 0, 40];
 /// `basic.cancel`.
@@ -145,5 +147,15 @@ mod tests {
         assert!(!seen.cancelled());
         seen.method(&[0, 60, 0, 30, 1, 2, 3]);
         assert!(seen.cancelled());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_connection_is_seen() {
+        let seen = Seen::default();
+        seen.method(&[0, 10, 0, 50]);
+        let soon = std::time::Duration::from_millis(1);
+        assert!(tokio::time::timeout(soon, seen.closed()).await.is_err());
+        seen.method(&[0, 10, 0, 51]);
+        seen.closed().await;
     }
 }

@@ -8,8 +8,8 @@
 //! - What follows `connection.open-ok` waits until lapin has asked for it: see [`Outgoing`](super::outgoing::Outgoing).
 
 use super::frames::{
-    BASIC_DELIVER, BODY, CHANNEL_CLOSE, CONNECTION_OPEN_OK, CONTENT_HEADER, FRAME_END, HEADER,
-    HEARTBEAT, METHOD, Seen,
+    BASIC_DELIVER, BODY, CHANNEL_CLOSE, CONNECTION_BLOCKED, CONNECTION_OPEN_OK, CONTENT_HEADER,
+    FRAME_END, HEADER, HEARTBEAT, METHOD, Seen,
 };
 use bytes::{BufMut, buf::Limit};
 use lapin::types::DeliveryTag;
@@ -279,8 +279,13 @@ impl Incoming {
             (METHOD, _) => {
                 let method = &self.frame[HEADER..end];
                 self.seen.method(method);
-                if method.starts_with(&CONNECTION_OPEN_OK) && matches!(self.gate, Gate::Ahead) {
-                    self.gate = Gate::Shut(Vec::new(), None);
+                if matches!(self.gate, Gate::Ahead) {
+                    if method.starts_with(&CONNECTION_OPEN_OK) {
+                        self.gate = Gate::Shut(Vec::new(), None);
+                    } else if method.starts_with(&CONNECTION_BLOCKED) {
+                        // Until the opposite comes, lapin sends nothing that could open it.
+                        self.gate = Gate::Open;
+                    }
                 }
                 if let Some(tag) = delivery_tag(method) {
                     self.delivered = Some((channel, tag));

@@ -5,7 +5,6 @@
 //! CPUs and wakes each with an interrupt, which costs a virtual machine more than the work itself.
 
 use nix::{
-    errno::Errno,
     sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
     unistd::{Pid, gettid},
 };
@@ -27,6 +26,7 @@ impl IoThread {
 pub(super) struct OneCpu {
     ours: Pid,
     io: IoThread,
+    /// The CPUs to go back to.
     before: CpuSet,
 }
 
@@ -34,17 +34,30 @@ impl OneCpu {
     /// On the CPU that the caller is on; lapin's thread begins where the one is that starts it. `None` where the kernel
     /// doesn't allow it: it is a matter of speed only.
     pub(super) fn begin(io: IoThread) -> Option<Self> {
+        let ours = gettid();
+        let before = unrestricted_or(ours, sched_getaffinity(ours).ok()?);
         let pin = || {
-            let ours = gettid();
-            let before = sched_getaffinity(ours)?;
             let mut here = CpuSet::new();
             here.set(sched_getcpu()?)?;
-            sched_setaffinity(ours, &here)?;
-            Ok::<_, Errno>((ours, before))
+            sched_setaffinity(ours, &here)
         };
-        let (ours, before) = pin().ok()?;
-        Some(Self { ours, io, before })
+        let begun = Self { ours, io, before };
+        pin().ok()?;
+        Some(begun)
     }
+}
+
+/// All CPUs that there could be, if a thread may run on all of its cpuset's anyway, and otherwise those that it was
+/// restricted to. Linux takes what is set for what the user wants (`sched_setaffinity(2)`, cpuset(7)), now and when the cpuset
+/// grows: with the CPUs of now the command would be kept on them, however long the wait for a message was.
+fn unrestricted_or(thread: Pid, now: CpuSet) -> CpuSet {
+    let mut all = CpuSet::new();
+    for cpu in 0..CpuSet::count() {
+        let _ = all.set(cpu);
+    }
+    let widened =
+        sched_setaffinity(thread, &all).and_then(|()| sched_getaffinity(thread)) == Ok(now);
+    if widened { all } else { now }
 }
 
 impl Drop for OneCpu {

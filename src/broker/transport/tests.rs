@@ -224,6 +224,21 @@ async fn a_refused_connection_is_heard_of_at_once() {
 }
 
 #[tokio::test]
+async fn a_broker_that_blocks_before_it_opens_is_read_on() {
+    let mut it = Connected::new().await;
+    it.write(&opening().concat(), PIECE).await;
+    let sent = [
+        method(0, [0, 10, 0, 60], b"\x03low"),
+        method(0, OPEN_OK, &[0]),
+        method(0, [0, 10, 0, 61], &[]),
+    ];
+    it.broker.write_all(&sent.concat()).await.unwrap();
+    it.broker.shutdown().await.unwrap();
+    it.read(usize::MAX, PIECE).await;
+    assert_eq!(it.read, sent.concat());
+}
+
+#[tokio::test]
 async fn what_came_before_a_reset_is_looked_at_first() {
     let mut it = Connected::new().await;
     it.write(&opening().concat(), PIECE).await;
