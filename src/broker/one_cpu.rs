@@ -34,15 +34,12 @@ impl OneCpu {
     /// On the CPU that the caller is on; lapin's thread begins where the one is that starts it. `None` where the kernel
     /// doesn't allow it: it is a matter of speed only.
     pub(super) fn begin(io: IoThread) -> Option<Self> {
+        let mut here = CpuSet::new();
+        here.set(sched_getcpu().ok()?).ok()?;
         let ours = gettid();
         let before = unrestricted_or(ours, sched_getaffinity(ours).ok()?);
-        let pin = || {
-            let mut here = CpuSet::new();
-            here.set(sched_getcpu()?)?;
-            sched_setaffinity(ours, &here)
-        };
         let begun = Self { ours, io, before };
-        pin().ok()?;
+        sched_setaffinity(ours, &here).ok()?;
         Some(begun)
     }
 }
