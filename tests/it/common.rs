@@ -1,6 +1,7 @@
 //! What the tests have in common: the programs under test.
 
-use testbed::Program;
+use std::ops::Deref;
+use testbed::{Broker, Program};
 
 /// qconsume, as the build has left it.
 pub fn qconsume() -> Program {
@@ -10,4 +11,28 @@ pub fn qconsume() -> Program {
 /// qpublish, likewise.
 pub fn qpublish() -> Program {
     Program::new(env!("CARGO_BIN_EXE_qpublish"))
+}
+
+/// The shared broker, or where that is somebody's, one of the test's own: for users, virtual hosts and the like.
+pub fn private_broker() -> impl Deref<Target = Broker> {
+    enum Private {
+        Shared(&'static Broker),
+        Own(Box<Broker>),
+    }
+    impl Deref for Private {
+        type Target = Broker;
+
+        fn deref(&self) -> &Broker {
+            match self {
+                Self::Shared(broker) => broker,
+                Self::Own(broker) => broker,
+            }
+        }
+    }
+    let shared = Broker::shared();
+    if shared.is_private() {
+        Private::Shared(shared)
+    } else {
+        Private::Own(Box::new(Broker::start()))
+    }
 }

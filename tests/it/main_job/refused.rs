@@ -1,7 +1,7 @@
 //! Brokers and queues that can't be reached or used: which status, and how soon.
 
 use super::worker;
-use crate::common::qconsume;
+use crate::common::{private_broker, qconsume};
 use std::{
     io::{self, Read, Write},
     net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
@@ -162,13 +162,7 @@ fn resets_behind_a_refusal() -> SocketAddr {
 
 #[test]
 fn a_limit_of_channels_is_69_at_the_connect_timeout_and_named() {
-    let own;
-    let broker = if Broker::shared().is_private() {
-        Broker::shared()
-    } else {
-        own = Broker::start();
-        &own
-    };
+    let broker = private_broker();
     let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
     ctl(&["add_user", "silent", "silent"]);
     ctl(&["set_permissions", "silent", ".*", ".*", ".*"]);
@@ -185,13 +179,7 @@ fn a_limit_of_channels_is_69_at_the_connect_timeout_and_named() {
 
 #[test]
 fn missing_permissions_are_77_at_once() {
-    let own;
-    let broker = if Broker::shared().is_private() {
-        Broker::shared()
-    } else {
-        own = Broker::start();
-        &own
-    };
+    let broker = private_broker();
     let queue = broker.queue("unreadable");
     queue.publish("apple");
     let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();

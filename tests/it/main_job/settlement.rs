@@ -1,7 +1,7 @@
 //! The end of a message: what goes over the wire, the acknowledgement that can't be confirmed, the delivery that is lost.
 
 use super::{assert_empty, assert_returned, queues};
-use crate::common::qconsume;
+use crate::common::{private_broker, qconsume};
 use std::{sync::Arc, thread};
 use testbed::{
     Action, Broker,
@@ -418,13 +418,7 @@ fn a_queue_deleted_while_the_command_runs_ends_it_with_75() {
 
 #[test]
 fn a_connection_closed_by_an_operator_while_the_command_runs_ends_it_with_75() {
-    let own;
-    let broker = if Broker::shared().is_private() {
-        Broker::shared()
-    } else {
-        own = Broker::start();
-        &own
-    };
+    let broker = private_broker();
     // In a virtual host of its own, so that no other test's connection is closed.
     let vhost = "operator";
     broker.ctl(&["add_vhost", vhost]).unwrap();
