@@ -1,7 +1,7 @@
 //! The process that a command starts as, and what becomes of what it leaves behind.
 
 use super::*;
-use testbed::{Action, eventually};
+use testbed::{Action, eventually, missing};
 
 #[test]
 fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
@@ -35,6 +35,9 @@ fn a_command_inherits_no_descriptor() {
 
 #[test]
 fn a_command_and_who_waits_for_it_may_use_every_cpu() {
+    if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < 2) {
+        return missing("two CPUs");
+    }
     let (queue, proxy) = one_message("cpus", QueueKind::Classic);
     let finished = worker(&queue, &proxy)
         .shell("cd /proc; grep -h Cpus_allowed: self/status $PPID/task/*/status | uniq -c")
