@@ -11,11 +11,11 @@ pub(crate) use output::OutputArgs;
 use queue::QueueArgs;
 
 use crate::{
-    broker::{ConnectOptions, Setup, address::Address},
+    broker::{ConnectOptions, Topology, address::Address},
     command::{Limits, OnLost},
     exit::{Exit, Failure},
     report::{self, Output},
-    verdict::{OnFailure, Policy, Statuses},
+    verdict::{Policy, Statuses},
 };
 use clap::{
     ArgAction, ArgMatches, Command, CommandFactory, Parser, ValueEnum,
@@ -146,24 +146,6 @@ pub struct Cli {
     )]
     on_lost: LostArg,
 
-    /// Longest wait for the broker to confirm the settlement
-    ///
-    /// What isn't confirmed by then counts as lost: 75 after a success.
-    #[arg(hide_short_help = true, long, value_name = "DURATION", env = "QCONSUME_SETTLE_TIMEOUT", default_value = "90s", value_parser = duration_above_zero, help_heading = "Settling")]
-    settle_timeout: Duration,
-
-    /// What becomes of the message when the command fails
-    #[arg(
-        hide_short_help = true,
-        long,
-        value_name = "WHAT",
-        env = "QCONSUME_ON_FAILURE",
-        value_enum,
-        default_value_t,
-        help_heading = "Settling"
-    )]
-    on_failure: FailureArg,
-
     /// Dead-letter the message on these statuses of the command
     ///
     /// A list such as 65,100-120. Without a dead-letter exchange the message is dropped.
@@ -193,12 +175,6 @@ pub struct Cli {
     /// Whatever its own was, so that a podFailurePolicy can tell the command's from qconsume's.
     #[arg(long, value_name = "N", env = "QCONSUME_FAILURE_EXIT_CODE", value_parser = clap::value_parser!(u8).range(1..), help_heading = "Settling")]
     failure_exit_code: Option<u8>,
-
-    /// Hold a failed message back before it is returned
-    ///
-    /// Slows down a message that always fails, and this worker with it.
-    #[arg(hide_short_help = true, long, value_name = "DURATION", env = "QCONSUME_REQUEUE_DELAY", default_value = "0s", value_parser = duration, help_heading = "Settling")]
-    requeue_delay: Duration,
 
     #[command(flatten)]
     output: OutputArgs,
@@ -251,15 +227,6 @@ enum LostArg {
     Finish,
 }
 
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum FailureArg {
-    /// back to the queue
-    #[default]
-    Requeue,
-    /// dead-letter it
-    Reject,
-}
-
 /// What a run needs to know.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -268,7 +235,7 @@ pub struct Options {
     /// The queue's name; empty where the broker is to choose one.
     pub queue: String,
     /// What is made before it is consumed from.
-    pub setup: Setup,
+    pub topology: Topology,
     /// How to connect to them.
     pub connect: ConnectOptions,
     /// `--wait`
@@ -289,12 +256,8 @@ pub struct Options {
     pub hidden: &'static [&'static str],
     /// How long the command may take.
     pub limits: Limits,
-    /// `--settle-timeout`
-    pub settle_timeout: Duration,
     /// What decides about failures.
     pub policy: Policy,
-    /// `--requeue-delay`
-    pub requeue_delay: Duration,
     /// What to say, how, and where.
     pub output: Output,
     /// The command and its arguments.
@@ -441,16 +404,11 @@ fn usage(error: &clap::Error, command: &Command) -> Failure {
 impl Cli {
     fn options(self, matches: &ArgMatches) -> Result<Options, Failure> {
         let broker = self.broker.resolve(matches)?;
-        let (queue, setup) = self.queue.resolve()?;
+        let (queue, topology) = self.queue.resolve()?;
         let returns = [
             (self.reject_on.is_some(), "--reject-on"),
             (self.max_attempts.is_some(), "--max-attempts"),
             (self.reject_exit_code.is_some(), "--reject-exit-code"),
-            (
-                matches!(self.on_failure, FailureArg::Reject),
-                "--on-failure",
-            ),
-            (!self.requeue_delay.is_zero(), "--requeue-delay"),
         ];
         if let Some((_, option)) = returns.iter().find(|(set, _)| *set && self.no_ack) {
             return Err(Failure::new(
@@ -476,7 +434,7 @@ impl Cli {
             nodes: broker.nodes,
             connect: broker.connect,
             queue,
-            setup,
+            topology,
             wait: self.wait,
             empty_exit_code: self.empty_exit_code.unwrap_or(Exit::Empty.status()),
             count,
@@ -494,18 +452,12 @@ impl Cli {
                     LostArg::Finish => OnLost::Finish,
                 },
             },
-            settle_timeout: self.settle_timeout,
             policy: Policy {
-                on_failure: match self.on_failure {
-                    FailureArg::Requeue => OnFailure::Requeue,
-                    FailureArg::Reject => OnFailure::Reject,
-                },
                 reject_on: self.reject_on.unwrap_or_default(),
                 max_attempts: self.max_attempts,
                 reject_exit_code: self.reject_exit_code,
                 failure_exit_code: self.failure_exit_code,
             },
-            requeue_delay: self.requeue_delay,
             output: self.output.output(),
             command: self.command,
         })

@@ -16,6 +16,8 @@ pub enum Exit {
     Unavailable = 69,
     /// A defect in qconsume.
     Software = 70,
+    /// The system is short of processes, memory or descriptors (`EX_OSERR`): nothing was run. Retrying helps.
+    OsError = 71,
     /// The delivery was lost, or its acknowledgement not confirmed: the message may come again. Of qpublish's, messages
     /// that the broker has not confirmed.
     Lost = 75,
@@ -84,6 +86,7 @@ mod tests {
             (Exit::Empty, 66),
             (Exit::Unavailable, 69),
             (Exit::Software, 70),
+            (Exit::OsError, 71),
             (Exit::Lost, 75),
             (Exit::NoPermission, 77),
             (Exit::Config, 78),

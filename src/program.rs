@@ -25,7 +25,7 @@ impl Program {
         // First of all: as PID 1 a signal without a handler would be lost.
         let held = signals::hold();
         if self == Self::Qpublish {
-            report::speak_as("qpublish");
+            report::set_program_name("qpublish");
         }
         exit_on_panic();
         debug_assert!(held.is_ok());

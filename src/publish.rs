@@ -11,10 +11,10 @@ mod tally;
 
 use crate::{
     block_on,
-    broker::{Answer, Broker, ConnectOptions, Heard, Publisher, Stop, declare, goodbye},
+    broker::{Answer, Broker, ConnectOptions, Heard, PublishError, Publisher, declare, goodbye},
     cli::Request,
     exit::{Exit, Failure, status_of_signal},
-    report::{self, LastWord, Span},
+    report::{self, RunSummary, Span},
     show,
     signals::{Signals, next_stop},
 };
@@ -138,7 +138,7 @@ async fn open(options: &Options) -> Result<Option<Publisher>, Failure> {
 /// Why publishing ended before everything was sent and answered.
 enum Cause {
     /// The channel or the connection is gone.
-    Lost(Stop),
+    Lost(PublishError),
     /// The broker has confirmed nothing for too long.
     Stalled,
     /// The rest can't be read.
@@ -370,7 +370,7 @@ impl Run {
 /// Says that a signal has ended it, and returns the status.
 fn stopped(signal: Signal, text: String) -> u8 {
     let status = status_of_signal(signal as i32);
-    LastWord::without_message(status, text).say();
+    RunSummary::without_message(status, text).report();
     status
 }
 

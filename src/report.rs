@@ -45,7 +45,7 @@ static PROGRAM: OnceLock<&str> = OnceLock::new();
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
 /// Sets the name that every line begins with, where it isn't qconsume's.
-pub fn speak_as(program: &'static str) {
+pub fn set_program_name(program: &'static str) {
     let _ = PROGRAM.set(program);
 }
 
@@ -70,14 +70,14 @@ pub fn start(output: Output) {
 
 /// Who ended the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+pub enum Source {
     /// The command, whose status (or what an option maps it to) is the exit status.
     Command,
     /// qconsume, whose exit statuses are documented.
     Qconsume,
 }
 
-impl By {
+impl Source {
     fn name(self) -> &'static str {
         match self {
             Self::Command => "command",
@@ -135,9 +135,9 @@ pub struct Subject {
 
 /// The last word of a run: its last log line, and the termination message.
 #[derive(Clone, Debug)]
-pub struct LastWord {
+pub struct RunSummary {
     /// Who ended the run.
-    pub by: By,
+    pub by: Source,
     /// The exit status.
     pub status: u8,
     /// Why, and what became of the message.
@@ -146,12 +146,12 @@ pub struct LastWord {
     pub subject: Subject,
 }
 
-impl LastWord {
+impl RunSummary {
     /// The end of a run without a message, which is always qconsume's doing.
     #[must_use]
     pub fn without_message(status: u8, text: String) -> Self {
         Self {
-            by: By::Qconsume,
+            by: Source::Qconsume,
             status,
             text,
             subject: Subject::default(),
@@ -159,11 +159,11 @@ impl LastWord {
     }
 
     /// Says it, in the log and where Kubernetes looks for it.
-    pub fn say(&self) {
+    pub fn report(&self) {
         let path = TERMINATION_LOG_PATH
             .get()
             .map_or(Path::new(TERMINATION_LOG), PathBuf::as_path);
-        if let Err(error) = leave(path, &self.text, &self.facts()) {
+        if let Err(error) = write_termination_message(path, &self.text, &self.facts()) {
             tracing::debug!("no termination message: {}: {error}", path.display());
         }
         // Behind that, as the last line is what `FallbackToLogsOnError` shows.
@@ -208,7 +208,7 @@ impl LastWord {
 }
 
 /// Writes the termination message, where somebody is waiting for one and the command hasn't left its own.
-fn leave(path: &Path, text: &str, facts: &str) -> io::Result<()> {
+fn write_termination_message(path: &Path, text: &str, facts: &str) -> io::Result<()> {
     let found = std::fs::metadata(path)?;
     if !found.is_file() || found.len() > 0 {
         return Ok(());
@@ -234,7 +234,7 @@ fn one_line(text: &str) -> String {
 /// The one printer of what ends a run before a command could. Should it be before the log's start, too, it goes
 /// straight to standard error.
 pub fn failure(text: String, exit: Exit) {
-    let word = LastWord::without_message(exit.status(), text);
+    let word = RunSummary::without_message(exit.status(), text);
     if !tracing::enabled!(Level::ERROR) {
         let _ = writeln!(
             io::stderr(),
@@ -243,7 +243,7 @@ pub fn failure(text: String, exit: Exit) {
             one_line(&word.text)
         );
     }
-    word.say();
+    word.report();
 }
 
 struct Lines {
@@ -467,17 +467,17 @@ pub(crate) mod tests {
         let path = std::env::temp_dir().join(format!("qconsume-report-{}", std::process::id()));
         let read = || std::fs::read_to_string(&path).unwrap();
         let _ = std::fs::remove_file(&path);
-        assert!(leave(&path, "nobody waits", "").is_err());
+        assert!(write_termination_message(&path, "nobody waits", "").is_err());
         assert!(!path.exists());
 
         std::fs::write(&path, "").unwrap();
-        leave(&path, "two\nlines", " (status 1)").unwrap();
+        write_termination_message(&path, "two\nlines", " (status 1)").unwrap();
         assert_eq!(read(), "two lines (status 1)\n");
-        leave(&path, "another", "").unwrap();
+        write_termination_message(&path, "another", "").unwrap();
         assert_eq!(read(), "two lines (status 1)\n");
 
         std::fs::write(&path, "").unwrap();
-        leave(
+        write_termination_message(
             &path,
             &format!("x{}", "ä".repeat(TERMINATION_MESSAGE_MAX)),
             " (status 75)",

@@ -25,14 +25,14 @@ impl Ended {
 
 /// What made qconsume ask the command to stop before it ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum StopReason {
     /// qconsume was sent this signal: an eviction, which isn't the message's fault.
     Signal(i32),
     /// `--timeout` passed.
     TimeLimit,
 }
 
-impl Stop {
+impl StopReason {
     /// The signal, if it was one.
     #[must_use]
     pub fn signal(self) -> Option<i32> {
@@ -52,18 +52,9 @@ pub enum Settlement {
     Requeue,
     /// `basic.reject(requeue=false)`: dead-lettered, or dropped where the queue has no dead-letter exchange.
     DeadLetter,
-    /// `basic.nack(requeue=true)`: the command wasn't to blame; from RabbitMQ 4.3 on it doesn't count.
-    GiveBack,
-}
-
-/// What `--on-failure` says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnFailure {
-    /// Back to the queue.
-    #[default]
-    Requeue,
-    /// To the dead-letter exchange.
-    Reject,
+    /// `basic.nack(requeue=true)`: the message's command was stopped from outside, or never ran; on quorum queues of
+    /// RabbitMQ 4.3 and newer that doesn't count towards `delivery-limit`.
+    Release,
 }
 
 /// A list of statuses such as `65,100-120`.
@@ -79,8 +70,6 @@ impl Statuses {
 /// The options that decide about failures.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
-    /// `--on-failure`
-    pub on_failure: OnFailure,
     /// `--reject-on`
     pub reject_on: Statuses,
     /// `--max-attempts`; at least 1.
@@ -91,15 +80,15 @@ pub struct Policy {
     pub failure_exit_code: Option<u8>,
 }
 
-/// Everything that the decision depends on besides the policy.
+/// Everything about one run of the command that the decision depends on.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts {
+pub struct CommandResult {
     /// How the command ended.
     pub ended: Ended,
     /// What stopped it, if anything did: the first of a signal and the time limit.
-    pub stop: Option<Stop>,
-    /// Whether the delivery was still ours when the command had ended.
-    pub ours: bool,
+    pub stop: Option<StopReason>,
+    /// Whether this connection still owned the delivery when the command had ended.
+    pub still_owned: bool,
     /// How many failures the broker has counted before this run; `None` where the queue doesn't count.
     pub failures_before: Option<u64>,
 }
@@ -107,46 +96,46 @@ pub struct Facts {
 /// The decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// What to tell the broker; `None` when the delivery isn't ours any more.
+    /// What to tell the broker; `None` when the delivery was lost.
     pub settlement: Option<Settlement>,
-    /// The exit status once the settlement is known to have arrived.
-    pub confirmed: u8,
-    /// The exit status when that can't be known.
-    pub unconfirmed: u8,
+    /// The exit status when the broker has confirmed the settlement.
+    pub exit_code: u8,
+    /// The exit status when it has not.
+    pub exit_code_if_unconfirmed: u8,
 }
 
 /// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
 #[must_use]
-pub fn decide(facts: Facts, policy: &Policy) -> Verdict {
+pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     let lost = Exit::Lost.status();
-    if !facts.ours {
+    if !result.still_owned {
         return Verdict {
             settlement: None,
-            confirmed: lost,
-            unconfirmed: lost,
+            exit_code: lost,
+            exit_code_if_unconfirmed: lost,
         };
     }
-    let timed_out = facts.stop == Some(Stop::TimeLimit);
-    if facts.ended == Ended::Exited(0) && !timed_out {
+    let timed_out = result.stop == Some(StopReason::TimeLimit);
+    if result.ended == Ended::Exited(0) && !timed_out {
         return Verdict {
             settlement: Some(Settlement::Ack),
-            confirmed: 0,
-            unconfirmed: lost,
+            exit_code: 0,
+            exit_code_if_unconfirmed: lost,
         };
     }
-    // The time limit is qconsume's own word, so `--failure-exit-code` doesn't hide it.
+    // 124 is qconsume's own status, so `--failure-exit-code` doesn't hide it.
     let raw = if timed_out {
         Exit::TimedOut.status()
     } else {
-        facts.ended.status()
+        result.ended.status()
     };
     let failed = match policy.failure_exit_code {
         Some(mapped) if !timed_out => mapped,
         _ => raw,
     };
-    let (settlement, confirmed) = if matches!(facts.stop, Some(Stop::Signal(_))) {
-        (Settlement::GiveBack, failed)
-    } else if rejects(raw, facts.failures_before, policy) {
+    let (settlement, exit_code) = if matches!(result.stop, Some(StopReason::Signal(_))) {
+        (Settlement::Release, failed)
+    } else if rejects(raw, result.failures_before, policy) {
         (
             Settlement::DeadLetter,
             policy.reject_exit_code.unwrap_or(failed),
@@ -156,10 +145,10 @@ pub fn decide(facts: Facts, policy: &Policy) -> Verdict {
     };
     Verdict {
         settlement: Some(settlement),
-        confirmed,
-        // Without the broker's word the message goes back: a failure like any other, and never a
-        // `--reject-exit-code` that a Job takes for the end of this message.
-        unconfirmed: failed,
+        exit_code,
+        // An unconfirmed message may be requeued: a failure like any other, and never a `--reject-exit-code`, which a
+        // Job takes for the end of this message.
+        exit_code_if_unconfirmed: failed,
     }
 }
 
@@ -172,7 +161,7 @@ fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
         // Guessing from the redelivered flag would dead-letter healthy messages after a restart of the broker.
         (Some(_), None) => false,
     };
-    policy.on_failure == OnFailure::Reject || policy.reject_on.contains(status) || last_attempt
+    policy.reject_on.contains(status) || last_attempt
 }
 
 #[cfg(test)]

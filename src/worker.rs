@@ -1,13 +1,15 @@
 //! The story, top to bottom: find the command, connect, take, run, decide, settle.
 
 use crate::{
-    broker::{Broker, ConnectOptions, ConsumeOptions, Consumer, Depth, Loss, Message, Unconfirmed},
+    broker::{
+        Broker, ConnectOptions, ConsumeOptions, Consumer, DeliveryLost, Depth, Message, Unconfirmed,
+    },
     cli::Options,
-    command::{Command, Program, Reaper, Variable, find, supervise},
+    command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{By, LastWord, Outcome, Patience, Span, Subject},
+    report::{Outcome, Patience, RunSummary, Source, Span, Subject},
     signals::{Signals, next_stop},
-    verdict::{Ended, Facts, Policy, Settlement, Stop, Verdict, decide},
+    verdict::{CommandResult, Ended, Policy, Settlement, StopReason, Verdict, decide},
 };
 use anyhow::Context;
 use nix::sys::signal::Signal;
@@ -43,7 +45,7 @@ pub async fn work(options: Options, mut signals: Signals) -> anyhow::Result<u8> 
         broker,
         ConsumeOptions {
             queue: options.queue.clone(),
-            setup: options.setup.clone(),
+            topology: options.topology.clone(),
             ack_timeout: options.ack_timeout,
         },
     );
@@ -63,7 +65,7 @@ pub async fn work(options: Options, mut signals: Signals) -> anyhow::Result<u8> 
         match worker.one(&mut signals, done).await? {
             Step::Next => done += 1,
             Step::End(word) => {
-                word.say();
+                word.report();
                 worker.close(&mut signals).await;
                 return Ok(word.status);
             }
@@ -76,12 +78,12 @@ enum Step {
     /// The message is done; there is another to take.
     Next,
     /// The run is over.
-    End(LastWord),
+    End(RunSummary),
 }
 
 struct Worker {
     options: Options,
-    program: Program,
+    program: Executable,
     reaper: Reaper,
     consumer: Consumer,
 }
@@ -126,10 +128,10 @@ impl Worker {
             Err(failure) => return Ok(Step::End(self.not_started(&failure, &task).await)),
         };
         let verdict = decide(
-            Facts {
+            CommandResult {
                 ended: outcome.ended,
                 stop: outcome.stop,
-                ours: outcome.lost.is_none(),
+                still_owned: outcome.lost.is_none(),
                 failures_before: task.failures,
             },
             &self.options.policy,
@@ -144,33 +146,27 @@ impl Worker {
                 "message lost while the command ran, so it may be somebody else's by now: {why}; {how}"
             );
             return Ok(Step::End(task.word(
-                By::Qconsume,
-                verdict.confirmed,
+                Source::Qconsume,
+                verdict.exit_code,
                 Outcome::Lost,
                 text,
             )));
         };
 
         let all = self.options.count.is_some_and(|count| done + 1 >= count);
-        let stopped_by = outcome.stop.and_then(Stop::signal);
+        let stopped_by = outcome.stop.and_then(StopReason::signal);
         // With `--reject-exit-code 0` a message that was dead-lettered is done like any other.
-        let last = all || verdict.confirmed != 0 || stopped_by.is_some();
+        let last = all || verdict.exit_code != 0 || stopped_by.is_some();
         let word = if self.options.no_ack {
             task.word(
                 by,
-                verdict.confirmed,
+                verdict.exit_code,
                 Outcome::Acknowledged,
                 format!("{how}; {ACKNOWLEDGED_BEFORE}"),
             )
         } else {
-            if settlement == Settlement::Requeue {
-                self.hold_back(signals, &how).await;
-            }
             task.warn_if_uncounted(&self.options.policy, settlement);
-            let settled = self
-                .consumer
-                .settle(settlement, last, self.options.settle_timeout)
-                .await;
+            let settled = self.consumer.settle(settlement, last).await;
             task.settled(by, &how, &verdict, settlement, settled.err())
         };
         match stopped_by {
@@ -180,8 +176,8 @@ impl Worker {
                 Ok(Step::Next)
             }
             // This message is done, but a stop before all are is no completion.
-            Some(signal) => Ok(Step::End(LastWord {
-                by: By::Qconsume,
+            Some(signal) => Ok(Step::End(RunSummary {
+                by: Source::Qconsume,
                 status: status_of_signal(signal),
                 text: format!(
                     "{}; stopped by a signal before everything was done",
@@ -195,15 +191,12 @@ impl Worker {
     /// `--no-ack`: the message is settled before the command starts.
     ///
     /// Returns the last word, if that can't be known to have arrived: then the command mustn't start.
-    async fn acknowledge(&mut self, task: &Task) -> Option<LastWord> {
+    async fn acknowledge(&mut self, task: &Task) -> Option<RunSummary> {
         // As if it were the last one: the next is for whoever has time for it, not for a worker that is busy.
-        let settled = self
-            .consumer
-            .settle(Settlement::Ack, true, self.options.settle_timeout)
-            .await;
+        let settled = self.consumer.settle(Settlement::Ack, true).await;
         let why = settled.err()?;
         Some(task.word(
-            By::Qconsume,
+            Source::Qconsume,
             Exit::Lost.status(),
             Outcome::Unconfirmed,
             format!(
@@ -260,7 +253,7 @@ impl Worker {
     }
 
     /// Waits on one connection: for a message, or until the queue has been empty for `patience`.
-    async fn wait(&mut self, patience: Option<Duration>) -> Result<Option<Message>, Loss> {
+    async fn wait(&mut self, patience: Option<Duration>) -> Result<Option<Message>, DeliveryLost> {
         let mut look = patience.map(|patience| Instant::now() + patience);
         let mut pause = LOOK_AGAIN;
         let mut mention = Patience::new(MENTION_WAIT);
@@ -284,7 +277,7 @@ impl Worker {
     }
 
     /// The end of a run that found nothing more to do.
-    fn nothing_left(&self) -> LastWord {
+    fn nothing_left(&self) -> RunSummary {
         let queue = self.consumer.queue();
         let (status, text) = if self.options.drain {
             (0, format!("queue {queue:?} is empty"))
@@ -295,50 +288,32 @@ impl Worker {
                 format!("no message in queue {queue:?} within {waited} (--wait)"),
             )
         };
-        LastWord::without_message(status, text)
+        RunSummary::without_message(status, text)
     }
 
     /// The end of a run that was told to stop while no command ran.
-    async fn stopped(&mut self, signal: Signal) -> LastWord {
+    async fn stopped(&mut self, signal: Signal) -> RunSummary {
         self.consumer.give_back().await;
-        LastWord::without_message(
+        RunSummary::without_message(
             status_of_signal(signal as i32),
             format!("stopped by {signal} while no command ran; whatever had arrived goes back"),
         )
     }
 
     /// Nobody has run the message, so it goes back, uncounted where the broker can tell.
-    async fn not_started(&mut self, failure: &Failure, task: &Task) -> LastWord {
+    async fn not_started(&mut self, failure: &Failure, task: &Task) -> RunSummary {
         let (outcome, became) = if self.options.no_ack {
             (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned())
         } else {
-            let settled = self
-                .consumer
-                .settle(Settlement::GiveBack, true, self.options.settle_timeout)
-                .await;
-            became(Settlement::GiveBack, settled.err())
+            let settled = self.consumer.settle(Settlement::Release, true).await;
+            became(Settlement::Release, settled.err())
         };
         task.word(
-            By::Qconsume,
+            Source::Qconsume,
             failure.exit.status(),
             outcome,
             format!("{failure}; {became}"),
         )
-    }
-
-    /// `--requeue-delay`: before RabbitMQ 4.3 nothing else slows a message down that always fails.
-    async fn hold_back(&mut self, signals: &mut Signals, how: &str) {
-        let delay = self.options.requeue_delay;
-        if delay.is_zero() {
-            return;
-        }
-        tracing::info!("{how}; holding the message back for {}", Span(delay));
-        tokio::select! {
-            biased;
-            _ = next_stop(signals) => {}
-            _ = self.consumer.lost() => {}
-            () = sleep(delay) => {}
-        }
     }
 
     /// All is settled: a signal only cuts the goodbye short.
@@ -380,9 +355,9 @@ impl Task {
     }
 
     /// A last word about it, with how long it has been here until now, to the millisecond.
-    fn word(&self, by: By, status: u8, outcome: Outcome, text: String) -> LastWord {
+    fn word(&self, by: Source, status: u8, outcome: Outcome, text: String) -> RunSummary {
         let seconds = (self.since.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
-        LastWord {
+        RunSummary {
             by,
             status,
             text,
@@ -397,16 +372,16 @@ impl Task {
     /// The word on a settlement that has arrived, or (`unconfirmed`) may not have.
     fn settled(
         &self,
-        by: By,
+        by: Source,
         how: &str,
         verdict: &Verdict,
         settlement: Settlement,
         unconfirmed: Option<Unconfirmed>,
-    ) -> LastWord {
+    ) -> RunSummary {
         let (by, status) = match (&unconfirmed, settlement) {
-            (None, _) => (by, verdict.confirmed),
-            (Some(_), Settlement::Ack) => (By::Qconsume, verdict.unconfirmed),
-            (Some(_), _) => (by, verdict.unconfirmed),
+            (None, _) => (by, verdict.exit_code),
+            (Some(_), Settlement::Ack) => (Source::Qconsume, verdict.exit_code_if_unconfirmed),
+            (Some(_), _) => (by, verdict.exit_code_if_unconfirmed),
         };
         let (outcome, became) = became(settlement, unconfirmed);
         self.word(by, status, outcome, format!("{how}; {became}"))
@@ -434,7 +409,7 @@ fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome,
             Settlement::DeadLetter => format!(
                 "message rejected, but the broker has not confirmed it, so it may come again: {why}"
             ),
-            Settlement::Requeue | Settlement::GiveBack => format!(
+            Settlement::Requeue | Settlement::Release => format!(
                 "message goes back to the queue, though the broker has not confirmed it: {why}"
             ),
         };
@@ -443,7 +418,7 @@ fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome,
     let (outcome, text) = match settlement {
         Settlement::Ack => (Outcome::Acknowledged, "message acknowledged"),
         Settlement::Requeue => (Outcome::Returned, "message returned to the queue"),
-        Settlement::GiveBack => (Outcome::GivenBack, "message given back to the queue"),
+        Settlement::Release => (Outcome::GivenBack, "message given back to the queue"),
         Settlement::DeadLetter => (
             Outcome::Rejected,
             "message rejected: dead-lettered, or dropped where the queue has no dead-letter exchange",
@@ -453,20 +428,20 @@ fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome,
 }
 
 /// How the command ended, and whose word the status is.
-fn how(ended: Ended, stop: Option<Stop>) -> (By, String) {
+fn how(ended: Ended, stop: Option<StopReason>) -> (Source, String) {
     let how = match ended {
         Ended::Exited(0) => "command succeeded".to_owned(),
         Ended::Exited(status) => format!("command exited with status {status}"),
         Ended::Killed(signal) => format!("command was killed by {}", name(signal)),
     };
     match stop {
-        None => (By::Command, how),
-        Some(Stop::TimeLimit) => (
-            By::Qconsume,
+        None => (Source::Command, how),
+        Some(StopReason::TimeLimit) => (
+            Source::Qconsume,
             format!("{how} after its time limit (--timeout)"),
         ),
-        Some(Stop::Signal(signal)) => (
-            By::Command,
+        Some(StopReason::Signal(signal)) => (
+            Source::Command,
             format!("{how} after {} was passed on to it", name(signal)),
         ),
     }

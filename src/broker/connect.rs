@@ -2,13 +2,13 @@
 
 use super::{
     address::{Address, AuthMechanism},
+    errors::ConnectError,
     frames::{Seen, Version},
     incoming::{Bodies, Incoming},
     one_cpu::{IoThread, OneCpu},
     resolve::resolve,
     tls::Tls,
     transport::{Kit, Stream},
-    trouble::Trouble,
 };
 use crate::{
     exit::{Exit, Failure},
@@ -111,7 +111,7 @@ impl Broker {
     }
 
     /// One attempt at the next node.
-    pub(super) async fn open(&mut self, deadline: Instant) -> Result<Link, Trouble> {
+    pub(super) async fn open(&mut self, deadline: Instant) -> Result<Link, ConnectError> {
         let node = self.next % self.nodes.len();
         let address = self.nodes[node].clone();
         // Should this one fail, the next attempt is the next node's.
@@ -127,25 +127,26 @@ impl Broker {
                 return Err(trouble);
             }
             Err(_) => {
-                return Err(Trouble::transient(no_answer(&self.stage)));
+                return Err(ConnectError::transient(no_answer(&self.stage)));
             }
         };
         // It was good: after a loss it is asked first again only where it is the only one.
         Ok(link)
     }
 
-    async fn open_node(&mut self, address: &Address) -> Result<Link, Trouble> {
+    async fn open_node(&mut self, address: &Address) -> Result<Link, ConnectError> {
         self.stage = format!("looking up {}", address.host);
         let found = mentioned(&self.stage, resolve(&address.host, address.port))
             .await
             .map_err(|error| {
-                Trouble::transient(format!(
+                ConnectError::transient(format!(
                     "the name {:?} can't be looked up: {error}",
                     address.host
                 ))
             })?;
         let socket = self.dial(address, &found).await?;
-        let cutter = Cutter::new(&socket).map_err(|error| Trouble::transient(error.to_string()))?;
+        let cutter =
+            Cutter::new(&socket).map_err(|error| ConnectError::transient(error.to_string()))?;
         let seen = Arc::new(Seen::default());
         let bodies = Arc::new(Bodies::default());
         let incoming = Incoming::new(
@@ -173,12 +174,12 @@ impl Broker {
         let connection = mentioned(&self.stage, handshake).await.map_err(|error| {
             let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
             if external && seen.without_external() {
-                Trouble::permanent(
+                ConnectError::permanent(
                     Exit::Config,
                     "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
                 )
             } else {
-                Trouble::in_handshake(&error, address)
+                ConnectError::in_handshake(&error, address)
             }
         })?;
         tracing::debug!("connected to {address}");
@@ -197,7 +198,7 @@ impl Broker {
         &mut self,
         address: &Address,
         found: &[SocketAddr],
-    ) -> Result<TcpStream, Trouble> {
+    ) -> Result<TcpStream, ConnectError> {
         let limit = address.parameters.connection_timeout.unwrap_or(TCP_CONNECT);
         let mut problems = Vec::new();
         for target in found {
@@ -220,7 +221,7 @@ impl Broker {
         } else {
             " (the URL names no host)"
         };
-        Err(Trouble::transient(format!(
+        Err(ConnectError::transient(format!(
             "can't connect{unnamed}: {}",
             problems.join("; ")
         )))
@@ -311,7 +312,7 @@ impl Attempts {
     ///
     /// # Errors
     /// The failure, when it is permanent or time is up.
-    pub(super) async fn failed(&mut self, trouble: Trouble) -> Result<(), Failure> {
+    pub(super) async fn failed(&mut self, trouble: ConnectError) -> Result<(), Failure> {
         if !trouble.transient {
             return Err(trouble.failure);
         }
@@ -343,7 +344,7 @@ impl Attempts {
         let mut failure = self
             .last
             .take()
-            .unwrap_or_else(|| Trouble::transient(no_answer(stage)).failure);
+            .unwrap_or_else(|| ConnectError::transient(no_answer(stage)).failure);
         failure.message = format!(
             "gave up after {} (--connect-timeout): {}",
             crate::report::Span(self.limit),

@@ -2,9 +2,9 @@
 
 use super::{
     connect::{Attempts, Broker, Link},
+    errors::{ConnectError, DeliveryLost, said},
     message::Message,
-    setup::{Declare, Setup},
-    trouble::{Loss, Trouble, said},
+    topology::{Declare, Topology},
 };
 use crate::{
     exit::{Exit, Failure},
@@ -43,7 +43,7 @@ pub struct ConsumeOptions {
     /// The queue's name; empty where the broker is to choose one.
     pub queue: String,
     /// What is made before it is consumed from.
-    pub setup: Setup,
+    pub topology: Topology,
     /// `--ack-timeout`: how long the broker is asked to wait for the acknowledgement.
     pub ack_timeout: Option<Duration>,
 }
@@ -66,7 +66,7 @@ pub struct Consumer {
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
     /// A registration that was begun: kept, as the broker may have pushed a message before its answer is here.
-    registering: Option<JoinHandle<Result<Subscription, (Link, Trouble)>>>,
+    registering: Option<JoinHandle<Result<Subscription, (Link, ConnectError)>>>,
 }
 
 impl Consumer {
@@ -94,12 +94,14 @@ impl Consumer {
     /// When the queue was the lost connection's own.
     pub fn survives(&self, why: &str) -> Result<(), Failure> {
         match &self.known_as {
-            Some(queue) if self.options.setup.declare == Declare::Exclusive => Err(Failure::new(
-                Exit::Unavailable,
-                format!(
-                    "queue {queue:?} is gone, and what was in it: it was the lost connection's own ({why})"
-                ),
-            )),
+            Some(queue) if self.options.topology.declare == Declare::Exclusive => {
+                Err(Failure::new(
+                    Exit::Unavailable,
+                    format!(
+                        "queue {queue:?} is gone, and what was in it: it was the lost connection's own ({why})"
+                    ),
+                ))
+            }
             _ => Ok(()),
         }
     }
@@ -183,7 +185,7 @@ impl Consumer {
     ///
     /// # Errors
     /// Why the consumer is no longer registered; nothing was taken.
-    pub async fn next(&mut self) -> Result<Message, Loss> {
+    pub async fn next(&mut self) -> Result<Message, DeliveryLost> {
         let subscription = self.subscription();
         let next = subscription.next().await;
         if next.is_err() {
@@ -193,7 +195,7 @@ impl Consumer {
     }
 
     /// Waits until the message that is held isn't ours any more.
-    pub async fn lost(&mut self) -> Loss {
+    pub async fn lost(&mut self) -> DeliveryLost {
         self.subscription().lost().await
     }
 
@@ -201,7 +203,7 @@ impl Consumer {
     ///
     /// # Errors
     /// Why the consumer is no longer registered.
-    pub async fn depth(&mut self) -> Result<Depth, Loss> {
+    pub async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
         let depth = self.subscription().depth().await;
         if depth.is_err() {
             self.registered = None;
@@ -213,7 +215,7 @@ impl Consumer {
     ///
     /// # Errors
     /// Why the consumer was no longer registered; nothing was taken.
-    pub async fn cancel(&mut self) -> Result<Option<Message>, Loss> {
+    pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
         let last = self.subscription().cancel().await;
         if last.is_err() {
             self.registered = None;
@@ -301,11 +303,15 @@ impl Subscription {
         mut link: Link,
         options: ConsumeOptions,
         known_as: Option<String>,
-    ) -> Result<Self, (Link, Trouble)> {
+    ) -> Result<Self, (Link, ConnectError)> {
         let _opening = link.opening.take();
         let queue = match known_as {
             Some(queue) => queue,
-            None => match options.setup.make(&link.connection, &options.queue).await {
+            None => match options
+                .topology
+                .make(&link.connection, &options.queue)
+                .await
+            {
                 Ok(queue) => queue,
                 Err(trouble) => return Err((link, trouble)),
             },
@@ -335,7 +341,7 @@ impl Subscription {
                 asked_timeout: asks,
                 queue,
             }),
-            Err(error) => Err((link, Trouble::in_consume(&error, &queue))),
+            Err(error) => Err((link, ConnectError::in_consume(&error, &queue))),
         }
     }
 
@@ -363,14 +369,14 @@ impl Subscription {
         Message::new(delivery, &self.queue)
     }
 
-    async fn next(&mut self) -> Result<Message, Loss> {
+    async fn next(&mut self) -> Result<Message, DeliveryLost> {
         match self.step().await {
             Ok(delivery) => Ok(self.take(delivery)),
             Err(loss) => Err(loss),
         }
     }
 
-    async fn lost(&mut self) -> Loss {
+    async fn lost(&mut self) -> DeliveryLost {
         loop {
             match self.step().await {
                 Err(loss) => return loss,
@@ -384,7 +390,7 @@ impl Subscription {
     }
 
     /// The next thing that happens: a delivery, or the end.
-    async fn step(&mut self) -> Result<Delivery, Loss> {
+    async fn step(&mut self) -> Result<Delivery, DeliveryLost> {
         let version = self.link.version();
         let channel = &self.channel;
         let events = self.link.events.as_mut();
@@ -416,14 +422,14 @@ impl Subscription {
             biased;
             next = delivery => match next {
                 Some(Ok(delivery)) => Ok(delivery),
-                Some(Err(error)) => Err(Loss::new(&error, version)),
-                None => Err(Loss::cancelled(version)),
+                Some(Err(error)) => Err(DeliveryLost::new(&error, version)),
+                None => Err(DeliveryLost::cancelled(version)),
             },
-            error = connection => Err(Loss::new(&error, version)),
+            error = connection => Err(DeliveryLost::new(&error, version)),
         }
     }
 
-    async fn depth(&mut self) -> Result<Depth, Loss> {
+    async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
         let passive = QueueDeclareOptions {
             passive: true,
             ..QueueDeclareOptions::default()
@@ -432,14 +438,14 @@ impl Subscription {
             .channel
             .queue_declare(self.queue.as_str().into(), passive, FieldTable::default())
             .await
-            .map_err(|error| Loss::new(&error, self.link.version()))?;
+            .map_err(|error| DeliveryLost::new(&error, self.link.version()))?;
         Ok(match declared.consumer_count() {
             0 => Depth::Unknown,
             _ => Depth::Ready(declared.message_count()),
         })
     }
 
-    async fn cancel(&mut self) -> Result<Option<Message>, Loss> {
+    async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
         let version = self.link.version();
         // Kept until its stream has ended: should this future be dropped, giving back goes on from here.
         let Some(consumer) = &mut self.consumer else {
@@ -448,14 +454,14 @@ impl Subscription {
         self.channel
             .basic_cancel(TAG.into(), BasicCancelOptions::default())
             .await
-            .map_err(|error| Loss::new(&error, version))?;
+            .map_err(|error| DeliveryLost::new(&error, version))?;
         // The answer ends the consumer's stream, behind what came before it.
         let last = consumer.next().await;
         self.consumer = None;
         match last {
             Some(Ok(delivery)) => Ok(Some(self.take(delivery))),
-            Some(Err(error)) => Err(Loss::new(&error, version)),
-            None if self.link.seen.cancelled() => Err(Loss::cancelled(version)),
+            Some(Err(error)) => Err(DeliveryLost::new(&error, version)),
+            None if self.link.seen.cancelled() => Err(DeliveryLost::cancelled(version)),
             None => Ok(None),
         }
     }
@@ -517,11 +523,11 @@ async fn consume(
 /// Whether an error ends a channel only, not the connection.
 fn is_soft(error: &lapin::Error) -> bool {
     matches!(
-        super::trouble::protocol(error),
+        super::errors::protocol(error),
         Some((AMQPErrorKind::Soft(_), _))
     )
 }
 
 fn refuses_argument(error: &lapin::Error) -> bool {
-    super::trouble::protocol(error).is_some_and(|(_, text)| text.contains("x-consumer-timeout"))
+    super::errors::protocol(error).is_some_and(|(_, text)| text.contains("x-consumer-timeout"))
 }

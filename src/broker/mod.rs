@@ -3,6 +3,7 @@
 pub mod address;
 mod connect;
 mod consumer;
+mod errors;
 mod frames;
 mod incoming;
 mod message;
@@ -11,18 +12,17 @@ mod outgoing;
 mod publisher;
 mod resolve;
 mod settle;
-mod setup;
 mod tls;
+mod topology;
 mod transport;
-mod trouble;
 
 pub use connect::{Broker, ConnectOptions, Link};
 pub use consumer::{ConsumeOptions, Consumer, Depth};
+pub use errors::{ConnectError, DeliveryLost};
 pub use message::Message;
 pub use publisher::{
-    Answer, Heard, Properties, Publisher, QueueType, Route, Stop, declare, goodbye,
+    Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare, goodbye,
 };
 pub use settle::Unconfirmed;
-pub use setup::{Declare, Setup};
 pub use tls::Tls;
-pub use trouble::{Loss, Trouble};
+pub use topology::{Declare, Topology};

@@ -2,7 +2,7 @@
 
 use super::{
     connect::Link,
-    trouble::{protocol, said},
+    errors::{protocol, said},
 };
 use crate::exit::{Exit, Failure};
 use lapin::{
@@ -155,12 +155,12 @@ pub enum Heard {
     /// It does again.
     Unblocked,
     /// The channel or the connection is gone.
-    Lost(Stop),
+    Lost(PublishError),
 }
 
 /// What ended the publishing.
 #[derive(Debug)]
-pub struct Stop {
+pub struct PublishError {
     /// Why.
     pub failure: Failure,
     /// The message that is to blame, if it is known, counted from 1.
@@ -362,8 +362,8 @@ impl Publisher {
         })
     }
 
-    fn stop(&self, error: &lapin::Error) -> Stop {
-        let mut stop = Stop {
+    fn stop(&self, error: &lapin::Error) -> PublishError {
+        let mut stop = PublishError {
             failure: failure(error, &self.route),
             message: None,
         };

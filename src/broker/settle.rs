@@ -2,7 +2,7 @@
 
 use super::{
     consumer::{CONSUMER_TIMEOUT_SINCE, Consumer, Subscription},
-    trouble::Loss,
+    errors::DeliveryLost,
 };
 use crate::{report::mentioned, verdict::Settlement};
 use lapin::options::{
@@ -10,6 +10,10 @@ use lapin::options::{
 };
 use std::{fmt, time::Duration};
 use tokio::time::{sleep, timeout};
+
+/// Longest wait for the broker to confirm a settlement: longer than a leader election of a quorum queue or a broker
+/// under a memory alarm takes, and short enough for a pod not to hang.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// A command that was quicker than this can't have met an acknowledgement timeout that anybody sets.
 const DOUBT_FROM: Duration = Duration::from_secs(1);
@@ -38,29 +42,24 @@ impl Consumer {
     /// that nobody here would run.
     ///
     /// # Errors
-    /// When the broker hasn't shown within `limit` that it has taken the settlement in.
-    pub async fn settle(
-        &mut self,
-        settlement: Settlement,
-        last: bool,
-        limit: Duration,
-    ) -> Result<(), Unconfirmed> {
+    /// When the broker hasn't confirmed within [`SETTLE_TIMEOUT`].
+    pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), Unconfirmed> {
         let settle = async {
             let subscription = self.subscription();
             let here = subscription.taken.elapsed();
             subscription.settle(settlement, last).await?;
             // Whatever else happens, a message that goes back is on its way back.
             if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
-                subscription.outlast_timeout(here, limit).await?;
+                subscription.outlast_timeout(here).await?;
             }
             Ok(())
         };
         let stage = "waiting for the broker to show that it has heard what became of the message";
-        let settled = timeout(limit, mentioned(stage, settle)).await;
+        let settled = timeout(SETTLE_TIMEOUT, mentioned(stage, settle)).await;
         settled.unwrap_or_else(|_| {
             Err(Unconfirmed(format!(
-                "no answer from the broker within {} (--settle-timeout)",
-                crate::report::Span(limit)
+                "no reply from the broker within {}",
+                crate::report::Span(SETTLE_TIMEOUT)
             )))
         })
     }
@@ -96,7 +95,7 @@ impl Subscription {
                         .basic_reject(tag, BasicRejectOptions { requeue: false })
                         .await
                 }
-                Settlement::GiveBack => {
+                Settlement::Release => {
                     let back = BasicNackOptions {
                         requeue: true,
                         ..BasicNackOptions::default()
@@ -113,7 +112,7 @@ impl Subscription {
         cancelled
             .and(settled)
             .and(passed)
-            .map_err(|error| Unconfirmed(Loss::new(&error, version).to_string()))?;
+            .map_err(|error| Unconfirmed(DeliveryLost::new(&error, version).to_string()))?;
         self.still_ours()
     }
 
@@ -122,7 +121,7 @@ impl Subscription {
     fn still_ours(&self) -> Result<(), Unconfirmed> {
         if self.link.seen.cancelled() {
             return Err(Unconfirmed(
-                Loss::cancelled(self.link.version()).to_string(),
+                DeliveryLost::cancelled(self.link.version()).to_string(),
             ));
         }
         Ok(())
@@ -134,7 +133,7 @@ impl Subscription {
     /// while a settlement is on its way to it, the settlement comes to nothing, and the channel hears of that only
     /// after it has answered the barrier. It then cancels the consumer, or where we have done that already, ends
     /// the channel with 406 (seen with 4.3.6). So a second barrier goes out, when the queue has had its time.
-    async fn outlast_timeout(&self, here: Duration, limit: Duration) -> Result<(), Unconfirmed> {
+    async fn outlast_timeout(&self, here: Duration) -> Result<(), Unconfirmed> {
         if self.link.version() < Some(CONSUMER_TIMEOUT_SINCE) {
             return Ok(());
         }
@@ -144,12 +143,12 @@ impl Subscription {
             None if here < DOUBT_FROM => return Ok(()),
             None => (here / DOUBT_PART).min(DOUBT_LONGEST),
         };
-        sleep(pause.min(limit / 2)).await;
+        sleep(pause).await;
         let barrier = self.channel.basic_qos(1, BasicQosOptions::default()).await;
         match barrier {
             // A connection that is lost now was good when the settlement was confirmed.
             Err(_) if self.link.connection.status().connected() => Err(Unconfirmed(
-                Loss::timed_out(self.link.version()).to_string(),
+                DeliveryLost::timed_out(self.link.version()).to_string(),
             )),
             _ => self.still_ours(),
         }

@@ -4,7 +4,7 @@
 
 use super::{
     address::{Address, AuthMechanism},
-    trouble::Trouble,
+    errors::ConnectError,
 };
 use crate::exit::{Exit, Failure};
 use rustls::{
@@ -89,13 +89,13 @@ impl Tls {
         &self,
         socket: TcpStream,
         address: &Address,
-    ) -> Result<TlsStream<TcpStream>, Trouble> {
+    ) -> Result<TlsStream<TcpStream>, ConnectError> {
         let files = Files::of(address);
         let (_, config) = self
             .0
             .iter()
             .find(|(known, _)| *known == files)
-            .ok_or_else(|| Trouble::permanent(Exit::Software, "TLS was not loaded"))?;
+            .ok_or_else(|| ConnectError::permanent(Exit::Software, "TLS was not loaded"))?;
         TlsConnector::from(Arc::clone(config))
             .connect(server_name(address)?, socket)
             .await
@@ -104,7 +104,7 @@ impl Tls {
 }
 
 /// The name, or the IP address, that the broker's certificate has to be for.
-fn server_name(address: &Address) -> Result<ServerName<'static>, Trouble> {
+fn server_name(address: &Address) -> Result<ServerName<'static>, ConnectError> {
     let given = address.parameters.server_name_indication.as_deref();
     let name = given.unwrap_or(&address.host);
     // No certificate has an IPv6 zone, nor the dot that keeps a resolver from trying search domains.
@@ -116,7 +116,7 @@ fn server_name(address: &Address) -> Result<ServerName<'static>, Trouble> {
         } else {
             "the host"
         };
-        Trouble::permanent(
+        ConnectError::permanent(
             Exit::Usage,
             format!("{what} {name:?} is neither a DNS name nor an IP address, so no certificate can be for it; see --server-name"),
         )
@@ -283,8 +283,8 @@ fn config_failure(message: String) -> Failure {
 }
 
 /// What an error during the TLS handshake means.
-fn in_handshake(error: &io::Error, files: &Files) -> Trouble {
-    let permanent = |message: String| Trouble::permanent(Exit::Config, message);
+fn in_handshake(error: &io::Error, files: &Files) -> ConnectError {
+    let permanent = |message: String| ConnectError::permanent(Exit::Config, message);
     match tls_error(error) {
         Some(rustls::Error::InvalidCertificate(error)) => permanent(untrusted(error, files)),
         Some(rustls::Error::InvalidMessage(_)) => permanent(
@@ -295,16 +295,16 @@ fn in_handshake(error: &io::Error, files: &Files) -> Trouble {
         }
         Some(rustls::Error::AlertReceived(alert)) => refused(*alert, files),
         Some(error) => permanent(format!("the TLS handshake failed: {error}")),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => Trouble::transient(
+        None if error.kind() == io::ErrorKind::UnexpectedEof => ConnectError::transient(
             "the connection was closed during the TLS handshake; is this a port for TLS?",
         ),
-        None => Trouble::transient(format!("the TLS handshake failed: {error}")),
+        None => ConnectError::transient(format!("the TLS handshake failed: {error}")),
     }
 }
 
 /// What an error on a connection means that TLS was agreed on for: with TLS 1.3 a broker's refusal of the client's
 /// certificate comes when the handshake is over for us.
-pub(super) fn refusal(error: &io::Error, address: &Address) -> Option<Trouble> {
+pub(super) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
         rustls::Error::AlertReceived(alert) => Some(refused(*alert, &Files::of(address))),
         _ => None,
@@ -375,7 +375,7 @@ fn date(time: UnixTime) -> impl Display {
 }
 
 /// What the broker's refusal means.
-fn refused(alert: AlertDescription, files: &Files) -> Trouble {
+fn refused(alert: AlertDescription, files: &Files) -> ConnectError {
     use AlertDescription as A;
     let ours = match &files.cert {
         Some(file) => format!("the client certificate in {}", file.display()),
@@ -410,11 +410,11 @@ fn refused(alert: AlertDescription, files: &Files) -> Trouble {
             Some(_),
         ) => format!("the broker refused {ours} ({alert:?}); its log says why"),
         (A::InternalError | A::UserCanceled | A::CloseNotify, _) => {
-            return Trouble::transient(format!("the broker ended TLS ({alert:?})"));
+            return ConnectError::transient(format!("the broker ended TLS ({alert:?})"));
         }
         _ => format!("the broker refused TLS ({alert:?}); its log says why"),
     };
-    Trouble::permanent(Exit::Config, message)
+    ConnectError::permanent(Exit::Config, message)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::{AMQP_TOOLS, NAME_MAX};
 use crate::{
-    broker::{Declare, Setup},
+    broker::{Declare, Topology},
     exit::{Exit, Failure},
 };
 use clap::{ArgAction, Args, builder::FalseyValueParser};
@@ -48,7 +48,7 @@ impl QueueArgs {
     ///
     /// # Errors
     /// 64 for what isn't as it should be.
-    pub(crate) fn resolve(self) -> Result<(String, Setup), Failure> {
+    pub(crate) fn resolve(self) -> Result<(String, Topology), Failure> {
         let routing_keys = match (&self.exchange, &self.routing_key) {
             (None, None) => Vec::new(),
             (Some(_), Some(keys)) => split(keys),
@@ -95,12 +95,12 @@ impl QueueArgs {
                 )));
             }
         }
-        let setup = Setup {
+        let topology = Topology {
             declare,
             exchange: self.exchange,
             routing_keys,
         };
-        Ok((queue, setup))
+        Ok((queue, topology))
     }
 
     /// Whether a queue that isn't there is to be made: amqp-consume's `-e` does that too.

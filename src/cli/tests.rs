@@ -135,7 +135,6 @@ fn a_commands_words_need_not_be_utf_8() {
 fn the_defaults_are_those_of_the_documentation() {
     let options = options(&["cat"]);
     assert_eq!(options.connect.timeout, Duration::from_secs(60));
-    assert_eq!(options.settle_timeout, Duration::from_secs(90));
     assert_eq!(options.limits.kill_after, Duration::from_secs(10));
     assert_eq!(options.limits.timeout, None);
     assert_eq!(options.limits.grace, None);
@@ -144,9 +143,7 @@ fn the_defaults_are_those_of_the_documentation() {
     assert_eq!(options.empty_exit_code, 66);
     assert_eq!(options.count, Some(1));
     assert!(!options.drain);
-    assert_eq!(options.policy.on_failure, OnFailure::Requeue);
     assert_eq!(options.policy.reject_exit_code, None);
-    assert_eq!(options.requeue_delay, Duration::ZERO);
 }
 
 #[test]

@@ -18,7 +18,7 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
 /// A command that was found: what to execute, and with which arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Program {
+pub struct Executable {
     /// The file.
     pub path: PathBuf,
     /// The name that it was called by, for its `argv[0]`.
@@ -34,11 +34,11 @@ pub struct Program {
 ///
 /// # Panics
 /// When `command` is empty, which the command line doesn't allow.
-pub fn find(command: &[OsString], path: Option<&OsStr>) -> Result<Program, Failure> {
+pub fn find(command: &[OsString], path: Option<&OsStr>) -> Result<Executable, Failure> {
     let (name, arguments) = command.split_first().expect("a command has a first word");
     let file = look_up(name, path)?;
     check_interpreter(&file)?;
-    Ok(Program {
+    Ok(Executable {
         path: file,
         name: name.clone(),
         arguments: arguments.to_vec(),
@@ -191,7 +191,7 @@ mod tests {
             path
         }
 
-        fn find(&self, name: &str) -> Result<Program, Failure> {
+        fn find(&self, name: &str) -> Result<Executable, Failure> {
             find(&[name.into()], Some(self.0.as_os_str()))
         }
     }

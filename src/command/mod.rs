@@ -6,7 +6,7 @@ mod reap;
 mod spawn;
 mod supervise;
 
-pub use find::{Program, find};
+pub use find::{Executable, find};
 pub use reap::Reaper;
 pub use spawn::{Command, Variable};
 pub use supervise::{Limits, OnLost, Outcome, Process, Target, supervise};

@@ -1,7 +1,7 @@
 //! Starts the command: its group, its environment, its standard input.
 
 use super::{
-    Process, Program, Reaper, Target,
+    Executable, Process, Reaper, Target,
     feed::{feed, spawn_feeder},
 };
 use crate::{exit::Exit, exit::Failure, verdict::Ended};
@@ -56,7 +56,7 @@ impl Command {
     /// # Errors
     /// 127 when the kernel doesn't find the program, its interpreter or its loader after all, 126 for anything else.
     pub fn spawn(
-        program: &Program,
+        program: &Executable,
         variables: &[Variable],
         body: Vec<u8>,
         reaper: &Reaper,
@@ -181,7 +181,7 @@ struct Image {
 }
 
 impl Image {
-    fn new(program: &Program, variables: &[Variable]) -> io::Result<Self> {
+    fn new(program: &Executable, variables: &[Variable]) -> io::Result<Self> {
         let arguments = [&program.name].into_iter().chain(&program.arguments);
         let mut strings = arguments
             .map(|argument| CString::new(argument.as_bytes()))

@@ -3,7 +3,7 @@
 use crate::{
     report::{FIRST_MENTION, Patience, Span},
     signals::is_stop,
-    verdict::{Ended, Stop},
+    verdict::{Ended, StopReason},
 };
 use nix::sys::signal::Signal;
 use std::{future::Future, pin::pin, time::Duration};
@@ -56,7 +56,7 @@ pub struct Outcome<L> {
     /// How the command ended.
     pub ended: Ended,
     /// The first of a signal and the time limit, if there was one.
-    pub stop: Option<Stop>,
+    pub stop: Option<StopReason>,
     /// Why the delivery was lost, if it was.
     pub lost: Option<L>,
 }
@@ -102,7 +102,7 @@ pub async fn supervise<L: std::fmt::Display>(
                     terminate(process, signal);
                     told.get_or_insert_with(patience);
                     if stop.is_none() {
-                        stop = Some(Stop::Signal(signal as i32));
+                        stop = Some(StopReason::Signal(signal as i32));
                     }
                     if let Some(grace) = limits.grace {
                         kill_at = sooner(kill_at, grace);
@@ -124,7 +124,7 @@ pub async fn supervise<L: std::fmt::Display>(
                 told.get_or_insert_with(patience);
                 kill_at = sooner(kill_at, limits.kill_after);
                 time_limit = None;
-                stop.get_or_insert(Stop::TimeLimit);
+                stop.get_or_insert(StopReason::TimeLimit);
             }
             since = due(&mut told) => {
                 let then = match (kill_at, time_limit) {

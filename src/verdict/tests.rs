@@ -3,90 +3,90 @@
 use super::*;
 
 const OK: Ended = Ended::Exited(0);
-const TERM: Stop = Stop::Signal(15);
+const TERM: StopReason = StopReason::Signal(15);
 
-fn facts(ended: Ended) -> Facts {
-    Facts {
+fn result(ended: Ended) -> CommandResult {
+    CommandResult {
         ended,
         stop: None,
-        ours: true,
+        still_owned: true,
         failures_before: Some(0),
     }
 }
 
-fn verdict(settlement: Option<Settlement>, confirmed: u8, unconfirmed: u8) -> Verdict {
+fn verdict(settlement: Option<Settlement>, exit_code: u8, exit_code_if_unconfirmed: u8) -> Verdict {
     Verdict {
         settlement,
-        confirmed,
-        unconfirmed,
+        exit_code,
+        exit_code_if_unconfirmed,
     }
 }
 
 #[test]
 fn without_options() {
-    use Settlement::{Ack, GiveBack, Requeue};
-    let stopped = |ended, stop| Facts {
+    use Settlement::{Ack, Release, Requeue};
+    let stopped = |ended, stop| CommandResult {
         stop: Some(stop),
-        ..facts(ended)
+        ..result(ended)
     };
-    let lost = |facts: Facts| Facts {
-        ours: false,
-        ..facts
+    let lost = |result: CommandResult| CommandResult {
+        still_owned: false,
+        ..result
     };
     let rows = [
         // the command ends by itself
-        (facts(OK), verdict(Some(Ack), 0, 75)),
-        (facts(Ended::Exited(3)), verdict(Some(Requeue), 3, 3)),
-        (facts(Ended::Exited(255)), verdict(Some(Requeue), 255, 255)),
-        (facts(Ended::Killed(9)), verdict(Some(Requeue), 137, 137)),
-        (facts(Ended::Killed(64)), verdict(Some(Requeue), 192, 192)),
+        (result(OK), verdict(Some(Ack), 0, 75)),
+        (result(Ended::Exited(3)), verdict(Some(Requeue), 3, 3)),
+        (result(Ended::Exited(255)), verdict(Some(Requeue), 255, 255)),
+        (result(Ended::Killed(9)), verdict(Some(Requeue), 137, 137)),
+        (result(Ended::Killed(64)), verdict(Some(Requeue), 192, 192)),
         // a signal to qconsume came first: an eviction
         (stopped(OK, TERM), verdict(Some(Ack), 0, 75)),
         (
             stopped(Ended::Exited(3), TERM),
-            verdict(Some(GiveBack), 3, 3),
+            verdict(Some(Release), 3, 3),
         ),
         (
             stopped(Ended::Killed(15), TERM),
-            verdict(Some(GiveBack), 143, 143),
+            verdict(Some(Release), 143, 143),
         ),
         (
             stopped(Ended::Killed(9), TERM),
-            verdict(Some(GiveBack), 137, 137),
+            verdict(Some(Release), 137, 137),
         ),
         // the time limit came first: a failure, however the command took it
         (
-            stopped(OK, Stop::TimeLimit),
+            stopped(OK, StopReason::TimeLimit),
             verdict(Some(Requeue), 124, 124),
         ),
         (
-            stopped(Ended::Exited(3), Stop::TimeLimit),
+            stopped(Ended::Exited(3), StopReason::TimeLimit),
             verdict(Some(Requeue), 124, 124),
         ),
         (
-            stopped(Ended::Killed(9), Stop::TimeLimit),
+            stopped(Ended::Killed(9), StopReason::TimeLimit),
             verdict(Some(Requeue), 124, 124),
         ),
         // lost beats everything
-        (lost(facts(OK)), verdict(None, 75, 75)),
-        (lost(facts(Ended::Exited(3))), verdict(None, 75, 75)),
-        (lost(facts(Ended::Killed(9))), verdict(None, 75, 75)),
+        (lost(result(OK)), verdict(None, 75, 75)),
+        (lost(result(Ended::Exited(3))), verdict(None, 75, 75)),
+        (lost(result(Ended::Killed(9))), verdict(None, 75, 75)),
         (lost(stopped(OK, TERM)), verdict(None, 75, 75)),
         (
-            lost(stopped(Ended::Killed(9), Stop::TimeLimit)),
+            lost(stopped(Ended::Killed(9), StopReason::TimeLimit)),
             verdict(None, 75, 75),
         ),
     ];
-    for (facts, expected) in rows {
-        assert_eq!(decide(facts, &Policy::default()), expected, "{facts:?}");
+    for (result, expected) in rows {
+        assert_eq!(decide(result, &Policy::default()), expected, "{result:?}");
     }
 }
 
 #[test]
 fn with_options() {
-    use Settlement::{Ack, DeadLetter, GiveBack, Requeue};
+    use Settlement::{Ack, DeadLetter, Release, Requeue};
     let reject = || Policy {
-        on_failure: OnFailure::Reject,
+        max_attempts: Some(1),
         ..Policy::default()
     };
     let reject_on = || Policy {
@@ -97,20 +97,20 @@ fn with_options() {
         max_attempts: Some(max),
         ..Policy::default()
     };
-    let failed = |before| Facts {
+    let failed = |before| CommandResult {
         failures_before: before,
-        ..facts(Ended::Exited(3))
+        ..result(Ended::Exited(3))
     };
-    let exited = |status| facts(Ended::Exited(status));
-    let stopped = |ended, stop| Facts {
+    let exited = |status| result(Ended::Exited(status));
+    let stopped = |ended, stop| CommandResult {
         stop: Some(stop),
-        ..facts(ended)
+        ..result(ended)
     };
     let rows = [
-        (facts(OK), reject(), verdict(Some(Ack), 0, 75)),
+        (result(OK), reject(), verdict(Some(Ack), 0, 75)),
         (exited(3), reject(), verdict(Some(DeadLetter), 3, 3)),
         (
-            stopped(Ended::Exited(3), Stop::TimeLimit),
+            stopped(Ended::Exited(3), StopReason::TimeLimit),
             reject(),
             verdict(Some(DeadLetter), 124, 124),
         ),
@@ -118,7 +118,7 @@ fn with_options() {
         (
             stopped(Ended::Exited(3), TERM),
             reject(),
-            verdict(Some(GiveBack), 3, 3),
+            verdict(Some(Release), 3, 3),
         ),
         (exited(64), reject_on(), verdict(Some(Requeue), 64, 64)),
         (exited(65), reject_on(), verdict(Some(DeadLetter), 65, 65)),
@@ -128,12 +128,12 @@ fn with_options() {
             verdict(Some(DeadLetter), 120, 120),
         ),
         (
-            facts(Ended::Killed(9)),
+            result(Ended::Killed(9)),
             reject_on(),
             verdict(Some(Requeue), 137, 137),
         ),
         (
-            stopped(OK, Stop::TimeLimit),
+            stopped(OK, StopReason::TimeLimit),
             reject_on(),
             verdict(Some(DeadLetter), 124, 124),
         ),
@@ -159,7 +159,7 @@ fn with_options() {
             verdict(Some(Requeue), 1, 1),
         ),
         (
-            facts(Ended::Killed(9)),
+            result(Ended::Killed(9)),
             Policy {
                 failure_exit_code: Some(1),
                 ..Policy::default()
@@ -172,10 +172,10 @@ fn with_options() {
                 failure_exit_code: Some(1),
                 ..Policy::default()
             },
-            verdict(Some(GiveBack), 1, 1),
+            verdict(Some(Release), 1, 1),
         ),
         (
-            stopped(Ended::Killed(15), Stop::TimeLimit),
+            stopped(Ended::Killed(15), StopReason::TimeLimit),
             Policy {
                 failure_exit_code: Some(1),
                 ..Policy::default()
@@ -200,7 +200,7 @@ fn with_options() {
             verdict(Some(DeadLetter), 42, 1),
         ),
         (
-            facts(OK),
+            result(OK),
             Policy {
                 failure_exit_code: Some(1),
                 reject_exit_code: Some(42),
@@ -209,8 +209,8 @@ fn with_options() {
             verdict(Some(Ack), 0, 75),
         ),
     ];
-    for (facts, policy, expected) in rows {
-        assert_eq!(decide(facts, &policy), expected, "{facts:?} {policy:?}");
+    for (result, policy, expected) in rows {
+        assert_eq!(decide(result, &policy), expected, "{result:?} {policy:?}");
     }
 }
 
@@ -223,33 +223,35 @@ fn no_false_success() {
         .into_iter()
         .chain([Ended::Killed(9), Ended::Killed(15)]);
     for ended in ends {
-        for stop in [None, Some(TERM), Some(Stop::TimeLimit)] {
-            for ours in [true, false] {
+        for stop in [None, Some(TERM), Some(StopReason::TimeLimit)] {
+            for still_owned in [true, false] {
                 for failures_before in [None, Some(0), Some(7)] {
                     for reject_exit_code in [None, Some(0), Some(9)] {
-                        for on_failure in [OnFailure::Requeue, OnFailure::Reject] {
-                            let facts = Facts {
+                        for max_attempts in [None, Some(1)] {
+                            let result = CommandResult {
                                 ended,
                                 stop,
-                                ours,
+                                still_owned,
                                 failures_before,
                             };
                             let policy = Policy {
-                                on_failure,
+                                max_attempts,
                                 reject_exit_code,
                                 ..Policy::default()
                             };
-                            let verdict = decide(facts, &policy);
-                            assert_ne!(verdict.unconfirmed, 0, "{facts:?}");
+                            let verdict = decide(result, &policy);
+                            assert_ne!(verdict.exit_code_if_unconfirmed, 0, "{result:?}");
                             let gone = matches!(
                                 verdict.settlement,
                                 Some(Settlement::Ack | Settlement::DeadLetter)
                             );
-                            assert!(verdict.confirmed != 0 || gone, "{facts:?}");
+                            assert!(verdict.exit_code != 0 || gone, "{result:?}");
                             assert_eq!(
                                 verdict.settlement == Some(Settlement::Ack),
-                                ours && ended == Ended::Exited(0) && stop != Some(Stop::TimeLimit),
-                                "{facts:?}"
+                                still_owned
+                                    && ended == Ended::Exited(0)
+                                    && stop != Some(StopReason::TimeLimit),
+                                "{result:?}"
                             );
                         }
                     }

@@ -145,7 +145,7 @@ async fn a_signal_is_forwarded_and_without_grace_nothing_kills() {
     let mut process = Fake::new(&[(Signal::SIGTERM, 600 * SECOND)]);
     let mut signals = signals(&[(5, Signal::SIGTERM), (7, Signal::SIGINT)]);
     let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
-    assert_eq!(outcome.stop, Some(Stop::Signal(15)));
+    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(outcome.ended, Ended::Killed(15));
     assert_eq!(
         process.signals(),
@@ -170,7 +170,7 @@ async fn a_signal_then_kill_after_grace() {
         never(),
     )
     .await;
-    assert_eq!(outcome.stop, Some(Stop::Signal(1)));
+    assert_eq!(outcome.stop, Some(StopReason::Signal(1)));
     assert_eq!(outcome.ended, Ended::Killed(9));
     assert_eq!(
         process.signals(),
@@ -207,7 +207,7 @@ async fn the_time_limit_terminates_then_kills() {
         ..limits()
     };
     let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
-    assert_eq!(outcome.stop, Some(Stop::TimeLimit));
+    assert_eq!(outcome.stop, Some(StopReason::TimeLimit));
     assert_eq!(outcome.ended, Ended::Killed(9));
     assert_eq!(
         process.signals(),
@@ -220,7 +220,7 @@ async fn the_time_limit_terminates_then_kills() {
 
 #[tokio::test(start_paused = true)]
 async fn the_first_of_signal_and_time_limit_counts() {
-    for (signal_at, first) in [(59, Stop::Signal(15)), (61, Stop::TimeLimit)] {
+    for (signal_at, first) in [(59, StopReason::Signal(15)), (61, StopReason::TimeLimit)] {
         let mut process = Fake::new(&[(Signal::SIGTERM, 5 * SECOND)]);
         let limits = Limits {
             timeout: Some(60 * SECOND),
@@ -288,7 +288,7 @@ async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let (sender, receiver) = mpsc::unbounded_channel();
     sender.send(Signal::SIGTERM).unwrap();
     let outcome = supervise(&mut process, &limits(), &mut Received(receiver), never()).await;
-    assert_eq!(outcome.stop, Some(Stop::Signal(15)));
+    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(outcome.ended, Ended::Exited(3));
 }
 
@@ -301,7 +301,7 @@ async fn the_time_limit_ends_a_command_that_was_signalled_without_grace() {
     };
     let mut signals = signals(&[(50, Signal::SIGTERM)]);
     let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
-    assert_eq!(outcome.stop, Some(Stop::Signal(15)));
+    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(
         process.signals(),
         [
@@ -342,8 +342,16 @@ async fn the_sooner_of_grace_and_kill_after_kills() {
 #[tokio::test(start_paused = true)]
 async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
     for (signal_at, stop, last) in [
-        (8, Stop::Signal(15), (Target::Group, Signal::SIGKILL, 10)),
-        (100, Stop::TimeLimit, (Target::Group, Signal::SIGKILL, 70)),
+        (
+            8,
+            StopReason::Signal(15),
+            (Target::Group, Signal::SIGKILL, 10),
+        ),
+        (
+            100,
+            StopReason::TimeLimit,
+            (Target::Group, Signal::SIGKILL, 70),
+        ),
     ] {
         let mut process = Fake::new(&[]);
         let limits = Limits {

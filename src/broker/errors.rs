@@ -14,7 +14,7 @@ use std::{fmt, io};
 
 /// An attempt that failed: whether another one may help, and how the run ends if none does.
 #[derive(Debug)]
-pub struct Trouble {
+pub struct ConnectError {
     /// It may pass by itself.
     pub transient: bool,
     /// What the run ends with when it doesn't.
@@ -23,7 +23,7 @@ pub struct Trouble {
     pub queue_missing: bool,
 }
 
-impl Trouble {
+impl ConnectError {
     pub(super) fn transient(message: impl Into<String>) -> Self {
         Self {
             transient: true,
@@ -179,13 +179,13 @@ impl Trouble {
 
 /// Why a delivery, or the consumer that waits for one, isn't ours any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Loss {
+pub struct DeliveryLost {
     text: String,
     /// What the broker sent can't be read, so that it would come again over every new connection.
     pub unreadable: bool,
 }
 
-impl Loss {
+impl DeliveryLost {
     pub(super) fn new(error: &lapin::Error, version: Option<Version>) -> Self {
         let text = match protocol(error) {
             Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), text))
@@ -234,7 +234,7 @@ impl Loss {
     }
 }
 
-impl fmt::Display for Loss {
+impl fmt::Display for DeliveryLost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }

@@ -1,6 +1,6 @@
 //! What is made before a consumer is registered, for those who ask for it: a queue and its bindings.
 
-use super::trouble::{Trouble, protocol};
+use super::errors::{ConnectError, protocol};
 use lapin::{
     Connection,
     options::{QueueBindOptions, QueueDeclareOptions},
@@ -10,7 +10,7 @@ use lapin::{
 
 /// What is to be there before the consumer is registered.
 #[derive(Clone, Debug, Default)]
-pub struct Setup {
+pub struct Topology {
     /// The queue.
     pub declare: Declare,
     /// The exchange to bind it to.
@@ -31,13 +31,13 @@ pub enum Declare {
     Exclusive,
 }
 
-impl Setup {
+impl Topology {
     /// Makes it, and returns the queue's name, which the broker chooses where `queue` is empty.
     pub(super) async fn make(
         &self,
         connection: &Connection,
         queue: &str,
-    ) -> Result<String, Trouble> {
+    ) -> Result<String, ConnectError> {
         let name = match self.declare {
             Declare::No => queue.to_owned(),
             Declare::Durable => durable(connection, queue).await?,
@@ -48,14 +48,14 @@ impl Setup {
                 };
                 declare(connection, queue, options)
                     .await
-                    .map_err(|error| Trouble::in_setup(&error, "declare", queue))?
+                    .map_err(|error| ConnectError::in_setup(&error, "declare", queue))?
             }
         };
         if let Some(exchange) = &self.exchange {
             self.bind(connection, &name, exchange)
                 .await
                 .map_err(|error| {
-                    Trouble::in_setup(&error, &format!("bind to exchange {exchange:?}"), &name)
+                    ConnectError::in_setup(&error, &format!("bind to exchange {exchange:?}"), &name)
                 })?;
         }
         Ok(name)
@@ -84,7 +84,7 @@ impl Setup {
 }
 
 /// Passively first: a queue that is there may have any properties, and need no permission to configure it.
-async fn durable(connection: &Connection, queue: &str) -> Result<String, Trouble> {
+async fn durable(connection: &Connection, queue: &str) -> Result<String, ConnectError> {
     let passive = QueueDeclareOptions {
         passive: true,
         ..QueueDeclareOptions::default()
@@ -96,7 +96,7 @@ async fn durable(connection: &Connection, queue: &str) -> Result<String, Trouble
     match protocol(&error) {
         Some((AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND), text)) if text.contains("no queue") => {
         }
-        _ => return Err(Trouble::in_consume(&error, queue)),
+        _ => return Err(ConnectError::in_consume(&error, queue)),
     }
     let options = QueueDeclareOptions {
         durable: true,
@@ -112,7 +112,7 @@ async fn durable(connection: &Connection, queue: &str) -> Result<String, Trouble
             Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), _)) => {
                 Ok(queue.to_owned())
             }
-            _ => Err(Trouble::in_setup(&error, "declare", queue)),
+            _ => Err(ConnectError::in_setup(&error, "declare", queue)),
         },
     }
 }
