@@ -90,6 +90,10 @@ pub struct Cli {
     #[arg(long, env = "QCONSUME_DRAIN", action = ArgAction::SetTrue, value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Taking")]
     drain: bool,
 
+    /// After a failed command, take the next message instead of ending the run
+    #[arg(short, long, env = "QCONSUME_KEEP_GOING", action = ArgAction::SetTrue, value_parser = clap::builder::FalseyValueParser::new(), help_heading = "Taking")]
+    keep_going: bool,
+
     /// How long the broker waits for the acknowledgement
     ///
     /// Asked of RabbitMQ 4.3 and newer, for quorum queues. Everywhere a command that has run for 80 % of it is mentioned.
@@ -246,6 +250,8 @@ pub struct Options {
     pub count: Option<u64>,
     /// `--drain`
     pub drain: bool,
+    /// `--keep-going`
+    pub keep_going: bool,
     /// `--ack-timeout`
     pub ack_timeout: Option<Duration>,
     /// `--no-ack`
@@ -439,6 +445,7 @@ impl Cli {
             empty_exit_code: self.empty_exit_code.unwrap_or(Exit::Empty.status()),
             count,
             drain: self.drain,
+            keep_going: self.keep_going,
             ack_timeout: self.ack_timeout,
             no_ack: self.no_ack,
             prefetch_count: self.prefetch_count,

@@ -1,6 +1,6 @@
 //! The exit statuses that are qconsume's own: an interface for `podFailurePolicy`, so they never change.
 
-use std::fmt;
+use std::{fmt, io};
 
 /// Why qconsume itself, not the command, ended the run.
 ///
@@ -48,6 +48,15 @@ pub const fn status_of_signal(signal: i32) -> u8 {
     128 + signal as u8
 }
 
+/// Whether the system is short of processes, memory or descriptors for now, or a program's file is being written.
+#[must_use]
+pub fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::ETXTBSY)
+    )
+}
+
 /// An error that ends the run, with the status that it ends with.
 #[derive(Debug)]
 pub struct Failure {
@@ -58,6 +67,17 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// A system call that failed: 71 where the system is short of something, 70 otherwise.
+    pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
+        if is_shortage(error) {
+            let message =
+                format!("{what}: {error}; the system is short of it, another try may help");
+            Self::new(Exit::OsError, message)
+        } else {
+            Self::new(Exit::Software, format!("{what}: {error}"))
+        }
+    }
+
     /// A failure with this status and message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {

@@ -89,17 +89,17 @@ impl Source {
 /// What became of a message; for machines, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Done: the broker has taken in the acknowledgement.
+    /// Done: the broker has confirmed the acknowledgement.
     Acknowledged,
-    /// Back in the queue as a failure.
-    Returned,
-    /// Back in the queue without blame.
-    GivenBack,
+    /// Requeued as a failure (`basic.reject`).
+    Requeued,
+    /// Requeued without a failure (`basic.nack`).
+    Released,
     /// Dead-lettered, or dropped where the queue has no dead-letter exchange.
-    Rejected,
+    DeadLettered,
     /// It was settled, but the broker hasn't confirmed it.
     Unconfirmed,
-    /// Somebody else's before the command had ended.
+    /// Requeued by the broker before the command had ended.
     Lost,
 }
 
@@ -109,9 +109,9 @@ impl Outcome {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Acknowledged => "acknowledged",
-            Self::Returned => "returned",
-            Self::GivenBack => "given-back",
-            Self::Rejected => "rejected",
+            Self::Requeued => "requeued",
+            Self::Released => "released",
+            Self::DeadLettered => "dead-lettered",
             Self::Unconfirmed => "unconfirmed",
             Self::Lost => "lost",
         }
@@ -137,7 +137,7 @@ pub struct Subject {
 #[derive(Clone, Debug)]
 pub struct RunSummary {
     /// Who ended the run.
-    pub by: Source,
+    pub source: Source,
     /// The exit status.
     pub status: u8,
     /// Why, and what became of the message.
@@ -151,7 +151,7 @@ impl RunSummary {
     #[must_use]
     pub fn without_message(status: u8, text: String) -> Self {
         Self {
-            by: Source::Qconsume,
+            source: Source::Qconsume,
             status,
             text,
             subject: Subject::default(),
@@ -173,7 +173,7 @@ impl RunSummary {
     /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
     pub fn log(&self) {
         let Self {
-            by,
+            source,
             status,
             text,
             subject,
@@ -185,17 +185,21 @@ impl RunSummary {
             seconds,
             outcome,
         } = subject;
-        let (by, outcome) = (by.name(), outcome.map(Outcome::name));
+        let (source, outcome) = (source.name(), outcome.map(Outcome::name));
         if *status == 0 {
-            tracing::info!(id, attempt, size, seconds, outcome, status, by, "{text}");
+            tracing::info!(
+                id, attempt, size, seconds, outcome, status, source, "{text}"
+            );
         } else {
-            tracing::error!(id, attempt, size, seconds, outcome, status, by, "{text}");
+            tracing::error!(
+                id, attempt, size, seconds, outcome, status, source, "{text}"
+            );
         }
     }
 
     /// What the termination message ends with, however long its text is.
     fn facts(&self) -> String {
-        let mut facts = format!(" (status {} by {}", self.status, self.by.name());
+        let mut facts = format!(" (status {} by {}", self.status, self.source.name());
         if let Some(id) = &self.subject.id {
             let _ = write!(facts, ", message id {id:?}");
         }

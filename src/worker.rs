@@ -2,19 +2,20 @@
 
 use crate::{
     broker::{
-        Broker, ConnectOptions, ConsumeOptions, Consumer, DeliveryLost, Depth, Message, Unconfirmed,
+        Broker, ConnectOptions, Consumer, ConsumerOptions, DeliveryLost, Depth, Message,
+        Unconfirmed,
     },
     cli::Options,
+    clock::sleep_until_or_never,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{Outcome, Patience, RunSummary, Source, Span, Subject},
+    report::{FIRST_MENTION, Outcome, Patience, RunSummary, Source, Span, Subject},
     signals::{Signals, next_stop},
-    verdict::{CommandResult, Ended, Policy, Settlement, StopReason, Verdict, decide},
+    verdict::{CommandResult, Ended, Settlement, StopReason, Verdict, decide},
 };
-use anyhow::Context;
 use nix::sys::signal::Signal;
-use std::time::Duration;
-use tokio::time::{Instant, sleep, sleep_until};
+use std::{fmt, mem, time::Duration};
+use tokio::time::{Instant, sleep};
 
 /// How soon an empty-looking queue is looked at again; it grows to the longest, for a queue that somebody else works on.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -32,18 +33,18 @@ const ACKNOWLEDGED_BEFORE: &str = "message was acknowledged before the command (
 /// Works as the options say, and returns the exit status.
 ///
 /// # Errors
-/// A [`Failure`] when qconsume itself, not the command, is what failed; anything else is a defect.
-pub async fn work(options: Options, mut signals: Signals) -> anyhow::Result<u8> {
-    let program = find(&options.command, std::env::var_os("PATH").as_deref())?;
-    let reaper = Reaper::start().context("can't watch for ended processes")?;
+/// A [`Failure`] when qconsume itself, not the command, is what failed.
+pub async fn work(options: Options, mut signals: Signals) -> Result<u8, Failure> {
+    let executable = find(&options.command, std::env::var_os("PATH").as_deref())?;
+    let reaper = Reaper::start()
+        .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
     let connect = ConnectOptions {
         name: connection_name(&options.queue),
         ..options.connect.clone()
     };
-    let broker = Broker::new(options.nodes.clone(), connect);
     let consumer = Consumer::new(
-        broker,
-        ConsumeOptions {
+        Broker::new(options.nodes.clone(), connect),
+        ConsumerOptions {
             queue: options.queue.clone(),
             topology: options.topology.clone(),
             ack_timeout: options.ack_timeout,
@@ -51,166 +52,228 @@ pub async fn work(options: Options, mut signals: Signals) -> anyhow::Result<u8> 
     );
     let mut worker = Worker {
         options,
-        program,
+        executable,
         reaper,
         consumer,
+        tally: Tally::default(),
     };
-    if let Some(count @ 2..) = worker.options.prefetch_count {
-        tracing::info!(
-            "--prefetch-count {count} changes nothing: a worker holds one message at a time, so that no other waits behind a command"
-        );
+    let ended = worker.run(&mut signals).await;
+    if let Ok(summary) = &ended {
+        summary.report();
     }
-    let mut done = 0;
-    loop {
-        match worker.one(&mut signals, done).await? {
-            Step::Next => done += 1,
-            Step::End(word) => {
-                word.report();
-                worker.close(&mut signals).await;
-                return Ok(word.status);
-            }
-        }
+    // All is settled: a signal only cuts the polite close short.
+    tokio::select! {
+        biased;
+        () = worker.consumer.close() => {}
+        _ = next_stop(&mut signals) => {}
     }
+    ended.map(|summary| summary.status)
 }
 
 /// What a round leads to.
 enum Step {
-    /// The message is done; there is another to take.
+    /// The message is settled; there is another to take.
     Next,
     /// The run is over.
     End(RunSummary),
 }
 
+/// What became of the messages of a run, in numbers.
+#[derive(Default)]
+struct Tally {
+    acknowledged: u64,
+    requeued: u64,
+    dead_lettered: u64,
+}
+
+impl Tally {
+    fn done(&self) -> u64 {
+        self.acknowledged + self.dead_lettered
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} acknowledged, {} failed and requeued, {} dead-lettered",
+            self.acknowledged, self.requeued, self.dead_lettered
+        )
+    }
+}
+
 struct Worker {
     options: Options,
-    program: Executable,
+    executable: Executable,
     reaper: Reaper,
     consumer: Consumer,
+    tally: Tally,
 }
 
 impl Worker {
+    async fn run(&mut self, signals: &mut Signals) -> Result<RunSummary, Failure> {
+        loop {
+            if let Step::End(summary) = self.one(signals).await? {
+                return Ok(summary);
+            }
+        }
+    }
+
     /// One message, from the wait for it until it is settled.
-    async fn one(&mut self, signals: &mut Signals, done: u64) -> Result<Step, Failure> {
+    async fn one(&mut self, signals: &mut Signals) -> Result<Step, Failure> {
         let taken = tokio::select! {
             biased;
             signal = next_stop(signals) => return Ok(Step::End(self.stopped(signal).await)),
             taken = self.take() => taken?,
         };
-        let Some(message) = taken else {
+        let Some(mut message) = taken else {
             return Ok(Step::End(self.nothing_left()));
         };
         let task = Task::new(&message);
-        task.say_taken(self.consumer.queue());
+        task.log_taken(self.consumer.queue());
 
         if self.options.no_ack
-            && let Some(word) = self.acknowledge(&task).await
+            && let Some(summary) = self.acknowledge_beforehand(&task).await
         {
-            return Ok(Step::End(word));
+            return Ok(Step::End(summary));
         }
 
-        let mut variables = message.variables;
-        let hidden = self.options.hidden.iter();
-        variables.extend(hidden.map(|name| Variable { name, value: None }));
-        let command = Command::spawn(&self.program, &variables, message.body, &self.reaper);
-        let outcome = match command {
-            Ok(mut command) => {
-                let lost = async {
-                    if self.options.no_ack {
-                        // There is nothing left to lose.
-                        std::future::pending().await
-                    } else {
-                        self.consumer.lost().await
-                    }
-                };
-                let run = supervise(&mut command, &self.options.limits, signals, lost);
-                warn_before_ack_timeout(self.options.ack_timeout, run).await
-            }
+        let body = mem::take(&mut message.body);
+        let variables = self.variables(message);
+        let mut command = match Command::spawn(&self.executable, &variables, body, &self.reaper) {
+            Ok(command) => command,
             Err(failure) => return Ok(Step::End(self.not_started(&failure, &task).await)),
         };
-        let verdict = decide(
-            CommandResult {
-                ended: outcome.ended,
-                stop: outcome.stop,
-                still_owned: outcome.lost.is_none(),
-                failures_before: task.failures,
-            },
-            &self.options.policy,
-        );
-        let (by, how) = how(outcome.ended, outcome.stop);
-        let Some(settlement) = verdict.settlement else {
-            let why = outcome
-                .lost
-                .map(|loss| loss.to_string())
-                .unwrap_or_default();
-            let text = format!(
-                "message lost while the command ran, so it may be somebody else's by now: {why}; {how}"
-            );
-            return Ok(Step::End(task.word(
-                Source::Qconsume,
-                verdict.exit_code,
-                Outcome::Lost,
-                text,
-            )));
+        let lost = async {
+            if self.options.no_ack {
+                // There is nothing left to lose.
+                std::future::pending().await
+            } else {
+                self.consumer.lost().await
+            }
         };
+        let run = supervise(&mut command, &self.options.limits, signals, lost);
+        let outcome = warn_before_ack_timeout(self.options.ack_timeout, run).await;
+        let result = CommandResult {
+            ended: outcome.ended,
+            stop: outcome.stop,
+            still_owned: outcome.lost.is_none(),
+            failures_before: task.failures,
+        };
+        let verdict = decide(result, &self.options.policy);
+        let how = describe_end(result);
+        match (verdict.settlement, outcome.lost) {
+            (Some(settlement), _) => self.settle(&task, result, verdict, settlement, &how).await,
+            (None, lost) => {
+                let why = lost.map(|lost| lost.to_string()).unwrap_or_default();
+                let text = format!(
+                    "delivery lost while the command ran, another worker may have it: {why}; {how}"
+                );
+                Ok(Step::End(task.summary(
+                    Source::Qconsume,
+                    verdict.exit_code,
+                    Outcome::Lost,
+                    text,
+                )))
+            }
+        }
+    }
 
-        let all = self.options.count.is_some_and(|count| done + 1 >= count);
-        let stopped_by = outcome.stop.and_then(StopReason::signal);
-        // With `--reject-exit-code 0` a message that was dead-lettered is done like any other.
-        let last = all || verdict.exit_code != 0 || stopped_by.is_some();
-        let word = if self.options.no_ack {
-            task.word(
-                by,
-                verdict.exit_code,
-                Outcome::Acknowledged,
-                format!("{how}; {ACKNOWLEDGED_BEFORE}"),
-            )
-        } else {
-            task.warn_if_uncounted(&self.options.policy, settlement);
-            let settled = self.consumer.settle(settlement, last).await;
-            task.settled(by, &how, &verdict, settlement, settled.err())
+    /// Tells the broker what the verdict says, and goes on or ends.
+    async fn settle(
+        &mut self,
+        task: &Task,
+        result: CommandResult,
+        verdict: Verdict,
+        settlement: Settlement,
+        how: &str,
+    ) -> Result<Step, Failure> {
+        let signal = result.stop.and_then(StopReason::signal);
+        let failed = verdict.exit_code != 0;
+        let done = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
+        let all = self
+            .options
+            .count
+            .is_some_and(|count| self.tally.done() + u64::from(done) >= count);
+        // A classic queue would deliver the same message again at once, for ever.
+        let counted = settlement != Settlement::Requeue || task.failures.is_some();
+        let keeps_going = self.options.keep_going && counted && signal.is_none();
+        let last = all || signal.is_some() || (failed && !keeps_going);
+        task.warn_if_uncounted(&self.options, settlement);
+
+        let source = match result.stop {
+            Some(StopReason::TimeLimit) => Source::Qconsume,
+            _ => Source::Command,
         };
-        match stopped_by {
-            _ if word.status != 0 || all => Ok(Step::End(word)),
-            None => {
-                word.log();
-                Ok(Step::Next)
+        let summary = if self.options.no_ack {
+            let text = format!("{how}; {ACKNOWLEDGED_BEFORE}");
+            task.summary(source, verdict.exit_code, Outcome::Acknowledged, text)
+        } else {
+            let settled = self.consumer.settle(settlement, last).await;
+            task.settled(source, how, &verdict, settlement, settled.err())
+        };
+        match summary.subject.outcome {
+            Some(Outcome::Acknowledged) => self.tally.acknowledged += 1,
+            Some(Outcome::Requeued) => self.tally.requeued += 1,
+            Some(Outcome::DeadLettered) => self.tally.dead_lettered += 1,
+            _ => return Ok(Step::End(summary)),
+        }
+        Ok(match signal {
+            _ if summary.status != 0 && !keeps_going => Step::End(summary),
+            None if !all => {
+                summary.log();
+                Step::Next
+            }
+            None if self.options.keep_going => {
+                summary.log();
+                Step::End(self.all_done())
             }
             // This message is done, but a stop before all are is no completion.
-            Some(signal) => Ok(Step::End(RunSummary {
-                by: Source::Qconsume,
+            Some(signal) if !all => Step::End(RunSummary {
+                source: Source::Qconsume,
                 status: status_of_signal(signal),
                 text: format!(
                     "{}; stopped by a signal before everything was done",
-                    word.text
+                    summary.text
                 ),
-                ..word
-            })),
-        }
+                ..summary
+            }),
+            _ => Step::End(summary),
+        })
+    }
+
+    /// What the command's environment gets of the message, and what it doesn't get of ours.
+    fn variables(&self, message: Message) -> Vec<Variable> {
+        let hidden = self.options.hidden.iter();
+        let mut variables = message.variables;
+        variables.extend(hidden.map(|name| Variable { name, value: None }));
+        variables
     }
 
     /// `--no-ack`: the message is settled before the command starts.
     ///
-    /// Returns the last word, if that can't be known to have arrived: then the command mustn't start.
-    async fn acknowledge(&mut self, task: &Task) -> Option<RunSummary> {
+    /// Returns how the run ends, if the acknowledgement isn't confirmed: then the command mustn't start.
+    async fn acknowledge_beforehand(&mut self, task: &Task) -> Option<RunSummary> {
         // As if it were the last one: the next is for whoever has time for it, not for a worker that is busy.
         let settled = self.consumer.settle(Settlement::Ack, true).await;
         let why = settled.err()?;
-        Some(task.word(
+        let text = format!(
+            "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
+        );
+        Some(task.summary(
             Source::Qconsume,
             Exit::Lost.status(),
             Outcome::Unconfirmed,
-            format!(
-                "command not started, as the acknowledgement (--no-ack) was not confirmed and the message may come again: {why}"
-            ),
+            text,
         ))
     }
 
     /// Waits for a message, over as many connections as it needs.
     ///
-    /// `None` is: nothing came for as long as the options want to wait.
+    /// `None` is: there was none for as long as the options want to wait.
     async fn take(&mut self) -> Result<Option<Message>, Failure> {
-        // `--drain` without `--wait` asks how full the queue is before it waits at all.
-        let patience = if self.options.drain {
+        // `--drain` without `--wait` asks at once how full the queue is.
+        let limit = if self.options.drain {
             Some(self.options.wait.unwrap_or_default())
         } else {
             self.options.wait
@@ -224,22 +287,22 @@ impl Worker {
             }
             // Only time in which a message could have come counts.
             let registered = Instant::now();
-            let left = patience.map(|patience| patience.saturating_sub(waited));
+            let left = limit.map(|limit| limit.saturating_sub(waited));
             match self.wait(left).await {
                 Ok(taken) => return Ok(taken),
-                // Nobody gets past it, so waiting on would be a storm of connections until somebody looks.
-                Err(loss) if loss.unreadable => {
+                // Every new connection would get it again.
+                Err(lost) if lost.unreadable => {
                     return Err(Failure::new(
                         Exit::Software,
                         format!(
-                            "the next message in queue {:?} can't be taken: {loss}; it has gone back to the queue: take it out by other means",
-                            self.options.queue
+                            "the next message in queue {:?} can't be read: {lost}; it is requeued, and every worker will get it: remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`",
+                            self.consumer.queue()
                         ),
                     ));
                 }
-                Err(loss) => {
-                    self.consumer.survives(&loss.to_string())?;
-                    tracing::warn!("while waiting for a message: {loss}; connecting again")
+                Err(lost) => {
+                    self.consumer.survives(&lost.to_string())?;
+                    tracing::warn!("while waiting for a message: {lost}; connecting again");
                 }
             }
             waited += registered.elapsed();
@@ -252,25 +315,37 @@ impl Worker {
         }
     }
 
-    /// Waits on one connection: for a message, or until the queue has been empty for `patience`.
-    async fn wait(&mut self, patience: Option<Duration>) -> Result<Option<Message>, DeliveryLost> {
-        let mut look = patience.map(|patience| Instant::now() + patience);
+    /// Waits on one connection: for a message, until `limit` has passed, or with `--drain` until the queue is empty then.
+    async fn wait(&mut self, limit: Option<Duration>) -> Result<Option<Message>, DeliveryLost> {
+        let mut look = limit.map(|limit| Instant::now() + limit);
         let mut pause = LOOK_AGAIN;
         let mut mention = Patience::new(MENTION_WAIT);
+        let mut held_up = Patience::new(FIRST_MENTION);
         loop {
             tokio::select! {
                 biased;
                 message = self.consumer.next() => return message.map(Some),
-                () = until(look) => {}
+                () = sleep_until_or_never(look) => {}
                 waited = mention.due() => {
                     tracing::info!("still waiting for a message in queue {:?}, for {} now", self.consumer.queue(), Span(waited));
                     continue;
                 }
             }
-            if self.consumer.depth().await? == Depth::Ready(0) {
+            if !self.options.drain {
                 return self.consumer.cancel().await;
             }
-            // Ready messages that don't come are another's turn: a single active consumer's, or a queue's on the move.
+            match self.consumer.depth().await? {
+                Depth::Ready(0) => return self.consumer.cancel().await,
+                Depth::Ready(ready) if held_up.is_due() => tracing::info!(
+                    "queue {:?} has {ready} ready messages, but the broker delivers none of them here: another consumer is the active one (single active consumer), or the queue is moving to another node",
+                    self.consumer.queue()
+                ),
+                Depth::Unknown if held_up.is_due() => tracing::info!(
+                    "the broker can't say whether queue {:?} is empty: its leader doesn't answer",
+                    self.consumer.queue()
+                ),
+                Depth::Ready(_) | Depth::Unknown => {}
+            }
             look = Some(Instant::now() + pause);
             pause = (pause * 2).min(LOOK_AGAIN_LONGEST);
         }
@@ -278,55 +353,60 @@ impl Worker {
 
     /// The end of a run that found nothing more to do.
     fn nothing_left(&self) -> RunSummary {
+        if self.options.drain {
+            return self.all_done();
+        }
+        let (queue, waited) = (
+            self.consumer.queue(),
+            Span(self.options.wait.unwrap_or_default()),
+        );
+        let text = format!("no message in queue {queue:?} within {waited} (--wait)");
+        RunSummary::without_message(self.options.empty_exit_code, text)
+    }
+
+    /// The end of a run that has done all it was asked for.
+    fn all_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
-        let (status, text) = if self.options.drain {
-            (0, format!("queue {queue:?} is empty"))
+        let what = if self.options.drain {
+            format!("queue {queue:?} is empty")
         } else {
-            let waited = Span(self.options.wait.unwrap_or_default());
-            (
-                self.options.empty_exit_code,
-                format!("no message in queue {queue:?} within {waited} (--wait)"),
-            )
+            format!("all messages are done that --count asked for, of queue {queue:?}")
+        };
+        let text = if self.options.keep_going {
+            format!("{what}: {}", self.tally)
+        } else {
+            what
+        };
+        let status = match self.tally.dead_lettered {
+            1.. if self.options.keep_going => self.options.policy.reject_exit_code.unwrap_or(1),
+            _ => 0,
         };
         RunSummary::without_message(status, text)
     }
 
     /// The end of a run that was told to stop while no command ran.
     async fn stopped(&mut self, signal: Signal) -> RunSummary {
-        self.consumer.give_back().await;
+        self.consumer.release().await;
         RunSummary::without_message(
             status_of_signal(signal as i32),
-            format!("stopped by {signal} while no command ran; whatever had arrived goes back"),
+            format!("stopped by {signal} while no command ran; whatever had arrived is released"),
         )
     }
 
-    /// Nobody has run the message, so it goes back, uncounted where the broker can tell.
+    /// Nobody has run the message, so it is released, which RabbitMQ 4.3 doesn't count.
     async fn not_started(&mut self, failure: &Failure, task: &Task) -> RunSummary {
         let (outcome, became) = if self.options.no_ack {
             (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned())
         } else {
             let settled = self.consumer.settle(Settlement::Release, true).await;
-            became(Settlement::Release, settled.err())
+            describe_settlement(Settlement::Release, settled.err())
         };
-        task.word(
-            Source::Qconsume,
-            failure.exit.status(),
-            outcome,
-            format!("{failure}; {became}"),
-        )
-    }
-
-    /// All is settled: a signal only cuts the goodbye short.
-    async fn close(&mut self, signals: &mut Signals) {
-        tokio::select! {
-            biased;
-            () = self.consumer.close() => {}
-            _ = next_stop(signals) => {}
-        }
+        let text = format!("{failure}; {became}");
+        task.summary(Source::Qconsume, failure.exit.status(), outcome, text)
     }
 }
 
-/// The message at hand, for what is said of it.
+/// The message at hand, for log lines and the summary.
 struct Task {
     subject: Subject,
     failures: Option<u64>,
@@ -347,18 +427,18 @@ impl Task {
         }
     }
 
-    fn say_taken(&self, queue: &str) {
+    fn log_taken(&self, queue: &str) {
         let Subject {
             id, attempt, size, ..
         } = &self.subject;
         tracing::info!(queue, id, attempt, size, "message taken");
     }
 
-    /// A last word about it, with how long it has been here until now, to the millisecond.
-    fn word(&self, by: Source, status: u8, outcome: Outcome, text: String) -> RunSummary {
+    /// How the run ends with it, with how long it has been here until now, to the millisecond.
+    fn summary(&self, source: Source, status: u8, outcome: Outcome, text: String) -> RunSummary {
         let seconds = (self.since.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
         RunSummary {
-            by,
+            source,
             status,
             text,
             subject: Subject {
@@ -369,85 +449,90 @@ impl Task {
         }
     }
 
-    /// The word on a settlement that has arrived, or (`unconfirmed`) may not have.
+    /// The same for a settlement that is confirmed, or isn't.
     fn settled(
         &self,
-        by: Source,
+        source: Source,
         how: &str,
         verdict: &Verdict,
         settlement: Settlement,
         unconfirmed: Option<Unconfirmed>,
     ) -> RunSummary {
-        let (by, status) = match (&unconfirmed, settlement) {
-            (None, _) => (by, verdict.exit_code),
+        let (source, status) = match (&unconfirmed, settlement) {
+            (None, _) => (source, verdict.exit_code),
             (Some(_), Settlement::Ack) => (Source::Qconsume, verdict.exit_code_if_unconfirmed),
-            (Some(_), _) => (by, verdict.exit_code_if_unconfirmed),
+            (Some(_), _) => (source, verdict.exit_code_if_unconfirmed),
         };
-        let (outcome, became) = became(settlement, unconfirmed);
-        self.word(by, status, outcome, format!("{how}; {became}"))
+        let (outcome, became) = describe_settlement(settlement, unconfirmed);
+        self.summary(source, status, outcome, format!("{how}; {became}"))
     }
 
-    /// A classic queue doesn't count, so `--max-attempts` can't end anything there.
-    fn warn_if_uncounted(&self, policy: &Policy, settlement: Settlement) {
-        if let (Some(max), Settlement::Requeue, None) =
-            (policy.max_attempts, settlement, self.failures)
-        {
+    /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
+    fn warn_if_uncounted(&self, options: &Options, settlement: Settlement) {
+        if settlement != Settlement::Requeue || self.failures.is_some() {
+            return;
+        }
+        if let Some(max) = options.policy.max_attempts {
             tracing::warn!(
                 "--max-attempts {max} has no effect: this queue doesn't count deliveries; use a quorum queue"
+            );
+        }
+        if options.keep_going {
+            tracing::warn!(
+                "--keep-going ends here: this queue doesn't count deliveries, so it would deliver the failed message again and again; use a quorum queue"
             );
         }
     }
 }
 
 /// What became of the message, for machines and for people.
-fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome, String) {
+fn describe_settlement(
+    settlement: Settlement,
+    unconfirmed: Option<Unconfirmed>,
+) -> (Outcome, String) {
     if let Some(why) = unconfirmed {
         let text = match settlement {
             Settlement::Ack => format!(
-                "but its acknowledgement was not confirmed, so the message may come again: {why}"
+                "acknowledgement not confirmed, so the message may be delivered again: {why}"
             ),
-            Settlement::DeadLetter => format!(
-                "message rejected, but the broker has not confirmed it, so it may come again: {why}"
-            ),
-            Settlement::Requeue | Settlement::Release => format!(
-                "message goes back to the queue, though the broker has not confirmed it: {why}"
-            ),
+            Settlement::DeadLetter => {
+                format!("rejection not confirmed, so the message may be delivered again: {why}")
+            }
+            Settlement::Requeue | Settlement::Release => {
+                format!("message is requeued, though the broker has not confirmed it: {why}")
+            }
         };
         return (Outcome::Unconfirmed, text);
     }
     let (outcome, text) = match settlement {
         Settlement::Ack => (Outcome::Acknowledged, "message acknowledged"),
-        Settlement::Requeue => (Outcome::Returned, "message returned to the queue"),
-        Settlement::Release => (Outcome::GivenBack, "message given back to the queue"),
+        Settlement::Requeue => (Outcome::Requeued, "message requeued"),
+        Settlement::Release => (Outcome::Released, "message released"),
         Settlement::DeadLetter => (
-            Outcome::Rejected,
-            "message rejected: dead-lettered, or dropped where the queue has no dead-letter exchange",
+            Outcome::DeadLettered,
+            "message dead-lettered, or dropped where the queue has no dead-letter exchange",
         ),
     };
     (outcome, text.to_owned())
 }
 
-/// How the command ended, and whose word the status is.
-fn how(ended: Ended, stop: Option<StopReason>) -> (Source, String) {
-    let how = match ended {
+/// How the command ended.
+fn describe_end(result: CommandResult) -> String {
+    let ended = match result.ended {
         Ended::Exited(0) => "command succeeded".to_owned(),
         Ended::Exited(status) => format!("command exited with status {status}"),
-        Ended::Killed(signal) => format!("command was killed by {}", name(signal)),
+        Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
     };
-    match stop {
-        None => (Source::Command, how),
-        Some(StopReason::TimeLimit) => (
-            Source::Qconsume,
-            format!("{how} after its time limit (--timeout)"),
-        ),
-        Some(StopReason::Signal(signal)) => (
-            Source::Command,
-            format!("{how} after {} was passed on to it", name(signal)),
-        ),
+    match result.stop {
+        None => ended,
+        Some(StopReason::TimeLimit) => format!("{ended} after its time limit (--timeout)"),
+        Some(StopReason::Signal(signal)) => {
+            format!("{ended} after {} was forwarded to it", signal_name(signal))
+        }
     }
 }
 
-fn name(signal: i32) -> String {
+fn signal_name(signal: i32) -> String {
     Signal::try_from(signal)
         .map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string())
 }
@@ -459,7 +544,7 @@ async fn warn_before_ack_timeout<T>(limit: Option<Duration>, run: impl Future<Ou
             biased;
             done = &mut run => return done,
             () = sleep(limit.mul_f64(ACK_WARNING)) => tracing::warn!(
-                "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker gives the message to somebody else",
+                "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker requeues the message",
                 Span(limit)
             ),
         }
@@ -474,11 +559,4 @@ fn connection_name(queue: &str) -> String {
         .or_else(|| nix::unistd::gethostname().ok())
         .unwrap_or_default();
     format!("qconsume {} {queue}", host.display())
-}
-
-async fn until(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => sleep_until(instant).await,
-        None => std::future::pending().await,
-    }
 }

@@ -2,17 +2,16 @@
 
 use super::{
     address::{Address, AuthMechanism},
-    errors::ConnectError,
-    frames::{Seen, Version},
-    incoming::{Bodies, Incoming},
-    one_cpu::{IoThread, OneCpu},
+    errors::{ConnectError, described},
+    observed::{Observed, Shared, Version},
     resolve::resolve,
+    tap::Tap,
     tls::Tls,
-    transport::{Kit, Stream},
+    transport::{LapinRuntime, Socket, TappedStream},
 };
 use crate::{
-    exit::{Exit, Failure},
-    report::mentioned,
+    exit::Failure,
+    report::{Patience, Span, mentioned},
 };
 use async_rs::Runtime;
 use lapin::{
@@ -21,26 +20,27 @@ use lapin::{
     uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
 };
 use std::{
-    future::poll_fn,
     io,
     net::{Shutdown, SocketAddr},
     os::fd::AsFd,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    task::Poll,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
-use tokio_stream::Stream as TokioStream;
+use tokio_stream::Stream;
+
+/// Longest time that closing a connection politely may take: a broker that is frozen, or blocks publishers, doesn't
+/// answer, and the process ends all the same.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Longest wait for one address to accept: a host that is gone without a word mustn't use up the time of the others.
 const TCP_CONNECT: Duration = Duration::from_secs(5);
 
-/// Largest frame asked for, in bytes: RabbitMQ's default. Without a preset lapin makes its buffers twice, the second time
-/// with every page touched. Less would be quicker with large bodies, but all headers of a message are one frame.
+/// Largest frame asked for, in bytes: RabbitMQ's default. Without a preset lapin touches two buffers of 4 MiB.
 const FRAME_MAX: u32 = 131_072;
 
 /// Heartbeat interval asked for where nobody says otherwise, in seconds: a frozen broker is noticed after
@@ -57,7 +57,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 pub struct ConnectOptions {
     /// `--connect-timeout`: for everything from the first look-up until a consumer is registered.
     pub timeout: Duration,
-    /// `--heartbeat`, in seconds; without it the address's own parameter, and then 10, is asked for.
+    /// `--heartbeat`, in seconds; without it the address's own parameter, and then 10, is proposed. 0 leaves it to the
+    /// broker's proposal, which may be none.
     pub heartbeat: Option<u16>,
     /// What RabbitMQ's management page shows.
     pub name: String,
@@ -87,109 +88,102 @@ impl Broker {
         }
     }
 
-    pub(super) fn stage(&self) -> &str {
-        &self.stage
-    }
-
     /// A connection, from as many attempts as it needs within `--connect-timeout`.
     ///
     /// # Errors
     /// The permanent failure, or when time is up the last transient one.
-    pub async fn connect(&mut self) -> Result<Link, Failure> {
+    pub async fn connect(&mut self) -> Result<OpenConnection, Failure> {
         let mut attempts = Attempts::new(self.options.timeout);
         loop {
-            let limit = attempts.deadline;
-            match timeout_at(limit, self.open(limit)).await {
-                Ok(Ok(mut link)) => {
-                    link.opening = None;
-                    return Ok(link);
-                }
-                Ok(Err(trouble)) => attempts.failed(trouble).await?,
-                Err(_) => return Err(attempts.out_of_time(&self.stage)),
+            match self.attempt(&mut attempts).await? {
+                Ok(connection) => return Ok(connection),
+                Err(error) => attempts.failed(error).await?,
             }
         }
     }
 
     /// One attempt at the next node.
-    pub(super) async fn open(&mut self, deadline: Instant) -> Result<Link, ConnectError> {
-        let node = self.next % self.nodes.len();
-        let address = self.nodes[node].clone();
-        // Should this one fail, the next attempt is the next node's.
-        self.next = node + 1;
-        // One that accepts and then says nothing mustn't use up all the time: its successor at the same address, or
-        // the next node, gets what it leaves.
+    ///
+    /// # Errors
+    /// The outer one when time is up.
+    pub(super) async fn attempt(
+        &mut self,
+        attempts: &mut Attempts,
+    ) -> Result<Result<OpenConnection, ConnectError>, Failure> {
+        let deadline = attempts.deadline;
+        // Round-robin: the next attempt starts at the next node.
+        let address = self.nodes[self.next % self.nodes.len()].clone();
+        self.next = (self.next + 1) % self.nodes.len();
+        // A node that accepts and stays silent gets half of the time, so that the next one gets the rest.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
-        let link = match timeout(share, self.open_node(&address)).await {
-            Ok(Ok(link)) => link,
-            Ok(Err(mut trouble)) => {
-                trouble.failure.message = format!("{address}: {}", trouble.failure.message);
-                return Err(trouble);
+        match timeout(share, self.open(&address)).await {
+            Ok(Err(mut error)) => {
+                error.failure.message = format!("{address}: {}", error.failure.message);
+                Ok(Err(error))
             }
-            Err(_) => {
-                return Err(ConnectError::transient(no_answer(&self.stage)));
-            }
-        };
-        // It was good: after a loss it is asked first again only where it is the only one.
-        Ok(link)
+            Ok(opened) => Ok(opened),
+            Err(_) if Instant::now() >= deadline => Err(attempts.out_of_time(&self.stage)),
+            Err(_) => Ok(Err(ConnectError::transient(no_answer(&self.stage)))),
+        }
     }
 
-    async fn open_node(&mut self, address: &Address) -> Result<Link, ConnectError> {
+    async fn open(&mut self, address: &Address) -> Result<OpenConnection, ConnectError> {
+        let wanted = self.options.heartbeat.or(address.parameters.heartbeat);
+        let heartbeat = wanted.unwrap_or(HEARTBEAT);
+        let opened = self.open_with(address, heartbeat).await?;
+        // amqproxy proposes 0 and sends heartbeats only to clients that send nothing themselves (seen with 3.1): none,
+        // then. lapin 4.12 can't take that proposal unless it proposes 0, too.
+        if heartbeat != 0 && opened.observed().heartbeat == Some(0) {
+            tracing::debug!("{address} wants no heartbeats: connecting again without");
+            opened.close().await;
+            return self.open_with(address, 0).await;
+        }
+        Ok(opened)
+    }
+
+    async fn open_with(
+        &mut self,
+        address: &Address,
+        heartbeat: u16,
+    ) -> Result<OpenConnection, ConnectError> {
         self.stage = format!("looking up {}", address.host);
         let found = mentioned(&self.stage, resolve(&address.host, address.port))
             .await
             .map_err(|error| {
-                ConnectError::transient(format!(
-                    "the name {:?} can't be looked up: {error}",
-                    address.host
-                ))
+                let what = format!("the name {:?} can't be looked up", address.host);
+                ConnectError::of_system(what, &error)
             })?;
         let socket = self.dial(address, &found).await?;
-        let cutter =
-            Cutter::new(&socket).map_err(|error| ConnectError::transient(error.to_string()))?;
-        let seen = Arc::new(Seen::default());
-        let bodies = Arc::new(Bodies::default());
-        let incoming = Incoming::new(
-            // The greeting comes before a smaller one is agreed on.
-            frame_max(address).max(FRAME_MAX),
-            Arc::clone(&seen),
-            Arc::clone(&bodies),
-        );
-        let stream = if address.tls {
+        let cutter = Cutter::new(&socket)
+            .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
+        let socket = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {address}");
             let handshake = self.options.tls.handshake(socket, address);
-            Stream::tls(mentioned(&self.stage, handshake).await?, incoming)
+            Socket::Tls(Box::new(mentioned(&self.stage, handshake).await?))
         } else {
-            Stream::plain(socket, incoming)
+            Socket::Plain(socket)
         };
         self.stage = format!("waiting for the AMQP handshake with {address}");
-        let io_thread = IoThread::default();
-        let opening = OneCpu::begin(io_thread.clone());
+        let observed = Shared::default();
+        // The broker's greeting comes before a smaller limit is agreed on.
+        let tap = Tap::new(frame_max(address).max(FRAME_MAX), observed.clone());
         let handshake = Connection::connector(
-            uri(address, self.options.heartbeat),
-            Runtime::new(Kit::current()),
-            hand_over(stream, io_thread),
+            uri(address, heartbeat),
+            Runtime::new(LapinRuntime::current()),
+            hand_over(TappedStream::new(socket, tap)),
             properties(&self.options.name),
         );
-        let connection = mentioned(&self.stage, handshake).await.map_err(|error| {
-            let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
-            if external && seen.without_external() {
-                ConnectError::permanent(
-                    Exit::Config,
-                    "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
-                )
-            } else {
-                ConnectError::in_handshake(&error, address)
-            }
-        })?;
+        let connection = mentioned(&self.stage, handshake)
+            .await
+            .map_err(|error| ConnectError::in_handshake(&error, &observed.lock(), address))?;
         tracing::debug!("connected to {address}");
         let events = Box::pin(connection.events_listener());
-        Ok(Link {
+        Ok(OpenConnection {
             connection,
             events,
-            seen,
-            bodies,
-            opening,
+            observed,
+            username: address.username.clone(),
             _cutter: cutter,
         })
     }
@@ -208,6 +202,9 @@ impl Broker {
                     // Small methods go out at once; refusing that is no reason to fail.
                     let _ = socket.set_nodelay(true);
                     return Ok(socket);
+                }
+                Ok(Err(error)) if crate::exit::is_shortage(&error) => {
+                    return Err(ConnectError::of_system("can't open a socket", &error));
                 }
                 Ok(Err(error)) => format!("{target}: {error}"),
                 Err(_) => format!("{target}: no answer within {limit:?}"),
@@ -229,51 +226,64 @@ impl Broker {
 }
 
 /// An open connection.
-pub struct Link {
+pub struct OpenConnection {
     pub(super) connection: Connection,
-    pub(super) events: Pin<Box<dyn TokioStream<Item = Event> + Send>>,
-    pub(super) seen: Arc<Seen>,
-    pub(super) bodies: Arc<Bodies>,
-    /// Until it has been put to its first use.
-    pub(super) opening: Option<OneCpu>,
+    pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
+    observed: Shared,
+    username: String,
     _cutter: Cutter,
 }
 
-impl std::fmt::Debug for Link {
+impl std::fmt::Debug for OpenConnection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Link").finish_non_exhaustive()
+        f.debug_struct("OpenConnection").finish_non_exhaustive()
     }
 }
 
-impl Link {
-    /// The connection, for what has no need of a consumer.
-    #[must_use]
-    pub fn connection(&self) -> &Connection {
+impl OpenConnection {
+    /// lapin's connection, for channels.
+    pub(super) fn connection(&self) -> &Connection {
         &self.connection
     }
 
     /// The connection's events; there is one listener only, as lapin's listeners take from each other.
-    pub fn events(&mut self) -> Pin<&mut (dyn TokioStream<Item = Event> + Send)> {
+    pub(super) fn events(&mut self) -> Pin<&mut (dyn Stream<Item = Event> + Send + Sync)> {
         self.events.as_mut()
     }
 
-    pub(super) fn version(&self) -> Option<Version> {
-        self.seen.version()
+    /// What the broker has sent so far.
+    pub(super) fn observed(&self) -> MutexGuard<'_, Observed> {
+        self.observed.lock()
     }
 
-    /// Forgets the events so far: the end of an earlier channel, a refused one for example, is no loss to the next.
-    pub(super) async fn forget_events(mut self) -> Self {
-        poll_fn(|cx| {
-            while let Poll::Ready(Some(_)) = self.events.as_mut().poll_next(cx) {}
-            Poll::Ready(())
-        })
-        .await;
-        self
+    pub(super) fn version(&self) -> Option<Version> {
+        self.observed().version
+    }
+
+    pub(super) fn username(&self) -> &str {
+        &self.username
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.connection.status().connected()
+    }
+
+    /// Closes the connection politely (`connection.close`), within two seconds; whether the broker answers changes
+    /// nothing any more.
+    pub async fn close(&self) {
+        if !self.is_connected() {
+            return;
+        }
+        match timeout(CLOSE_TIMEOUT, self.connection.close(200, "OK".into())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("closing the connection: {}", described(&error)),
+            Err(_) => tracing::debug!("closing the connection: no answer within {CLOSE_TIMEOUT:?}"),
+        }
     }
 }
 
-/// Ends the connection at once, without a word, when the link is dropped: an attempt that was given up, or a
-/// broker that doesn't answer, mustn't go on beside its successor.
+/// Shuts the socket down when the connection is dropped: lapin's thread would go on with an attempt that was given up,
+/// or with a broker that doesn't answer, beside its successor.
 struct Cutter(std::net::TcpStream);
 
 impl Cutter {
@@ -294,7 +304,7 @@ pub(super) struct Attempts {
     limit: Duration,
     pause: Duration,
     last: Option<Failure>,
-    said: crate::report::Patience,
+    said: Patience,
 }
 
 impl Attempts {
@@ -304,7 +314,7 @@ impl Attempts {
             limit,
             pause: FIRST_PAUSE,
             last: None,
-            said: crate::report::Patience::new(Duration::ZERO),
+            said: Patience::new(Duration::ZERO),
         }
     }
 
@@ -312,24 +322,24 @@ impl Attempts {
     ///
     /// # Errors
     /// The failure, when it is permanent or time is up.
-    pub(super) async fn failed(&mut self, trouble: ConnectError) -> Result<(), Failure> {
-        if !trouble.transient {
-            return Err(trouble.failure);
+    pub(super) async fn failed(&mut self, error: ConnectError) -> Result<(), Failure> {
+        if !error.transient {
+            return Err(error.failure);
         }
         if Instant::now() >= self.deadline {
-            self.last = Some(trouble.failure);
+            self.last = Some(error.failure);
             return Err(self.out_of_time("trying again"));
         }
         if self.said.is_due() {
             tracing::warn!(
                 "{}; trying again for up to {}",
-                trouble.failure,
-                crate::report::Span(self.deadline.saturating_duration_since(Instant::now()))
+                error.failure,
+                Span(self.deadline.saturating_duration_since(Instant::now()))
             );
         } else {
-            tracing::debug!("{}; trying again", trouble.failure);
+            tracing::debug!("{}; trying again", error.failure);
         }
-        self.last = Some(trouble.failure);
+        self.last = Some(error.failure);
         let wake = Instant::now() + self.pause.mul_f64(1.0 - fastrand::f64() / 2.0);
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         sleep_until(wake.min(self.deadline)).await;
@@ -347,7 +357,7 @@ impl Attempts {
             .unwrap_or_else(|| ConnectError::transient(no_answer(stage)).failure);
         failure.message = format!(
             "gave up after {} (--connect-timeout): {}",
-            crate::report::Span(self.limit),
+            Span(self.limit),
             failure.message
         );
         failure
@@ -360,13 +370,13 @@ fn no_answer(stage: &str) -> String {
 
 /// lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
 fn hand_over(
-    stream: Stream,
-    io_thread: IoThread,
-) -> impl AsyncFn(AMQPUri, Runtime<Kit>) -> lapin::Result<AsyncTcpStream<Stream>> + Send + Sync + 'static
-{
+    stream: TappedStream,
+) -> impl AsyncFn(AMQPUri, Runtime<LapinRuntime>) -> lapin::Result<AsyncTcpStream<TappedStream>>
++ Send
++ Sync
++ 'static {
     let stream = Mutex::new(Some(stream));
     async move |_, _| {
-        io_thread.is_this();
         stream
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -376,7 +386,7 @@ fn hand_over(
     }
 }
 
-fn uri(address: &Address, heartbeat: Option<u16>) -> AMQPUri {
+fn uri(address: &Address, heartbeat: u16) -> AMQPUri {
     let parameters = &address.parameters;
     AMQPUri {
         scheme: AMQPScheme::AMQP,
@@ -392,7 +402,7 @@ fn uri(address: &Address, heartbeat: Option<u16>) -> AMQPUri {
         query: AMQPQueryString {
             frame_max: Some(frame_max(address)),
             channel_max: parameters.channel_max,
-            heartbeat: heartbeat.or(parameters.heartbeat).or(Some(HEARTBEAT)),
+            heartbeat: Some(heartbeat),
             connection_timeout: None,
             auth_mechanism: parameters.auth_mechanism.map(mechanism),
         },

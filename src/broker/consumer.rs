@@ -1,48 +1,47 @@
-//! One delivery at a time, and whether it is still ours.
+//! One delivery at a time, and whether this connection still owns it.
 
 use super::{
-    connect::{Attempts, Broker, Link},
-    errors::{ConnectError, DeliveryLost, said},
+    connect::{Attempts, Broker, OpenConnection},
+    errors::{ConnectError, DeliveryLost, Meaning, Refusal, described},
     message::Message,
-    topology::{Declare, Topology},
+    topology::{Declare, Incomplete, Topology},
 };
 use crate::{
     exit::{Exit, Failure},
     report::mentioned,
 };
 use lapin::{
-    Channel, Connection, Event,
+    Channel, Event,
     message::Delivery,
     options::{
         BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
         QueueDeclareOptions,
     },
-    protocol::AMQPErrorKind,
     types::{AMQPValue, DeliveryTag, FieldTable, ShortString},
 };
-use std::time::Duration;
+use std::{mem, time::Duration};
 use tokio::{
     task::JoinHandle,
     time::{Instant, timeout, timeout_at},
 };
 use tokio_stream::StreamExt;
 
-/// Longest time that giving messages back, or a goodbye, may take when nothing answers. What isn't given back by
-/// then goes back by itself when the connection ends.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// Longest time that releasing messages may take when nothing answers. What isn't released by then is requeued when the
+/// connection ends.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The consumer tag; one channel has one consumer.
 const TAG: &str = "qconsume";
 
-/// From this version on a consumer may ask for an acknowledgement timeout of its own.
+/// From this version on a consumer may ask for an acknowledgement timeout of its own, and the queue watches it.
 pub(super) const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
 
 /// What to consume from, and how.
 #[derive(Clone, Debug)]
-pub struct ConsumeOptions {
+pub struct ConsumerOptions {
     /// The queue's name; empty where the broker is to choose one.
     pub queue: String,
-    /// What is made before it is consumed from.
+    /// What is declared before it is consumed from.
     pub topology: Topology,
     /// `--ack-timeout`: how long the broker is asked to wait for the acknowledgement.
     pub ack_timeout: Option<Duration>,
@@ -51,7 +50,7 @@ pub struct ConsumeOptions {
 /// How full a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// So many messages wait for a consumer.
+    /// So many messages are ready for a consumer.
     Ready(u32),
     /// The broker knows of no consumer, though there is one here: its figures come from no queue that answers.
     Unknown,
@@ -61,24 +60,69 @@ pub enum Depth {
 #[derive(Debug)]
 pub struct Consumer {
     broker: Broker,
-    options: ConsumeOptions,
-    registered: Option<Subscription>,
+    options: ConsumerOptions,
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
-    /// A registration that was begun: kept, as the broker may have pushed a message before its answer is here.
-    registering: Option<JoinHandle<Result<Subscription, (Link, ConnectError)>>>,
+    pub(super) state: State,
+}
+
+/// What the consumer is doing.
+#[derive(Debug)]
+pub(super) enum State {
+    /// Not registered. The connection of one that was cancelled may be left.
+    Idle(Option<OpenConnection>),
+    /// `basic.consume` is under way: kept, as the broker may deliver a message before its reply is here.
+    Registering(JoinHandle<Result<Registration, (OpenConnection, NotRegistered)>>),
+    /// Registered: the broker may deliver.
+    Ready(Registration),
+    /// A message was delivered and isn't settled.
+    Holding(Registration, Held),
+}
+
+/// A consumer on a channel of its own.
+pub(super) struct Registration {
+    pub(super) connection: OpenConnection,
+    pub(super) channel: Channel,
+    /// `None` once it is cancelled by us.
+    pub(super) consumer: Option<lapin::Consumer>,
+    /// The acknowledgement timeout that the queue has taken from us.
+    pub(super) ack_timeout: Option<Duration>,
+    queue: String,
+}
+
+/// A delivery that isn't settled.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    pub(super) tag: DeliveryTag,
+    pub(super) since: Instant,
+}
+
+/// Why a registration failed.
+#[derive(Debug)]
+pub(super) enum NotRegistered {
+    /// The queue is to be created first, or (`false`) is there after all.
+    Create(bool),
+    /// A classic queue has no acknowledgement timeout, and refuses to be asked for one.
+    NoAckTimeout,
+    Failed(ConnectError),
+}
+
+/// What is asked of the broker, which the refusals of earlier attempts may have changed.
+#[derive(Clone, Copy, Debug)]
+struct Ask {
+    create: bool,
+    ack_timeout: bool,
 }
 
 impl Consumer {
     /// A consumer that isn't registered yet.
     #[must_use]
-    pub fn new(broker: Broker, options: ConsumeOptions) -> Self {
+    pub fn new(broker: Broker, options: ConsumerOptions) -> Self {
         Self {
             broker,
             options,
-            registered: None,
             known_as: None,
-            registering: None,
+            state: State::Idle(None),
         }
     }
 
@@ -91,14 +135,14 @@ impl Consumer {
     /// Whether another connection would find the queue again.
     ///
     /// # Errors
-    /// When the queue was the lost connection's own.
+    /// 69 when the queue was the lost connection's own.
     pub fn survives(&self, why: &str) -> Result<(), Failure> {
         match &self.known_as {
             Some(queue) if self.options.topology.declare == Declare::Exclusive => {
                 Err(Failure::new(
                     Exit::Unavailable,
                     format!(
-                        "queue {queue:?} is gone, and what was in it: it was the lost connection's own ({why})"
+                        "queue {queue:?} is gone with its messages: it belonged to the lost connection ({why})"
                     ),
                 ))
             }
@@ -106,78 +150,92 @@ impl Consumer {
         }
     }
 
-    /// Whether the broker knows of this consumer, as far as we know.
+    /// Whether the broker may deliver a message.
     #[must_use]
     pub fn is_registered(&self) -> bool {
-        self.registered
-            .as_ref()
-            .is_some_and(|subscription| subscription.consumer.is_some())
+        matches!(self.state, State::Ready(_))
     }
 
     /// Connects as often as it needs and registers the consumer, within `--connect-timeout`.
     ///
-    /// Dropping the future loses no message: see [`Consumer::give_back`].
+    /// Dropping the future loses no message: see [`Consumer::release`].
     ///
     /// # Errors
     /// The permanent failure, or when time is up the last transient one.
     pub async fn register(&mut self) -> Result<(), Failure> {
         let mut attempts = Attempts::new(self.broker.options.timeout);
-        let mut link = match self.registered.take() {
-            // Cancelled by us, or by the broker: the connection is good, the channel isn't reused.
-            Some(subscription) => subscription.into_link(),
-            None => None,
+        let mut ask = Ask {
+            create: false,
+            ack_timeout: true,
         };
-        if link.is_none() {
+        let mut kept = match mem::replace(&mut self.state, State::Idle(None)) {
+            State::Idle(kept) => kept.filter(OpenConnection::is_connected),
+            _ => None,
+        };
+        if kept.is_none() {
             self.survives("the connection was lost")?;
         }
-        // On a connection that is kept, what was made for it is still there.
-        let mut known_as = link.as_ref().and(self.known_as.clone());
         loop {
-            let deadline = attempts.deadline;
-            let trouble = match link.take() {
-                Some(link) => Ok(link),
-                None => match timeout_at(deadline, self.broker.open(deadline)).await {
-                    Ok(opened) => opened,
-                    Err(_) => return Err(attempts.out_of_time(self.broker.stage())),
+            // On a connection that is kept, what was declared for it is still there.
+            let declared = kept.as_ref().and(self.known_as.clone());
+            let opened = match kept.take() {
+                Some(connection) => Ok(connection),
+                None => self.broker.attempt(&mut attempts).await?,
+            };
+            let error = match opened {
+                Err(error) => error,
+                Ok(connection) => match self.ask(connection, ask, declared, &mut attempts).await? {
+                    None => return Ok(()),
+                    Some(NotRegistered::Create(create)) => {
+                        ask.create = create;
+                        continue;
+                    }
+                    Some(NotRegistered::NoAckTimeout) => {
+                        ask.ack_timeout = false;
+                        continue;
+                    }
+                    Some(NotRegistered::Failed(error)) => error,
                 },
             };
-            let trouble = match trouble {
-                Err(trouble) => trouble,
-                Ok(opened) => {
-                    let task = self.registering.insert(tokio::spawn(Subscription::open(
-                        opened,
-                        self.options.clone(),
-                        known_as.take(),
-                    )));
-                    let stage = "waiting for the answer to basic.consume";
-                    let answer = timeout_at(deadline, mentioned(stage, task)).await;
-                    let Ok(answer) = answer else {
-                        return Err(attempts.out_of_time(stage));
-                    };
-                    self.registering = None;
-                    match answer.expect("opening a subscription doesn't panic") {
-                        Ok(subscription) => {
-                            if self.known_as.is_none() && self.options.queue.is_empty() {
-                                tracing::info!(
-                                    "server provided queue name: {}",
-                                    subscription.queue
-                                );
-                            }
-                            self.known_as = Some(subscription.queue.clone());
-                            self.registered = Some(subscription);
-                            return Ok(());
-                        }
-                        Err((used, trouble)) => {
-                            if trouble.queue_missing {
-                                link = Some(used);
-                            }
-                            trouble
-                        }
-                    }
+            self.survives(&error.failure.message)?;
+            attempts.failed(error).await?;
+        }
+    }
+
+    /// Asks the broker to register the consumer; gives why it hasn't.
+    async fn ask(
+        &mut self,
+        connection: OpenConnection,
+        ask: Ask,
+        declared: Option<String>,
+        attempts: &mut Attempts,
+    ) -> Result<Option<NotRegistered>, Failure> {
+        const STAGE: &str = "waiting for the reply to basic.consume";
+        let options = self.options.clone();
+        let task = tokio::spawn(Registration::open(connection, options, ask, declared));
+        self.state = State::Registering(task);
+        let State::Registering(task) = &mut self.state else {
+            unreachable!("it was set in the line before");
+        };
+        let Ok(answer) = timeout_at(attempts.deadline, mentioned(STAGE, task)).await else {
+            return Err(attempts.out_of_time(STAGE));
+        };
+        match answer.expect("registering doesn't panic") {
+            Ok(registration) => {
+                if self.known_as.is_none() && self.options.queue.is_empty() {
+                    tracing::info!("server provided queue name: {}", registration.queue);
                 }
-            };
-            self.survives(&trouble.failure.message)?;
-            attempts.failed(trouble).await?;
+                self.known_as = Some(registration.queue.clone());
+                self.state = State::Ready(registration);
+                Ok(None)
+            }
+            Err((connection, why)) => {
+                self.state = State::Idle(None);
+                // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes
+                // a new connection.
+                connection.close().await;
+                Ok(Some(why))
+            }
         }
     }
 
@@ -186,17 +244,21 @@ impl Consumer {
     /// # Errors
     /// Why the consumer is no longer registered; nothing was taken.
     pub async fn next(&mut self) -> Result<Message, DeliveryLost> {
-        let subscription = self.subscription();
-        let next = subscription.next().await;
-        if next.is_err() {
-            self.registered = None;
+        match self.registration().step().await {
+            Ok(delivery) => Ok(self.hold(delivery)),
+            Err(lost) => Err(self.end(lost).await),
         }
-        next
     }
 
-    /// Waits until the message that is held isn't ours any more.
+    /// Waits until the message that is held is lost.
     pub async fn lost(&mut self) -> DeliveryLost {
-        self.subscription().lost().await
+        loop {
+            match self.registration().step().await {
+                Err(lost) => return lost,
+                // With a prefetch of one the broker doesn't; if it did, the message is requeued with the connection.
+                Ok(_) => tracing::warn!("the broker delivered a second message; it is requeued"),
+            }
+        }
     }
 
     /// How full the queue is, by a passive declare.
@@ -204,207 +266,187 @@ impl Consumer {
     /// # Errors
     /// Why the consumer is no longer registered.
     pub async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
-        let depth = self.subscription().depth().await;
-        if depth.is_err() {
-            self.registered = None;
+        match self.registration().depth().await {
+            Ok(depth) => Ok(depth),
+            Err(lost) => Err(self.end(lost).await),
         }
-        depth
     }
 
-    /// Cancels the consumer; a message that came before the answer is still ours.
+    /// Cancels the consumer; a message that came before the reply is still taken. A queue that doesn't answer within two
+    /// seconds delivers nothing.
     ///
     /// # Errors
     /// Why the consumer was no longer registered; nothing was taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
-        let last = self.subscription().cancel().await;
-        if last.is_err() {
-            self.registered = None;
+        match timeout(RELEASE_TIMEOUT, self.registration().cancel()).await {
+            Ok(Ok(Some(delivery))) => Ok(Some(self.hold(delivery))),
+            Ok(Ok(None)) => {
+                self.idle();
+                Ok(None)
+            }
+            Ok(Err(lost)) => Err(self.end(lost).await),
+            Err(_) => Ok(None),
         }
-        last
     }
 
-    /// Gives back whatever may have arrived, before an end without a command; takes two seconds at most.
-    pub async fn give_back(&mut self) {
+    /// Releases whatever may have arrived, before an end without a command; takes two seconds at most.
+    pub async fn release(&mut self) {
         let work = async {
-            if let Some(task) = self.registering.take()
-                && let Ok(Ok(subscription)) = task.await
-            {
-                self.registered = Some(subscription);
+            if let State::Registering(task) = &mut self.state {
+                match task.await {
+                    Ok(Ok(registration)) => self.state = State::Ready(registration),
+                    Ok(Err((connection, _))) => self.state = State::Idle(Some(connection)),
+                    Err(_) => self.state = State::Idle(None),
+                }
             }
-            if let Some(subscription) = &mut self.registered {
-                subscription.give_back().await?;
+            match &mut self.state {
+                State::Ready(registration) => registration.release(None).await,
+                State::Holding(registration, held) => registration.release(Some(held.tag)).await,
+                State::Idle(_) | State::Registering(_) => Ok(()),
             }
-            lapin::Result::Ok(())
         };
-        match timeout(GOODBYE, work).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("giving back: {}", said(&error)),
+        match timeout(RELEASE_TIMEOUT, work).await {
+            Ok(Ok(())) => self.idle(),
+            Ok(Err(error)) => {
+                tracing::debug!("releasing: {}", described(&error));
+                self.idle();
+            }
             Err(_) => {
-                tracing::debug!("giving back: no answer within {GOODBYE:?}");
-                // Who doesn't answer needs no goodbye either.
-                self.registered = None;
+                tracing::debug!("releasing: no answer within {RELEASE_TIMEOUT:?}");
+                // Who doesn't answer isn't asked to close either.
+                self.state = State::Idle(None);
             }
         }
     }
 
-    /// Says goodbye to the broker; whether it answers changes nothing any more.
+    /// Closes the connection politely, within two seconds.
     pub async fn close(&mut self) {
-        let Some(subscription) = self.registered.take() else {
-            return;
-        };
-        let link = &subscription.link;
-        let close = async {
-            tokio::select! {
-                // lapin would tell of the broker's answer some changes of thread later.
-                () = link.seen.closed() => Ok(()),
-                closed = link.connection.close(200, "OK".into()) => closed,
-            }
-        };
-        match timeout(GOODBYE, close).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("closing the connection: {}", said(&error)),
-            Err(_) => tracing::debug!("closing the connection: no answer within {GOODBYE:?}"),
+        self.idle();
+        if let State::Idle(Some(connection)) = mem::replace(&mut self.state, State::Idle(None)) {
+            connection.close().await;
         }
     }
 
-    pub(super) fn subscription(&mut self) -> &mut Subscription {
-        self.registered
-            .as_mut()
-            .expect("only called while there is a subscription")
+    /// Ends the registration, if there is one, and keeps its connection.
+    pub(super) fn idle(&mut self) {
+        self.state = State::Idle(match mem::replace(&mut self.state, State::Idle(None)) {
+            State::Idle(connection) => connection,
+            State::Registering(task) => {
+                task.abort();
+                None
+            }
+            State::Ready(registration) | State::Holding(registration, _) => {
+                Some(registration.connection)
+            }
+        });
+    }
+
+    /// Ends a registration that was lost. Its connection may be good; another attempt takes a new one.
+    async fn end(&mut self, lost: DeliveryLost) -> DeliveryLost {
+        self.close().await;
+        lost
+    }
+
+    fn hold(&mut self, delivery: Delivery) -> Message {
+        let held = Held {
+            tag: delivery.delivery_tag,
+            since: Instant::now(),
+        };
+        self.state = match mem::replace(&mut self.state, State::Idle(None)) {
+            State::Ready(registration) => State::Holding(registration, held),
+            other => other,
+        };
+        Message::new(delivery, self.queue())
+    }
+
+    pub(super) fn registration(&mut self) -> &mut Registration {
+        match &mut self.state {
+            State::Ready(registration) | State::Holding(registration, _) => registration,
+            State::Idle(_) | State::Registering(_) => {
+                unreachable!("only called while the consumer is registered")
+            }
+        }
     }
 }
 
-/// A consumer on a channel of its own, and the message that it holds.
-pub(super) struct Subscription {
-    pub(super) link: Link,
-    pub(super) channel: Channel,
-    /// `None` once it is cancelled by us.
-    pub(super) consumer: Option<lapin::Consumer>,
-    pub(super) held: Option<DeliveryTag>,
-    /// When the last message came.
-    pub(super) taken: Instant,
-    /// The acknowledgement timeout that we have asked for, if the queue has one.
-    pub(super) asked_timeout: Option<Duration>,
-    queue: String,
-}
-
-impl std::fmt::Debug for Subscription {
+impl std::fmt::Debug for Registration {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Subscription")
+        f.debug_struct("Registration")
             .field("queue", &self.queue)
-            .field("held", &self.held)
             .finish_non_exhaustive()
     }
 }
 
-impl Subscription {
-    /// `known_as`: what the queue is called that was made for this consumer before.
+impl Registration {
+    /// `declared`: what the queue is called that was declared on this connection before.
     async fn open(
-        mut link: Link,
-        options: ConsumeOptions,
-        known_as: Option<String>,
-    ) -> Result<Self, (Link, ConnectError)> {
-        let _opening = link.opening.take();
-        let queue = match known_as {
-            Some(queue) => queue,
-            None => match options
-                .topology
-                .make(&link.connection, &options.queue)
-                .await
-            {
-                Ok(queue) => queue,
-                Err(trouble) => return Err((link, trouble)),
-            },
-        };
-        let mut asks = options
-            .ack_timeout
-            .filter(|_| link.version() >= Some(CONSUMER_TIMEOUT_SINCE));
-        let consumed = match consume(&link.connection, &queue, asks).await {
-            // A classic queue has no such timeout, and says so with 406.
-            Err(error) if asks.is_some() && refuses_argument(&error) => {
-                tracing::debug!(
-                    "the queue takes no acknowledgement timeout: {}",
-                    said(&error)
-                );
-                asks = None;
-                consume(&link.connection, &queue, None).await
+        connection: OpenConnection,
+        options: ConsumerOptions,
+        ask: Ask,
+        declared: Option<String>,
+    ) -> Result<Self, (OpenConnection, NotRegistered)> {
+        let queue = match declared {
+            Some(queue) => Ok(queue),
+            None => {
+                let set_up = options
+                    .topology
+                    .set_up(&connection, &options.queue, ask.create);
+                set_up.await.map_err(|incomplete| match incomplete {
+                    Incomplete::NotThere => NotRegistered::Create(true),
+                    Incomplete::Raced => NotRegistered::Create(false),
+                    Incomplete::Failed(error) => NotRegistered::Failed(error),
+                })
             }
-            other => other,
         };
-        match consumed {
+        let queue = match queue {
+            Ok(queue) => queue,
+            Err(why) => return Err((connection, why)),
+        };
+        let ack_timeout = options
+            .ack_timeout
+            .filter(|_| ask.ack_timeout && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE));
+        connection.observed().cancelled = false;
+        match consume(&connection, &queue, ack_timeout).await {
             Ok((channel, consumer)) => Ok(Self {
-                link: link.forget_events().await,
+                connection,
                 channel,
                 consumer: Some(consumer),
-                held: None,
-                taken: Instant::now(),
-                asked_timeout: asks,
+                ack_timeout,
                 queue,
             }),
-            Err(error) => Err((link, ConnectError::in_consume(&error, &queue))),
-        }
-    }
-
-    /// The connection, if it is still good.
-    fn into_link(self) -> Option<Link> {
-        self.link
-            .connection
-            .status()
-            .connected()
-            .then_some(self.link)
-    }
-
-    /// The body of a delivery, which lapin hasn't; only once.
-    fn body(&self, delivery: &Delivery) -> Option<Vec<u8>> {
-        let (channel, tag) = (self.channel.id(), delivery.delivery_tag);
-        self.link.bodies.take(channel, tag)
-    }
-
-    fn take(&mut self, mut delivery: Delivery) -> Message {
-        self.held = Some(delivery.delivery_tag);
-        if let Some(body) = self.body(&delivery) {
-            delivery.data = body;
-        }
-        self.taken = Instant::now();
-        Message::new(delivery, &self.queue)
-    }
-
-    async fn next(&mut self) -> Result<Message, DeliveryLost> {
-        match self.step().await {
-            Ok(delivery) => Ok(self.take(delivery)),
-            Err(loss) => Err(loss),
-        }
-    }
-
-    async fn lost(&mut self) -> DeliveryLost {
-        loop {
-            match self.step().await {
-                Err(loss) => return loss,
-                // With a prefetch of one the broker doesn't; if it did, the message would go back with the connection.
-                Ok(second) => {
-                    drop(self.body(&second));
-                    tracing::warn!("the broker pushed a second message; it goes back");
-                }
+            Err(error) => {
+                let refusal = Refusal::of(&error, &connection.observed());
+                let refused_timeout = ack_timeout.is_some()
+                    && refusal.is_some_and(|it| it.meaning() == Meaning::Precondition);
+                let why = if refused_timeout {
+                    tracing::debug!("the queue takes no x-consumer-timeout: {error}");
+                    NotRegistered::NoAckTimeout
+                } else {
+                    NotRegistered::Failed(ConnectError::refused(
+                        &error,
+                        &connection,
+                        "consume from",
+                        &queue,
+                    ))
+                };
+                Err((connection, why))
             }
         }
     }
 
-    /// The next thing that happens: a delivery, or the end.
+    /// The next thing that happens: a delivery, or the end. A loss may show in either stream, or in both.
     async fn step(&mut self) -> Result<Delivery, DeliveryLost> {
-        let version = self.link.version();
-        let channel = &self.channel;
-        let events = self.link.events.as_mut();
-        let connection = async {
+        let delivery = async {
+            match &mut self.consumer {
+                Some(consumer) => consumer.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let events = self.connection.events.as_mut();
+        let connection_error = async {
             let mut events = events;
             loop {
                 match events.next().await {
-                    // Of an earlier channel, which has found no queue: lapin marks a channel as closed first and
-                    // tells of it then.
-                    Some(Event::Error(error))
-                        if is_soft(&error) && channel.status().connected() =>
-                    {
-                        tracing::debug!("an earlier channel's error: {}", said(&error));
-                    }
                     Some(Event::Error(error)) => return error,
                     Some(_) => {}
                     // lapin keeps a sender for as long as the connection is there, and we keep that.
@@ -412,21 +454,20 @@ impl Subscription {
                 }
             }
         };
-        let delivery = async {
-            match &mut self.consumer {
-                Some(consumer) => consumer.next().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
+        let next = tokio::select! {
             biased;
-            next = delivery => match next {
-                Some(Ok(delivery)) => Ok(delivery),
-                Some(Err(error)) => Err(DeliveryLost::new(&error, version)),
-                None => Err(DeliveryLost::cancelled(version)),
-            },
-            error = connection => Err(DeliveryLost::new(&error, version)),
+            next = delivery => next,
+            error = connection_error => Some(Err(error)),
+        };
+        match next {
+            Some(Ok(delivery)) => Ok(delivery),
+            Some(Err(error)) => Err(self.delivery_lost(&error)),
+            None => Err(DeliveryLost::cancelled(self.connection.version())),
         }
+    }
+
+    pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
+        DeliveryLost::new(error, &self.connection.observed())
     }
 
     async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
@@ -438,36 +479,37 @@ impl Subscription {
             .channel
             .queue_declare(self.queue.as_str().into(), passive, FieldTable::default())
             .await
-            .map_err(|error| DeliveryLost::new(&error, self.link.version()))?;
+            .map_err(|error| self.delivery_lost(&error))?;
         Ok(match declared.consumer_count() {
             0 => Depth::Unknown,
             _ => Depth::Ready(declared.message_count()),
         })
     }
 
-    async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
-        let version = self.link.version();
-        // Kept until its stream has ended: should this future be dropped, giving back goes on from here.
+    async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {
+        // Kept until its stream has ended: should this future be dropped, releasing goes on from here.
         let Some(consumer) = &mut self.consumer else {
             return Ok(None);
         };
-        self.channel
+        let cancelled = self
+            .channel
             .basic_cancel(TAG.into(), BasicCancelOptions::default())
-            .await
-            .map_err(|error| DeliveryLost::new(&error, version))?;
-        // The answer ends the consumer's stream, behind what came before it.
-        let last = consumer.next().await;
+            .await;
+        // The reply ends the consumer's stream, behind what came before it.
+        let last = match cancelled {
+            Ok(()) => consumer.next().await.transpose(),
+            Err(error) => Err(error),
+        };
+        let last = last.map_err(|error| self.delivery_lost(&error))?;
         self.consumer = None;
-        match last {
-            Some(Ok(delivery)) => Ok(Some(self.take(delivery))),
-            Some(Err(error)) => Err(DeliveryLost::new(&error, version)),
-            None if self.link.seen.cancelled() => Err(DeliveryLost::cancelled(version)),
-            None => Ok(None),
+        if last.is_none() && self.connection.observed().cancelled {
+            return Err(DeliveryLost::cancelled(self.connection.version()));
         }
+        Ok(last)
     }
 
-    async fn give_back(&mut self) -> lapin::Result<()> {
-        let back = BasicNackOptions {
+    async fn release(&mut self, held: Option<DeliveryTag>) -> lapin::Result<()> {
+        let requeue = BasicNackOptions {
             requeue: true,
             ..BasicNackOptions::default()
         };
@@ -476,26 +518,25 @@ impl Subscription {
                 .basic_cancel(TAG.into(), BasicCancelOptions::default())
                 .await?;
             while let Some(delivery) = consumer.next().await {
-                self.channel
-                    .basic_nack(delivery?.delivery_tag, back)
-                    .await?;
+                let tag = delivery?.delivery_tag;
+                self.channel.basic_nack(tag, requeue).await?;
             }
         }
-        if let Some(tag) = self.held.take() {
-            self.channel.basic_nack(tag, back).await?;
+        if let Some(tag) = held {
+            self.channel.basic_nack(tag, requeue).await?;
         }
-        // Its answer shows that what was sent before has been taken in.
+        // The reply shows that the channel has processed what was sent before.
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
 }
 
-/// A channel with a consumer: prefetch and consume in one flight.
+/// A channel with a consumer: prefetch and consume in one flight, which saves a round trip.
 async fn consume(
-    connection: &Connection,
+    connection: &OpenConnection,
     queue: &str,
     ack_timeout: Option<Duration>,
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
-    let channel = connection.create_channel().await?;
+    let channel = connection.connection().create_channel().await?;
     let mut arguments = FieldTable::default();
     if let Some(limit) = ack_timeout {
         let milliseconds = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
@@ -518,16 +559,4 @@ async fn consume(
     let consumer = consumer?;
     prefetch?;
     Ok((channel, consumer))
-}
-
-/// Whether an error ends a channel only, not the connection.
-fn is_soft(error: &lapin::Error) -> bool {
-    matches!(
-        super::errors::protocol(error),
-        Some((AMQPErrorKind::Soft(_), _))
-    )
-}
-
-fn refuses_argument(error: &lapin::Error) -> bool {
-    super::errors::protocol(error).is_some_and(|(_, text)| text.contains("x-consumer-timeout"))
 }

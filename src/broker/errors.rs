@@ -1,16 +1,133 @@
-//! What the broker's errors mean: which pass by themselves, which exit status they have, what to do about them.
+//! What the broker's refusals mean: ONE table by reply code and the fixed parts of the text, and what to do about each.
 
 use super::{
     address::{Address, AuthMechanism},
-    frames::Version,
+    connect::OpenConnection,
+    observed::{Observed, Version},
     tls,
 };
 use crate::exit::{Exit, Failure};
-use lapin::{
-    ErrorKind,
-    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
-};
+use lapin::ErrorKind;
 use std::{fmt, io};
+
+/// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0: with a longer one it ends
+/// the connection without a word (seen with 3.10 and 4.3).
+const HANDSHAKE_FRAME_MAX: usize = 4096;
+const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
+/// What that frame holds besides the credentials: the client's properties, at most.
+const START_OK_REST: usize = 1024;
+
+/// What a refusal means, as far as that doesn't depend on what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Meaning {
+    /// A limit of connections, channels or queues is reached.
+    Limit,
+    /// The broker has too little disk space left.
+    LowDisk,
+    /// The queue is there, but none of its replicas answers.
+    QueueDown,
+    /// There is no such queue, exchange or virtual host.
+    Missing,
+    /// Another consumer has the queue to itself.
+    ExclusiveConsumer,
+    /// The queue is another connection's own.
+    ExclusiveQueue,
+    /// The user lacks a permission.
+    NotPermitted,
+    /// The delivery wasn't acknowledged in time.
+    AckTimeout,
+    /// A message is larger than the broker takes.
+    TooLarge,
+    /// What was asked for contradicts what is there.
+    Precondition,
+    /// The broker doesn't do what was asked for.
+    NotImplemented,
+    /// Anything else: the broker's own trouble, which may pass.
+    Other,
+}
+
+/// The part of a text that no user chooses: names stand in its middle, in quotes.
+enum Fixed {
+    Start(&'static str),
+    End(&'static str),
+    Any,
+}
+
+/// By reply code (AMQP 0-9-1, 1.2), first match; as seen from RabbitMQ 3.10, 4.0 and 4.3, and LavinMQ 2.9.
+#[rustfmt::skip]
+const TABLE: &[(u16, Fixed, Meaning)] = &[
+    (403, Fixed::End("' in exclusive use"), Meaning::ExclusiveConsumer),
+    (403, Fixed::Any, Meaning::NotPermitted),
+    (404, Fixed::End(" is down or inaccessible"), Meaning::QueueDown),
+    (404, Fixed::End(" process is stopped by supervisor"), Meaning::QueueDown),
+    (404, Fixed::Any, Meaning::Missing),
+    (405, Fixed::Any, Meaning::ExclusiveQueue),
+    (406, Fixed::End(") is reached"), Meaning::Limit),
+    (406, Fixed::End("Server low on disk space"), Meaning::LowDisk),
+    (406, Fixed::Start("delivery acknowledgement on channel "), Meaning::AckTimeout),
+    (406, Fixed::Start("consumer timeout"), Meaning::AckTimeout),
+    (406, Fixed::End("consumer timeout"), Meaning::AckTimeout),
+    (406, Fixed::Start("message size "), Meaning::TooLarge),
+    (406, Fixed::Any, Meaning::Precondition),
+    (311, Fixed::Any, Meaning::TooLarge),
+    (530, Fixed::Start("number of channels opened"), Meaning::Limit),
+    (530, Fixed::End(") is reached"), Meaning::Limit),
+    (530, Fixed::End("not found"), Meaning::Missing),
+    (530, Fixed::End("doesn't exist"), Meaning::Missing),
+    (530, Fixed::Any, Meaning::NotPermitted),
+    (540, Fixed::Any, Meaning::NotImplemented),
+];
+
+/// What the broker said as it closed a channel or the connection.
+#[derive(Clone, Debug)]
+pub(super) struct Refusal {
+    pub(super) code: u16,
+    pub(super) text: String,
+}
+
+impl Refusal {
+    /// The refusal behind an error, if it is one. Of a code that lapin doesn't know the tap has the text.
+    pub(super) fn of(error: &lapin::Error, observed: &Observed) -> Option<Self> {
+        match error.kind() {
+            ErrorKind::ProtocolError(error) => Some(Self {
+                code: error.get_id(),
+                text: error.get_message().to_string(),
+            }),
+            ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
+                let (code, text) = observed.closed.clone()?;
+                Some(Self { code, text })
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn meaning(&self) -> Meaning {
+        // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
+        let text = match self.text.split_once(" - ") {
+            Some((name, rest)) if name.bytes().all(|c| c.is_ascii_uppercase() || c == b'_') => rest,
+            _ => &self.text,
+        };
+        let row = TABLE.iter().find(|(code, fixed, _)| {
+            *code == self.code
+                && match fixed {
+                    Fixed::Start(start) => text.starts_with(start),
+                    Fixed::End(end) => text.ends_with(end),
+                    Fixed::Any => true,
+                }
+        });
+        row.map_or(Meaning::Other, |(_, _, meaning)| *meaning)
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.text.as_str() {
+            "" => write!(f, "reply code {}", self.code),
+            text if self.code < 200 => write!(f, "{text} (reply code {})", self.code),
+            text => f.write_str(text),
+        }
+    }
+}
 
 /// An attempt that failed: whether another one may help, and how the run ends if none does.
 #[derive(Debug)]
@@ -19,8 +136,6 @@ pub struct ConnectError {
     pub transient: bool,
     /// What the run ends with when it doesn't.
     pub failure: Failure,
-    /// The queue isn't there: the connection is good, so only the channel is opened anew.
-    pub queue_missing: bool,
 }
 
 impl ConnectError {
@@ -28,7 +143,6 @@ impl ConnectError {
         Self {
             transient: true,
             failure: Failure::new(Exit::Unavailable, message),
-            queue_missing: false,
         }
     }
 
@@ -36,181 +150,233 @@ impl ConnectError {
         Self {
             transient: false,
             failure: Failure::new(exit, message),
-            queue_missing: false,
         }
     }
 
-    fn queue_missing(message: impl Into<String>) -> Self {
-        Self {
-            transient: true,
-            failure: Failure::new(Exit::Config, message),
-            queue_missing: true,
+    /// What an error of a system call on the way to the broker means; a shortage here is none of the broker's.
+    pub(super) fn of_system(what: impl fmt::Display, error: &io::Error) -> Self {
+        if crate::exit::is_shortage(error) {
+            Self {
+                transient: false,
+                failure: Failure::system(what, error),
+            }
+        } else {
+            Self::transient(format!("{what}: {error}"))
         }
     }
 
     /// What an error during the AMQP handshake, up to `connection.open-ok`, means.
-    pub(super) fn in_handshake(error: &lapin::Error, address: &Address) -> Self {
-        if let ErrorKind::IOError(error) = error.kind()
-            && let Some(refusal) = tls::refusal(error, address)
-        {
-            return refusal;
+    pub(super) fn in_handshake(
+        error: &lapin::Error,
+        observed: &Observed,
+        address: &Address,
+    ) -> Self {
+        if let Some(refusal) = Refusal::of(error, observed) {
+            return Self::refused_login(&refusal, address);
         }
+        let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
+        let offered = |name| move |names: &String| names.split(' ').any(|offered| offered == name);
+        match error.kind() {
+            // Who asks for a mechanism that isn't offered is cut off without a word (seen with RabbitMQ 3.10 and 4.3).
+            _ if external
+                && observed
+                    .mechanisms
+                    .as_ref()
+                    .is_some_and(|names| !offered("EXTERNAL")(names)) =>
+            {
+                Self::permanent(
+                    Exit::Config,
+                    "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
+                )
+            }
+            ErrorKind::IOError(error) => Self::lost_in_handshake(error, observed, address),
+            ErrorKind::InvalidProtocolVersion(version) => Self::permanent(
+                Exit::Config,
+                format!("the broker speaks AMQP {version} here, not 0-9-1"),
+            ),
+            ErrorKind::ParsingError(_) if observed.mechanisms.is_none() => Self::permanent(
+                Exit::Config,
+                if address.tls {
+                    "what answers isn't AMQP: check the port"
+                } else {
+                    "what answers isn't AMQP: check the port; one for TLS needs amqps://"
+                },
+            ),
+            _ => Self::transient(format!("the AMQP handshake failed: {}", described(error))),
+        }
+    }
+
+    fn refused_login(refusal: &Refusal, address: &Address) -> Self {
         let (user, vhost) = (&address.username, &address.virtual_host);
         let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
-        match protocol(error) {
-            Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text)) if external => {
-                Self::permanent(
-                    Exit::NoPermission,
-                    format!(
-                        "the broker refused the login by client certificate (EXTERNAL): {text}; a user of the certificate's name has to be there, or give a password"
-                    ),
-                )
-            }
-            Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text)) => Self::permanent(
+        match (refusal.code, refusal.meaning()) {
+            (403, _) if external => Self::permanent(
                 Exit::NoPermission,
                 format!(
-                    "the broker refused the login of user {user:?}: {text}; check the user and the password"
+                    "the broker refused the login by client certificate (EXTERNAL): {refusal}; create a user of the certificate's name, or give a password"
                 ),
             ),
-            // The only NOT_ALLOWED that passes by itself is a limit: of connections per virtual host, user or node.
-            Some((AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED), text))
-                if !text.contains("limit") =>
-            {
-                if text.contains("not found") {
-                    Self::permanent(
-                        Exit::Config,
-                        format!("the broker has no virtual host {vhost:?}: {text}"),
-                    )
-                } else {
-                    Self::permanent(
-                        Exit::NoPermission,
-                        format!("user {user:?} may not use virtual host {vhost:?}: {text}"),
-                    )
-                }
+            (403, _) => Self::permanent(
+                Exit::NoPermission,
+                format!(
+                    "the broker refused the login of user {user:?}: {refusal}; check the user and the password"
+                ),
+            ),
+            (_, Meaning::Missing) => Self::permanent(
+                Exit::Config,
+                format!(
+                    "the broker has no virtual host {vhost:?}: {refusal}; create it, or correct the URL's path"
+                ),
+            ),
+            (_, Meaning::NotPermitted) => Self::permanent(
+                Exit::NoPermission,
+                format!(
+                    "user {user:?} may not use virtual host {vhost:?}: {refusal}; grant it with rabbitmqctl set_permissions"
+                ),
+            ),
+            _ => Self::transient(format!("the broker closed the connection: {refusal}")),
+        }
+    }
+
+    fn lost_in_handshake(error: &io::Error, observed: &Observed, address: &Address) -> Self {
+        if let Some(refusal) = tls::refusal(error, address) {
+            return refusal;
+        }
+        if !closed(error) {
+            return Self::of_system("the AMQP handshake failed", error);
+        }
+        let credentials = address.username.len() + address.password.expose().len();
+        let limit = if observed.version >= Some((4, 0)) {
+            HANDSHAKE_FRAME_MAX_SINCE_4
+        } else {
+            HANDSHAKE_FRAME_MAX
+        };
+        let greeted = observed.mechanisms.is_some();
+        if greeted && observed.heartbeat.is_none() && credentials + START_OK_REST > limit {
+            return Self::permanent(
+                Exit::Config,
+                format!(
+                    "the broker closed the connection when it got the credentials: user and password have {credentials} bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter token"
+                ),
+            );
+        }
+        Self::transient(match (greeted, address.tls) {
+            (true, _) => {
+                "the broker closed the connection during the AMQP handshake without saying why; its log may"
             }
-            Some((_, text)) => Self::transient(format!("the broker closed the connection: {text}")),
-            None => match error.kind() {
-                ErrorKind::IOError(error) if closed(error) => Self::transient(
-                    "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS?",
-                ),
-                ErrorKind::InvalidProtocolVersion(version) => Self::permanent(
+            (false, true) => {
+                "the connection was closed during the AMQP handshake; is this an AMQP port?"
+            }
+            (false, false) => {
+                "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS?"
+            }
+        })
+    }
+
+    /// What an error from `channel.open` on, up to `basic.consume`, means. `action` is what was tried: "consume from".
+    pub(super) fn refused(
+        error: &lapin::Error,
+        connection: &OpenConnection,
+        action: &str,
+        queue: &str,
+    ) -> Self {
+        let observed = connection.observed();
+        let Some(refusal) = Refusal::of(error, &observed) else {
+            return Self::transient(format!("the connection failed: {}", described(error)));
+        };
+        let user = connection.username();
+        match refusal.meaning() {
+            Meaning::Missing if refusal.code == 404 => Self {
+                transient: true,
+                failure: Failure::new(
                     Exit::Config,
-                    format!("the broker speaks AMQP {version} here, not 0-9-1"),
+                    format!(
+                        "can't {action} queue {queue:?}: {refusal}; declare it, or check QUEUE and the virtual host"
+                    ),
                 ),
-                ErrorKind::ParsingError(_) => Self::permanent(
-                    Exit::Config,
-                    "what answers isn't AMQP; is the port right, and if it is one for TLS, does the URL begin with amqps://?",
-                ),
-                _ => Self::transient(format!("the AMQP handshake failed: {error}")),
             },
-        }
-    }
-
-    /// What an error while something is made for the consumer means.
-    pub(super) fn in_setup(error: &lapin::Error, what: &str, queue: &str) -> Self {
-        match protocol(error) {
-            Some((AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND), text)) => {
-                Self::queue_missing(format!(
-                    "can't {what} queue {queue:?}: {text}; declare it, or check the name and the virtual host"
-                ))
+            Meaning::Missing => Self::permanent(
+                Exit::Config,
+                format!("can't {action} queue {queue:?}: {refusal}"),
+            ),
+            Meaning::QueueDown => {
+                Self::transient(format!("queue {queue:?} is not available now: {refusal}"))
             }
-            Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text)) => Self::permanent(
+            Meaning::ExclusiveConsumer => Self::permanent(
+                Exit::Config,
+                format!(
+                    "queue {queue:?} has an exclusive consumer: {refusal}; stop it, or use another queue"
+                ),
+            ),
+            Meaning::ExclusiveQueue => Self::permanent(
+                Exit::Config,
+                format!(
+                    "queue {queue:?} is exclusive to another connection: {refusal}; use another queue"
+                ),
+            ),
+            Meaning::NotPermitted => Self::permanent(
                 Exit::NoPermission,
-                format!("the broker refused to let this user {what} queue {queue:?}: {text}"),
+                format!(
+                    "user {user:?} may not {action} queue {queue:?}: {refusal}; grant it with rabbitmqctl set_permissions"
+                ),
             ),
-            Some((AMQPErrorKind::Soft(_), text))
-            | Some((
-                AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED | AMQPHardError::NOTIMPLEMENTED),
-                text,
-            )) => Self::permanent(
+            Meaning::Limit if refusal.code == 406 => Self::permanent(
                 Exit::Config,
-                format!("can't {what} queue {queue:?}: {text}"),
+                format!(
+                    "can't {action} queue {queue:?}: {refusal}; raise the limit, or delete queues"
+                ),
             ),
-            Some((_, text)) => Self::transient(format!("can't {what} queue {queue:?} now: {text}")),
-            None => Self::transient(format!("the connection failed: {}", said(error))),
-        }
-    }
-
-    /// What an error from `channel.open` or to `basic.consume` means.
-    pub(super) fn in_consume(error: &lapin::Error, queue: &str) -> Self {
-        match protocol(error) {
-            Some((AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND), text)) => {
-                if text.contains("down or inaccessible") || text.contains("stopped by supervisor") {
-                    Self::transient(format!("queue {queue:?} is not available now: {text}"))
-                } else {
-                    Self::queue_missing(format!(
-                        "there is no queue {queue:?}: {text}; declare it, or check QUEUE and the virtual host"
-                    ))
-                }
-            }
-            Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text))
-                if text.contains("exclusive use") =>
-            {
-                Self::permanent(
-                    Exit::Config,
-                    format!("queue {queue:?} has an exclusive consumer: {text}"),
-                )
-            }
-            Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text)) => Self::permanent(
-                Exit::NoPermission,
-                format!("the broker refused to let this user read from queue {queue:?}: {text}"),
-            ),
-            Some((AMQPErrorKind::Soft(AMQPSoftError::RESOURCELOCKED), text)) => Self::permanent(
+            Meaning::AckTimeout
+            | Meaning::TooLarge
+            | Meaning::Precondition
+            | Meaning::NotImplemented => Self::permanent(
                 Exit::Config,
-                format!("queue {queue:?} is exclusive to another connection: {text}"),
+                format!("can't {action} queue {queue:?} like this: {refusal}"),
             ),
-            Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), text)) => {
-                Self::permanent(
-                    Exit::Config,
-                    format!("queue {queue:?} can't be consumed from like this: {text}"),
-                )
+            Meaning::Limit | Meaning::LowDisk | Meaning::Other => {
+                Self::transient(format!("can't {action} queue {queue:?} now: {refusal}"))
             }
-            Some((AMQPErrorKind::Hard(AMQPHardError::NOTIMPLEMENTED), text)) => Self::permanent(
-                Exit::Config,
-                format!("queue {queue:?} can't be consumed from like this: {text}"),
-            ),
-            Some((_, text)) => Self::transient(format!(
-                "the broker refused to let queue {queue:?} be consumed from: {text}"
-            )),
-            None => Self::transient(format!("the connection failed: {}", said(error))),
         }
     }
 }
 
-/// Why a delivery, or the consumer that waits for one, isn't ours any more.
+/// Why a delivery, or the consumer that waits for one, was lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryLost {
     text: String,
-    /// What the broker sent can't be read, so that it would come again over every new connection.
+    /// The next message can't be read, so that it would come again over every new connection.
     pub unreadable: bool,
 }
 
 impl DeliveryLost {
-    pub(super) fn new(error: &lapin::Error, version: Option<Version>) -> Self {
-        let text = match protocol(error) {
-            Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), text))
-                if text.contains("timed out") =>
-            {
+    pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {
+        if let Some(problem) = &observed.unreadable {
+            return Self {
+                text: problem.clone(),
+                unreadable: true,
+            };
+        }
+        let text = match Refusal::of(error, observed) {
+            Some(refusal) if refusal.meaning() == Meaning::AckTimeout => {
                 format!(
-                    "acknowledgement timeout: {text}; {}",
-                    what_to_raise(version)
+                    "acknowledgement timeout: {refusal}; {}",
+                    what_to_raise(observed.version)
                 )
             }
-            Some((AMQPErrorKind::Soft(_), text)) => {
-                format!("the broker closed the channel: {text}")
+            Some(refusal) if matches!(error.kind(), ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320) =>
+            {
+                format!("the broker closed the channel: {refusal}")
             }
-            Some((AMQPErrorKind::Hard(_), text)) => {
-                format!("the broker closed the connection: {text}")
-            }
-            None => said(error),
+            Some(refusal) => format!("the broker closed the connection: {refusal}"),
+            None => described(error),
         };
         Self {
             text,
-            unreadable: matches!(error.kind(), ErrorKind::ParsingError(_)),
+            unreadable: false,
         }
     }
 
-    /// The broker has closed the channel because of the acknowledgement timeout, which lapin forgets to tell.
+    /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.
     pub(super) fn timed_out(version: Option<Version>) -> Self {
         Self {
             text: format!("acknowledgement timeout: {}", what_to_raise(version)),
@@ -218,7 +384,7 @@ impl DeliveryLost {
         }
     }
 
-    /// The broker ended the consumer without a word about why.
+    /// The broker ended the consumer without saying why.
     pub(super) fn cancelled(version: Option<Version>) -> Self {
         let mut text =
             "the broker cancelled the consumer: the queue was deleted or has moved".to_owned();
@@ -253,23 +419,18 @@ fn what_to_raise(version: Option<Version>) -> &'static str {
     }
 }
 
-/// The broker's own words, when it is the broker that speaks.
-pub(super) fn protocol(error: &lapin::Error) -> Option<(&AMQPErrorKind, String)> {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => Some((error.kind(), error.get_message().to_string())),
-        _ => None,
-    }
-}
-
-/// lapin's errors that don't come from the broker, in words for people.
-pub(super) fn said(error: &lapin::Error) -> String {
+/// An error that isn't a refusal, in words for people.
+pub(super) fn described(error: &lapin::Error) -> String {
     match error.kind() {
         ErrorKind::MissingHeartbeatError => {
             "the broker has been silent for two heartbeat intervals: frozen, or cut off from here"
                 .to_owned()
         }
         ErrorKind::IOError(error) if closed(error) => {
-            "the broker closed the connection without a word".to_owned()
+            "the broker closed the connection without saying why".to_owned()
+        }
+        ErrorKind::IOError(error) if error.kind() == io::ErrorKind::InvalidData => {
+            format!("what the broker sent can't be read: {error}")
         }
         ErrorKind::IOError(error) => format!("the connection broke: {error}"),
         ErrorKind::ParsingError(error) => format!("what the broker sent can't be read: {error}"),
@@ -280,9 +441,22 @@ pub(super) fn said(error: &lapin::Error) -> String {
     }
 }
 
+pub(super) use described as said;
+pub(super) fn protocol(error: &lapin::Error) -> Option<(&lapin::protocol::AMQPErrorKind, String)> {
+    match error.kind() {
+        ErrorKind::ProtocolError(error) => Some((error.kind(), error.get_message().to_string())),
+        _ => None,
+    }
+}
+
 fn closed(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::ConnectionAborted | io::ErrorKind::UnexpectedEof
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::UnexpectedEof
     )
 }
+
+#[cfg(test)]
+mod tests;

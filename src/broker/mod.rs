@@ -4,20 +4,18 @@ pub mod address;
 mod connect;
 mod consumer;
 mod errors;
-mod frames;
-mod incoming;
 mod message;
-mod one_cpu;
-mod outgoing;
+mod observed;
 mod publisher;
 mod resolve;
 mod settle;
+mod tap;
 mod tls;
 mod topology;
 mod transport;
 
-pub use connect::{Broker, ConnectOptions, Link};
-pub use consumer::{ConsumeOptions, Consumer, Depth};
+pub use connect::{Broker, ConnectOptions, OpenConnection};
+pub use consumer::{Consumer, ConsumerOptions, Depth};
 pub use errors::{ConnectError, DeliveryLost};
 pub use message::Message;
 pub use publisher::{

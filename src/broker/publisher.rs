@@ -1,7 +1,7 @@
 //! Messages in flight to one exchange, and the broker's answer to each.
 
 use super::{
-    connect::Link,
+    connect::OpenConnection,
     errors::{protocol, said},
 };
 use crate::exit::{Exit, Failure};
@@ -194,7 +194,7 @@ impl Flight {
 
 /// Publishes persistent, mandatory messages with publisher confirms, many in flight.
 pub struct Publisher {
-    link: Link,
+    link: OpenConnection,
     channel: Channel,
     route: Route,
     properties: BasicProperties,
@@ -217,7 +217,7 @@ impl Publisher {
     /// # Errors
     /// When the broker refuses, or hasn't answered within `limit`.
     pub async fn open(
-        link: Link,
+        link: OpenConnection,
         route: Route,
         properties: Properties,
         limit: Duration,
@@ -383,7 +383,7 @@ impl Publisher {
 /// # Errors
 /// When the broker refuses, or hasn't answered within `limit`.
 pub async fn declare(
-    link: &Link,
+    link: &OpenConnection,
     queue: &str,
     kind: QueueType,
     limit: Duration,
@@ -439,7 +439,7 @@ pub async fn declare(
 }
 
 /// Says goodbye to the broker; whether it answers changes nothing any more.
-pub async fn goodbye(link: &Link) {
+pub async fn goodbye(link: &OpenConnection) {
     match timeout(GOODBYE, link.connection().close(200, "OK".into())).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!("closing the connection: {}", said(&error)),

@@ -46,11 +46,13 @@ async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 /// and nsswitch.conf lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
 #[cfg(target_env = "gnu")]
 async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-    use hickory_resolver::{TokioResolver, config::LookupIpStrategy};
+    use hickory_resolver::{TokioResolver, config::LookupIpStrategy, proto::rr::Name};
+    // As getaddrinfo(3) does: any ASCII name as it is, an underscore or `xn--a` in it included.
+    let name = Name::from_ascii(host).map_err(io::Error::other)?;
     let mut builder = TokioResolver::builder_tokio().map_err(io::Error::other)?;
     builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
     let resolver = builder.build().map_err(io::Error::other)?;
-    let found = resolver.lookup_ip(host).await.map_err(io::Error::other)?;
+    let found = resolver.lookup_ip(name).await.map_err(io::Error::other)?;
     Ok(found.iter().map(|ip| (ip, port).into()).collect())
 }
 

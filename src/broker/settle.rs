@@ -1,33 +1,33 @@
-//! Tells the broker what became of a message, and makes sure that it has heard it.
+//! Settles a message with the broker, and makes sure that the broker has processed that.
 
 use super::{
-    consumer::{CONSUMER_TIMEOUT_SINCE, Consumer, Subscription},
+    consumer::{CONSUMER_TIMEOUT_SINCE, Consumer, Held, Registration, State},
     errors::DeliveryLost,
 };
-use crate::{report::mentioned, verdict::Settlement};
+use crate::{
+    report::{Span, mentioned},
+    verdict::Settlement,
+};
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
 };
-use std::{fmt, time::Duration};
+use std::{fmt, mem, time::Duration};
 use tokio::time::{sleep, timeout};
 
-/// Longest wait for the broker to confirm a settlement: longer than a leader election of a quorum queue or a broker
-/// under a memory alarm takes, and short enough for a pod not to hang.
+/// Longest wait for the broker to confirm a settlement: a quorum queue that elects a leader, or a broker under an alarm,
+/// takes a while; beyond this the pod had better end.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// A command that was quicker than this can't have met an acknowledgement timeout that anybody sets.
-const DOUBT_FROM: Duration = Duration::from_secs(1);
+/// A shorter run can't have met RabbitMQ's own acknowledgement timeout, which is 30 minutes and at least a minute.
+const RECHECK_FROM: Duration = Duration::from_secs(60);
 
-/// Where we have asked for the acknowledgement timeout ourselves, the part of it that is beyond doubt.
-const BEYOND_DOUBT: f64 = 0.8;
+/// Where we have asked for the acknowledgement timeout ourselves: the share of it that is safe.
+const SAFE_SHARE: f64 = 0.8;
 
-/// How long the queue is given to say that the acknowledgement timeout came first: this part of the time that the
-/// message was here, where we don't know the timeout, and never longer than this. A queue takes as long as its
-/// disks do, some tens of milliseconds under load.
-const DOUBT_PART: u32 = 20;
-const DOUBT_LONGEST: Duration = Duration::from_secs(1);
+/// How long the queue is given to say that its timeout came first: some tens of milliseconds under load.
+const RECHECK_PAUSE: Duration = Duration::from_millis(100);
 
-/// Why it can't be known whether a settlement has arrived.
+/// Why a settlement isn't confirmed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unconfirmed(String);
 
@@ -37,120 +37,124 @@ impl fmt::Display for Unconfirmed {
     }
 }
 
-impl Consumer {
-    /// Settles the message that is held; with `last`, the consumer is cancelled first, so that no other is pushed
-    /// that nobody here would run.
-    ///
-    /// # Errors
-    /// When the broker hasn't confirmed within [`SETTLE_TIMEOUT`].
-    pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), Unconfirmed> {
-        let settle = async {
-            let subscription = self.subscription();
-            let here = subscription.taken.elapsed();
-            subscription.settle(settlement, last).await?;
-            // Whatever else happens, a message that goes back is on its way back.
-            if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
-                subscription.outlast_timeout(here).await?;
-            }
-            Ok(())
-        };
-        let stage = "waiting for the broker to show that it has heard what became of the message";
-        let settled = timeout(SETTLE_TIMEOUT, mentioned(stage, settle)).await;
-        settled.unwrap_or_else(|_| {
-            Err(Unconfirmed(format!(
-                "no reply from the broker within {}",
-                crate::report::Span(SETTLE_TIMEOUT)
-            )))
-        })
+impl From<DeliveryLost> for Unconfirmed {
+    fn from(lost: DeliveryLost) -> Self {
+        Self(lost.to_string())
     }
 }
 
-impl Subscription {
-    async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), Unconfirmed> {
-        let tag = self.held.take().expect("a message is held");
-        let channel = &self.channel;
-        let consumer = if last { self.consumer.take() } else { None };
-        let cancel = async {
-            match &consumer {
-                Some(consumer) => {
-                    channel
-                        .basic_cancel(consumer.tag(), BasicCancelOptions::default())
-                        .await
-                }
-                None => Ok(()),
-            }
+impl Consumer {
+    /// Settles the message that is held; with `last`, the consumer is cancelled first, so that no message is delivered
+    /// that nobody here would run.
+    ///
+    /// # Errors
+    /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
+    pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), Unconfirmed> {
+        let State::Holding(mut registration, held) =
+            mem::replace(&mut self.state, State::Idle(None))
+        else {
+            unreachable!("only called while a message is held")
         };
-        // By the channel, not by lapin's acker: that one says Ok(false) when the message is lost, and hands its
-        // frame over behind the barrier's.
-        let settle = async {
-            match settlement {
-                Settlement::Ack => channel.basic_ack(tag, BasicAckOptions::default()).await,
-                Settlement::Requeue => {
-                    channel
-                        .basic_reject(tag, BasicRejectOptions { requeue: true })
-                        .await
-                }
-                Settlement::DeadLetter => {
-                    channel
-                        .basic_reject(tag, BasicRejectOptions { requeue: false })
-                        .await
-                }
-                Settlement::Release => {
-                    let back = BasicNackOptions {
-                        requeue: true,
-                        ..BasicNackOptions::default()
-                    };
-                    channel.basic_nack(tag, back).await
-                }
-            }
+        let settle = registration.settle(held, settlement, last);
+        let stage = "waiting for the broker to confirm the settlement";
+        let settled = timeout(SETTLE_TIMEOUT, mentioned(stage, settle))
+            .await
+            .unwrap_or_else(|_| {
+                let limit = Span(SETTLE_TIMEOUT);
+                Err(Unconfirmed(format!(
+                    "no reply from the broker within {limit}"
+                )))
+            });
+        self.state = if last || settled.is_err() {
+            State::Idle(Some(registration.connection))
+        } else {
+            State::Ready(registration)
         };
-        // The barrier: a channel's methods are worked off in order, and unlike channel.close and connection.close,
-        // which are answered even in a race with a channel error, qos is answered only when all went well before.
-        let barrier = channel.basic_qos(1, BasicQosOptions::default());
-        let (cancelled, settled, passed) = tokio::join!(biased; cancel, settle, barrier);
-        let version = self.link.version();
-        cancelled
-            .and(settled)
-            .and(passed)
-            .map_err(|error| Unconfirmed(DeliveryLost::new(&error, version).to_string()))?;
-        self.still_ours()
+        settled
     }
+}
 
-    /// RabbitMQ 4.3's acknowledgement timeout only cancels the consumer; what comes after is answered as if
-    /// nothing had happened, though the message is back in the queue.
-    fn still_ours(&self) -> Result<(), Unconfirmed> {
-        if self.link.seen.cancelled() {
-            return Err(Unconfirmed(
-                DeliveryLost::cancelled(self.link.version()).to_string(),
-            ));
+impl Registration {
+    async fn settle(
+        &mut self,
+        held: Held,
+        settlement: Settlement,
+        last: bool,
+    ) -> Result<(), Unconfirmed> {
+        let ran = held.since.elapsed();
+        if let Some(consumer) = self.consumer.take_if(|_| last) {
+            // Without waiting for its reply: it only has to be in front of the settlement.
+            let cancel = BasicCancelOptions { nowait: true };
+            let cancelled = self.channel.basic_cancel(consumer.tag(), cancel).await;
+            cancelled.map_err(|error| self.delivery_lost(&error))?;
+        }
+        // By the channel, not by lapin's acker, which says Ok(false) when the message is lost. It returns when the
+        // method is written: only then is the barrier asked for.
+        let settled = match settlement {
+            Settlement::Ack => {
+                let ack = BasicAckOptions::default();
+                self.channel.basic_ack(held.tag, ack).await
+            }
+            Settlement::Requeue | Settlement::DeadLetter => {
+                let requeue = settlement == Settlement::Requeue;
+                let reject = BasicRejectOptions { requeue };
+                self.channel.basic_reject(held.tag, reject).await
+            }
+            Settlement::Release => {
+                let nack = BasicNackOptions {
+                    requeue: true,
+                    ..BasicNackOptions::default()
+                };
+                self.channel.basic_nack(held.tag, nack).await
+            }
+        };
+        settled.map_err(|error| self.delivery_lost(&error))?;
+        self.barrier()
+            .await
+            .map_err(|error| self.delivery_lost(&error))?;
+        self.check_still_owned()?;
+        if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
+            self.recheck_after_consumer_timeout(ran).await?;
         }
         Ok(())
     }
 
-    /// Makes sure that the acknowledgement timeout hasn't struck just before the settlement.
+    /// A channel processes its methods in order, and unlike channel.close and connection.close, which are answered even
+    /// in a race with a channel error, qos is answered only when all went well before.
+    async fn barrier(&self) -> lapin::Result<()> {
+        self.channel.basic_qos(1, BasicQosOptions::default()).await
+    }
+
+    /// RabbitMQ 4.3's acknowledgement timeout only cancels the consumer; what comes after is answered as if nothing had
+    /// happened, though the message is requeued.
+    fn check_still_owned(&self) -> Result<(), Unconfirmed> {
+        let observed = self.connection.observed();
+        if observed.cancelled {
+            return Err(DeliveryLost::cancelled(observed.version).into());
+        }
+        Ok(())
+    }
+
+    /// RabbitMQ 4.3 may requeue the delivery and still answer our qos: wait, and send a second one.
     ///
-    /// From RabbitMQ 4.3 on the queue, not the channel, watches the time. When it gives the message to somebody else
-    /// while a settlement is on its way to it, the settlement comes to nothing, and the channel hears of that only
-    /// after it has answered the barrier. It then cancels the consumer, or where we have done that already, ends
-    /// the channel with 406 (seen with 4.3.6). So a second barrier goes out, when the queue has had its time.
-    async fn outlast_timeout(&self, here: Duration) -> Result<(), Unconfirmed> {
-        if self.link.version() < Some(CONSUMER_TIMEOUT_SINCE) {
+    /// From that version on the queue, not the channel, watches the time. When it requeues the message while a settlement
+    /// is on its way, the channel hears of that only after it has answered the barrier. It then cancels the consumer, or
+    /// where we have done that already, ends the channel with 406 (seen with 4.3.6).
+    async fn recheck_after_consumer_timeout(&self, ran: Duration) -> Result<(), Unconfirmed> {
+        let safe = match self.ack_timeout {
+            Some(timeout) => timeout.mul_f64(SAFE_SHARE),
+            None => RECHECK_FROM,
+        };
+        if self.connection.version() < Some(CONSUMER_TIMEOUT_SINCE) || ran < safe {
             return Ok(());
         }
-        let pause = match self.asked_timeout {
-            Some(timeout) if here < timeout.mul_f64(BEYOND_DOUBT) => return Ok(()),
-            Some(_) => DOUBT_LONGEST,
-            None if here < DOUBT_FROM => return Ok(()),
-            None => (here / DOUBT_PART).min(DOUBT_LONGEST),
-        };
-        sleep(pause).await;
-        let barrier = self.channel.basic_qos(1, BasicQosOptions::default()).await;
-        match barrier {
+        sleep(RECHECK_PAUSE).await;
+        match self.barrier().await {
             // A connection that is lost now was good when the settlement was confirmed.
-            Err(_) if self.link.connection.status().connected() => Err(Unconfirmed(
-                DeliveryLost::timed_out(self.link.version()).to_string(),
-            )),
-            _ => self.still_ours(),
+            Err(_) if self.connection.is_connected() => {
+                Err(DeliveryLost::timed_out(self.connection.version()).into())
+            }
+            _ => self.check_still_owned(),
         }
     }
 }

@@ -1,10 +1,12 @@
-//! What is made before a consumer is registered, for those who ask for it: a queue and its bindings.
+//! What is declared and bound before a consumer is registered, and the declaration that qpublish shares.
 
-use super::errors::{ConnectError, protocol};
+use super::{
+    connect::OpenConnection,
+    errors::{ConnectError, Meaning, Refusal},
+};
 use lapin::{
     Connection,
     options::{QueueBindOptions, QueueDeclareOptions},
-    protocol::{AMQPErrorKind, AMQPSoftError},
     types::FieldTable,
 };
 
@@ -31,32 +33,72 @@ pub enum Declare {
     Exclusive,
 }
 
+/// Why a topology isn't there yet.
+pub(super) enum Incomplete {
+    /// A passive declare says that there is no such queue: it is to be created.
+    NotThere,
+    /// It was created with other properties in between: that one is good.
+    Raced,
+    Failed(ConnectError),
+}
+
 impl Topology {
-    /// Makes it, and returns the queue's name, which the broker chooses where `queue` is empty.
-    pub(super) async fn make(
+    /// Declares and binds, and returns the queue's name, which the broker chooses where `queue` is empty.
+    ///
+    /// A durable queue is declared passively first: one that is there may have any properties, and needs no permission
+    /// to configure it. Only with `create` it is declared in earnest.
+    pub(super) async fn set_up(
         &self,
-        connection: &Connection,
+        connection: &OpenConnection,
         queue: &str,
-    ) -> Result<String, ConnectError> {
-        let name = match self.declare {
-            Declare::No => queue.to_owned(),
-            Declare::Durable => durable(connection, queue).await?,
-            Declare::Exclusive => {
-                let options = QueueDeclareOptions {
-                    exclusive: true,
-                    ..QueueDeclareOptions::default()
-                };
-                declare(connection, queue, options)
-                    .await
-                    .map_err(|error| ConnectError::in_setup(&error, "declare", queue))?
+        create: bool,
+    ) -> Result<String, Incomplete> {
+        let options = match self.declare {
+            Declare::No => None,
+            Declare::Durable => Some(QueueDeclareOptions {
+                passive: !create,
+                durable: true,
+                ..QueueDeclareOptions::default()
+            }),
+            Declare::Exclusive => Some(QueueDeclareOptions {
+                exclusive: true,
+                ..QueueDeclareOptions::default()
+            }),
+        };
+        let name = match options {
+            None => queue.to_owned(),
+            Some(options) => {
+                match declare(
+                    connection.connection(),
+                    queue,
+                    options,
+                    FieldTable::default(),
+                )
+                .await
+                {
+                    Ok(name) => name,
+                    Err(error) => {
+                        let refusal = Refusal::of(&error, &connection.observed());
+                        return Err(match refusal.map(|refusal| refusal.meaning()) {
+                            Some(Meaning::Missing) if options.passive => Incomplete::NotThere,
+                            Some(Meaning::Precondition) if create => Incomplete::Raced,
+                            _ => Incomplete::Failed(ConnectError::refused(
+                                &error, connection, "declare", queue,
+                            )),
+                        });
+                    }
+                }
             }
         };
+        if create {
+            tracing::info!("declared queue {queue:?}, which was not there");
+        }
         if let Some(exchange) = &self.exchange {
-            self.bind(connection, &name, exchange)
-                .await
-                .map_err(|error| {
-                    ConnectError::in_setup(&error, &format!("bind to exchange {exchange:?}"), &name)
-                })?;
+            let bound = self.bind(connection.connection(), &name, exchange).await;
+            bound.map_err(|error| {
+                let action = format!("bind to exchange {exchange:?}");
+                Incomplete::Failed(ConnectError::refused(&error, connection, &action, &name))
+            })?;
         }
         Ok(name)
     }
@@ -83,48 +125,16 @@ impl Topology {
     }
 }
 
-/// Passively first: a queue that is there may have any properties, and need no permission to configure it.
-async fn durable(connection: &Connection, queue: &str) -> Result<String, ConnectError> {
-    let passive = QueueDeclareOptions {
-        passive: true,
-        ..QueueDeclareOptions::default()
-    };
-    let error = match declare(connection, queue, passive).await {
-        Ok(name) => return Ok(name),
-        Err(error) => error,
-    };
-    match protocol(&error) {
-        Some((AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND), text)) if text.contains("no queue") => {
-        }
-        _ => return Err(ConnectError::in_consume(&error, queue)),
-    }
-    let options = QueueDeclareOptions {
-        durable: true,
-        ..QueueDeclareOptions::default()
-    };
-    match declare(connection, queue, options).await {
-        Ok(name) => {
-            tracing::info!("declared queue {queue:?}, which was not there");
-            Ok(name)
-        }
-        Err(error) => match protocol(&error) {
-            // Somebody else has declared it in between, with other properties: that one is good.
-            Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), _)) => {
-                Ok(queue.to_owned())
-            }
-            _ => Err(ConnectError::in_setup(&error, "declare", queue)),
-        },
-    }
-}
-
-async fn declare(
+/// Declares a queue on a channel of its own, as a refusal ends that; returns the queue's name.
+pub(super) async fn declare(
     connection: &Connection,
     queue: &str,
     options: QueueDeclareOptions,
+    arguments: FieldTable,
 ) -> lapin::Result<String> {
     let channel = connection.create_channel().await?;
     let declared = channel
-        .queue_declare(queue.into(), options, FieldTable::default())
+        .queue_declare(queue.into(), options, arguments)
         .await?;
     channel.close(200, "OK".into()).await?;
     Ok(declared.name().to_string())

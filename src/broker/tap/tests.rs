@@ -1,0 +1,94 @@
+//! What is noted of the broker's frames, and what lapin isn't given to read.
+
+use super::*;
+
+const START: &[u8] = b"\0\x0a\0\x0a\0\x09\0\0\0\x13\x07versionS\0\0\0\x064.3.61\0\0\0\x0ePLAIN AMQPLAIN\0\0\0\x05en_US";
+const DELIVER: &[u8] = b"\0\x3c\0\x3c\x01t\0\0\0\0\0\0\0\x01\0\0\x01q";
+const RETURN: &[u8] = b"\0\x3c\0\x32\x01\x38\x01x\0\x01q";
+
+fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&[kind, 0, 1][..], &size, payload, &[0xce]].concat()
+}
+
+/// A content header with a table, or arrays, nested so deep in its headers.
+fn nested(levels: usize, kind: u8) -> Vec<u8> {
+    let mut value = vec![b'V'];
+    for _ in 0..levels {
+        let inner = if kind == b'F' {
+            [&[1, b'k'][..], &value].concat()
+        } else {
+            value
+        };
+        value = [&[kind][..], &(inner.len() as u32).to_be_bytes(), &inner].concat();
+    }
+    let table = [&[1, b'h'][..], &value].concat();
+    let mut payload = vec![0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 0];
+    payload.extend((table.len() as u32).to_be_bytes());
+    payload.extend(table);
+    frame(CONTENT_HEADER, &payload)
+}
+
+fn observe(frames: &[Vec<u8>], piece: usize) -> (Shared, io::Result<()>) {
+    let observed = Shared::default();
+    let mut tap = Tap::new(131_072, observed.clone());
+    let result = frames
+        .concat()
+        .chunks(piece)
+        .try_for_each(|piece| tap.observe(piece));
+    (observed, result)
+}
+
+#[test]
+fn what_the_broker_says_is_noted_however_it_is_cut() {
+    let frames = [
+        frame(METHOD, START),
+        frame(METHOD, b"\0\x0a\0\x1e\x07\xff\0\x02\0\0\0\x3c"),
+        frame(BODY, &[METHOD; 3000]),
+        frame(HEARTBEAT, b""),
+        frame(METHOD, b"\0\x14\0\x28\x01\xf4\x04oops\0\0\0\0"),
+        frame(METHOD, b"\0\x3c\0\x1e\x01t\0"),
+    ];
+    for piece in [1, 2, 7, 8, 9, 1000, 100_000] {
+        let (observed, result) = observe(&frames, piece);
+        result.unwrap();
+        let seen = observed.lock().clone();
+        assert_eq!(seen.version, Some((4, 3)));
+        assert_eq!(seen.mechanisms.as_deref(), Some("PLAIN AMQPLAIN"));
+        assert_eq!(seen.heartbeat, Some(60));
+        assert_eq!(seen.closed, Some((500, "oops".to_owned())));
+        assert!(seen.cancelled && seen.unreadable.is_none(), "{seen:?}");
+    }
+}
+
+#[test]
+fn a_hundred_levels_are_read_and_no_more() {
+    for kind in [b'F', b'A'] {
+        let (_, result) = observe(&[frame(METHOD, DELIVER), nested(99, kind)], 64);
+        result.unwrap();
+        for levels in [102, 1000, 10_000] {
+            let (observed, result) = observe(&[frame(METHOD, DELIVER), nested(levels, kind)], 64);
+            assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidData);
+            let why = observed.lock().unreadable.clone().unwrap();
+            assert!(why.contains("nested more than 100 deep"), "{why}");
+        }
+    }
+}
+
+#[test]
+fn only_a_delivered_message_is_called_unreadable() {
+    let (observed, result) = observe(&[frame(METHOD, RETURN), nested(1000, b'F')], 64);
+    assert!(result.is_err() && observed.lock().unreadable.is_none());
+    let bad_key = b"\0\x3c\0\x3c\x01t\0\0\0\0\0\0\0\x01\0\0\x01\xff";
+    let (observed, result) = observe(&[frame(METHOD, bad_key)], 64);
+    assert!(result.is_err() && observed.lock().unreadable.is_some());
+}
+
+#[test]
+fn what_is_too_large_is_refused_and_what_is_not_amqp_is_left_to_lapin() {
+    let huge = [&[CONTENT_HEADER, 0, 1][..], &u32::MAX.to_be_bytes()].concat();
+    assert!(observe(&[huge], 3).1.is_err());
+    for foreign in [&b"HTTP/1.1 400 Bad Request"[..], b"AMQP\0\x01\0\0"] {
+        observe(&[foreign.to_vec()], 3).1.unwrap();
+    }
+}
