@@ -15,7 +15,7 @@ use crate::{
 };
 use async_rs::Runtime;
 use lapin::{
-    AsyncTcpStream, Connection, ConnectionProperties, Event,
+    AsyncTcpStream, Channel, Connection, ConnectionProperties, Event,
     types::ShortString,
     uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
 };
@@ -184,6 +184,7 @@ impl Broker {
             events,
             observed,
             username: address.username.clone(),
+            last_channel: None,
             _cutter: cutter,
         })
     }
@@ -231,6 +232,9 @@ pub struct OpenConnection {
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     observed: Shared,
     username: String,
+    /// The channel of a consumer that is no more. Dropping it would send a channel.close that fails when it meets our
+    /// connection.close, and lapin 4.12 then ends the connection without a close.
+    pub(super) last_channel: Option<Channel>,
     _cutter: Cutter,
 }
 

@@ -336,7 +336,7 @@ impl Consumer {
                 None
             }
             State::Ready(registration) | State::Holding(registration, _) => {
-                Some(registration.connection)
+                Some(registration.end())
             }
         });
     }
@@ -380,11 +380,15 @@ impl std::fmt::Debug for Registration {
 impl Registration {
     /// `declared`: what the queue is called that was declared on this connection before.
     async fn open(
-        connection: OpenConnection,
+        mut connection: OpenConnection,
         options: ConsumerOptions,
         ask: Ask,
         declared: Option<String>,
     ) -> Result<Self, (OpenConnection, NotRegistered)> {
+        if let Some(channel) = connection.last_channel.take() {
+            // Should that fail, so does the next channel.
+            let _ = channel.close(200, "OK".into()).await;
+        }
         let queue = match declared {
             Some(queue) => Ok(queue),
             None => {
@@ -432,6 +436,13 @@ impl Registration {
                 Err((connection, why))
             }
         }
+    }
+
+    /// Gives the connection back, for another consumer or to be closed.
+    pub(super) fn end(self) -> OpenConnection {
+        let mut connection = self.connection;
+        connection.last_channel = Some(self.channel);
+        connection
     }
 
     /// The next thing that happens: a delivery, or the end. A loss may show in either stream, or in both.
