@@ -1,34 +1,29 @@
 //! The story, top to bottom: find the command, connect, take, run, decide, settle.
 
+mod take;
+mod task;
+
 use crate::{
     broker::{
-        Broker, ConnectOptions, Consumer, ConsumerOptions, DeliveryLost, Depth, Message,
-        Unconfirmed,
+        Broker, ConnectOptions, Consumer, ConsumerOptions, Message,
     },
     cli::Options,
-    clock::sleep_until_or_never,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{FIRST_MENTION, Outcome, Patience, RunSummary, Source, Span, Subject},
+    report::{Outcome, RunSummary, Source, Span},
     signals::{Signals, next_stop},
-    verdict::{CommandResult, Ended, Settlement, StopReason, Verdict, decide},
+    verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
 };
 use nix::sys::signal::Signal;
-use std::{fmt, mem, time::Duration};
-use tokio::time::{Instant, sleep};
-
-/// How soon an empty-looking queue is looked at again; it grows to the longest, for a queue that somebody else works on.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-const LOOK_AGAIN_LONGEST: Duration = Duration::from_secs(1);
-
-/// How soon a wait is mentioned.
-const MENTION_WAIT: Duration = Duration::from_secs(30);
-
-/// The share of `--ack-timeout` after which a command that still runs is mentioned.
-const ACK_WARNING: f64 = 0.8;
+use std::{mem, time::Duration};
+use task::{Tally, Task, describe_end, describe_settlement};
+use tokio::time::sleep;
 
 /// What became of the message with `--no-ack`.
 const ACKNOWLEDGED_BEFORE: &str = "message was acknowledged before the command (--no-ack)";
+
+/// The share of `--ack-timeout` after which a command that still runs is mentioned.
+const ACK_WARNING: f64 = 0.8;
 
 /// Works as the options say, and returns the exit status.
 ///
@@ -76,30 +71,6 @@ enum Step {
     Next,
     /// The run is over.
     End(RunSummary),
-}
-
-/// What became of the messages of a run, in numbers.
-#[derive(Default)]
-struct Tally {
-    acknowledged: u64,
-    requeued: u64,
-    dead_lettered: u64,
-}
-
-impl Tally {
-    fn done(&self) -> u64 {
-        self.acknowledged + self.dead_lettered
-    }
-}
-
-impl fmt::Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} acknowledged, {} failed and requeued, {} dead-lettered",
-            self.acknowledged, self.requeued, self.dead_lettered
-        )
-    }
 }
 
 struct Worker {
@@ -268,89 +239,6 @@ impl Worker {
         ))
     }
 
-    /// Waits for a message, over as many connections as it needs.
-    ///
-    /// `None` is: there was none for as long as the options want to wait.
-    async fn take(&mut self) -> Result<Option<Message>, Failure> {
-        // `--drain` without `--wait` asks at once how full the queue is.
-        let limit = if self.options.drain {
-            Some(self.options.wait.unwrap_or_default())
-        } else {
-            self.options.wait
-        };
-        let mut waited = Duration::ZERO;
-        let mut pause = LOOK_AGAIN;
-        loop {
-            if !self.consumer.is_registered() {
-                self.consumer.register().await?;
-                tracing::debug!("waiting for a message in queue {:?}", self.consumer.queue());
-            }
-            // Only time in which a message could have come counts.
-            let registered = Instant::now();
-            let left = limit.map(|limit| limit.saturating_sub(waited));
-            match self.wait(left).await {
-                Ok(taken) => return Ok(taken),
-                // Every new connection would get it again.
-                Err(lost) if lost.unreadable => {
-                    return Err(Failure::new(
-                        Exit::Software,
-                        format!(
-                            "the next message in queue {:?} can't be read: {lost}; it is requeued, and every worker will get it: remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`",
-                            self.consumer.queue()
-                        ),
-                    ));
-                }
-                Err(lost) => {
-                    self.consumer.survives(&lost.to_string())?;
-                    tracing::warn!("while waiting for a message: {lost}; connecting again");
-                }
-            }
-            waited += registered.elapsed();
-            // A consumer that is lost as soon as it is registered, again and again, mustn't become a storm.
-            if registered.elapsed() > LOOK_AGAIN_LONGEST {
-                pause = LOOK_AGAIN;
-            }
-            sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
-            pause = (pause * 2).min(LOOK_AGAIN_LONGEST);
-        }
-    }
-
-    /// Waits on one connection: for a message, until `limit` has passed, or with `--drain` until the queue is empty then.
-    async fn wait(&mut self, limit: Option<Duration>) -> Result<Option<Message>, DeliveryLost> {
-        let mut look = limit.map(|limit| Instant::now() + limit);
-        let mut pause = LOOK_AGAIN;
-        let mut mention = Patience::new(MENTION_WAIT);
-        let mut held_up = Patience::new(FIRST_MENTION);
-        loop {
-            tokio::select! {
-                biased;
-                message = self.consumer.next() => return message.map(Some),
-                () = sleep_until_or_never(look) => {}
-                waited = mention.due() => {
-                    tracing::info!("still waiting for a message in queue {:?}, for {} now", self.consumer.queue(), Span(waited));
-                    continue;
-                }
-            }
-            if !self.options.drain {
-                return self.consumer.cancel().await;
-            }
-            match self.consumer.depth().await? {
-                Depth::Ready(0) => return self.consumer.cancel().await,
-                Depth::Ready(ready) if held_up.is_due() => tracing::info!(
-                    "queue {:?} has {ready} ready messages, but the broker delivers none of them here: another consumer is the active one (single active consumer), or the queue is moving to another node",
-                    self.consumer.queue()
-                ),
-                Depth::Unknown if held_up.is_due() => tracing::info!(
-                    "the broker can't say whether queue {:?} is empty: its leader doesn't answer",
-                    self.consumer.queue()
-                ),
-                Depth::Ready(_) | Depth::Unknown => {}
-            }
-            look = Some(Instant::now() + pause);
-            pause = (pause * 2).min(LOOK_AGAIN_LONGEST);
-        }
-    }
-
     /// The end of a run that found nothing more to do.
     fn nothing_left(&self) -> RunSummary {
         if self.options.drain {
@@ -404,137 +292,6 @@ impl Worker {
         let text = format!("{failure}; {became}");
         task.summary(Source::Qconsume, failure.exit.status(), outcome, text)
     }
-}
-
-/// The message at hand, for log lines and the summary.
-struct Task {
-    subject: Subject,
-    failures: Option<u64>,
-    since: Instant,
-}
-
-impl Task {
-    fn new(message: &Message) -> Self {
-        Self {
-            subject: Subject {
-                id: message.id.clone(),
-                attempt: message.attempt,
-                size: Some(message.body.len()),
-                ..Subject::default()
-            },
-            failures: message.failures,
-            since: Instant::now(),
-        }
-    }
-
-    fn log_taken(&self, queue: &str) {
-        let Subject {
-            id, attempt, size, ..
-        } = &self.subject;
-        tracing::info!(queue, id, attempt, size, "message taken");
-    }
-
-    /// How the run ends with it, with how long it has been here until now, to the millisecond.
-    fn summary(&self, source: Source, status: u8, outcome: Outcome, text: String) -> RunSummary {
-        let seconds = (self.since.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
-        RunSummary {
-            source,
-            status,
-            text,
-            subject: Subject {
-                seconds: Some(seconds),
-                outcome: Some(outcome),
-                ..self.subject.clone()
-            },
-        }
-    }
-
-    /// The same for a settlement that is confirmed, or isn't.
-    fn settled(
-        &self,
-        source: Source,
-        how: &str,
-        verdict: &Verdict,
-        settlement: Settlement,
-        unconfirmed: Option<Unconfirmed>,
-    ) -> RunSummary {
-        let (source, status) = match (&unconfirmed, settlement) {
-            (None, _) => (source, verdict.exit_code),
-            (Some(_), Settlement::Ack) => (Source::Qconsume, verdict.exit_code_if_unconfirmed),
-            (Some(_), _) => (source, verdict.exit_code_if_unconfirmed),
-        };
-        let (outcome, became) = describe_settlement(settlement, unconfirmed);
-        self.summary(source, status, outcome, format!("{how}; {became}"))
-    }
-
-    /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
-    fn warn_if_uncounted(&self, options: &Options, settlement: Settlement) {
-        if settlement != Settlement::Requeue || self.failures.is_some() {
-            return;
-        }
-        if let Some(max) = options.policy.max_attempts {
-            tracing::warn!(
-                "--max-attempts {max} has no effect: this queue doesn't count deliveries; use a quorum queue"
-            );
-        }
-        if options.keep_going {
-            tracing::warn!(
-                "--keep-going ends here: this queue doesn't count deliveries, so it would deliver the failed message again and again; use a quorum queue"
-            );
-        }
-    }
-}
-
-/// What became of the message, for machines and for people.
-fn describe_settlement(
-    settlement: Settlement,
-    unconfirmed: Option<Unconfirmed>,
-) -> (Outcome, String) {
-    if let Some(why) = unconfirmed {
-        let text = match settlement {
-            Settlement::Ack => format!(
-                "acknowledgement not confirmed, so the message may be delivered again: {why}"
-            ),
-            Settlement::DeadLetter => {
-                format!("rejection not confirmed, so the message may be delivered again: {why}")
-            }
-            Settlement::Requeue | Settlement::Release => {
-                format!("message is requeued, though the broker has not confirmed it: {why}")
-            }
-        };
-        return (Outcome::Unconfirmed, text);
-    }
-    let (outcome, text) = match settlement {
-        Settlement::Ack => (Outcome::Acknowledged, "message acknowledged"),
-        Settlement::Requeue => (Outcome::Requeued, "message requeued"),
-        Settlement::Release => (Outcome::Released, "message released"),
-        Settlement::DeadLetter => (
-            Outcome::DeadLettered,
-            "message dead-lettered, or dropped where the queue has no dead-letter exchange",
-        ),
-    };
-    (outcome, text.to_owned())
-}
-
-/// How the command ended.
-fn describe_end(result: CommandResult) -> String {
-    let ended = match result.ended {
-        Ended::Exited(0) => "command succeeded".to_owned(),
-        Ended::Exited(status) => format!("command exited with status {status}"),
-        Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
-    };
-    match result.stop {
-        None => ended,
-        Some(StopReason::TimeLimit) => format!("{ended} after its time limit (--timeout)"),
-        Some(StopReason::Signal(signal)) => {
-            format!("{ended} after {} was forwarded to it", signal_name(signal))
-        }
-    }
-}
-
-fn signal_name(signal: i32) -> String {
-    Signal::try_from(signal)
-        .map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string())
 }
 
 async fn warn_before_ack_timeout<T>(limit: Option<Duration>, run: impl Future<Output = T>) -> T {

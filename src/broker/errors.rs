@@ -281,6 +281,12 @@ impl ConnectError {
         queue: &str,
     ) -> Self {
         let observed = connection.observed();
+        if let Some(problem) = &observed.unreadable {
+            return Self {
+                transient: false,
+                failure: unreadable(queue, problem),
+            };
+        }
         let Some(refusal) = Refusal::of(error, &observed) else {
             return Self::transient(format!("the connection failed: {}", described(error)));
         };
@@ -291,7 +297,7 @@ impl ConnectError {
                 failure: Failure::new(
                     Exit::Config,
                     format!(
-                        "can't {action} queue {queue:?}: {refusal}; declare it, or check QUEUE and the virtual host"
+                        "there is no queue {queue:?} to {action}: {refusal}; declare it, or check QUEUE and the virtual host"
                     ),
                 ),
             },
@@ -338,6 +344,16 @@ impl ConnectError {
             }
         }
     }
+}
+
+/// The end of a run whose next message can't be read: every new connection would get it again.
+pub fn unreadable(queue: &str, problem: &str) -> Failure {
+    Failure::new(
+        Exit::Software,
+        format!(
+            "the next message in queue {queue:?} can't be read: {problem}; it is requeued, and every worker gets it: remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`"
+        ),
+    )
 }
 
 /// Why a delivery, or the consumer that waits for one, was lost.

@@ -16,7 +16,7 @@ mod transport;
 
 pub use connect::{Broker, ConnectOptions, OpenConnection};
 pub use consumer::{Consumer, ConsumerOptions, Depth};
-pub use errors::{ConnectError, DeliveryLost};
+pub use errors::{ConnectError, DeliveryLost, unreadable};
 pub use message::Message;
 pub use publisher::{
     Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare, goodbye,

@@ -65,7 +65,7 @@ impl Consumer {
                     "no reply from the broker within {limit}"
                 )))
             });
-        self.state = if last || settled.is_err() {
+        self.state = if settled.is_err() || registration.consumer.is_none() {
             State::Idle(Some(registration.end()))
         } else {
             State::Ready(registration)
