@@ -4,9 +4,7 @@ mod take;
 mod task;
 
 use crate::{
-    broker::{
-        Broker, ConnectOptions, Consumer, ConsumerOptions, Message,
-    },
+    broker::{Broker, ConnectOptions, Consumer, ConsumerOptions, Message},
     cli::Options,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},

@@ -14,9 +14,9 @@ use lapin::options::{
 use std::{fmt, mem, time::Duration};
 use tokio::time::{sleep, timeout};
 
-/// Longest wait for the broker to confirm a settlement: a quorum queue that elects a leader, or a broker under an alarm,
-/// takes a while; beyond this the pod had better end.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest wait for the broker to confirm a settlement: nodes of a cluster notice a frozen leader after 45 to 75 seconds
+/// (Erlang's net_ticktime of 60), and only then elect another one, which confirms.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// A shorter run can't have met RabbitMQ's own acknowledgement timeout, which is 30 minutes and at least a minute.
 const RECHECK_FROM: Duration = Duration::from_secs(60);
@@ -48,7 +48,7 @@ impl Consumer {
     /// that nobody here would run.
     ///
     /// # Errors
-    /// When the broker hasn't confirmed within a minute that it has processed the settlement.
+    /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
     pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), Unconfirmed> {
         let State::Holding(mut registration, held) =
             mem::replace(&mut self.state, State::Idle(None))
