@@ -1,17 +1,14 @@
 //! The story, top to bottom: find the command, connect, take, run, decide, settle.
 
 use crate::{
-    broker::{
-        Broker, ConnectOptions, ConsumeOptions, Consumer, DeliveryLost, Depth, Message, Unconfirmed,
-    },
-    cli::Options,
+    broker::{Broker, ConsumeOptions, Consumer, DeliveryLost, Depth, Message, Unconfirmed},
+    cli::QconsumeOptions,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
     report::{Outcome, Patience, RunSummary, Source, Span, Subject},
     signals::{Signals, next_stop},
     verdict::{CommandResult, Ended, Policy, Settlement, StopReason, Verdict, decide},
 };
-use anyhow::Context;
 use nix::sys::signal::Signal;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -33,19 +30,17 @@ const ACKNOWLEDGED_BEFORE: &str = "message was acknowledged before the command (
 ///
 /// # Errors
 /// A [`Failure`] when qconsume itself, not the command, is what failed; anything else is a defect.
-pub async fn work(options: Options, mut signals: Signals) -> anyhow::Result<u8> {
+pub async fn work(options: QconsumeOptions, mut signals: Signals) -> anyhow::Result<u8> {
     let program = find(&options.command, std::env::var_os("PATH").as_deref())?;
-    let reaper = Reaper::start().context("can't watch for ended processes")?;
-    let connect = ConnectOptions {
-        name: connection_name(&options.queue),
-        ..options.connect.clone()
-    };
-    let broker = Broker::new(options.nodes.clone(), connect);
+    let reaper = Reaper::start()
+        .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
+    let connect = options.broker.connect(connection_name(&options.queue))?;
+    let broker = Broker::new(options.broker.nodes.read()?, connect);
     let consumer = Consumer::new(
         broker,
         ConsumeOptions {
             queue: options.queue.clone(),
-            topology: options.topology.clone(),
+            topology: options.topology(),
             ack_timeout: options.ack_timeout,
         },
     );
@@ -82,7 +77,7 @@ enum Step {
 }
 
 struct Worker {
-    options: Options,
+    options: QconsumeOptions,
     program: Executable,
     reaper: Reaper,
     consumer: Consumer,
@@ -109,7 +104,7 @@ impl Worker {
         }
 
         let mut variables = message.variables;
-        let hidden = self.options.hidden.iter();
+        let hidden = self.options.hidden_variables().iter();
         variables.extend(hidden.map(|name| Variable { name, value: None }));
         let command = Command::spawn(&self.program, &variables, message.body, &self.reaper);
         let outcome = match command {
@@ -122,7 +117,8 @@ impl Worker {
                         self.consumer.lost().await
                     }
                 };
-                let run = supervise(&mut command, &self.options.limits, signals, lost);
+                let limits = self.options.limits();
+                let run = supervise(&mut command, &limits, signals, lost);
                 warn_before_ack_timeout(self.options.ack_timeout, run).await
             }
             Err(failure) => return Ok(Step::End(self.not_started(&failure, &task).await)),
@@ -134,7 +130,7 @@ impl Worker {
                 still_owned: outcome.lost.is_none(),
                 failures_before: task.failures,
             },
-            &self.options.policy,
+            &self.options.policy(),
         );
         let (by, how) = how(outcome.ended, outcome.stop);
         let Some(settlement) = verdict.settlement else {
@@ -153,7 +149,7 @@ impl Worker {
             )));
         };
 
-        let all = self.options.count.is_some_and(|count| done + 1 >= count);
+        let all = self.options.count().is_some_and(|count| done + 1 >= count);
         let stopped_by = outcome.stop.and_then(StopReason::signal);
         // With `--reject-exit-code 0` a message that was dead-lettered is done like any other.
         let last = all || verdict.exit_code != 0 || stopped_by.is_some();
@@ -165,7 +161,7 @@ impl Worker {
                 format!("{how}; {ACKNOWLEDGED_BEFORE}"),
             )
         } else {
-            task.warn_if_uncounted(&self.options.policy, settlement);
+            task.warn_if_uncounted(&self.options.policy(), settlement);
             let settled = self.consumer.settle(settlement, last).await;
             task.settled(by, &how, &verdict, settlement, settled.err())
         };
@@ -177,7 +173,7 @@ impl Worker {
             }
             // This message is done, but a stop before all are is no completion.
             Some(signal) => Ok(Step::End(RunSummary {
-                by: Source::Qconsume,
+                source: Source::Qconsume,
                 status: status_of_signal(signal),
                 text: format!(
                     "{}; stopped by a signal before everything was done",
@@ -355,10 +351,10 @@ impl Task {
     }
 
     /// A last word about it, with how long it has been here until now, to the millisecond.
-    fn word(&self, by: Source, status: u8, outcome: Outcome, text: String) -> RunSummary {
+    fn word(&self, source: Source, status: u8, outcome: Outcome, text: String) -> RunSummary {
         let seconds = (self.since.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
         RunSummary {
-            by,
+            source,
             status,
             text,
             subject: Subject {
@@ -417,10 +413,10 @@ fn became(settlement: Settlement, unconfirmed: Option<Unconfirmed>) -> (Outcome,
     }
     let (outcome, text) = match settlement {
         Settlement::Ack => (Outcome::Acknowledged, "message acknowledged"),
-        Settlement::Requeue => (Outcome::Returned, "message returned to the queue"),
-        Settlement::Release => (Outcome::GivenBack, "message given back to the queue"),
+        Settlement::Requeue => (Outcome::Requeued, "message returned to the queue"),
+        Settlement::Release => (Outcome::Released, "message given back to the queue"),
         Settlement::DeadLetter => (
-            Outcome::Rejected,
+            Outcome::DeadLettered,
             "message rejected: dead-lettered, or dropped where the queue has no dead-letter exchange",
         ),
     };

@@ -7,6 +7,7 @@ mod errors;
 mod frames;
 mod incoming;
 mod message;
+mod nodes;
 mod one_cpu;
 mod outgoing;
 mod publisher;
@@ -20,6 +21,7 @@ pub use connect::{Broker, ConnectOptions, Link};
 pub use consumer::{ConsumeOptions, Consumer, Depth};
 pub use errors::{ConnectError, DeliveryLost};
 pub use message::Message;
+pub use nodes::{Nodes, Source, TlsOptions};
 pub use publisher::{
     Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare, goodbye,
 };
