@@ -109,7 +109,7 @@ async fn publish(options: QpublishOptions, mut signals: Signals) -> anyhow::Resu
 /// Connects, declares and makes ready to publish; nothing when there is only something to declare.
 async fn open(options: &QpublishOptions) -> Result<Option<Publisher>, Failure> {
     let queue = &options.route.routing_key;
-    let connect = options.broker.connect(format!("qpublish {queue}"))?;
+    let connect = options.broker.connect(format!("qpublish {queue}"));
     let link = Broker::new(options.broker.nodes.read()?, connect)
         .connect()
         .await?;

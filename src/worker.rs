@@ -34,7 +34,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> anyhow::Res
     let program = find(&options.command, std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start()
         .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
-    let connect = options.broker.connect(connection_name(&options.queue))?;
+    let connect = options.broker.connect(connection_name(&options.queue));
     let broker = Broker::new(options.broker.nodes.read()?, connect);
     let consumer = Consumer::new(
         broker,

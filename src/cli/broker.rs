@@ -93,40 +93,46 @@ pub struct BrokerOptions {
     /// The nodes, once the options are checked.
     #[arg(skip)]
     pub nodes: Nodes,
+
+    /// The files that TLS needs, likewise.
+    #[arg(skip)]
+    loaded: Tls,
+
+    /// The parameters of the URLs that are for other clients, likewise.
+    #[arg(skip)]
+    ignored: Vec<String>,
 }
 
 impl BrokerOptions {
-    /// How to connect, and as what; names what the URLs have for other clients only.
-    ///
-    /// # Errors
-    /// 64 for what isn't as it should be, 78 for a file that can't be read or used.
-    pub fn connect(&self, name: String) -> Result<ConnectOptions, Failure> {
-        let addresses = self.nodes.read()?;
-        for parameter in addresses
-            .iter()
-            .flat_map(|address| &address.parameters.ignored)
-        {
+    /// How to connect, and under which name; names what the URLs have for other clients only.
+    #[must_use]
+    pub fn connect(&self, name: String) -> ConnectOptions {
+        for parameter in &self.ignored {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
-        Ok(ConnectOptions {
+        ConnectOptions {
             timeout: self.connect_timeout,
             heartbeat: self.heartbeat,
             name,
-            tls: Tls::load(&addresses)?,
-        })
+            tls: self.loaded.clone(),
+        }
     }
 
-    /// Finds the nodes: a flag goes over a variable; a URL and the parts of one contradict each other.
+    /// Finds the nodes, and reads the files that they need: a flag goes over a variable; a URL and the parts of one
+    /// contradict each other.
     ///
     /// # Errors
-    /// 64 for what isn't as it should be, 78 for a file that can't be read.
+    /// 64 for what isn't as it should be, 78 for a file that can't be read or used.
     pub(crate) fn find_nodes(&mut self, given: &Given<'_>) -> Result<(), Failure> {
         let source = self.source(given)?;
         self.nodes = Nodes {
             source,
             tls: self.tls.clone(),
         };
-        for address in self.nodes.read()? {
+        let addresses = self.nodes.read()?;
+        self.loaded = Tls::load(&addresses)?;
+        for mut address in addresses {
+            self.ignored.append(&mut address.parameters.ignored);
             if self.ssl && !address.tls {
                 return Err(Failure::usage(
                     "--ssl asks for TLS, but the URL says amqp://, which is without: make it amqps://",
