@@ -43,7 +43,7 @@ binaries: image
 	container=$$(docker create $(IMAGE)) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
 	status=$$?; docker rm $$container >/dev/null; exit $$status
 
-docs: ## writes docs/options.md anew
+docs: ## writes docs/options.md and the tables of exit statuses anew
 	$(CARGO) run --quiet --locked --example docgen
 
 transcripts: ## writes docs/transcripts.md anew, from real runs; QCONSUME_TEST_RABBITMQ=rabbitmq:4.3-management for the version it is about

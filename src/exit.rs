@@ -1,5 +1,7 @@
-//! The exit statuses that are qconsume's own: an interface for `podFailurePolicy`, so they never change.
+//! The exit statuses that are qconsume's own: an interface for `podFailurePolicy`, so they never change. Help, man
+//! pages and the documentation's tables are generated from here.
 
+use crate::program::Program;
 use std::{fmt, io};
 
 /// Why qconsume itself, not the command, ended the run.
@@ -7,31 +9,26 @@ use std::{fmt, io};
 /// The numbers come from sysexits.h (64 to 78) and from timeout(1), env(1) and the shell (124 to 127).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
+#[allow(missing_docs, reason = "`Exit::meaning` has it")]
 pub enum Exit {
-    /// Usage: options, or a malformed or empty `BROKER_URL` or `QUEUE`. Retrying doesn't help.
     Usage = 64,
-    /// No message within `--wait`; of qpublish's, an input that can't be read.
     Empty = 66,
-    /// The broker was not reachable within `--connect-timeout`. Retrying helps.
     Unavailable = 69,
-    /// A defect in qconsume.
     Software = 70,
-    /// The system is short of processes, memory or descriptors (`EX_OSERR`): nothing was run. Retrying helps.
     OsError = 71,
-    /// The delivery was lost, or its acknowledgement not confirmed: the message may come again. Of qpublish's, messages
-    /// that the broker has not confirmed.
     Lost = 75,
-    /// The broker refused the credentials, or a permission. Retrying doesn't help.
     NoPermission = 77,
-    /// Configuration: no such queue or virtual host, unreadable certificate, exclusive queue.
     Config = 78,
-    /// `--timeout` passed.
     TimedOut = 124,
-    /// The command is there but can't be executed.
     NotExecutable = 126,
-    /// There is no such command.
     NotFound = 127,
 }
+
+#[rustfmt::skip]
+const ALL: [Exit; 11] = [
+    Exit::Usage, Exit::Empty, Exit::Unavailable, Exit::Software, Exit::OsError, Exit::Lost, Exit::NoPermission,
+    Exit::Config, Exit::TimedOut, Exit::NotExecutable, Exit::NotFound,
+];
 
 impl Exit {
     /// The number that the process exits with.
@@ -39,6 +36,66 @@ impl Exit {
     pub const fn status(self) -> u8 {
         self as u8
     }
+
+    /// What it means, in a few words and, behind the colon, in more; `None` where the program doesn't have it.
+    #[rustfmt::skip]
+    const fn meaning(self, program: Program) -> Option<&'static str> {
+        use Program::{Qconsume, Qpublish};
+        Some(match (self, program) {
+            (Self::Usage, _) => "usage: wrong options, or a malformed or empty BROKER_URL or QUEUE",
+            (Self::Empty, Qconsume) => "no message: none came within --wait",
+            (Self::Empty, Qpublish) => "no input: a file or standard input can't be read",
+            (Self::Unavailable, _) => "no broker: not reachable within --connect-timeout",
+            (Self::Software, Qconsume) => "defect: in qconsume; or a message that can't be read (not valid AMQP)",
+            (Self::Software, Qpublish) => "defect: in qpublish",
+            (Self::OsError, Qconsume) => "shortage: no processes, memory or descriptors left; the command was not run",
+            (Self::OsError, Qpublish) => "shortage: no processes, memory or descriptors left",
+            (Self::Lost, Qconsume) => "unconfirmed: the delivery was lost while the command ran, or the acknowledgement is not confirmed; the message may be delivered again",
+            (Self::Lost, Qpublish) => "unconfirmed: connection lost, nothing confirmed within --timeout, publishers blocked (memory or disk alarm), or queue full",
+            (Self::NoPermission, _) => "refused: the broker refused the credentials or a permission",
+            (Self::Config, Qconsume) => "configuration: no such queue or virtual host, an exclusive queue, an unreadable certificate",
+            (Self::Config, Qpublish) => "configuration: no such queue, exchange, binding or virtual host; a queue of another type than --declare asks for; a message that is too large; an unreadable certificate",
+            (Self::TimedOut, Qconsume) => "time limit: --timeout passed",
+            (Self::NotExecutable, Qconsume) => "not executable: the command can't be executed",
+            (Self::NotFound, Qconsume) => "not found: the command or its interpreter isn't there",
+            (Self::TimedOut | Self::NotExecutable | Self::NotFound, Qpublish) => return None,
+        })
+    }
+
+    const fn retry_helps(self, program: Program) -> &'static str {
+        match (self, program) {
+            (Self::Unavailable | Self::OsError | Self::Lost, _) => "yes",
+            (Self::Empty, Program::Qconsume) => "later",
+            (Self::Software | Self::TimedOut, _) => "",
+            _ => "no",
+        }
+    }
+}
+
+/// Every exit status of a program: the number, what it means, and whether a retry helps.
+#[must_use]
+pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
+    let (success, signal) = match program {
+        Program::Qconsume => (
+            "success: the command succeeded and the broker confirmed the acknowledgement",
+            "signal N: ended the command, or qconsume while it waited",
+        ),
+        Program::Qpublish => (
+            "success: the broker confirmed every message",
+            "signal N: ended the run before every message was confirmed",
+        ),
+    };
+    let mut rows = vec![("0".to_owned(), success, "")];
+    rows.extend(ALL.into_iter().filter_map(|exit| {
+        let meaning = exit.meaning(program)?;
+        Some((
+            exit.status().to_string(),
+            meaning,
+            exit.retry_helps(program),
+        ))
+    }));
+    rows.push(("128+N".to_owned(), signal, ""));
+    rows
 }
 
 /// The status of something that ended on a signal, as shells report it.
@@ -48,13 +105,32 @@ pub const fn status_of_signal(signal: i32) -> u8 {
     128 + signal as u8
 }
 
-/// Whether the system is short of processes, memory or descriptors for now, or a program's file is being written.
+/// What the system answers when it has nothing left to give for now.
+const SHORTAGE: [i32; 5] = [
+    libc::EAGAIN,
+    libc::ENOMEM,
+    libc::EMFILE,
+    libc::ENFILE,
+    libc::ETXTBSY,
+];
+
+/// Whether the system is short of processes, memory or descriptors, or a program's file is being written.
 #[must_use]
 pub fn is_shortage(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::ETXTBSY)
-    )
+    error
+        .raw_os_error()
+        .is_some_and(|code| SHORTAGE.contains(&code))
+}
+
+/// The shortage that a panic's message tells of: tokio and std panic where they get no thread or descriptor.
+#[must_use]
+pub fn shortage_behind(panic: &str) -> Option<io::Error> {
+    let shown = |code| [format!("(os error {code})"), format!("Os {{ code: {code},")];
+    let is_named = |code: &i32| shown(*code).iter().any(|text| panic.contains(text));
+    SHORTAGE
+        .into_iter()
+        .find(is_named)
+        .map(io::Error::from_raw_os_error)
 }
 
 /// An error that ends the run, with the status that it ends with.
@@ -67,22 +143,29 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A system call that failed: 71 where the system is short of something, 70 otherwise.
-    pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
-        if is_shortage(error) {
-            let message =
-                format!("{what}: {error}; the system is short of it, another try may help");
-            Self::new(Exit::OsError, message)
-        } else {
-            Self::new(Exit::Software, format!("{what}: {error}"))
-        }
-    }
-
     /// A failure with this status and message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,
             message: message.into(),
+        }
+    }
+
+    /// A usage error.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, message)
+    }
+
+    /// A system call of ours that failed: 71 where the system is short of something, otherwise a defect.
+    #[must_use]
+    pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
+        if is_shortage(error) {
+            Self::new(
+                Exit::OsError,
+                format!("{what}: {error}; another try may help"),
+            )
+        } else {
+            Self::new(Exit::Software, format!("{what}: {error}"))
         }
     }
 }
@@ -101,24 +184,33 @@ mod tests {
 
     #[test]
     fn the_statuses_are_those_that_policies_rely_on() {
-        let all = [
-            (Exit::Usage, 64),
-            (Exit::Empty, 66),
-            (Exit::Unavailable, 69),
-            (Exit::Software, 70),
-            (Exit::OsError, 71),
-            (Exit::Lost, 75),
-            (Exit::NoPermission, 77),
-            (Exit::Config, 78),
-            (Exit::TimedOut, 124),
-            (Exit::NotExecutable, 126),
-            (Exit::NotFound, 127),
-        ];
-        for (exit, status) in all {
-            assert_eq!(exit.status(), status, "{exit:?}");
-        }
+        let numbers = ALL.map(Exit::status);
+        assert_eq!(numbers, [64, 66, 69, 70, 71, 75, 77, 78, 124, 126, 127]);
         assert_eq!(status_of_signal(9), 137);
         assert_eq!(status_of_signal(15), 143);
         assert_eq!(status_of_signal(64), 192);
+    }
+
+    #[test]
+    fn every_meaning_has_a_short_form() {
+        for program in [Program::Qconsume, Program::Qpublish] {
+            for (status, meaning, _) in table(program) {
+                let short = meaning.split(':').next().unwrap();
+                assert!(short.len() < 16 && short != meaning, "{status} {meaning}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_shortage_is_no_defect() {
+        let exit = |code| Failure::system("can't start", &io::Error::from_raw_os_error(code)).exit;
+        for code in SHORTAGE {
+            assert_eq!(exit(code), Exit::OsError);
+            let error = io::Error::from_raw_os_error(code);
+            assert!(shortage_behind(&format!("can't spawn thread: {error}")).is_some());
+            assert!(shortage_behind(&format!("failed to create: {error:?}")).is_some());
+        }
+        assert_eq!(exit(libc::EINVAL), Exit::Software);
+        assert!(shortage_behind("index out of bounds (os error 1)").is_none());
     }
 }

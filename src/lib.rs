@@ -19,9 +19,8 @@ pub mod signals;
 pub mod verdict;
 pub mod worker;
 
-use anyhow::Context;
-use cli::{Options, Request};
-use exit::Exit;
+use cli::Request;
+use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
@@ -30,13 +29,25 @@ use std::{ffi::OsString, future::Future, io::Write};
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
+/// Parse, run, print one error, exit.
+pub fn main(program: Program) -> ! {
+    // First of all: as PID 1 a signal without a handler would be lost.
+    let held = signals::hold();
+    debug_assert!(held.is_ok());
+    report::set_program_name(program.name());
+    exit_on_panic();
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let status = match program {
+        Program::Qconsume => run(&arguments),
+        Program::Qpublish => publish::run(&arguments),
+    };
+    // Not by returning: see `block_on`.
+    std::process::exit(status.unwrap_or_else(|error| fail(&error)).into())
+}
+
 /// Runs qconsume with this command line, and returns the exit status.
-///
-/// # Errors
-/// What ended the run before the command could, or instead of it: an [`exit::Failure`], or else a defect.
-pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
-    let arguments: Vec<_> = arguments.into_iter().collect();
-    match cli::parse(&arguments)? {
+fn run(arguments: &[OsString]) -> anyhow::Result<u8> {
+    match cli::parse(arguments)? {
         Request::Run(options) => work(*options),
         Request::Show(text) => {
             show(&text);
@@ -47,49 +58,55 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> 
 
 // Its future is large, and so is what clap needs: they needn't be on the stack together.
 #[inline(never)]
-fn work(options: Options) -> anyhow::Result<u8> {
-    report::start(options.output.clone());
-    block_on(async {
-        let signals = signals::Signals::install()
-            .map_err(|error| exit::Failure::system("can't handle signals", &error))?;
-        Ok(worker::work(options, signals).await?)
-    })?
+fn work(options: cli::QconsumeOptions) -> anyhow::Result<u8> {
+    options.output.start();
+    Ok(block_on(|signals| worker::work(options, signals))??)
 }
 
 /// Drives a future on this thread alone: a command dies with the thread that started it.
 ///
 /// # Errors
 /// When the system has no more to give.
-pub fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
+pub fn block_on<F: Future>(
+    story: impl FnOnce(signals::Signals) -> F,
+) -> Result<F::Output, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("can't start")?;
-    let output = runtime.block_on(future);
+        .map_err(|error| Failure::system("can't start", &error))?;
+    let output = runtime.block_on(async {
+        let signals = signals::Signals::install()
+            .map_err(|error| Failure::system("can't handle signals", &error))?;
+        Ok(story(signals).await)
+    });
     // Dropping it would wait for a name look-up that nobody needs any more; the process ends soon.
     std::mem::forget(runtime);
-    Ok(output)
+    output
 }
 
 /// The status that this error ends the process with, after it was printed.
-#[must_use]
-pub fn fail(error: &anyhow::Error) -> u8 {
+fn fail(error: &anyhow::Error) -> u8 {
     let exit = error
-        .downcast_ref::<exit::Failure>()
+        .downcast_ref::<Failure>()
         .map_or(Exit::Software, |failure| failure.exit);
     report::failure(format!("{error:#}"), exit);
     exit.status()
 }
 
 /// Writes to standard output, which may be closed.
-pub fn show(text: &str) {
+fn show(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// A panic is a defect: says so, and ends with 70 wherever it happens, so that nothing goes on half done.
-pub fn exit_on_panic() {
+/// A panic ends the process wherever it happens, so that nothing goes on half done. It is a defect, unless the system had
+/// no thread or descriptor left.
+fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        report::failure(format!("defect, please report it: {panic}"), Exit::Software);
-        std::process::exit(Exit::Software.status().into());
+        let failure = match exit::shortage_behind(&panic.to_string()) {
+            Some(error) => Failure::system("can't go on", &error),
+            None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
+        };
+        report::failure(failure.message, failure.exit);
+        std::process::exit(failure.exit.status().into());
     }));
 }

@@ -3,5 +3,5 @@
 use qconsume::Program;
 
 fn main() {
-    Program::called(std::env::args_os().next().as_deref()).main()
+    qconsume::main(Program::called(std::env::args_os().next().as_deref()))
 }

@@ -1,12 +1,13 @@
-//! The two programs in here, and how each of them starts and ends.
+//! The two programs in here: they share all but their options and their story.
 
-use crate::{exit_on_panic, fail, publish, report, run, signals};
-use std::{ffi::OsStr, path::Path, process::exit};
+use std::{ffi::OsStr, path::Path};
 
-/// What this process is. The two share all but their options and their story: about nine tenths of the code.
+/// What this process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
+    /// Takes messages.
     Qconsume,
+    /// Publishes messages.
     Qpublish,
 }
 
@@ -20,22 +21,13 @@ impl Program {
         }
     }
 
-    /// Parse, run, print one error, exit.
-    pub fn main(self) -> ! {
-        // First of all: as PID 1 a signal without a handler would be lost.
-        let held = signals::hold();
-        if self == Self::Qpublish {
-            report::set_program_name("qpublish");
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Qconsume => "qconsume",
+            Self::Qpublish => "qpublish",
         }
-        exit_on_panic();
-        debug_assert!(held.is_ok());
-        let arguments = std::env::args_os();
-        let status = match self {
-            Self::Qconsume => run(arguments),
-            Self::Qpublish => publish::run(arguments),
-        };
-        // Not by returning: see `block_on`.
-        exit(status.unwrap_or_else(|error| fail(&error)).into())
     }
 }
 

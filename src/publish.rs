@@ -11,16 +11,15 @@ mod tally;
 
 use crate::{
     block_on,
-    broker::{Answer, Broker, ConnectOptions, Heard, PublishError, Publisher, declare, goodbye},
+    broker::{Answer, Broker, Heard, PublishError, Publisher, declare, goodbye},
     cli::Request,
     exit::{Exit, Failure, status_of_signal},
-    report::{self, RunSummary, Span},
+    report::{RunSummary, Span},
     show,
     signals::{Signals, next_stop},
 };
-use anyhow::Context;
 use nix::sys::signal::Signal;
-use options::Options;
+use options::QpublishOptions;
 use progress::Progress;
 use source::{Messages, Source};
 use std::{
@@ -51,20 +50,17 @@ const BATCH: usize = 64;
 ///
 /// # Errors
 /// Why not every message is confirmed: a [`Failure`], or else a defect.
-pub fn run(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
-    let arguments: Vec<_> = arguments.into_iter().collect();
-    let options = match options::parse(&arguments)? {
-        Request::Run(options) => *options,
+pub fn run(arguments: &[OsString]) -> anyhow::Result<u8> {
+    match options::parse(arguments)? {
+        Request::Run(options) => {
+            options.output.start();
+            block_on(|signals| publish(*options, signals))?
+        }
         Request::Show(text) => {
             show(&text);
-            return Ok(0);
+            Ok(0)
         }
-    };
-    report::start(options.output.clone());
-    block_on(async {
-        let signals = Signals::install().context("can't handle signals")?;
-        publish(options, signals).await
-    })?
+    }
 }
 
 /// qpublish's command line, for those who write its documentation.
@@ -73,7 +69,7 @@ pub fn command() -> clap::Command {
     options::command()
 }
 
-async fn publish(options: Options, mut signals: Signals) -> anyhow::Result<u8> {
+async fn publish(options: QpublishOptions, mut signals: Signals) -> anyhow::Result<u8> {
     if let Some(source) = &options.source {
         source.check()?;
     }
@@ -93,7 +89,9 @@ async fn publish(options: Options, mut signals: Signals) -> anyhow::Result<u8> {
     if matches!(*source, Source::Input) && io::stdin().is_terminal() {
         tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
     }
-    let messages = source.start(&bytes).context("can't start to read")?;
+    let messages = source
+        .start(&bytes)
+        .map_err(|error| Failure::system("can't start to read", &error))?;
     let run = Run {
         publisher,
         shares: VecDeque::new(),
@@ -109,12 +107,9 @@ async fn publish(options: Options, mut signals: Signals) -> anyhow::Result<u8> {
 }
 
 /// Connects, declares and makes ready to publish; nothing when there is only something to declare.
-async fn open(options: &Options) -> Result<Option<Publisher>, Failure> {
+async fn open(options: &QpublishOptions) -> Result<Option<Publisher>, Failure> {
     let queue = &options.route.routing_key;
-    let connect = ConnectOptions {
-        name: format!("qpublish {queue}"),
-        ..options.broker.connect.clone()
-    };
+    let connect = options.broker.connect(format!("qpublish {queue}"));
     let link = Broker::new(options.broker.nodes.clone(), connect)
         .connect()
         .await?;

@@ -1,26 +1,24 @@
 //! What qconsume and qpublish say: log lines on standard error, and the last word in the termination message.
 
-use crate::{cli::LogFormat, exit::Exit};
-use serde_json::{Map, Value};
+mod log;
+mod reminder;
+
+pub use log::LogFormat;
+pub use reminder::{FIRST_REMINDER, HumanDuration, Reminder, with_reminders};
+// The names of before, until their last users are gone.
+#[rustfmt::skip]
+pub use reminder::{FIRST_REMINDER as FIRST_MENTION, HumanDuration as Span, Reminder as Patience, with_reminders as mentioned};
+
+use crate::exit::Exit;
+use log::one_line;
 use std::{
-    fmt::{self, Write as _},
+    fmt::Write as _,
     fs::OpenOptions,
-    future::Future,
-    io::{self, IsTerminal, Write as _},
+    io::{self, Write as _},
     path::{Path, PathBuf},
-    pin::pin,
     sync::OnceLock,
-    time::{Duration, SystemTime},
 };
-use tokio::time::Instant;
-use tracing::{
-    Event, Level, Metadata, Subscriber,
-    field::{Field, Visit},
-};
-use tracing_subscriber::{
-    Layer,
-    layer::{Context, SubscriberExt},
-};
+use tracing::Level;
 
 /// Where Kubernetes looks for a container's termination message.
 pub const TERMINATION_LOG: &str = "/dev/termination-log";
@@ -28,20 +26,7 @@ pub const TERMINATION_LOG: &str = "/dev/termination-log";
 /// Longest termination message that Kubernetes keeps, in bytes.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
 
-/// What to say, how, and where.
-#[derive(Clone, Debug)]
-pub struct Output {
-    /// `--log-level`: lines of this level and the more important ones.
-    pub level: Level,
-    /// `--log-format`
-    pub format: LogFormat,
-    /// `--termination-log`
-    pub termination_log: PathBuf,
-}
-
 static PROGRAM: OnceLock<&str> = OnceLock::new();
-
-/// Where the last word goes besides the log.
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
 /// Sets the name that every line begins with, where it isn't qconsume's.
@@ -54,21 +39,14 @@ pub fn program() -> &'static str {
     PROGRAM.get().copied().unwrap_or("qconsume")
 }
 
-/// Starts to write log lines.
-///
-/// Only qconsume's own: lapin's include frames, and one of those carries the password.
-pub fn start(output: Output) {
-    let _ = TERMINATION_LOG_PATH.set(output.termination_log);
-    let lines = Lines {
-        level: output.level,
-        format: output.format,
-        colour: io::stderr().is_terminal()
-            && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty()),
-    };
-    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(lines));
+/// Starts to report: lines of this level and the more important ones, and the termination message to this file, or to
+/// none where the path is empty.
+pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
+    let _ = TERMINATION_LOG_PATH.set(termination_log.to_owned());
+    log::start(level, format);
 }
 
-/// Who ended the run.
+/// Who the exit status comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The command, whose status (or what an option maps it to) is the exit status.
@@ -86,20 +64,20 @@ impl Source {
     }
 }
 
-/// What became of a message; for machines, in one word.
+/// What became of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Done: the broker has confirmed the acknowledgement.
+    /// The broker confirmed the acknowledgement.
     Acknowledged,
-    /// Requeued as a failure (`basic.reject`).
+    /// `basic.reject` with requeue: back in the queue, counted as a failure.
     Requeued,
-    /// Requeued without a failure (`basic.nack`).
+    /// `basic.nack` with requeue: back in the queue, not counted from RabbitMQ 4.3 on.
     Released,
-    /// Dead-lettered, or dropped where the queue has no dead-letter exchange.
+    /// `basic.reject` without requeue; dropped where the queue has no dead-letter exchange.
     DeadLettered,
-    /// It was settled, but the broker hasn't confirmed it.
+    /// Settled, but the broker hasn't confirmed it.
     Unconfirmed,
-    /// Requeued by the broker before the command had ended.
+    /// The delivery was lost before the command had ended.
     Lost,
 }
 
@@ -123,7 +101,7 @@ impl Outcome {
 pub struct Subject {
     /// Its `message-id`.
     pub id: Option<String>,
-    /// Which attempt it is, where the queue tells.
+    /// Which attempt it is, where the queue counts.
     pub attempt: Option<u64>,
     /// The body's size in bytes.
     pub size: Option<usize>,
@@ -133,10 +111,10 @@ pub struct Subject {
     pub outcome: Option<Outcome>,
 }
 
-/// The last word of a run: its last log line, and the termination message.
+/// The end of a run: its last log line, and the termination message.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
-    /// Who ended the run.
+    /// Who the exit status comes from.
     pub source: Source,
     /// The exit status.
     pub status: u8,
@@ -163,7 +141,7 @@ impl RunSummary {
         let path = TERMINATION_LOG_PATH
             .get()
             .map_or(Path::new(TERMINATION_LOG), PathBuf::as_path);
-        if let Err(error) = write_termination_message(path, &self.text, &self.facts()) {
+        if let Err(error) = write_termination_message(path, &self.text, &self.fields()) {
             tracing::debug!("no termination message: {}: {error}", path.display());
         }
         // Behind that, as the last line is what `FallbackToLogsOnError` shows.
@@ -172,254 +150,76 @@ impl RunSummary {
 
     /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
     pub fn log(&self) {
-        let Self {
-            source,
-            status,
-            text,
-            subject,
-        } = self;
+        let (status, source) = (self.status, self.source.name());
         let Subject {
             id,
             attempt,
             size,
             seconds,
             outcome,
-        } = subject;
-        let (source, outcome) = (source.name(), outcome.map(Outcome::name));
-        if *status == 0 {
+        } = &self.subject;
+        let outcome = outcome.map(Outcome::name);
+        if status == 0 {
             tracing::info!(
-                id, attempt, size, seconds, outcome, status, source, "{text}"
+                id, attempt, size, seconds, outcome, status, source, "{}", self.text
             );
         } else {
             tracing::error!(
-                id, attempt, size, seconds, outcome, status, source, "{text}"
+                id, attempt, size, seconds, outcome, status, source, "{}", self.text
             );
         }
     }
 
-    /// What the termination message ends with, however long its text is.
-    fn facts(&self) -> String {
-        let mut facts = format!(" (status {} by {}", self.status, self.source.name());
+    /// What the termination message ends with, however long its text is: fields as in the log.
+    fn fields(&self) -> String {
+        let mut fields = format!(" (status={} source={}", self.status, self.source.name());
         if let Some(id) = &self.subject.id {
-            let _ = write!(facts, ", message id {id:?}");
+            let _ = write!(fields, " id={id:?}");
         }
         if let Some(attempt) = self.subject.attempt {
-            let _ = write!(facts, ", attempt {attempt}");
+            let _ = write!(fields, " attempt={attempt}");
         }
-        facts.push(')');
-        facts
+        fields + ")"
     }
 }
 
 /// Writes the termination message, where somebody is waiting for one and the command hasn't left its own.
-fn write_termination_message(path: &Path, text: &str, facts: &str) -> io::Result<()> {
+fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Result<()> {
+    if path.as_os_str().is_empty() {
+        return Ok(());
+    }
     let found = std::fs::metadata(path)?;
     if !found.is_file() || found.len() > 0 {
         return Ok(());
     }
-    let (mut line, facts) = (one_line(text), one_line(facts));
-    let room = TERMINATION_MESSAGE_MAX.saturating_sub(facts.len() + 1);
+    let (mut line, fields) = (one_line(text), one_line(fields));
+    let room = TERMINATION_MESSAGE_MAX.saturating_sub(fields.len() + 1);
     line.truncate(line.floor_char_boundary(room));
-    line.push_str(&facts);
+    line.push_str(&fields);
     line.push('\n');
-    OpenOptions::new()
-        .append(true)
-        .open(path)?
-        .write_all(line.as_bytes())
-}
-
-/// What the broker, the message or an option says mustn't pass for a line of ours.
-fn one_line(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    let mut file = OpenOptions::new().append(true).open(path)?;
+    file.write_all(line.as_bytes())
 }
 
 /// The one printer of what ends a run before a command could. Should it be before the log's start, too, it goes
 /// straight to standard error.
 pub fn failure(text: String, exit: Exit) {
-    let word = RunSummary::without_message(exit.status(), text);
     if !tracing::enabled!(Level::ERROR) {
-        let _ = writeln!(
-            io::stderr(),
-            "{}: error: {}",
-            program(),
-            one_line(&word.text)
-        );
+        let line = format!("{}: error: {}\n", program(), one_line(&text));
+        let _ = io::stderr().write_all(line.as_bytes());
     }
-    word.report();
-}
-
-struct Lines {
-    level: Level,
-    format: LogFormat,
-    colour: bool,
-}
-
-impl<S: Subscriber> Layer<S> for Lines {
-    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
-        *metadata.level() <= self.level
-            && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
-    }
-
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut line = Line::default();
-        event.record(&mut line);
-        let level = *event.metadata().level();
-        let mut text = match self.format {
-            LogFormat::Text => self.text(level, line),
-            LogFormat::Json => json(level, line),
-        };
-        text.push('\n');
-        // In one write, so that lines of several processes don't mix. Nobody may be reading; that is no reason to fail.
-        let _ = io::stderr().write_all(text.as_bytes());
-    }
-}
-
-impl Lines {
-    /// `qconsume: what happened key=value …`, the level named where it is more than information.
-    fn text(&self, level: Level, line: Line) -> String {
-        let (name, colour) = match level {
-            Level::ERROR => ("error: ", "\x1b[31m"),
-            Level::WARN => ("warning: ", "\x1b[33m"),
-            _ => ("", ""),
-        };
-        let mut text = format!("{}: ", program());
-        if self.colour && !colour.is_empty() {
-            let _ = write!(text, "{colour}{name}\x1b[0m");
-        } else {
-            text.push_str(name);
-        }
-        text.push_str(&one_line(&line.message));
-        for (name, value) in line.fields {
-            let _ = write!(text, " {name}={}", one_line(&value.to_string()));
-        }
-        text
-    }
-}
-
-/// One object a line: `time`, `level`, `message`, and the fields that apply.
-fn json(level: Level, line: Line) -> String {
-    let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
-    let level = match level {
-        Level::ERROR => "error",
-        Level::WARN => "warn",
-        Level::INFO => "info",
-        _ => "debug",
-    };
-    let mut object = Map::new();
-    object.insert("time".into(), time.into());
-    object.insert("level".into(), level.into());
-    object.insert("message".into(), line.message.into());
-    for (name, value) in line.fields {
-        object.insert(name.into(), value);
-    }
-    Value::Object(object).to_string()
-}
-
-#[derive(Default)]
-struct Line {
-    message: String,
-    fields: Vec<(&'static str, Value)>,
-}
-
-impl Visit for Line {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "message" {
-            self.message = format!("{value:?}");
-        } else {
-            self.fields
-                .push((field.name(), format!("{value:?}").into()));
-        }
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.fields.push((field.name(), value.into()));
-    }
-
-    fn record_u64(&mut self, field: &Field, value: u64) {
-        self.fields.push((field.name(), value.into()));
-    }
-
-    fn record_i64(&mut self, field: &Field, value: i64) {
-        self.fields.push((field.name(), value.into()));
-    }
-
-    fn record_f64(&mut self, field: &Field, value: f64) {
-        self.fields.push((field.name(), value.into()));
-    }
-}
-
-/// A length of time for people: `1m 30s`.
-#[derive(Clone, Copy, Debug)]
-pub struct Span(pub Duration);
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Nobody cares for microseconds behind seconds.
-        let shown = if self.0 >= Duration::from_secs(1) {
-            Duration::from_millis((self.0.as_secs_f64() * 10.0).round() as u64 * 100)
-        } else {
-            Duration::from_millis(u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX))
-        };
-        humantime::format_duration(shown).fmt(f)
-    }
-}
-
-/// When to mention again that something takes long: at first after some time, then at growing intervals.
-#[derive(Debug)]
-pub struct Patience {
-    since: Instant,
-    next: Duration,
-}
-
-/// The first interval between two mentions; it doubles.
-pub const FIRST_MENTION: Duration = Duration::from_secs(10);
-
-impl Patience {
-    /// First due after `first`.
-    #[must_use]
-    pub fn new(first: Duration) -> Self {
-        Self {
-            since: Instant::now(),
-            next: first,
-        }
-    }
-
-    /// Whether it is time to mention it; each time that it is, the next one is further away.
-    pub fn is_due(&mut self) -> bool {
-        let due = self.since.elapsed() >= self.next;
-        if due {
-            self.next = (self.since.elapsed() * 2).max(FIRST_MENTION);
-        }
-        due
-    }
-
-    /// Waits until it is time to mention it; returns how long it has taken.
-    pub async fn due(&mut self) -> Duration {
-        tokio::time::sleep_until(self.since + self.next).await;
-        self.is_due();
-        self.since.elapsed()
-    }
-}
-
-/// Waits for what should take no time, and mentions it at growing intervals where it does.
-pub async fn mentioned<T>(what: impl fmt::Display, work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
-    let mut patience = Patience::new(FIRST_MENTION);
-    loop {
-        tokio::select! {
-            biased;
-            done = &mut work => return done,
-            waited = patience.due() => tracing::info!("still {what}, for {} now", Span(waited)),
-        }
-    }
+    RunSummary::without_message(exit.status(), text).report();
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::*;
+    use super::{log::Line, *};
     use std::sync::{Arc, Mutex};
+    use tracing::{Event, Subscriber};
+    use tracing_subscriber::{
+        Layer,
+        layer::{Context, SubscriberExt},
+    };
 
     /// What is said, without the fields; as long as the guard is there.
     #[derive(Clone, Default)]
@@ -443,27 +243,6 @@ pub(crate) mod tests {
             event.record(&mut line);
             self.0.lock().unwrap().push(line.message);
         }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_takes_long_is_mentioned_with_what_is_waited_for() {
-        let (said, _guard) = Said::listen();
-        mentioned(
-            "waiting for godot",
-            tokio::time::sleep(Duration::from_secs(9)),
-        )
-        .await;
-        assert!(said.lines().is_empty());
-        mentioned(
-            "waiting for godot",
-            tokio::time::sleep(Duration::from_secs(90)),
-        )
-        .await;
-        assert_eq!(
-            said.lines(),
-            ["10s", "20s", "40s", "1m 20s"]
-                .map(|time| format!("still waiting for godot, for {time} now"))
-        );
     }
 
     #[test]
@@ -491,24 +270,5 @@ pub(crate) mod tests {
         assert!((TERMINATION_MESSAGE_MAX - 1..=TERMINATION_MESSAGE_MAX).contains(&read().len()));
         assert!(read().ends_with("ä (status 75)\n"));
         std::fs::remove_file(&path).unwrap();
-    }
-
-    #[test]
-    fn spans_are_short() {
-        let shown = |seconds| Span(Duration::from_secs_f64(seconds)).to_string();
-        assert_eq!(shown(0.25), "250ms");
-        assert_eq!(shown(59.951), "1m");
-        assert_eq!(shown(90.04), "1m 30s");
-        assert_eq!(shown(1.26), "1s 300ms");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn mentions_come_at_growing_intervals() {
-        let mut patience = Patience::new(Duration::from_secs(30));
-        let mut at = Vec::new();
-        for _ in 0..4 {
-            at.push(patience.due().await.as_secs());
-        }
-        assert_eq!(at, [30, 60, 120, 240]);
     }
 }

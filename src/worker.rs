@@ -4,11 +4,11 @@ mod take;
 mod task;
 
 use crate::{
-    broker::{Broker, ConnectOptions, Consumer, ConsumerOptions, Message},
-    cli::Options,
+    broker::{Broker, Consumer, ConsumerOptions, Message},
+    cli::QconsumeOptions,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{Outcome, RunSummary, Source, Span},
+    report::{HumanDuration, Outcome, RunSummary, Source},
     signals::{Signals, next_stop},
     verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
 };
@@ -27,19 +27,16 @@ const ACK_WARNING: f64 = 0.8;
 ///
 /// # Errors
 /// A [`Failure`] when qconsume itself, not the command, is what failed.
-pub async fn work(options: Options, mut signals: Signals) -> Result<u8, Failure> {
+pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, Failure> {
     let executable = find(&options.command, std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start()
         .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
-    let connect = ConnectOptions {
-        name: connection_name(&options.queue),
-        ..options.connect.clone()
-    };
+    let connect = options.broker.connect(connection_name(&options.queue));
     let consumer = Consumer::new(
-        Broker::new(options.nodes.clone(), connect),
+        Broker::new(options.broker.nodes.clone(), connect),
         ConsumerOptions {
             queue: options.queue.clone(),
-            topology: options.topology.clone(),
+            topology: options.topology(),
             ack_timeout: options.ack_timeout,
         },
     );
@@ -72,7 +69,7 @@ enum Step {
 }
 
 struct Worker {
-    options: Options,
+    options: QconsumeOptions,
     executable: Executable,
     reaper: Reaper,
     consumer: Consumer,
@@ -121,7 +118,8 @@ impl Worker {
                 self.consumer.lost().await
             }
         };
-        let run = supervise(&mut command, &self.options.limits, signals, lost);
+        let limits = self.options.limits();
+        let run = supervise(&mut command, &limits, signals, lost);
         let outcome = warn_before_ack_timeout(self.options.ack_timeout, run).await;
         let result = CommandResult {
             ended: outcome.ended,
@@ -129,7 +127,7 @@ impl Worker {
             still_owned: outcome.lost.is_none(),
             failures_before: task.failures,
         };
-        let verdict = decide(result, &self.options.policy);
+        let verdict = decide(result, &self.options.policy());
         let how = describe_end(result);
         match (verdict.settlement, outcome.lost) {
             (Some(settlement), _) => self.settle(&task, result, verdict, settlement, &how).await,
@@ -162,7 +160,7 @@ impl Worker {
         let done = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
         let all = self
             .options
-            .count
+            .count()
             .is_some_and(|count| self.tally.done() + u64::from(done) >= count);
         // A classic queue would deliver the same message again at once, for ever.
         let counted = settlement != Settlement::Requeue || task.failures.is_some();
@@ -213,7 +211,7 @@ impl Worker {
 
     /// What the command's environment gets of the message, and what it doesn't get of ours.
     fn variables(&self, message: Message) -> Vec<Variable> {
-        let hidden = self.options.hidden.iter();
+        let hidden = self.options.hidden_variables().iter();
         let mut variables = message.variables;
         variables.extend(hidden.map(|name| Variable { name, value: None }));
         variables
@@ -244,7 +242,7 @@ impl Worker {
         }
         let (queue, waited) = (
             self.consumer.queue(),
-            Span(self.options.wait.unwrap_or_default()),
+            HumanDuration(self.options.wait.unwrap_or_default()),
         );
         let text = format!("no message in queue {queue:?} within {waited} (--wait)");
         RunSummary::without_message(self.options.empty_exit_code, text)
@@ -264,7 +262,7 @@ impl Worker {
             what
         };
         let status = match self.tally.dead_lettered {
-            1.. if self.options.keep_going => self.options.policy.reject_exit_code.unwrap_or(1),
+            1.. if self.options.keep_going => self.options.policy().reject_exit_code.unwrap_or(1),
             _ => 0,
         };
         RunSummary::without_message(status, text)
@@ -300,7 +298,7 @@ async fn warn_before_ack_timeout<T>(limit: Option<Duration>, run: impl Future<Ou
             done = &mut run => return done,
             () = sleep(limit.mul_f64(ACK_WARNING)) => tracing::warn!(
                 "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker requeues the message",
-                Span(limit)
+                HumanDuration(limit)
             ),
         }
     }

@@ -1,9 +1,10 @@
-//! Writes what is generated from the programs' command lines: `docs/options.md`, or with a folder as its argument the
-//! man pages and the shell completions into that.
+//! Writes what is generated from the programs' command lines: `docs/options.md` and the tables of exit statuses, or with a
+//! folder as its argument the man pages and the shell completions into that.
 
 use anyhow::{Context, Result};
 use clap::{Arg, ArgAction, Command};
 use clap_complete::Shell;
+use qconsume::{Program, exit};
 use std::{
     collections::HashSet,
     fmt::Write as _,
@@ -15,15 +16,72 @@ use std::{
 const PAGE: &str = "docs/options.md";
 
 /// The sections, in the order that a reader wants; those that aren't named here come behind them as they come.
-const SECTIONS: [&str; 6] = ["Broker", "TLS", "Taking", "Running", "Settling", "Output"];
+const SECTIONS: [&str; 7] = [
+    "Broker",
+    "TLS",
+    "Destination",
+    "Taking",
+    "Running",
+    "Settling",
+    "Output",
+];
+
+/// The pages that have tables of exit statuses, between markers.
+const PAGES_WITH_STATUSES: [&str; 2] = ["README.md", "docs/exit-statuses.md"];
 
 fn main() -> Result<()> {
-    match std::env::args_os().nth(1) {
-        None => {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE);
-            fs::write(&path, page()).with_context(|| path.display().to_string())
-        }
-        Some(folder) => manuals(&PathBuf::from(folder)),
+    let Some(folder) = std::env::args_os().nth(1) else {
+        write(PAGE, &page())?;
+        return PAGES_WITH_STATUSES
+            .iter()
+            .try_for_each(|page| write(page, &with_statuses(&read(page)?)?));
+    };
+    manuals(&PathBuf::from(folder))
+}
+
+fn read(page: &str) -> Result<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+    fs::read_to_string(&path).with_context(|| path.display().to_string())
+}
+
+fn write(page: &str, text: &str) -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+    fs::write(&path, text).with_context(|| path.display().to_string())
+}
+
+/// The page with its tables as they are to be, of each program that it has markers for.
+fn with_statuses(page: &str) -> Result<String> {
+    let mut page = page.to_owned();
+    for program in [Program::Qconsume, Program::Qpublish] {
+        let begin = format!("<!-- exit statuses of {} -->\n", program.name());
+        let Some((head, rest)) = page.split_once(&begin) else {
+            continue;
+        };
+        let end = "<!-- end of exit statuses -->";
+        let (_, tail) = rest
+            .split_once(end)
+            .with_context(|| format!("no {end} behind {begin}"))?;
+        page = format!("{head}{begin}{}{end}{tail}", statuses(program));
+    }
+    Ok(page)
+}
+
+fn statuses(program: Program) -> String {
+    let mut table = "| status | meaning | does a retry help? |\n|---|---|---|\n".to_owned();
+    for (status, meaning, retry) in exit::table(program) {
+        let words: Vec<_> = meaning.split(' ').map(code).collect();
+        let _ = writeln!(table, "| {status} | {} | {retry} |", words.join(" "));
+    }
+    table
+}
+
+/// Options and variables as code.
+fn code(word: &str) -> String {
+    let bare = word.trim_end_matches([',', ';', ':']);
+    if bare.starts_with("--") || matches!(bare, "BROKER_URL" | "QUEUE") {
+        format!("`{bare}`{}", &word[bare.len()..])
+    } else {
+        word.to_owned()
     }
 }
 
@@ -180,9 +238,21 @@ mod tests {
 
     #[test]
     fn the_page_of_options_is_up_to_date() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE);
-        let found = fs::read_to_string(path).unwrap_or_default();
+        let found = read(PAGE).unwrap_or_default();
         assert!(found == page(), "{PAGE} is stale: make docs");
+    }
+
+    #[test]
+    fn the_tables_of_exit_statuses_are_up_to_date() {
+        for page in PAGES_WITH_STATUSES {
+            let found = read(page).expect("the page is there");
+            assert!(
+                found.contains("<!-- exit statuses of qconsume -->"),
+                "{page}"
+            );
+            let anew = with_statuses(&found).expect("it has its markers");
+            assert!(found == anew, "{page} is stale: make docs");
+        }
     }
 
     #[test]
@@ -217,8 +287,8 @@ mod tests {
             );
             for text in [
                 "Trust the CAs in this file",
-                "How long to try to reach the broker",
-                "The virtual host",
+                "Try this long to reach the broker",
+                "Use this virtual host",
                 "QCONSUME_CACERT",
             ] {
                 assert!(man.contains(text), "{text} isn't in {man}");

@@ -26,7 +26,7 @@ CONNECTION = {
     "user of the machine. Never printed.",
     "--authfile": "Only beside `--server`, likewise. Lines of any length; the last needs no newline.",
     "--heartbeat": "10 seconds unless told otherwise, and they go on while the command runs: without them a broker "
-    "that is gone is never noticed. 0 doesn't switch them off.",
+    "that is gone is never noticed. 0 is none.",
     "--cacert": "The system's CAs where it isn't given, or those of `SSL_CERT_FILE`: there is no file with a fixed name. "
     "Without TLS it is an error, not plain text.",
     "--cert": "Where no password is given it is also what to log in with (EXTERNAL). Without TLS it is an error.",
@@ -85,6 +85,16 @@ def options(program):
     return found
 
 
+def takes_hidden(program, letter, name):
+    """Whether a program takes an option that its help doesn't show: one that changes nothing."""
+    names = [name] + ([f"-{letter}"] if letter else [])
+
+    def runs(*words):
+        return subprocess.run([program, *words, "--version"], capture_output=True, check=False).returncode == 0
+
+    return all(runs(name) or runs(name, "1") for name in names)
+
+
 def show(letter, name):
     return f"`-{letter}`, `{name}`" if letter else f"`{name}`"
 
@@ -92,13 +102,11 @@ def show(letter, name):
 def table(theirs, ours):
     reasons = {option: why for option, why in DIFFERENT[theirs].items() if why}
     have = options(ours)
-    # Ours is one option under two names, theirs are two.
-    if "--usage" in have:
-        have = {**have, "--help": "?", "--usage": None}
     lines = [f"| {theirs} | {Path(ours).name} | |", "|---|---|---|"]
     problems = []
     for name, letter in options(theirs).items():
-        if have.get(name, "missing") != letter:
+        hidden = name not in have or name == "--help"
+        if have.get(name, "missing") != letter and not (hidden and takes_hidden(ours, letter, name)):
             problems.append(f"{theirs} has {show(letter, name)}, {ours} hasn't")
         elif name in reasons:
             lines.append(f"| {show(letter, name)} | different | {reasons.pop(name)} |")

@@ -1,7 +1,5 @@
 //! `qpublish`, whatever it is called.
 
-use qconsume::Program;
-
 fn main() {
-    Program::Qpublish.main()
+    qconsume::main(qconsume::Program::Qpublish)
 }

@@ -1,6 +1,11 @@
 //! `BROKER_URL`: read by RabbitMQ's rules, its defaults filled in, printed without the password.
 
-use std::{error::Error, fmt, net::Ipv6Addr, path::PathBuf, str::FromStr, time::Duration};
+mod parameters;
+
+pub use parameters::{AuthMechanism, Parameters};
+
+use parameters::number;
+use std::{error::Error, fmt, net::Ipv6Addr};
 
 use percent_encoding::{
     AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode,
@@ -16,14 +21,8 @@ const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
 /// The same between the brackets of an IPv6 address.
 const RESERVED_IN_IPV6: &AsciiSet = &RESERVED.remove(b':');
 
-/// The longest virtual host in bytes: connection.open sends it as an AMQP short string.
-const VIRTUAL_HOST_MAX: usize = 255;
-
-/// The smallest limit on a frame that AMQP 0-9-1 allows (its `frame-min-size`), in bytes.
-const FRAME_MIN_SIZE: u32 = 4096;
-
-/// The longest name of an unknown query parameter that a message repeats, in bytes.
-const QUOTED_KEY_MAX: usize = 40;
+/// Longest name that AMQP 0-9-1 has room for, in bytes: a short string.
+pub const NAME_MAX: usize = 255;
 
 /// What each IPv6 mistake is answered with.
 const IPV6_HINT: &str = "an IPv6 address goes in square brackets, as in amqp://[::1]:5672";
@@ -57,16 +56,12 @@ impl fmt::Display for Secret {
     }
 }
 
-/// One node of the broker, and who asks for what there.
-///
-/// `Display` is a URL for messages: without the password and the query parameters, everything else
-/// written out.
+/// One node of the broker, and who asks for what there. `Display` is a URL without the password and the query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
     /// `amqps`: TLS from the first byte.
     pub tls: bool,
-    /// A name or an IP address, an IPv6 one without its brackets, its zone after a `%`; `localhost`
-    /// if the URL has none.
+    /// A name or an IP address, an IPv6 one without brackets, its zone after a `%`; by default `localhost`.
     pub host: String,
     /// Whether the URL names a host.
     pub host_given: bool,
@@ -76,9 +71,8 @@ pub struct Address {
     pub username: String,
     /// `guest` if the URL has no password; an empty one (`user:@host`) is empty.
     pub password: Secret,
-    /// Whether the URL has a password, be it an empty one. `user@host` has none: the default takes
-    /// its place, as in RabbitMQ's Erlang client and rabbitmq-c (the specification leaves it open),
-    /// unless there is a client certificate to log in with.
+    /// Whether the URL has a password, be it an empty one. `user@host` has none: `guest` takes its place, as in RabbitMQ's
+    /// Erlang client, unless there is a client certificate to log in with.
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
@@ -86,45 +80,7 @@ pub struct Address {
     pub parameters: Parameters,
 }
 
-/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` is: not in
-/// the URL.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Parameters {
-    /// Seconds between heartbeats; 0 asks for none.
-    pub heartbeat: Option<u16>,
-    /// How long one TCP connect may take; in the URL milliseconds, at least one.
-    pub connection_timeout: Option<Duration>,
-    /// The highest channel number to agree on; 0 is no limit.
-    pub channel_max: Option<u16>,
-    /// The largest frame to agree on, in bytes, at least 4096; 0 is no limit.
-    pub frame_max: Option<u32>,
-    /// How to log in.
-    pub auth_mechanism: Option<AuthMechanism>,
-    /// Certificates to trust (PEM). Only with TLS, as are the next three.
-    pub cacertfile: Option<PathBuf>,
-    /// The client's certificate (PEM).
-    pub certfile: Option<PathBuf>,
-    /// The key of the client's certificate (PEM).
-    pub keyfile: Option<PathBuf>,
-    /// The name that the broker's certificate must bear, where it isn't the host.
-    pub server_name_indication: Option<String>,
-}
-
-/// How to log in: a SASL mechanism.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AuthMechanism {
-    /// User name and password.
-    Plain,
-    /// User name and password, in AMQP's own encoding.
-    AmqPlain,
-    /// The client's certificate.
-    External,
-}
-
-/// What is wrong with an address and what to do about it, in one line.
-///
-/// The only text it repeats is the name of a query parameter, never what could be a piece of a
-/// password.
+/// What is wrong with an address and what to do about it, in one line that never repeats a piece of a password.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AddressError(String);
 
@@ -169,9 +125,8 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
 impl Address {
     /// One URL: <https://www.rabbitmq.com/docs/uri-spec>.
     ///
-    /// Wider than the specification in that `amqp://host/` means the virtual host `/`, and in that
-    /// a `:` in a password and characters without a meaning of their own may stand unencoded;
-    /// narrower in that an `@` in a virtual host or query may not.
+    /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:` in a
+    /// password may stand unencoded. Narrower: an `@` in a virtual host or query may not.
     ///
     /// # Errors
     /// The first mistake, never with text that could be a piece of the password.
@@ -208,11 +163,9 @@ impl Address {
         Ok(Self {
             tls,
             host_given: !host.is_empty(),
-            host: if host.is_empty() {
-                "localhost".to_owned()
-            } else {
-                host
-            },
+            host: Some(host)
+                .filter(|host| !host.is_empty())
+                .unwrap_or_else(|| "localhost".to_owned()),
             port: match port {
                 None if tls => 5671,
                 None => 5672,
@@ -241,98 +194,6 @@ impl fmt::Display for Address {
             write!(f, "{}", encode(&self.host))?;
         }
         write!(f, ":{}/{}", self.port, encode(&self.virtual_host))
-    }
-}
-
-impl Parameters {
-    /// What follows the `?`. Empty pairs (`?`, `a=1&`) are nothing.
-    fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
-        let mut parameters = Self::default();
-        let mut seen = Vec::new();
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let name = parameter_name(key);
-            if seen.contains(&key) {
-                return error(format!("{name} is there twice"));
-            }
-            seen.push(key);
-            let value = decode(value, &name)?;
-            let set = parameters.set(key, value, tls);
-            set.or_else(|problem| error(format!("{name} {problem}")))?;
-        }
-        Ok(parameters)
-    }
-
-    /// Takes one parameter, or says what is wrong with it.
-    fn set(&mut self, key: &str, value: String, tls: bool) -> Result<(), &'static str> {
-        match key {
-            "heartbeat" => {
-                let seconds = number(&value);
-                self.heartbeat =
-                    Some(seconds.ok_or("must be a number of seconds from 0 (none) to 65535")?);
-            }
-            "connection_timeout" => match number(&value) {
-                None | Some(0) => return Err("must be a number of milliseconds from 1"),
-                limit => self.connection_timeout = limit.map(Duration::from_millis),
-            },
-            "channel_max" => {
-                let max = number(&value);
-                self.channel_max = Some(max.ok_or("must be a number from 0 (no limit) to 65535")?);
-            }
-            "frame_max" => match number(&value) {
-                None | Some(1..FRAME_MIN_SIZE) => {
-                    return Err("must be 0 (no limit) or a number of bytes from 4096");
-                }
-                max => self.frame_max = max,
-            },
-            "auth_mechanism" => {
-                self.auth_mechanism = Some(match value.to_ascii_lowercase().as_str() {
-                    "plain" => AuthMechanism::Plain,
-                    "amqplain" => AuthMechanism::AmqPlain,
-                    "external" => AuthMechanism::External,
-                    _ => return Err("must be plain, amqplain or external"),
-                });
-            }
-            "cacertfile" | "certfile" | "keyfile" | "server_name_indication" | "verify" if !tls => {
-                return Err("needs TLS: an amqps:// URL");
-            }
-            "cacertfile" | "certfile" | "keyfile" if value.is_empty() => {
-                return Err("must be the path of a file");
-            }
-            "cacertfile" => self.cacertfile = Some(value.into()),
-            "certfile" => self.certfile = Some(value.into()),
-            "keyfile" => self.keyfile = Some(value.into()),
-            // In RabbitMQ's Erlang client `disable` turns the check of the name off.
-            "server_name_indication" if value.is_empty() || value == "disable" => {
-                return Err("must be a name: the broker's certificate is always checked");
-            }
-            "server_name_indication" => self.server_name_indication = Some(value),
-            "verify" if value == "verify_peer" => {}
-            "verify" => {
-                return Err("must be verify_peer: the broker's certificate is always checked");
-            }
-            "customize_hostname_check" | "depth" | "fail_if_no_peer_cert" | "password" => {
-                return Err("is not supported");
-            }
-            _ => {
-                return Err(
-                    "is unknown (known: heartbeat, connection_timeout, channel_max, frame_max, \
-                     auth_mechanism, cacertfile, certfile, keyfile, server_name_indication, \
-                     verify)",
-                );
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What a message calls a query parameter: by its name only if it looks like one.
-fn parameter_name(key: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-    if (1..=QUOTED_KEY_MAX).contains(&key.len()) && key.bytes().all(is_plain) {
-        format!("the query parameter {key}")
-    } else {
-        "a query parameter".to_owned()
     }
 }
 
@@ -374,7 +235,7 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
         let Some((address, after)) = literal.split_once(']') else {
             return error(format!("the host's '[' has no ']': {IPV6_HINT}"));
         };
-        let host = decode(address, "the host")?;
+        let host = canonical_host(&decode(address, "the host")?);
         if !is_ipv6(&host) {
             return error("the host in square brackets is not an IPv6 address");
         }
@@ -405,6 +266,15 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     Ok((decode(host, "the host")?, port))
 }
 
+/// The host, an IPv6 address in its canonical form: `0::1` is `::1`, wherever the two are compared.
+fn canonical_host(host: &str) -> String {
+    let (address, zone) = host.split_at(host.find('%').unwrap_or(host.len()));
+    match address.parse::<Ipv6Addr>() {
+        Ok(address) => format!("{address}{zone}"),
+        Err(_) => host.to_owned(),
+    }
+}
+
 /// Whether a host is an IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874).
 fn is_ipv6(host: &str) -> bool {
     let (address, zone) = match host.split_once('%') {
@@ -414,26 +284,21 @@ fn is_ipv6(host: &str) -> bool {
     zone != Some("") && address.parse::<Ipv6Addr>().is_ok()
 }
 
-/// The virtual host that a path stands for. The specification reads `amqp://host/` as the virtual
-/// host with the empty name, which nobody has: who writes it means `/`.
+/// The virtual host that a path stands for. The specification reads `amqp://host/` as the virtual host with the empty
+/// name, which nobody has: who writes it means `/`. So does who writes `amqp://host//`, as Celery's documentation does.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
+    if matches!(name, "" | "/") {
+        return Ok("/".to_owned());
+    }
     if name.contains('/') {
         return error("the virtual host contains a '/': write it as %2F");
     }
-    match decode(name, "the virtual host")? {
-        name if name.is_empty() => Ok("/".to_owned()),
-        name if name.len() > VIRTUAL_HOST_MAX => {
-            error("the virtual host is longer than 255 bytes, the most that AMQP allows")
-        }
-        name => Ok(name),
+    let name = decode(name, "the virtual host")?;
+    if name.len() > NAME_MAX {
+        return error("the virtual host is longer than 255 bytes, the most that AMQP allows");
     }
-}
-
-/// A whole number in digits alone: `FromStr` would take a `+` too.
-fn number<T: FromStr>(text: &str) -> Option<T> {
-    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-    digits.then(|| text.parse().ok()).flatten()
+    Ok(name)
 }
 
 /// `part` without its percent-encoding; the error calls it `name`.

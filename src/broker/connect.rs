@@ -3,6 +3,7 @@
 use super::{
     address::{Address, AuthMechanism},
     errors::{ConnectError, described},
+    nodes::{Nodes, Source},
     observed::{Observed, Shared, Version},
     resolve::resolve,
     tap::Tap,
@@ -11,7 +12,7 @@ use super::{
 };
 use crate::{
     exit::Failure,
-    report::{Patience, Span, mentioned},
+    report::{HumanDuration, Reminder, with_reminders},
 };
 use async_rs::Runtime;
 use lapin::{
@@ -69,7 +70,7 @@ pub struct ConnectOptions {
 /// The nodes of one cluster, tried in turn.
 #[derive(Debug)]
 pub struct Broker {
-    nodes: Vec<Address>,
+    nodes: Nodes,
     next: usize,
     pub(super) options: ConnectOptions,
     /// What is under way, for the message when time runs out in the middle of it.
@@ -77,9 +78,9 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// A broker at these addresses, of which there is at least one.
+    /// A broker at these nodes.
     #[must_use]
-    pub fn new(nodes: Vec<Address>, options: ConnectOptions) -> Self {
+    pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
         Self {
             nodes,
             next: 0,
@@ -105,15 +106,19 @@ impl Broker {
     /// One attempt at the next node.
     ///
     /// # Errors
-    /// The outer one when time is up.
+    /// The outer one when time is up, or the file with the URL isn't as it should be.
     pub(super) async fn attempt(
         &mut self,
         attempts: &mut Attempts,
     ) -> Result<Result<OpenConnection, ConnectError>, Failure> {
         let deadline = attempts.deadline;
         // Round-robin: the next attempt starts at the next node.
-        let address = self.nodes[self.next % self.nodes.len()].clone();
-        self.next = (self.next + 1) % self.nodes.len();
+        let nodes = self.nodes.read()?;
+        if matches!(self.nodes.source, Source::File(..)) {
+            self.options.tls = Tls::load(&nodes)?;
+        }
+        let address = nodes[self.next % nodes.len()].clone();
+        self.next = (self.next + 1) % nodes.len();
         // A node that accepts and stays silent gets half of the time, so that the next one gets the rest.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
@@ -148,7 +153,7 @@ impl Broker {
         heartbeat: u16,
     ) -> Result<OpenConnection, ConnectError> {
         self.stage = format!("looking up {}", address.host);
-        let found = mentioned(&self.stage, resolve(&address.host, address.port))
+        let found = with_reminders(&self.stage, resolve(&address.host, address.port))
             .await
             .map_err(|error| {
                 let what = format!("the name {:?} can't be looked up", address.host);
@@ -160,7 +165,7 @@ impl Broker {
         let socket = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {address}");
             let handshake = self.options.tls.handshake(socket, address);
-            Socket::Tls(Box::new(mentioned(&self.stage, handshake).await?))
+            Socket::Tls(Box::new(with_reminders(&self.stage, handshake).await?))
         } else {
             Socket::Plain(socket)
         };
@@ -174,7 +179,7 @@ impl Broker {
             hand_over(TappedStream::new(socket, tap)),
             properties(&self.options.name),
         );
-        let connection = mentioned(&self.stage, handshake)
+        let connection = with_reminders(&self.stage, handshake)
             .await
             .map_err(|error| ConnectError::in_handshake(&error, &observed.lock(), address))?;
         tracing::debug!("connected to {address}");
@@ -308,7 +313,7 @@ pub(super) struct Attempts {
     limit: Duration,
     pause: Duration,
     last: Option<Failure>,
-    said: Patience,
+    said: Reminder,
 }
 
 impl Attempts {
@@ -318,7 +323,7 @@ impl Attempts {
             limit,
             pause: FIRST_PAUSE,
             last: None,
-            said: Patience::new(Duration::ZERO),
+            said: Reminder::new(Duration::ZERO),
         }
     }
 
@@ -338,7 +343,7 @@ impl Attempts {
             tracing::warn!(
                 "{}; trying again for up to {}",
                 error.failure,
-                Span(self.deadline.saturating_duration_since(Instant::now()))
+                HumanDuration(self.deadline.saturating_duration_since(Instant::now()))
             );
         } else {
             tracing::debug!("{}; trying again", error.failure);
@@ -361,7 +366,7 @@ impl Attempts {
             .unwrap_or_else(|| ConnectError::transient(no_answer(stage)).failure);
         failure.message = format!(
             "gave up after {} (--connect-timeout): {}",
-            Span(self.limit),
+            HumanDuration(self.limit),
             failure.message
         );
         failure

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     exit::{Exit, Failure},
-    report::mentioned,
+    report::with_reminders,
 };
 use lapin::{
     Channel, Event,
@@ -217,7 +217,7 @@ impl Consumer {
         let State::Registering(task) = &mut self.state else {
             unreachable!("it was set in the line before");
         };
-        let Ok(answer) = timeout_at(attempts.deadline, mentioned(STAGE, task)).await else {
+        let Ok(answer) = timeout_at(attempts.deadline, with_reminders(STAGE, task)).await else {
             return Err(attempts.out_of_time(STAGE));
         };
         match answer.expect("registering doesn't panic") {

@@ -5,6 +5,7 @@ mod connect;
 mod consumer;
 mod errors;
 mod message;
+mod nodes;
 mod observed;
 mod publisher;
 mod resolve;
@@ -18,6 +19,7 @@ pub use connect::{Broker, ConnectOptions, OpenConnection};
 pub use consumer::{Consumer, ConsumerOptions, Depth};
 pub use errors::{ConnectError, DeliveryLost, unreadable};
 pub use message::Message;
+pub use nodes::{Nodes, Source, TlsOptions};
 pub use publisher::{
     Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare, goodbye,
 };

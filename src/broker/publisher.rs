@@ -55,7 +55,7 @@ impl Route {
 }
 
 /// The types of queue that can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum QueueType {
     /// What the virtual host makes of a queue whose type isn't named.
     Default,
@@ -453,7 +453,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, 
             Exit::Unavailable,
             format!(
                 "no answer from the broker within {} (--timeout)",
-                crate::report::Span(limit)
+                crate::report::HumanDuration(limit)
             ),
         )
     })

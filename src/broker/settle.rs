@@ -5,7 +5,7 @@ use super::{
     errors::DeliveryLost,
 };
 use crate::{
-    report::{Span, mentioned},
+    report::{HumanDuration, with_reminders},
     verdict::Settlement,
 };
 use lapin::options::{
@@ -57,10 +57,10 @@ impl Consumer {
         };
         let settle = registration.settle(held, settlement, last);
         let stage = "waiting for the broker to confirm the settlement";
-        let settled = timeout(SETTLE_TIMEOUT, mentioned(stage, settle))
+        let settled = timeout(SETTLE_TIMEOUT, with_reminders(stage, settle))
             .await
             .unwrap_or_else(|_| {
-                let limit = Span(SETTLE_TIMEOUT);
+                let limit = HumanDuration(SETTLE_TIMEOUT);
                 Err(Unconfirmed(format!(
                     "no reply from the broker within {limit}"
                 )))

@@ -1,85 +1,48 @@
 //! The options that say what to say, how, and where: the same for qconsume and qpublish.
 
-use crate::report::{Output, TERMINATION_LOG};
-use clap::{ArgMatches, Args, Command, ValueEnum};
+use crate::report::{self, LogFormat, TERMINATION_LOG};
+use clap::{
+    ArgMatches, Args, Command,
+    builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser},
+};
 use std::{ffi::OsString, path::PathBuf};
+use tracing::Level;
 
 /// What to say, how, and where.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Output")]
-pub(crate) struct OutputArgs {
-    /// How much to say
-    #[arg(
-        long,
-        value_name = "LEVEL",
-        env = "QCONSUME_LOG",
-        value_enum,
-        default_value_t
-    )]
-    log_level: LevelArg,
+#[rustfmt::skip]
+pub struct OutputOptions {
+    /// Log this level and the more important ones
+    ///
+    /// error: what ends the run; warn: what isn't as it should be; info: what is consumed and what became of it; debug: each step.
+    #[arg(long, value_name = "LEVEL", env = "QCONSUME_LOG", default_value = "info", value_parser = levels())]
+    log_level: Level,
 
-    /// What log lines look like
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        env = "QCONSUME_LOG_FORMAT",
-        value_enum,
-        default_value_t
-    )]
+    /// Write log lines in this format
+    #[arg(long, hide_short_help = true, value_name = "FORMAT", env = "QCONSUME_LOG_FORMAT", value_enum, default_value_t)]
     log_format: LogFormat,
 
-    /// Where the last word goes, too
+    /// Write the termination message to this file
     ///
-    /// If that file exists and is empty when the run ends: where Kubernetes looks for it.
-    #[arg(hide_short_help = true, long, value_name = "FILE", env = "QCONSUME_TERMINATION_LOG", default_value = TERMINATION_LOG)]
+    /// If it exists and is empty when the run ends. An empty name is none: the command gets QCONSUME_TERMINATION_LOG like that, as the message is the outermost program's.
+    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_TERMINATION_LOG", default_value = TERMINATION_LOG, value_parser = OsStringValueParser::new().map(PathBuf::from))]
     termination_log: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum LevelArg {
-    /// only what ends the run
-    Error,
-    /// also what isn't as it should be
-    Warn,
-    /// also what is taken and what became of it
-    #[default]
-    Info,
-    /// also each step
-    Debug,
+fn levels() -> impl TypedValueParser<Value = Level> {
+    PossibleValuesParser::new(["error", "warn", "info", "debug"])
+        .try_map(|name| name.parse::<Level>())
 }
 
-impl From<LevelArg> for tracing::Level {
-    fn from(level: LevelArg) -> Self {
-        match level {
-            LevelArg::Error => Self::ERROR,
-            LevelArg::Warn => Self::WARN,
-            LevelArg::Info => Self::INFO,
-            LevelArg::Debug => Self::DEBUG,
-        }
-    }
-}
-
-/// What log lines look like.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// for people
-    #[default]
-    Text,
-    /// one JSON object a line
-    Json,
-}
-
-impl OutputArgs {
-    pub(crate) fn output(self) -> Output {
-        Output {
-            level: self.log_level.into(),
-            format: self.log_format,
-            termination_log: self.termination_log,
-        }
+impl OutputOptions {
+    /// Starts the log.
+    pub fn start(&self) {
+        report::start(self.log_level, self.log_format, &self.termination_log);
     }
 
-    /// The same, as far as it can be understood, from a command line that isn't as it should be.
-    pub(super) fn understood(arguments: &[OsString]) -> Output {
+    /// Starts the log as a command line asks for that isn't as it should be.
+    pub(super) fn start_as_understood(arguments: &[OsString]) {
         // clap stops at the first error, so it is given nothing else to stumble over.
         let mut words = arguments.iter().take_while(|word| *word != "--");
         let mut own = Vec::new();
@@ -93,17 +56,17 @@ impl OutputArgs {
                 }
             }
         }
-        let matches = Self::augment_args(Command::new("").no_binary_name(true))
-            .ignore_errors(true)
-            .try_get_matches_from(own)
-            .unwrap_or_default();
-        let level: Option<LevelArg> = given(&matches, "log_level");
-        Output {
-            level: level.unwrap_or_default().into(),
-            format: given(&matches, "log_format").unwrap_or_default(),
-            termination_log: given(&matches, "termination_log")
-                .unwrap_or_else(|| TERMINATION_LOG.into()),
-        }
+        let matches = super::parse::with_environment(
+            Self::augment_args(Command::new("").no_binary_name(true)).ignore_errors(true),
+        )
+        .try_get_matches_from(own)
+        .unwrap_or_default();
+        let termination_log: Option<PathBuf> = given(&matches, "termination_log");
+        report::start(
+            given(&matches, "log_level").unwrap_or(Level::INFO),
+            given(&matches, "log_format").unwrap_or_default(),
+            &termination_log.unwrap_or_else(|| TERMINATION_LOG.into()),
+        );
     }
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Parses these words behind an address and a queue, which go over whatever the environment says.
-fn parsed(words: &[&str]) -> Result<Options, Failure> {
+fn parsed(words: &[&str]) -> Result<QconsumeOptions, Failure> {
     let given = ["qconsume", "--url", "amqp://127.0.0.1", "--queue", "q"];
     let words = given.iter().chain(words).map(OsString::from);
     let words: Vec<_> = words.collect();
@@ -14,7 +14,7 @@ fn parsed(words: &[&str]) -> Result<Options, Failure> {
 }
 
 #[track_caller]
-fn options(words: &[&str]) -> Options {
+fn options(words: &[&str]) -> QconsumeOptions {
     parsed(words).unwrap_or_else(|failure| panic!("{words:?}: {failure}"))
 }
 
@@ -110,7 +110,7 @@ fn options_stop_at_the_first_word_that_is_none() {
     ] {
         let options = options(words);
         assert_eq!(options.command, command, "{words:?}");
-        assert_eq!(options.count, Some(1), "{words:?}");
+        assert_eq!(options.count(), Some(1), "{words:?}");
         assert_eq!(options.queue, "q");
     }
     refused(&[], "COMMAND");
@@ -134,24 +134,27 @@ fn a_commands_words_need_not_be_utf_8() {
 #[test]
 fn the_defaults_are_those_of_the_documentation() {
     let options = options(&["cat"]);
-    assert_eq!(options.connect.timeout, Duration::from_secs(60));
-    assert_eq!(options.limits.kill_after, Duration::from_secs(10));
-    assert_eq!(options.limits.timeout, None);
-    assert_eq!(options.limits.grace, None);
-    assert_eq!(options.limits.on_lost, OnLost::Terminate);
+    assert_eq!(
+        options.broker.connect(String::new()).timeout,
+        Duration::from_secs(60)
+    );
+    assert_eq!(options.limits().kill_after, Duration::from_secs(10));
+    assert_eq!(options.limits().timeout, None);
+    assert_eq!(options.limits().grace, None);
+    assert_eq!(options.limits().on_lost, OnLost::Terminate);
     assert_eq!(options.wait, None);
     assert_eq!(options.empty_exit_code, 66);
-    assert_eq!(options.count, Some(1));
+    assert_eq!(options.count(), Some(1));
     assert!(!options.drain);
-    assert_eq!(options.policy.reject_exit_code, None);
+    assert_eq!(options.policy().reject_exit_code, None);
 }
 
 #[test]
 fn count_and_drain_say_how_many() {
-    assert_eq!(options(&["-c", "5", "cat"]).count, Some(5));
-    assert_eq!(options(&["-c", "0", "cat"]).count, None);
-    assert_eq!(options(&["--drain", "cat"]).count, None);
-    assert_eq!(options(&["--drain", "-c", "5", "cat"]).count, Some(5));
+    assert_eq!(options(&["-c", "5", "cat"]).count(), Some(5));
+    assert_eq!(options(&["-c", "0", "cat"]).count(), None);
+    assert_eq!(options(&["--drain", "cat"]).count(), None);
+    assert_eq!(options(&["--drain", "-c", "5", "cat"]).count(), Some(5));
 }
 
 #[test]

@@ -28,12 +28,12 @@ pub trait Process {
 }
 
 /// What becomes of the command when its delivery is lost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnLost {
-    /// TERM, and KILL after `--kill-after`: somebody else has the message already.
+    /// send SIGTERM, and SIGKILL after --kill-after
     #[default]
     Terminate,
-    /// It runs to its end.
+    /// let it finish
     Finish,
 }
 

@@ -5,7 +5,7 @@ use crate::{
     broker::{DeliveryLost, Depth, Message, unreadable},
     clock::sleep_until_or_never,
     exit::{Exit, Failure},
-    report::{FIRST_MENTION, Patience, Span},
+    report::{FIRST_REMINDER, HumanDuration, Reminder},
 };
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -48,8 +48,8 @@ impl Worker {
                     // Lost as soon as it is registered, again and again: no storm, and not for ever.
                     if registered.elapsed() > LOOK_AGAIN_LONGEST {
                         (pause, failing_since) = (LOOK_AGAIN, Instant::now());
-                    } else if failing_since.elapsed() > self.options.connect.timeout {
-                        let limit = Span(self.options.connect.timeout);
+                    } else if failing_since.elapsed() > self.options.broker.connect_timeout {
+                        let limit = HumanDuration(self.options.broker.connect_timeout);
                         return Err(Failure::new(
                             Exit::Unavailable,
                             format!(
@@ -70,15 +70,15 @@ impl Worker {
     async fn wait(&mut self, limit: Option<Duration>) -> Result<Option<Message>, DeliveryLost> {
         let mut look = limit.map(|limit| Instant::now() + limit);
         let mut pause = LOOK_AGAIN;
-        let mut mention = Patience::new(MENTION_WAIT);
-        let mut held_up = Patience::new(FIRST_MENTION);
+        let mut mention = Reminder::new(MENTION_WAIT);
+        let mut held_up = Reminder::new(FIRST_REMINDER);
         loop {
             tokio::select! {
                 biased;
                 message = self.consumer.next() => return message.map(Some),
                 () = sleep_until_or_never(look) => {}
                 waited = mention.due() => {
-                    tracing::info!("still waiting for a message in queue {:?}, for {} now", self.consumer.queue(), Span(waited));
+                    tracing::info!("still waiting for a message in queue {:?}, for {} now", self.consumer.queue(), HumanDuration(waited));
                     continue;
                 }
             }

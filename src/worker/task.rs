@@ -2,7 +2,7 @@
 
 use crate::{
     broker::{Message, Unconfirmed},
-    cli::Options,
+    cli::QconsumeOptions,
     report::{Outcome, RunSummary, Source, Subject},
     verdict::{CommandResult, Ended, Settlement, StopReason, Verdict},
 };
@@ -102,11 +102,11 @@ impl Task {
     }
 
     /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
-    pub(super) fn warn_if_uncounted(&self, options: &Options, settlement: Settlement) {
+    pub(super) fn warn_if_uncounted(&self, options: &QconsumeOptions, settlement: Settlement) {
         if settlement != Settlement::Requeue || self.failures.is_some() {
             return;
         }
-        if let Some(max) = options.policy.max_attempts {
+        if let Some(max) = options.policy().max_attempts {
             tracing::warn!(
                 "--max-attempts {max} has no effect: this queue doesn't count deliveries; use a quorum queue"
             );

@@ -175,6 +175,14 @@ fn the_same_broker_is_reached_by_every_way_to_write_its_address() {
         takes(&format!("{url}/"), &queue);
         takes(&format!("{url}/%2f"), &queue);
         takes(&format!("{url}/%2F?"), &queue);
+        // Celery's, and with pika's, kombu's and amqp091-go's parameters.
+        takes(&format!("{url}//"), &queue);
+        takes(
+            &format!(
+                "{url}//?blocked_connection_timeout=300&failover_strategy=shuffle&channel_max=9&heartbeat=0"
+            ),
+            &queue,
+        );
     }
     if url.starts_with("amqp://guest:guest@") {
         takes(&format!("amqp://{host}"), &queue);
@@ -199,6 +207,18 @@ fn the_same_broker_is_reached_by_every_way_to_write_its_address() {
         &format!("{head}@[::1%25lo]:{}", proxy.addr().port()),
         &queue,
     );
+}
+
+#[test]
+fn other_clients_parameters_are_named_at_debug_level_only() {
+    let url = "amqp://127.0.0.1:1/?blocked_connection_timeout=300&heartbeat=5";
+    let run = |level| {
+        let program = qconsume().url(url).queue("q").args(["--log-level", level]);
+        let ended = program.args(["--connect-timeout=10ms", "cat"]).run();
+        ended.assert_status(69);
+        ended.stderr.matches("blocked_connection_timeout").count()
+    };
+    assert_eq!((run("info"), run("debug")), (0, 1));
 }
 
 #[test]

@@ -210,7 +210,7 @@ fn what_contradicts_itself_is_a_usage_error() {
         (&[url, "-e", "", "-r", "key"], "--exchange is empty"),
         (
             &[url, "-A", "--reject-on=1"],
-            "no message is left to return",
+            "no message is left to requeue",
         ),
         (
             &["--url=amqp://h?auth_mechanism=external"],

@@ -41,10 +41,11 @@ fn the_short_help_is_one_screen() {
     }
     let help = shown(qconsume(), "-h");
     for part in [
-        "-u, --url <URL>        amqp://user:password@host/vhost [$BROKER_URL]",
-        "[$QUEUE]",
-        "[default: 1] [$QCONSUME_COUNT]",
-        "Exit status:",
+        "-u, --url <URL>        Connect to amqp://user:password@host/vhost",
+        "[env: BROKER_URL]",
+        "[env: QUEUE]",
+        "[default: 1]",
+        "Exit status, COMMAND's own, and qconsume's:",
     ] {
         assert!(help.contains(part), "{part}: {help}");
     }
@@ -57,14 +58,14 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
     let mut rest = help.as_str();
     for heading in [
         "Broker:",
-        "TLS:",
         "Taking:",
         "Running:",
         "Settling:",
         "Output:",
         "Command:",
+        "TLS:",
         "As in amqp-tools:",
-        "Exit status:",
+        "Exit status, COMMAND's own, and qconsume's:",
     ] {
         let at = rest
             .find(&format!("\n{heading}\n"))
@@ -72,7 +73,7 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
         rest = &rest[at + 1..];
     }
     for status in [
-        "0 ", "64", "66", "69", "70", "75", "77", "78", "124", "126", "127", "128+N",
+        "0 ", "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N",
     ] {
         assert!(rest.contains(&format!("\n  {status} ")), "{status}: {rest}");
     }

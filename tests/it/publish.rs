@@ -215,7 +215,7 @@ fn a_line_is_published_as_soon_as_it_is_there_and_a_signal_ends_the_wait_for_mor
         let message = std::fs::read_to_string(&log).unwrap();
         assert!(
             message.starts_with("stopped by SIG")
-                && message.ends_with(&format!(" (status {status} by qpublish)\n")),
+                && message.ends_with(&format!(" (status={status} source=qpublish)\n")),
             "{message:?}"
         );
         assert_eq!(drain(&queue), ["first", "second"]);

@@ -106,7 +106,7 @@ fn a_run_that_succeeds_says_two_lines() {
             "size=5",
             "seconds=",
             "status=0",
-            "by=\"command\"",
+            "source=\"command\"",
         ],
     );
     assert!(run.stdout.is_empty(), "standard output is the command's");
@@ -141,8 +141,8 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
         &[
             "error: command exited with status 3; message returned to the queue",
             "id=\"order-7\"",
-            "outcome=\"returned\"",
-            "status=3 by=\"command\"",
+            "outcome=\"requeued\"",
+            "status=3 source=\"command\"",
         ],
     );
     let killed = run(worker(&queue), "kill -KILL $$");
@@ -160,7 +160,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
         last(&late),
         &[
             "command was killed by SIGTERM after its time limit (--timeout); message returned",
-            "status=124 by=\"qconsume\"",
+            "status=124 source=\"qconsume\"",
         ],
     );
     let rejected = run(worker(&queue).args(["--reject-on", "3"]), "exit 3");
@@ -169,7 +169,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
         last(&rejected),
         &[
             "message rejected: dead-lettered, or dropped",
-            "outcome=\"rejected\"",
+            "outcome=\"dead-lettered\"",
         ],
     );
     let empty = run(worker(&queue).args(["--wait", "0"]), "exit 3");
@@ -179,7 +179,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
         &[
             "no message in queue",
             "(--wait)",
-            "status=66 by=\"qconsume\"",
+            "status=66 source=\"qconsume\"",
         ],
     );
 }
@@ -196,8 +196,8 @@ fn a_stop_is_told_with_what_became_of_the_message() {
         last(&run),
         &[
             "command was killed by SIGTERM after SIGTERM was passed on to it; message given back to the queue",
-            "outcome=\"given-back\"",
-            "status=143 by=\"command\"",
+            "outcome=\"released\"",
+            "status=143 source=\"command\"",
         ],
     );
 
@@ -214,7 +214,7 @@ fn a_stop_is_told_with_what_became_of_the_message() {
         last(&run),
         &[
             "stopped by SIGTERM while no command ran; whatever had arrived goes back",
-            "by=\"qconsume\"",
+            "source=\"qconsume\"",
         ],
     );
 }
@@ -251,7 +251,7 @@ fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
     run.assert_status(64);
     assert_eq!(
         run.stderr,
-        "qconsume: error: unexpected argument '--drian' found; tip: a similar argument exists: '--drain'; see --help status=64 by=\"qconsume\"\n"
+        "qconsume: error: unexpected argument '--drian' found; tip: a similar argument exists: '--drain'; see --help status=64 source=\"qconsume\"\n"
     );
     for (variable, value, says) in [
         (
@@ -259,16 +259,12 @@ fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
             "soon",
             "'soon' for '--wait <DURATION>' (QCONSUME_WAIT): not a duration",
         ),
-        ("QCONSUME_COUNT", "", "'--count <N>' (QCONSUME_COUNT)"),
+        ("QCONSUME_COUNT", "x", "'--count <N>' (QCONSUME_COUNT)"),
+        ("QCONSUME_DRAIN", "disabled", "'--drain' (QCONSUME_DRAIN)"),
         (
             "QCONSUME_ON_LOST",
             "x",
             "'--on-lost <WHAT>' (QCONSUME_ON_LOST) [possible",
-        ),
-        (
-            "BROKER_URL_FILE",
-            "",
-            "'--url-file <FILE>' (BROKER_URL_FILE)",
         ),
     ] {
         let run = qconsume().env(variable, value).arg("cat").run();
@@ -310,9 +306,9 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     assert_eq!(word["attempt"], 1);
     assert_eq!(word["size"], 5);
     assert!(word["seconds"].is_f64());
-    assert_eq!(word["outcome"], "returned");
+    assert_eq!(word["outcome"], "requeued");
     assert_eq!(word["status"], 3);
-    assert_eq!(word["by"], "command");
+    assert_eq!(word["source"], "command");
     let taken = &objects_of_failure
         .iter()
         .find(|object| object["message"] == "message taken")
@@ -357,7 +353,7 @@ fn json_is_kept_when_the_options_themselves_are_wrong() {
         let objects = objects(&run);
         assert_eq!(objects.len(), 1, "{}", run.stderr);
         assert_eq!(objects[0]["status"], 64);
-        assert_eq!(objects[0]["by"], "qconsume");
+        assert_eq!(objects[0]["source"], "qconsume");
     }
 }
 
@@ -427,7 +423,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
     run.assert_status(3);
     assert_eq!(
         log.read(),
-        "command exited with status 3; message returned to the queue (status 3 by command, message id \"order-7\", attempt 1)\n"
+        "command exited with status 3; message returned to the queue (status=3 source=command id=\"order-7\" attempt=1)\n"
     );
     // It isn't empty any more.
     let run = worker(&queue)
@@ -436,7 +432,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
         .shell("exit 4")
         .run();
     run.assert_status(4);
-    assert_contains(&log.read(), &["status 3"]);
+    assert_contains(&log.read(), &["status=3"]);
 
     let log = File::new("termination-success", "");
     let run = worker(&queue)
@@ -446,7 +442,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
     run.assert_status(0);
     assert_contains(
         &log.read(),
-        &["command succeeded; message acknowledged (status 0 by command, message id \"order-7\""],
+        &["command succeeded; message acknowledged (status=0 source=command id=\"order-7\""],
     );
 }
 
@@ -462,6 +458,16 @@ fn what_the_command_leaves_as_a_termination_message_is_kept() {
         .run();
     run.assert_status(3);
     assert_eq!(log.read(), "mine\n");
+}
+
+#[test]
+fn an_empty_name_is_no_file() {
+    let run = qconsume()
+        .env("QCONSUME_TERMINATION_LOG", "")
+        .args(["--log-level", "debug", "--", "cat"])
+        .run();
+    run.assert_status(64);
+    assert!(!run.stderr.contains("termination"), "{}", run.stderr);
 }
 
 #[test]
@@ -506,7 +512,7 @@ fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_abou
     );
     assert_eq!(message.matches('\n').count(), 1);
     assert!(
-        message.ends_with(" (status 127 by qconsume)\n"),
+        message.ends_with(" (status=127 source=qconsume)\n"),
         "{message:?}"
     );
 }
@@ -533,7 +539,7 @@ fn wrong_options_get_into_the_termination_message_too() {
         let run = change(qconsume(), &log).run();
         run.assert_status(64);
         assert!(
-            log.read().ends_with(" (status 64 by qconsume)\n"),
+            log.read().ends_with(" (status=64 source=qconsume)\n"),
             "{name}: {:?}",
             log.read()
         );

@@ -76,6 +76,119 @@ fn a_queue_must_be_given() {
 }
 
 #[test]
+fn a_switch_is_told_in_the_usual_ways_and_nothing_else_is_taken_for_one() {
+    let start = |variable, value| {
+        let program = qconsume().url("amqp://127.0.0.1:1").queue("q");
+        let program = program.args(["--connect-timeout", "10ms"]);
+        program.env(variable, value).args(["--", "cat"])
+    };
+    let switches = [
+        "QCONSUME_NO_ACK",
+        "QCONSUME_DRAIN",
+        "QCONSUME_KEEP_GOING",
+        "QCONSUME_HIDE_URL",
+        "QCONSUME_DECLARE",
+        "QCONSUME_EXCLUSIVE",
+        "QCONSUME_SSL",
+        "QCONSUME_NO_DEFAULT_CERT_PATHS",
+    ];
+    for variable in switches {
+        for off in ["", "false ", "No", "OFF", "0\n"] {
+            start(variable, off).run().assert_status(69);
+        }
+        for wrong in ["disabled", "null", "\"false\"", " ", "2"] {
+            refuses(start(variable, wrong), variable);
+        }
+    }
+    for on in ["true", " Yes", "ON", "1"] {
+        refuses(start("QCONSUME_SSL", on), "--ssl asks for TLS");
+    }
+}
+
+#[test]
+fn an_empty_variable_is_an_unset_one() {
+    let variables = [
+        "BROKER_URL_FILE",
+        "QCONSUME_WAIT",
+        "QCONSUME_EMPTY_EXIT_CODE",
+        "QCONSUME_COUNT",
+        "QCONSUME_TIMEOUT",
+        "QCONSUME_KILL_AFTER",
+        "QCONSUME_ON_LOST",
+        "QCONSUME_REJECT_ON",
+        "QCONSUME_MAX_ATTEMPTS",
+        "QCONSUME_HEARTBEAT",
+        "QCONSUME_CACERT",
+        "QCONSUME_SERVER",
+        "QCONSUME_USERNAME",
+        "QCONSUME_EXCHANGE",
+        "QCONSUME_ROUTING_KEY",
+        "QCONSUME_LOG",
+        "QCONSUME_LOG_FORMAT",
+        "QCONSUME_TERMINATION_LOG",
+        "QCONSUME_UNKNOWN",
+    ];
+    let program = qconsume().url("amqp://127.0.0.1:1").queue("q");
+    let program = program.args(["--connect-timeout", "10ms", "cat"]);
+    let set = |program: Program, variable: &&str| program.env(variable, "");
+    variables.iter().fold(program, set).run().assert_status(69);
+}
+
+#[test]
+fn keep_going_is_for_messages_that_are_dead_lettered_in_the_end() {
+    let start = || qconsume().url("amqp://127.0.0.1:1").queue("q");
+    let start = || start().args(["--connect-timeout", "10ms", "--keep-going"]);
+    refuses(
+        start().args(["--max-attempts", "3", "cat"]),
+        "only for --drain and --count",
+    );
+    refuses(
+        start().args(["--drain", "cat"]),
+        "needs --max-attempts or --reject-on",
+    );
+    for arguments in [
+        ["--drain", "--reject-on=1", "cat"],
+        ["--count=0", "--max-attempts=3", "cat"],
+    ] {
+        start().args(arguments).run().assert_status(69);
+    }
+}
+
+#[test]
+fn a_backtrace_that_somebody_asks_for_changes_nothing() {
+    let url = "amqp://127.0.0.1:1";
+    for arguments in [
+        &["--bogus"][..],
+        &["--url", "x", "cat"],
+        &["--url", url, "no-such-command"],
+        &["--url", url, "--connect-timeout", "10ms", "cat"],
+    ] {
+        let plain = qconsume().queue("q").args(arguments).run();
+        let asked = qconsume().queue("q").args(arguments);
+        let asked = asked.env("RUST_BACKTRACE", "full").run();
+        asked.assert_status(plain.status());
+        assert_eq!(asked.stderr.lines().count(), plain.stderr.lines().count());
+    }
+}
+
+#[test]
+fn a_shortage_of_descriptors_is_71_and_no_defect() {
+    for limit in 4..10 {
+        let line = format!("ulimit -n {limit}; exec \"$0\" \"$@\"");
+        let done = Program::new("/bin/sh")
+            .args(["-c", &line, env!("CARGO_BIN_EXE_qconsume")])
+            .url("amqp://127.0.0.1:1")
+            .queue("q")
+            .args(["--connect-timeout", "10ms", "cat"])
+            .run();
+        assert!(!done.stderr.contains("defect"), "{limit}: {}", done.stderr);
+        if limit <= 6 {
+            done.assert_status(71).assert_stderr("another try may help");
+        }
+    }
+}
+
+#[test]
 fn a_command_must_be_given() {
     for arguments in [&[][..], &["--"]] {
         refuses(
@@ -162,7 +275,7 @@ fn help_and_version_do_not_show_the_password() {
     }
     let help = qconsume().arg("--help").run().stdout_text();
     for status in [
-        "64", "66", "69", "70", "75", "77", "78", "124", "126", "127", "128+N",
+        "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N",
     ] {
         assert!(
             help.contains(&format!("\n  {status} ")),
@@ -268,6 +381,22 @@ fn a_secret_file_may_end_with_a_newline_as_may_the_variable() {
         queue.publish("grape");
         worker(&queue).url(&text).arg("cat").run().assert_status(0);
     }
+}
+
+#[test]
+fn a_queues_variable_may_end_with_a_newline_and_a_file_begin_with_a_byte_order_mark() {
+    let queue = Broker::shared().queue("newline");
+    queue.publish("fig");
+    let done = qconsume()
+        .env(
+            "BROKER_URL_FILE",
+            file(format!("\u{feff}{}\n", Broker::shared().url())),
+        )
+        .queue(&format!("{}\n", queue.name()))
+        .args(["--", "cat"])
+        .run();
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "fig");
 }
 
 #[test]

@@ -1,0 +1,164 @@
+//! The query of an address.
+
+use super::{AddressError, decode, error};
+use std::{path::PathBuf, str::FromStr, time::Duration};
+
+/// The smallest limit on a frame that AMQP 0-9-1 allows (its `frame-min-size`), in bytes.
+const FRAME_MIN_SIZE: u32 = 4096;
+
+/// The longest name of an unknown query parameter that a message repeats, in bytes.
+const QUOTED_KEY_MAX: usize = 40;
+
+/// What an unknown query parameter is answered with.
+const UNKNOWN: &str = "is unknown (known: heartbeat, connection_timeout, channel_max, frame_max, auth_mechanism, \
+                       cacertfile, certfile, keyfile, server_name_indication, verify)";
+
+/// What other clients read from the query and doesn't concern qconsume: pika 1.4 (`URLParameters`) and before, kombu 5.7
+/// (`Connection`) with py-amqp 5.4. amqp091-go's are RabbitMQ's own.
+#[rustfmt::skip]
+const IGNORED: [&str; 20] = [
+    "backpressure_detection", "blocked_connection_timeout", "client_properties", "connection_attempts",
+    "heartbeat_interval", "locale", "retry_delay", "socket_timeout", "stack_timeout", "tcp_options",
+    "alternates", "confirm_publish", "connect_timeout", "failover_strategy", "insist", "login_method", "read_timeout",
+    "transport_options", "uri_prefix", "write_timeout",
+];
+
+/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` is: not in
+/// the URL.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parameters {
+    /// Seconds between heartbeats; 0 asks for none.
+    pub heartbeat: Option<u16>,
+    /// How long one TCP connect may take; in the URL milliseconds, at least one.
+    pub connection_timeout: Option<Duration>,
+    /// The highest channel number to agree on; 0 is no limit.
+    pub channel_max: Option<u16>,
+    /// The largest frame to agree on, in bytes, at least 4096; 0 is no limit.
+    pub frame_max: Option<u32>,
+    /// How to log in.
+    pub auth_mechanism: Option<AuthMechanism>,
+    /// Certificates to trust (PEM). Only with TLS, as are the next three.
+    pub cacertfile: Option<PathBuf>,
+    /// The client's certificate (PEM).
+    pub certfile: Option<PathBuf>,
+    /// The key of the client's certificate (PEM).
+    pub keyfile: Option<PathBuf>,
+    /// The name that the broker's certificate must bear, where it isn't the host.
+    pub server_name_indication: Option<String>,
+    /// The names of those that are for other clients.
+    pub ignored: Vec<String>,
+}
+
+/// How to log in: a SASL mechanism.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AuthMechanism {
+    /// User name and password.
+    Plain,
+    /// User name and password, in AMQP's own encoding.
+    AmqPlain,
+    /// The client's certificate.
+    External,
+}
+
+impl Parameters {
+    /// What follows the `?`. Empty pairs (`?`, `a=1&`) are nothing.
+    pub(super) fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
+        let mut parameters = Self::default();
+        let mut seen = Vec::new();
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let name = parameter_name(key);
+            if seen.contains(&key) && key != "auth_mechanism" {
+                return error(format!("{name} is there twice"));
+            }
+            seen.push(key);
+            // With amqp://, `ssl=true` or `ssl_options` asks pika and kombu for TLS: that must not become plain text.
+            let asks_for_tls =
+                key.starts_with("ssl") && !matches!(value, "false" | "False" | "0" | "");
+            if asks_for_tls && !tls {
+                return error(format!("{name} needs TLS: an amqps:// URL"));
+            }
+            if IGNORED.contains(&key) || key == "ssl" || key.starts_with("ssl_") {
+                parameters.ignored.push(key.to_owned());
+                continue;
+            }
+            let value = decode(value, &name)?;
+            let set = parameters.set(key, value, tls);
+            set.or_else(|problem| error(format!("{name} {problem}")))?;
+        }
+        Ok(parameters)
+    }
+
+    /// Takes one parameter, or says what is wrong with it.
+    fn set(&mut self, key: &str, value: String, tls: bool) -> Result<(), &'static str> {
+        match key {
+            "heartbeat" => {
+                let seconds = number(&value);
+                self.heartbeat =
+                    Some(seconds.ok_or("must be a number of seconds from 0 (none) to 65535")?);
+            }
+            "connection_timeout" => match number(&value) {
+                None | Some(0) => return Err("must be a number of milliseconds from 1"),
+                limit => self.connection_timeout = limit.map(Duration::from_millis),
+            },
+            "channel_max" => {
+                let max = number(&value);
+                self.channel_max = Some(max.ok_or("must be a number from 0 (no limit) to 65535")?);
+            }
+            "frame_max" => match number(&value) {
+                None | Some(1..FRAME_MIN_SIZE) => {
+                    return Err("must be 0 (no limit) or a number of bytes from 4096");
+                }
+                max => self.frame_max = max,
+            },
+            "auth_mechanism" => {
+                let mechanism = match value.to_ascii_lowercase().as_str() {
+                    "plain" => AuthMechanism::Plain,
+                    "amqplain" => AuthMechanism::AmqPlain,
+                    "external" => AuthMechanism::External,
+                    _ => return Err("must be plain, amqplain or external"),
+                };
+                self.auth_mechanism.get_or_insert(mechanism);
+            }
+            "cacertfile" | "certfile" | "keyfile" | "server_name_indication" | "verify" if !tls => {
+                return Err("needs TLS: an amqps:// URL");
+            }
+            "cacertfile" | "certfile" | "keyfile" if value.is_empty() => {
+                return Err("must be the path of a file");
+            }
+            "cacertfile" => self.cacertfile = Some(value.into()),
+            "certfile" => self.certfile = Some(value.into()),
+            "keyfile" => self.keyfile = Some(value.into()),
+            // In RabbitMQ's Erlang client `disable` turns the check of the name off.
+            "server_name_indication" if value.is_empty() || value == "disable" => {
+                return Err("must be a name: the broker's certificate is always checked");
+            }
+            "server_name_indication" => self.server_name_indication = Some(value),
+            "verify" if value == "verify_peer" => {}
+            "verify" => {
+                return Err("must be verify_peer: the broker's certificate is always checked");
+            }
+            "customize_hostname_check" | "depth" | "fail_if_no_peer_cert" | "password" => {
+                return Err("is not supported");
+            }
+            _ => return Err(UNKNOWN),
+        }
+        Ok(())
+    }
+}
+
+/// What a message calls a query parameter: by its name only if it looks like one.
+fn parameter_name(key: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    if (1..=QUOTED_KEY_MAX).contains(&key.len()) && key.bytes().all(is_plain) {
+        format!("the query parameter {key}")
+    } else {
+        "a query parameter".to_owned()
+    }
+}
+
+/// A whole number in digits alone: `FromStr` would take a `+` too.
+pub(super) fn number<T: FromStr>(text: &str) -> Option<T> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| text.parse().ok()).flatten()
+}

@@ -1,0 +1,232 @@
+//! From the words of a command line to the options of a program, and from clap's errors to ours.
+
+use super::OutputOptions;
+use crate::{
+    exit::{self, Failure},
+    program::Program,
+};
+use clap::{
+    ArgMatches, Command, Parser,
+    error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
+};
+use std::{
+    ffi::{OsStr, OsString},
+    fmt::Write as _,
+};
+
+/// The version and, as far as the build knew it, the commit.
+pub(crate) const VERSION: &str = env!("QCONSUME_VERSION");
+
+/// The help's section for what is there to take amqp-tools' place.
+pub(crate) const AMQP_TOOLS: &str = "As in amqp-tools";
+
+/// What every terminal has, in columns.
+const WIDTH: usize = 80;
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Request<T> {
+    /// A run.
+    Run(Box<T>),
+    /// This text on standard output, and nothing else: `--help`, `--version`.
+    Show(String),
+}
+
+/// What was given, and how.
+pub(crate) struct Given<'a> {
+    command: &'a Command,
+    matches: &'a ArgMatches,
+}
+
+impl Given<'_> {
+    /// How an option was given, the weaker first: 0 is not at all, 1 by its variable, 2 by a flag.
+    pub(crate) fn level(&self, id: &str) -> u8 {
+        match self.matches.value_source(id) {
+            Some(ValueSource::CommandLine) => 2,
+            Some(ValueSource::EnvVariable) => 1,
+            _ => 0,
+        }
+    }
+
+    /// What the user knows an option by: its variable, if it was given by that.
+    pub(crate) fn name(&self, id: &str) -> String {
+        let arg = self.command.get_arguments().find(|arg| arg.get_id() == id);
+        match arg.and_then(|arg| arg.get_env()) {
+            Some(variable) if self.level(id) == 1 => variable.to_string_lossy().into_owned(),
+            _ => format!("--{}", id.replace('_', "-")),
+        }
+    }
+
+    /// No name of a file or of something on the broker looks like an address. One that has slipped in there would be
+    /// printed, with its password.
+    fn check_addresses(&self) -> Result<(), Failure> {
+        #[rustfmt::skip]
+        const NAMES: [&str; 13] = [
+            "url_file", "queue", "exchange", "routing_key", "server", "server_name", "vhost", "authfile", "cacert",
+            "cert", "key", "file", "termination_log",
+        ];
+        let holds_address = |arg: &&clap::Arg| {
+            let id = arg.get_id().as_str();
+            NAMES.contains(&id)
+                && self
+                    .matches
+                    .get_raw(id)
+                    .into_iter()
+                    .flatten()
+                    .any(is_address)
+        };
+        match self.command.get_arguments().find(holds_address) {
+            None => Ok(()),
+            Some(arg) => Err(Failure::usage(format!(
+                "{} is an amqp:// address, which goes to BROKER_URL or --url",
+                self.name(arg.get_id().as_str())
+            ))),
+        }
+    }
+}
+
+pub(super) fn is_address(text: impl AsRef<OsStr>) -> bool {
+    let text = text.as_ref().to_string_lossy().to_lowercase();
+    let text = text.trim_start();
+    text.starts_with("amqp://") || text.starts_with("amqps://")
+}
+
+/// A program's command line.
+#[must_use]
+pub fn command_line<C: Parser>() -> Command {
+    with_environment(C::command())
+}
+
+/// Help names variables and leaves alone what this machine has in them: it goes where it is pasted. A variable that is
+/// empty is unset, as templates leave them; but for the two that matter, and the one that means "none".
+pub(super) fn with_environment(command: Command) -> Command {
+    const MAY_BE_EMPTY: [&str; 3] = ["BROKER_URL", "QUEUE", "QCONSUME_TERMINATION_LOG"];
+    command.term_width(WIDTH).mut_args(|arg| {
+        let is_empty = arg.get_env().is_some_and(|name| {
+            std::env::var_os(name).is_some_and(|value| value.is_empty())
+                && !MAY_BE_EMPTY.iter().any(|known| name == *known)
+        });
+        if is_empty {
+            arg.env(None)
+        } else {
+            arg.hide_env_values(true)
+        }
+    })
+}
+
+/// One screen: of the variables only those that matter most.
+fn short_help<C: Parser>() -> String {
+    let mut command = command_line::<C>().mut_args(|arg| {
+        let matters = matches!(arg.get_id().as_str(), "url" | "queue");
+        arg.hide_env(!matters)
+    });
+    command.render_help().to_string()
+}
+
+/// Reads a program's command line and environment, and checks its options. When they aren't as they should be, that is
+/// said in the form that they ask for, so the log is started here then.
+pub(crate) fn read<C: Parser>(
+    arguments: &[OsString],
+    check: impl FnOnce(&mut C, &Given<'_>) -> Result<(), Failure>,
+) -> Result<Request<C>, Failure> {
+    understand(arguments, check).inspect_err(|_| OutputOptions::start_as_understood(arguments))
+}
+
+fn understand<C: Parser>(
+    arguments: &[OsString],
+    check: impl FnOnce(&mut C, &Given<'_>) -> Result<(), Failure>,
+) -> Result<Request<C>, Failure> {
+    // Once: with its dozens of options it costs more than anything else before the connection.
+    let mut command = command_line::<C>();
+    let matches = match command.try_get_matches_from_mut(arguments) {
+        Ok(matches) => matches,
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            return Ok(Request::Show(error.render().to_string()));
+        }
+        Err(error) if error.kind() == ErrorKind::DisplayHelp => {
+            let text = error.render().to_string();
+            let in_full = text.contains("see a summary with '-h'");
+            return Ok(Request::Show(if in_full {
+                text
+            } else {
+                short_help::<C>()
+            }));
+        }
+        Err(error) => return Err(usage(&error, &command)),
+    };
+    let given = Given {
+        command: &command,
+        matches: &matches,
+    };
+    given.check_addresses()?;
+    let mut options = C::from_arg_matches(&matches).map_err(|error| usage(&error, &command))?;
+    check(&mut options, &given)?;
+    Ok(Request::Run(Box::new(options)))
+}
+
+/// clap's message in one line, as a log has it: without the usage, and with its tips and the variable that is to blame.
+fn usage(error: &clap::Error, command: &Command) -> Failure {
+    let mut text = error.render().to_string();
+    if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
+        && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && let Some(arg) = command
+            .get_arguments()
+            .find(|arg| arg.to_string() == *option)
+        && let Some(variable) = arg.get_env()
+        && std::env::var_os(variable).is_some_and(|set| set.to_string_lossy() == *value)
+    {
+        let quoted = format!("'{option}'");
+        text = text.replace(&quoted, &format!("{quoted} ({})", variable.display()));
+    }
+    // It quotes what was given. An address that has slipped in after the wrong option has a password in it.
+    for (_, given) in error.context() {
+        if let ContextValue::String(given) = given
+            && given.contains("://")
+        {
+            text = text.replace(given, "amqp://***");
+        }
+    }
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let parts: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        // What comes after a typo isn't meant to be a value.
+        .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"))
+        .collect();
+    let text = parts.join("; ").replace(":;", ":").replace("; [", " [");
+    Failure::usage(format!("{text}; see --help"))
+}
+
+/// The exit statuses, for the end of the help: in a paragraph, or as a list.
+pub(crate) fn help_of_statuses(program: Program, in_full: bool) -> String {
+    let own = match program {
+        Program::Qconsume => "COMMAND's own, and qconsume's",
+        Program::Qpublish => "qpublish's",
+    };
+    if !in_full {
+        let short = |(status, meaning, _): (String, &'static str, _)| {
+            let short = meaning.split(':').next().unwrap_or_default();
+            format!("{status} {short}")
+        };
+        let all: Vec<_> = exit::table(program).into_iter().map(short).collect();
+        return format!(
+            "Exit status, {own}: {}. More, all options, and their variables: --help",
+            all.join(", ")
+        );
+    }
+    let mut text = format!("Exit status, {own}:");
+    for (status, meaning, _) in exit::table(program) {
+        let mut line = format!("\n  {status:<5}");
+        for word in meaning.split(' ') {
+            if line.len() + word.len() >= WIDTH {
+                text.push_str(&line);
+                line = format!("\n{:7}", "");
+            }
+            let _ = write!(line, " {word}");
+        }
+        text.push_str(&line);
+    }
+    text
+}

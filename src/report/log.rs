@@ -1,0 +1,135 @@
+//! Log lines on standard error, as text or JSON.
+
+use super::program;
+use serde_json::{Map, Value};
+use std::{
+    fmt::{self, Write as _},
+    io::{self, IsTerminal, Write as _},
+    time::SystemTime,
+};
+use tracing::{
+    Event, Level, Metadata, Subscriber,
+    field::{Field, Visit},
+};
+use tracing_subscriber::{
+    Layer,
+    layer::{Context, SubscriberExt},
+};
+
+/// What log lines look like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// for people
+    #[default]
+    Text,
+    /// one JSON object a line
+    Json,
+}
+
+/// Starts to write lines of this level and the more important ones.
+pub(super) fn start(level: Level, format: LogFormat) {
+    let colour =
+        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let lines = Lines {
+        level,
+        format,
+        colour,
+    };
+    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(lines));
+}
+
+/// What the broker, the message or an option says mustn't pass for a line of ours.
+pub(super) fn one_line(text: &str) -> String {
+    text.replace(|c: char| c.is_control(), " ")
+}
+
+struct Lines {
+    level: Level,
+    format: LogFormat,
+    colour: bool,
+}
+
+impl<S: Subscriber> Layer<S> for Lines {
+    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
+        // Only qconsume's own: lapin's include frames, and one of those carries the password.
+        *metadata.level() <= self.level
+            && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
+    }
+
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut line = Line::default();
+        event.record(&mut line);
+        let level = *event.metadata().level();
+        let text = match self.format {
+            LogFormat::Text => self.text(level, line),
+            LogFormat::Json => json(level, line),
+        };
+        // In one write, so that lines of several processes don't mix. Nobody may be reading; that is no reason to fail.
+        let _ = io::stderr().write_all((text + "\n").as_bytes());
+    }
+}
+
+impl Lines {
+    /// `qconsume: what happened key=value …`, the level named where it is more than information.
+    fn text(&self, level: Level, line: Line) -> String {
+        let name = match (level, self.colour) {
+            (Level::ERROR, false) => "error: ",
+            (Level::ERROR, true) => "\x1b[31merror: \x1b[0m",
+            (Level::WARN, false) => "warning: ",
+            (Level::WARN, true) => "\x1b[33mwarning: \x1b[0m",
+            _ => "",
+        };
+        let mut text = format!("{}: {name}{}", program(), one_line(&line.message));
+        for (name, value) in line.fields {
+            let _ = write!(text, " {name}={}", one_line(&value.to_string()));
+        }
+        text
+    }
+}
+
+/// One object a line: `time`, `level`, `message`, and the fields that apply.
+fn json(level: Level, line: Line) -> String {
+    let mut object = Map::new();
+    let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+    object.insert("time".into(), time.into());
+    object.insert("level".into(), level.as_str().to_lowercase().into());
+    object.insert("message".into(), line.message.into());
+    object.extend(
+        line.fields
+            .into_iter()
+            .map(|(name, value)| (name.into(), value)),
+    );
+    Value::Object(object).to_string()
+}
+
+#[derive(Default)]
+pub(super) struct Line {
+    pub(super) message: String,
+    fields: Vec<(&'static str, Value)>,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.message = format!("{value:?}");
+        } else {
+            self.record_str(field, &format!("{value:?}"));
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.fields.push((field.name(), value.into()));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.fields.push((field.name(), value.into()));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.fields.push((field.name(), value.into()));
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.fields.push((field.name(), value.into()));
+    }
+}
