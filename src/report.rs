@@ -23,6 +23,9 @@ use tracing::Level;
 /// Where Kubernetes looks for a container's termination message.
 pub const TERMINATION_LOG: &str = "/dev/termination-log";
 
+/// Where else to write it; an empty value is nowhere.
+pub const TERMINATION_LOG_VARIABLE: &str = "QCONSUME_TERMINATION_LOG";
+
 /// Longest termination message that Kubernetes keeps, in bytes.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
 

@@ -1,12 +1,15 @@
 //! Signals as values: held back from the first instruction on, then handed out one by one.
 
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::{
+    signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+    signalfd::{SfdFlags, SignalFd},
+};
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
-use tokio::signal::unix::{self, SignalKind};
+use tokio::io::unix::AsyncFd;
 use tokio_stream::Stream;
 
 /// The signals that ask qconsume to stop.
@@ -17,17 +20,17 @@ const STOPPING: [Signal; 4] = [
     Signal::SIGQUIT,
 ];
 
-/// The signals that are only passed on to the command.
-const PASSED_ON: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
+/// The signals that are only forwarded to the command.
+const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
 
-/// Whether this signal asks for the end, rather than being something to pass on.
+/// Whether this signal asks for the end, rather than being something to forward.
 #[must_use]
 pub fn is_stop(signal: Signal) -> bool {
     STOPPING.contains(&signal)
 }
 
 fn handled() -> SigSet {
-    STOPPING.into_iter().chain(PASSED_ON).collect()
+    STOPPING.into_iter().chain(FORWARDED).collect()
 }
 
 /// Holds the signals back until [`Signals::install`].
@@ -41,61 +44,83 @@ pub fn hold() -> io::Result<()> {
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&handled()), None).map_err(io::Error::from)
 }
 
+/// A signal that was sent to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Which one.
+    pub signal: Signal,
+    /// Whether the kernel sent it, as for a key pressed on a terminal: then all of the foreground group has it.
+    pub from_terminal: bool,
+}
+
 /// The signals sent to this process, as a stream that never ends.
 #[derive(Debug)]
-pub struct Signals(Vec<(Signal, unix::Signal)>);
+pub struct Signals(AsyncFd<SignalFd>);
 
 impl Signals {
-    /// Installs the handlers and lets through what [`hold`] has held back.
+    /// Begins to hand out signals, with what [`hold`] has held back.
     ///
-    /// `SIGHUP` stays ignored where it was when the process started: that is what nohup(1) asks for.
+    /// They stay blocked and are read from a signalfd(2), which tells, unlike a handler of tokio's, who sent them. What was
+    /// ignored when the process started stays ignored: nohup(1) asks for that with HUP, a shell without job control with
+    /// INT and QUIT for what it starts in the background.
     ///
     /// # Errors
-    /// When a handler can't be installed.
+    /// When the system has no descriptor left.
     pub fn install() -> io::Result<Self> {
-        let mut streams = Vec::with_capacity(STOPPING.len() + PASSED_ON.len());
-        for signal in STOPPING.into_iter().chain(PASSED_ON) {
-            if signal == Signal::SIGHUP && is_ignored(signal) {
-                continue;
+        let ignored = ignored();
+        let mut taken = SigSet::empty();
+        for signal in &handled() {
+            if ignored & 1 << (signal as u64 - 1) == 0 {
+                taken.add(signal);
             }
-            let kind = SignalKind::from_raw(signal as i32);
-            streams.push((signal, unix::signal(kind)?));
         }
-        // All of them: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
-        Ok(Self(streams))
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        // Its successor `register` is unsafe, for types that may hand out another descriptor; a `SignalFd` owns its one.
+        #[allow(deprecated)]
+        let signals = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
+        // No others: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&taken), None)?;
+        Ok(Self(signals))
     }
+}
+
+/// The signals that are ignored, as bits; none where there is no /proc.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+        .unwrap_or_default()
 }
 
 impl Stream for Signals {
-    type Item = Signal;
+    type Item = Received;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Signal>> {
-        for (signal, stream) in &mut self.0 {
-            if stream.poll_recv(cx).is_ready() {
-                return Poll::Ready(Some(*signal));
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Received>> {
+        loop {
+            let Ok(mut guard) = ready!(self.0.poll_read_ready(cx)) else {
+                // The runtime is on its way out.
+                return Poll::Pending;
+            };
+            let Ok(Some(info)) = self.0.get_ref().read_signal() else {
+                guard.clear_ready();
+                continue;
+            };
+            if let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) {
+                return Poll::Ready(Some(Received {
+                    signal,
+                    from_terminal: info.ssi_code == libc::SI_KERNEL,
+                }));
             }
         }
-        Poll::Pending
     }
 }
 
-#[allow(unsafe_code)]
-fn is_ignored(signal: Signal) -> bool {
-    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: only reads the disposition, into memory that is large enough for it.
-    unsafe {
-        libc::sigaction(signal as i32, std::ptr::null(), action.as_mut_ptr()) == 0
-            && action.assume_init().sa_sigaction == libc::SIG_IGN
-    }
-}
-
-/// The next signal that asks for the end; what would only be passed on is dropped, as there is no command.
-pub async fn next_stop(signals: &mut (impl Stream<Item = Signal> + Unpin)) -> Signal {
+/// The next signal that asks for the end; what would only be forwarded is dropped, as there is no command.
+pub async fn next_stop(signals: &mut (impl Stream<Item = Received> + Unpin)) -> Signal {
     use tokio_stream::StreamExt;
     loop {
         match signals.next().await {
-            Some(signal) if is_stop(signal) => return signal,
+            Some(Received { signal, .. }) if is_stop(signal) => return signal,
             Some(_) => {}
             None => std::future::pending::<()>().await,
         }

@@ -1,9 +1,10 @@
 //! The only part that knows processes.
 
-mod feed;
 mod find;
+mod left;
 mod reap;
 mod spawn;
+mod stdin;
 mod supervise;
 
 pub use find::{Executable, find};

@@ -1,95 +1,133 @@
-//! Collects ended children, ours and, as PID 1, everybody's, without ever stealing the command's status.
+//! Collects ended children, ours and orphans, without ever stealing the command's status.
 
 use crate::verdict::Ended;
 use nix::{
-    sys::signal::{Signal, killpg},
+    sys::{
+        prctl,
+        wait::{WaitPidFlag, waitpid},
+    },
     unistd::Pid,
 };
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::oneshot,
+    sync::{Notify, oneshot},
 };
 
-type Watched = Arc<Mutex<Option<(Pid, oneshot::Sender<Ended>)>>>;
-
 /// Reaps in the background for as long as the runtime is driven.
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Reaper {
-    watched: Watched,
+    state: Arc<Mutex<State>>,
+    /// A child has ended.
+    reaped: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    watched: Option<(Pid, oneshot::Sender<Ended>)>,
+    /// Children that were there before the command: the orphans of a `docker exec` where we are PID 1, or what a shell
+    /// started before it became qconsume.
+    strangers: Vec<Pid>,
 }
 
 impl Reaper {
-    /// Starts to listen for ended children.
+    /// Starts to listen for ended children, and makes every orphan of the command's a child of ours.
     ///
     /// # Errors
     /// When the handler for `SIGCHLD` can't be installed.
     pub fn start() -> io::Result<Self> {
-        let watched = Watched::default();
+        let reaper = Self::default();
         let mut ended = signal(SignalKind::child())?;
-        let shared = Arc::clone(&watched);
+        if let Err(error) = prctl::set_child_subreaper(true) {
+            tracing::warn!(
+                "what the command leaves behind won't be waited for: the system refuses PR_SET_CHILD_SUBREAPER: {}",
+                error.desc()
+            );
+        }
+        let background = reaper.clone();
         tokio::spawn(async move {
             while ended.recv().await.is_some() {
-                sweep(&shared);
+                background.sweep();
             }
         });
-        Ok(Self { watched })
+        Ok(reaper)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers the children that are there before the command is.
+    pub(super) fn note_strangers(&self, children: Vec<Pid>) {
+        self.state().strangers = children;
+    }
+
+    pub(super) fn is_stranger(&self, pid: Pid) -> bool {
+        self.state().strangers.contains(&pid)
     }
 
     /// Asks for the end of this child.
     ///
-    /// To be called before anything is awaited after the spawn, or the child could be taken for a stranger.
-    pub fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
+    /// To be called before anything is awaited after the spawn, or the child could be taken for an orphan.
+    pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
-        *self.watched.lock().unwrap_or_else(PoisonError::into_inner) = Some((child, sender));
+        self.state().watched = Some((child, sender));
         receiver
     }
-}
 
-/// Looks at each ended child without reaping it, so that the command can be told from strangers first.
-fn sweep(watched: &Watched) {
-    while let Some((child, ended)) = peek() {
-        let mut slot = watched.lock().unwrap_or_else(PoisonError::into_inner);
-        match slot.take_if(|(command, _)| *command == child) {
-            Some((_, sender)) => {
-                // Before the leader is reaped its group's number can't be another's.
-                let _ = killpg(child, Signal::SIGKILL);
-                reap(child);
+    /// Waits until a child may have ended since the last call.
+    pub(super) async fn reaped(&self) {
+        self.reaped.notified().await;
+    }
+
+    /// Reaps whoever has ended; says whether any child is left.
+    ///
+    /// Looks at each ended child without reaping it, so that the command can be told from orphans first.
+    pub(super) fn sweep(&self) -> bool {
+        loop {
+            let (child, ended) = match peek() {
+                Peek::Ended(child, ended) => (child, ended),
+                Peek::Running => return true,
+                Peek::NoChild => return false,
+            };
+            // The status is known already, and nix can't name a real-time signal: an error is none.
+            let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
+            let mut state = self.state();
+            // From now on its number may be another's.
+            state.strangers.retain(|stranger| *stranger != child);
+            if let Some((_, sender)) = state.watched.take_if(|(command, _)| *command == child) {
                 let _ = sender.send(ended);
             }
-            None => reap(child),
+            self.reaped.notify_one();
         }
     }
 }
 
-/// The next ended child, left as it is. libc's own call, as nix knows no real-time signals.
-#[allow(unsafe_code)]
-fn peek() -> Option<(Pid, Ended)> {
-    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: siginfo_t is plain data, for which zeroes are valid; waitid(2) leaves them there when no child has ended.
-    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the pointer is to a siginfo_t that outlives the call.
-    if unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) } != 0 {
-        return None;
-    }
-    // SAFETY: waitid(2) fills in these fields, or leaves the zeroes.
-    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
-    if pid == 0 {
-        return None;
-    }
-    let ended = if info.si_code == libc::CLD_EXITED {
-        Ended::Exited(status as u8)
-    } else {
-        Ended::Killed(status)
-    };
-    Some((Pid::from_raw(pid), ended))
+enum Peek {
+    Ended(Pid, Ended),
+    Running,
+    NoChild,
 }
 
+/// The next ended child, left as it is. libc's own call, as nix knows no real-time signals.
 #[allow(unsafe_code)]
-fn reap(child: Pid) {
-    // SAFETY: no status is asked for, so there is no memory to write to.
-    unsafe { libc::waitpid(child.as_raw(), std::ptr::null_mut(), libc::WNOHANG) };
+fn peek() -> Peek {
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: siginfo_t is plain data, for which zeroes are valid, and it outlives the call; waitid(2) fills in the fields
+    // that are read, or leaves the zeroes when no child has ended.
+    let (result, code, pid, status) = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let result = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);
+        (result, info.si_code, info.si_pid(), info.si_status())
+    };
+    match (result, pid, code) {
+        (0, 0, _) => Peek::Running,
+        (0, _, libc::CLD_EXITED) => Peek::Ended(Pid::from_raw(pid), Ended::Exited(status as u8)),
+        (0, ..) => Peek::Ended(Pid::from_raw(pid), Ended::Killed(status)),
+        // ECHILD; nothing else can be wrong with these arguments.
+        _ => Peek::NoChild,
+    }
 }

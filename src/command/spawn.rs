@@ -2,20 +2,27 @@
 
 use super::{
     Executable, Process, Reaper, Target,
-    feed::{feed, spawn_feeder},
+    left::{Stat, descendants},
+    stdin::feed,
 };
-use crate::{exit::Exit, exit::Failure, verdict::Ended};
+use crate::{
+    exit::{Exit, Failure, is_shortage},
+    report::TERMINATION_LOG_VARIABLE,
+    verdict::Ended,
+};
 use nix::{
-    sys::signal::{SigSet, SigmaskHow, Signal, kill, killpg},
-    unistd::{Pid, getpid},
+    errno::Errno,
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{SigSet, SigmaskHow, Signal, kill, killpg},
+    },
+    unistd::{Pid, getpid, getppid},
 };
 use std::{
     ffi::{CString, OsStr, OsString},
     io,
-    os::{
-        fd::{AsRawFd, RawFd},
-        unix::ffi::OsStrExt,
-    },
+    os::unix::{ffi::OsStrExt, process::CommandExt},
+    process,
 };
 use tokio::{sync::oneshot, task::JoinHandle};
 
@@ -24,9 +31,6 @@ const VARIABLE_MAX: usize = 128 * 1024;
 
 /// The kernel's `struct sigaction` for `SIG_DFL`: zeroes, and more of them than it has on any machine.
 const DEFAULT: [u64; 8] = [0; 8];
-
-/// What the child has for a stack until it executes, in bytes; it needs a few hundred.
-const CHILD_STACK: usize = 64 * 1024;
 
 /// The size of the kernel's signal set: a bit for each of 64 signals, in bytes.
 const SIGSET: usize = 8;
@@ -40,44 +44,68 @@ pub struct Variable {
     pub value: Option<OsString>,
 }
 
-/// A command that runs.
+/// A command that runs, and what it has started.
 #[derive(Debug)]
 pub struct Command {
     leader: Pid,
+    /// Whether it is in our own process group, rather than in one of its own.
+    shares_group: bool,
     ended: oneshot::Receiver<Ended>,
-    feeder: Option<JoinHandle<()>>,
+    reaper: Reaper,
+    feeder: JoinHandle<()>,
 }
 
 impl Command {
-    /// Starts `program` in a process group of its own, with `body` on its standard input.
+    /// Starts `executable` with `body` on its standard input.
+    ///
+    /// It gets a process group of its own, except where we are in the foreground of a terminal: only processes of the
+    /// foreground group may read from it.
     ///
     /// Has to be called on the main thread: the command is to die with the thread that started it.
     ///
     /// # Errors
-    /// 127 when the kernel doesn't find the program, its interpreter or its loader after all, 126 for anything else.
+    /// 71 when the system is short of something for now, 127 when the kernel doesn't find the program, its interpreter or
+    /// its loader after all, 126 for anything else.
     pub fn spawn(
-        program: &Executable,
+        executable: &Executable,
         variables: &[Variable],
         body: Vec<u8>,
         reaper: &Reaper,
     ) -> Result<Self, Failure> {
+        // Children that are there already, if any, are none of the command's.
+        if reaper.sweep() {
+            let others = descendants(|_| true);
+            reaper.note_strangers(others.iter().map(|process| process.pid).collect());
+        }
+        let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
         let begin = || -> io::Result<Self> {
-            let (stdin, rest) = feed(body)?;
-            let image = Image::new(program, variables)?;
-            close_on_exec();
-            let leader = start(&image, stdin.as_raw_fd())?;
-            let ended = reaper.watch(leader);
-            // Nothing may fail from here on: the command runs.
-            let feeder = rest.map(spawn_feeder);
+            let (stdin, feeder) = feed(body)?;
+            let mut command = process::Command::new(&executable.path);
+            command.stdin(stdin);
+            if !shares_group {
+                command.process_group(0);
+            }
+            execute_in(&mut command, Image::new(executable, variables)?);
+            // A signal that comes before the command is executed waits for it: our handlers would swallow it.
+            let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+            let child = command.spawn();
+            mask.thread_set_mask()?;
+            let leader = Pid::from_raw(child.inspect_err(|_| feeder.abort())?.id().cast_signed());
             Ok(Self {
                 leader,
-                ended,
+                shares_group,
+                ended: reaper.watch(leader),
+                reaper: reaper.clone(),
                 feeder,
             })
         };
         begin().map_err(|error| {
             let (exit, why) = match error.raw_os_error() {
-                Some(libc::ENOENT) => (
+                _ if is_shortage(&error) => (
+                    Exit::OsError,
+                    "the system is short of it, another try may help",
+                ),
+                Some(libc::ENOENT | libc::ENOTDIR) => (
                     Exit::NotFound,
                     "the file, its interpreter or its dynamic loader isn't there",
                 ),
@@ -91,21 +119,46 @@ impl Command {
                 ),
                 _ => (Exit::NotExecutable, "the system refused"),
             };
+            let path = executable.path.display();
             Failure::new(
                 exit,
-                format!(
-                    "the command can't be started: {}: {why} ({error})",
-                    program.path.display()
-                ),
+                format!("the command can't be started: {path}: {why} ({error})"),
             )
         })
     }
 
-    /// The process group's leader, for messages.
-    #[must_use]
-    pub fn id(&self) -> i32 {
-        self.leader.as_raw()
+    fn descendants(&self) -> Vec<Stat> {
+        descendants(|child| !self.reaper.is_stranger(child))
     }
+
+    /// Signals each of them, and warns if that isn't allowed; how many got it.
+    fn signal_each(&self, processes: impl IntoIterator<Item = Stat>, signal: Signal) -> usize {
+        let mut refused = None;
+        let mut reached = 0;
+        for process in processes {
+            match kill(process.pid, signal) {
+                Ok(()) => reached += 1,
+                Err(Errno::ESRCH) => {}
+                Err(error) => refused = Some((process.pid, error)),
+            }
+        }
+        if let Some((pid, error)) = refused {
+            warn_refused(signal, pid, error);
+        }
+        reached
+    }
+}
+
+/// What is gone already needs no signal; but one that may not be sent is somebody's problem.
+fn warn_refused(signal: Signal, pid: Pid, error: Errno) {
+    let hint = match error {
+        Errno::EPERM => "; the process runs as another user, and qconsume lacks CAP_KILL",
+        _ => "",
+    };
+    tracing::warn!(
+        "{signal} can't be sent to the command (process {pid}): {}{hint}",
+        error.desc()
+    );
 }
 
 impl Process for Command {
@@ -117,25 +170,59 @@ impl Process for Command {
         }
     }
 
+    fn shares_group(&self) -> bool {
+        self.shares_group
+    }
+
     fn signal(&self, target: Target, signal: Signal) {
         // Once it is reaped its number may be another's.
-        if !self.ended.is_empty() {
+        if target != Target::Left && !self.ended.is_empty() {
             return;
         }
-        // What is gone already needs no signal.
-        let _ = match target {
-            Target::Group => killpg(self.leader, signal),
+        let sent = match target {
             Target::Leader => kill(self.leader, signal),
+            Target::Group if !self.shares_group => killpg(self.leader, signal),
+            Target::Group => {
+                // Our group has ourselves in it, and the rest of a shell's pipeline.
+                let mut group = self.descendants();
+                let leader = group.iter().find(|process| process.pid == self.leader);
+                let ours = leader.map(|leader| leader.group);
+                group.retain(|process| Some(process.group) == ours);
+                self.signal_each(group, signal);
+                return;
+            }
+            Target::Left => {
+                self.signal_each(self.descendants(), signal);
+                return;
+            }
         };
+        match sent {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => warn_refused(signal, self.leader, error),
+        }
+    }
+
+    fn left(&self) -> usize {
+        let left = self.descendants();
+        left.iter().filter(|process| !process.is_zombie).count()
+    }
+
+    fn kill_left(&self) -> bool {
+        self.signal_each(self.descendants(), Signal::SIGKILL) > 0
+    }
+
+    async fn none_left(&mut self) {
+        // Every descendant is a child of ours, or has an ancestor that is: we are the subreaper.
+        while self.reaper.sweep() && !self.descendants().is_empty() {
+            self.reaper.reaped().await;
+        }
     }
 }
 
 impl Drop for Command {
     fn drop(&mut self) {
-        // What a background child keeps open of the pipe mustn't hold anything up.
-        if let Some(feeder) = self.feeder.take() {
-            feeder.abort();
-        }
+        // What a child that couldn't be killed keeps open of the pipe mustn't hold the body in memory.
+        self.feeder.abort();
     }
 }
 
@@ -144,34 +231,10 @@ fn fits(name: &str, value: &OsStr) -> bool {
     !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX
 }
 
-/// Our own descriptors close on exec; so shall those that we were started with by accident.
-#[allow(unsafe_code)]
-fn close_on_exec() {
-    // SAFETY: close_range(2) and fcntl(2) with integer arguments; descriptors only get a flag.
-    unsafe {
-        let (first, last) = (3, libc::c_uint::MAX);
-        let flag = libc::CLOSE_RANGE_CLOEXEC;
-        if libc::syscall(libc::SYS_close_range, first, last, flag) == 0 {
-            return;
-        }
-        // Linux knows that flag since 5.11 only, and a container's seccomp profile may not know the call.
-        for entry in std::fs::read_dir("/proc/self/fd").into_iter().flatten() {
-            let name = entry
-                .ok()
-                .and_then(|entry| entry.file_name().into_string().ok());
-            if let Some(fd) = name.and_then(|name| name.parse().ok())
-                && fd >= first
-            {
-                libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
-            }
-        }
-    }
-}
-
 /// What execve(2) takes.
 ///
-/// It is called here, not by the standard library, whose execvp(3) is the C library's: glibc's runs what the kernel
-/// can't execute by a shell, be it built for another machine or empty (which would be a success); musl's doesn't.
+/// The standard library would call execvp(3), and glibc's runs what the kernel can't execute by a shell, be it built for
+/// another machine or empty (which would be a success); musl's doesn't.
 struct Image {
     path: CString,
     arguments: Vec<*const libc::c_char>,
@@ -180,9 +243,16 @@ struct Image {
     _strings: Vec<CString>,
 }
 
+// SAFETY: the strings that the pointers point to are its own, and never change.
+#[allow(unsafe_code)]
+unsafe impl Send for Image {}
+// SAFETY: likewise.
+#[allow(unsafe_code)]
+unsafe impl Sync for Image {}
+
 impl Image {
-    fn new(program: &Executable, variables: &[Variable]) -> io::Result<Self> {
-        let arguments = [&program.name].into_iter().chain(&program.arguments);
+    fn new(executable: &Executable, variables: &[Variable]) -> io::Result<Self> {
+        let arguments = [&executable.name].into_iter().chain(&executable.arguments);
         let mut strings = arguments
             .map(|argument| CString::new(argument.as_bytes()))
             .collect::<Result<Vec<_>, _>>()?;
@@ -190,12 +260,18 @@ impl Image {
         let entry = |name: &OsStr, value: &OsStr| {
             CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())
         };
+        // The termination message is the outermost program's: a qpublish or qconsume that the command calls leaves none.
+        let variables = variables.iter().cloned().chain([Variable {
+            name: TERMINATION_LOG_VARIABLE,
+            value: Some(OsString::new()),
+        }]);
+        let variables: Vec<Variable> = variables.collect();
         for (name, value) in std::env::vars_os() {
             if !variables.iter().any(|variable| name == variable.name) {
                 strings.push(entry(&name, &value)?);
             }
         }
-        for Variable { name, value } in variables {
+        for Variable { name, value } in &variables {
             match value.as_deref() {
                 Some(value) if fits(name, value) => strings.push(entry(name.as_ref(), value)?),
                 Some(_) => tracing::warn!(
@@ -209,116 +285,47 @@ impl Image {
             pointers.chain([std::ptr::null()]).collect()
         };
         Ok(Self {
-            path: CString::new(program.path.as_os_str().as_bytes())?,
+            path: CString::new(executable.path.as_os_str().as_bytes())?,
             arguments: pointers(&strings[..count]),
             environment: pointers(&strings[count..]),
             _strings: strings,
         })
     }
 
-    /// Becomes the program, or leaves in errno why that isn't possible.
+    /// Becomes the program, or says why that isn't possible.
     #[allow(unsafe_code)]
-    fn execute(&self) {
+    fn execute(&self) -> io::Error {
         let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
         // SAFETY: both are arrays of strings that end with a null pointer.
         unsafe { libc::execve(self.path.as_ptr(), arguments, environment) };
+        io::Error::last_os_error()
     }
 }
 
-/// What the child needs to know until it is the program, and what it says if it can't be.
-struct Order<'a> {
-    image: &'a Image,
-    stdin: RawFd,
-    parent: libc::pid_t,
-    error: i32,
-}
-
-/// Starts the program in a process group of its own, with `stdin` as its standard input.
-///
-/// The child borrows our memory until it executes, as with posix_spawn(3), which can't ask for a parent-death signal: a
-/// fork(2) costs 0.3 ms more, in copied page tables and in pages that are copied afterwards (measured with musl).
+/// Has the child become the program by itself, once the standard library has set up its group and its standard input.
 #[allow(unsafe_code)]
-fn start(image: &Image, stdin: RawFd) -> io::Result<Pid> {
-    let mut order = Order {
-        image,
-        stdin,
-        parent: getpid().as_raw(),
-        error: 0,
-    };
-    // Not filled with zeroes, so that only the pages are there that the child uses.
-    let mut stack = Vec::<u128>::with_capacity(CHILD_STACK / size_of::<u128>());
-    let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
-    // None of our handlers may run in the child: it has them until it has executed, and its memory is ours.
-    let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
-    // SAFETY: the child runs `become_program` on a stack of its own, and this thread goes on when that is over; both
-    // outlive it. It makes system calls only: it allocates nothing, takes no lock and doesn't panic.
-    let pid = unsafe { libc::clone(become_program, top.cast(), flags, (&raw mut order).cast()) };
-    let failed = io::Error::last_os_error();
-    // It was good a moment ago, and nothing may fail now that the command runs.
-    let _ = mask.thread_set_mask();
-    if pid < 0 {
-        return Err(failed);
-    }
-    // SAFETY: the child has written it, if at all, before this thread went on.
-    let error = unsafe { (&raw const order.error).read_volatile() };
-    if error != 0 {
-        await_end(pid);
-        return Err(io::Error::from_raw_os_error(error));
-    }
-    Ok(Pid::from_raw(pid))
-}
-
-/// Reaps a child that is about to end: this thread goes on a moment before it has.
-#[allow(unsafe_code)]
-fn await_end(pid: libc::pid_t) {
-    // SAFETY: no status is asked for, so there is no memory to write to.
-    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } < 0 {
-        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-            break;
+fn execute_in(command: &mut process::Command, image: Image) {
+    let parent = getpid();
+    let become_program = move || {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // The parent may have died before the death signal was asked for.
+        if getppid() != parent {
+            return Err(Errno::ESRCH.into());
         }
-    }
-}
-
-/// The child's way from its start to the program: system calls only, and no libc function that looks at the thread it is
-/// on, which is the parent's here.
-#[allow(unsafe_code)]
-extern "C" fn become_program(order: *mut libc::c_void) -> libc::c_int {
-    let order = order.cast::<Order<'_>>();
-    // SAFETY: the order outlives the child's use of it, and nobody else looks at it meanwhile.
-    unsafe {
-        let parent = (*order).parent;
-        libc::setpgid(0, 0);
-        if libc::dup2((*order).stdin, libc::STDIN_FILENO) >= 0 {
-            // Whoever started us may have ignored signals. By the kernel's call, as libc's refuses the two signals of
-            // its own, which glibc's posix_spawn(3) ignores.
+        // SAFETY: system calls with memory that is there. Whoever started us may have ignored signals; by the kernel's call,
+        // as libc's refuses the two signals of its own, which glibc's posix_spawn(3) ignores.
+        unsafe {
             for signal in 1..=libc::SIGRTMAX() {
-                let nobody = std::ptr::null_mut::<u64>();
-                libc::syscall(
-                    libc::SYS_rt_sigaction,
-                    signal,
-                    DEFAULT.as_ptr(),
-                    nobody,
-                    SIGSET,
-                );
-            }
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            // The parent may have died before the death signal was asked for. Not raise(3): musl's would signal the
-            // parent's thread, whose descriptor this child shares.
-            if libc::getppid() != parent {
-                libc::_exit(0);
+                let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
+                libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SIGSET);
             }
             let none = 0_u64;
-            libc::syscall(
-                libc::SYS_rt_sigprocmask,
-                libc::SIG_SETMASK,
-                &raw const none,
-                std::ptr::null_mut::<u64>(),
-                SIGSET,
-            );
-            (*order).image.execute();
+            let (how, old) = (libc::SIG_SETMASK, std::ptr::null_mut::<u64>());
+            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const none, old, SIGSET);
         }
-        (&raw mut (*order).error).write_volatile(*libc::__errno_location());
-        libc::_exit(127)
-    }
+        Err(image.execute())
+    };
+    // SAFETY: between fork(2) and execve(2) the closure makes system calls only: it allocates nothing, takes no lock and
+    // doesn't panic.
+    unsafe { command.pre_exec(become_program) };
 }

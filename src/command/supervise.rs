@@ -1,14 +1,25 @@
 //! Waits for the command's end, passes signals on, and asks it to stop when it has to: TERM, then KILL.
 
 use crate::{
+    clock::sleep_until_or_never,
     report::{FIRST_MENTION, Patience, Span},
-    signals::is_stop,
+    signals::{Received, is_stop},
     verdict::{Ended, StopReason},
 };
 use nix::sys::signal::Signal;
-use std::{future::Future, pin::pin, time::Duration};
-use tokio::time::{Instant, sleep_until};
+use std::{
+    future::Future,
+    pin::{Pin, pin},
+    time::Duration,
+};
+use tokio::time::{Instant, timeout};
 use tokio_stream::{Stream, StreamExt};
+
+/// How soon what is killed is looked at again: a process may have forked in between.
+const KILL_AGAIN: Duration = Duration::from_millis(5);
+
+/// How long a killed process is waited for, which a device or a network file system may hold up.
+const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whom a signal is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,14 +28,24 @@ pub enum Target {
     Group,
     /// The command alone.
     Leader,
+    /// Everything that the command has started, whatever group or session it is in.
+    Left,
 }
 
 /// A process to supervise.
 pub trait Process {
     /// Waits for its end. Dropping the future loses nothing.
     fn ended(&mut self) -> impl Future<Output = Ended>;
+    /// Whether it is in our own process group, so that it has seen what a terminal has sent to us.
+    fn shares_group(&self) -> bool;
     /// Sends a signal.
     fn signal(&self, target: Target, signal: Signal);
+    /// How many processes it has left behind.
+    fn left(&self) -> usize;
+    /// Kills what it has left behind; `false` when nothing was there that may be killed.
+    fn kill_left(&self) -> bool;
+    /// Waits, once it has ended, until nothing is left that it has started.
+    fn none_left(&mut self) -> impl Future<Output = ()>;
 }
 
 /// What becomes of the command when its delivery is lost.
@@ -61,13 +82,13 @@ pub struct Outcome<L> {
     pub lost: Option<L>,
 }
 
-/// Supervises `process` until it has ended.
+/// Supervises `process` until it has ended, and what it has started, too.
 ///
 /// Signals, the loss of the delivery and, through tokio's clock, the time are values from outside.
 pub async fn supervise<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
-    signals: &mut (impl Stream<Item = Signal> + Unpin),
+    signals: &mut (impl Stream<Item = Received> + Unpin),
     lost: impl Future<Output = L>,
 ) -> Outcome<L> {
     let mut lost_future = pin!(lost);
@@ -77,7 +98,7 @@ pub async fn supervise<L: std::fmt::Display>(
     let mut kill_at: Option<Instant> = None;
     let mut told: Option<Patience> = None;
 
-    loop {
+    let ended = loop {
         tokio::select! {
             // Lost beats everything. A signal goes before the command's end: who signals a whole group or
             // a whole service ends both at once, and that is no failure of the command.
@@ -96,10 +117,14 @@ pub async fn supervise<L: std::fmt::Display>(
                 }
                 lost = Some(why);
             }
-            Some(signal) = signals.next() => {
+            Some(Received { signal, from_terminal }) = signals.next() => {
+                // It went to the terminal's whole foreground group.
+                let has_it = from_terminal && process.shares_group();
                 if is_stop(signal) {
-                    tracing::debug!("passing {signal} on to the command's process group");
-                    terminate(process, signal);
+                    if !has_it {
+                        tracing::debug!("forwarding {signal} to the command's process group");
+                        terminate(process, signal);
+                    }
                     told.get_or_insert_with(patience);
                     if stop.is_none() {
                         stop = Some(StopReason::Signal(signal as i32));
@@ -107,18 +132,18 @@ pub async fn supervise<L: std::fmt::Display>(
                     if let Some(grace) = limits.grace {
                         kill_at = sooner(kill_at, grace);
                     }
-                } else {
+                } else if !has_it {
                     process.signal(Target::Leader, signal);
                 }
             }
-            ended = process.ended() => return Outcome { ended, stop, lost },
-            () = at(kill_at) => {
+            ended = process.ended() => break ended,
+            () = sleep_until_or_never(kill_at) => {
                 tracing::warn!("the command has not ended on its signal: killing it and its process group");
                 process.signal(Target::Group, Signal::SIGKILL);
                 kill_at = None;
                 told = None;
             }
-            () = at(time_limit) => {
+            () = sleep_until_or_never(time_limit) => {
                 tracing::warn!("the command has reached its time limit: terminating it");
                 terminate(process, Signal::SIGTERM);
                 told.get_or_insert_with(patience);
@@ -134,6 +159,95 @@ pub async fn supervise<L: std::fmt::Display>(
                 };
                 tracing::info!("the command was told to stop {} ago and still runs; {then}", Span(since));
             }
+        }
+    };
+    let mut outcome = Outcome { ended, stop, lost };
+    let failed = ended != Ended::Exited(0) || outcome.stop == Some(StopReason::TimeLimit);
+    if !failed && !terminates(&outcome, limits) {
+        // The command has kept its time limit, but what it has left gets no more time than that.
+        let bounds = [kill_at, time_limit].into_iter().flatten();
+        let end = bounds.fold(Instant::now() + limits.kill_after, Instant::min);
+        let_finish(process, limits, signals, lost_future, end, &mut outcome).await;
+    }
+    kill_left(process).await;
+    outcome
+}
+
+fn terminates<L>(outcome: &Outcome<L>, limits: &Limits) -> bool {
+    outcome.lost.is_some() && limits.on_lost == OnLost::Terminate
+}
+
+/// Lets what a successful command has left behind finish, until `end` at most.
+///
+/// The command's success stands: neither the time nor a signal changes it any more, only the loss of the delivery.
+async fn let_finish<L: std::fmt::Display>(
+    process: &mut impl Process,
+    limits: &Limits,
+    signals: &mut (impl Stream<Item = Received> + Unpin),
+    mut lost: Pin<&mut impl Future<Output = L>>,
+    mut end: Instant,
+    outcome: &mut Outcome<L>,
+) {
+    let started = Instant::now();
+    loop {
+        tokio::select! {
+            biased;
+            why = &mut lost, if outcome.lost.is_none() => {
+                tracing::warn!("delivery lost while processes of the command still ran: {why}");
+                outcome.lost = Some(why);
+                if terminates(outcome, limits) {
+                    return;
+                }
+            }
+            () = process.none_left() => return,
+            Some(Received { signal, from_terminal }) = signals.next() => {
+                if !is_stop(signal) {
+                    continue;
+                }
+                if !(from_terminal && process.shares_group()) {
+                    tracing::debug!("forwarding {signal} to what the command has left behind");
+                    process.signal(Target::Left, signal);
+                    process.signal(Target::Left, Signal::SIGCONT);
+                }
+                outcome.stop.get_or_insert(StopReason::Signal(signal as i32));
+                if let Some(grace) = limits.grace {
+                    end = end.min(Instant::now() + grace);
+                }
+            }
+            () = sleep_until_or_never(Some(end)) => {
+                // Rounded, as it is for people.
+                let waited = Duration::from_millis(started.elapsed().as_millis() as u64);
+                tracing::warn!(
+                    "the command has left {} behind that still ran {} after its success (--kill-after): killing them",
+                    match process.left() {
+                        1 => "1 process".to_owned(),
+                        left => format!("{left} processes"),
+                    },
+                    Span(waited)
+                );
+                return;
+            }
+        }
+    }
+}
+
+/// Kills whatever is left, again and again, so that one that forks meanwhile doesn't escape.
+async fn kill_left(process: &mut impl Process) {
+    let deadline = Instant::now() + KILL_PATIENCE;
+    // Asks for an end first: mostly nothing is left, and nothing is waited for.
+    while timeout(Duration::ZERO, process.none_left()).await.is_err() {
+        if !process.kill_left() {
+            return;
+        }
+        if timeout(KILL_AGAIN, process.none_left()).await.is_ok() {
+            return;
+        }
+        if Instant::now() >= deadline {
+            tracing::warn!(
+                "{} of the command's processes are still there after a SIGKILL",
+                process.left()
+            );
+            return;
         }
     }
 }
@@ -157,13 +271,6 @@ fn sooner(planned: Option<Instant>, after: Duration) -> Option<Instant> {
 async fn due(told: &mut Option<Patience>) -> Duration {
     match told {
         Some(patience) => patience.due().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn at(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => sleep_until(instant).await,
         None => std::future::pending().await,
     }
 }

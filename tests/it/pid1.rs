@@ -59,18 +59,6 @@ struct Worker {
 
 impl Worker {
     fn start(image: &str, first: First, queue: &Queue, options: &[&str], script: &str) -> Self {
-        Self::start_with(&[], image, first, queue, options, script)
-    }
-
-    /// With these settings of the container.
-    fn start_with(
-        more: &[&str],
-        image: &str,
-        first: First,
-        queue: &Queue,
-        options: &[&str],
-        script: &str,
-    ) -> Self {
         let other = (first == First::Other).then(|| {
             let other = Container::create(image, &["--entrypoint", "sleep"], &["1000"]);
             docker(&["start", other.name()]).unwrap();
@@ -82,7 +70,6 @@ impl Worker {
             .as_ref()
             .map(|other| format!("container:{}", other.name()));
         let mut settings = vec!["--env", &url, "--env", &name, "--entrypoint", "/qconsume"];
-        settings.extend(more);
         match (&namespace, first) {
             (Some(namespace), _) => settings.extend(["--pid", namespace]),
             (None, First::Init) => settings.push("--init"),
@@ -152,26 +139,6 @@ fn an_idle_container_stops_at_once() {
         assert_eq!(finished.stdout_text(), "", "{first:?}");
         queue.wait_consumers(0);
     }
-}
-
-#[test]
-fn a_command_may_use_the_cpus_that_came_while_its_message_was_waited_for() {
-    let Some(image) = image() else { return };
-    if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < 2) {
-        return missing("two CPUs");
-    }
-    let queue = Broker::shared().queue("more-cpus");
-    let script = "grep -h Cpus_allowed_list /proc/self/status /proc/1/task/*/status | sort -u";
-    let first = First::Qconsume;
-    let worker = Worker::start_with(&["--cpuset-cpus", "0"], image, first, &queue, &[], script);
-    queue.wait_consumers(1);
-    docker(&["update", "--cpuset-cpus", "0-1", worker.container.name()]).unwrap();
-    let cpus = worker.look("grep Cpus_allowed_list /proc/self/status");
-    assert!(cpus.contains("0-1"), "{cpus:?}");
-    queue.publish("the message");
-    let finished = worker.running.finish(PROMPT);
-    finished.assert_status(0);
-    assert_eq!(finished.stdout_text().trim(), cpus.trim());
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use super::*;
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     future::{pending, ready},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::sleep_until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -15,6 +15,12 @@ struct Fake {
     dies_of: Vec<(Signal, Duration)>,
     seen: RefCell<Vec<(Target, Signal, Duration)>>,
     dying: RefCell<Option<(Instant, Ended)>>,
+    shares_group: bool,
+    /// What it leaves behind: how many processes, which end by themselves at this time, and how often they must be killed.
+    left: Cell<usize>,
+    left_until: Option<Instant>,
+    left_lives: Cell<usize>,
+    left_killed: RefCell<Vec<u64>>,
     started: Instant,
 }
 
@@ -25,12 +31,23 @@ impl Fake {
             dies_of: dies_of.to_vec(),
             seen: RefCell::default(),
             dying: RefCell::default(),
+            shares_group: false,
+            left: Cell::new(0),
+            left_until: None,
+            left_lives: Cell::new(1),
+            left_killed: RefCell::default(),
             started: Instant::now(),
         }
     }
 
     fn ending(mut self, after: Duration, ended: Ended) -> Self {
         self.ends_at = Some((self.started + after, ended));
+        self
+    }
+
+    fn leaving(mut self, left: usize, until: u32) -> Self {
+        self.left = Cell::new(left);
+        self.left_until = Some(self.started + until * SECOND);
         self
     }
 
@@ -56,6 +73,33 @@ impl Process for Fake {
                 sleep_until(at).await;
                 ended
             }
+            None => pending().await,
+        }
+    }
+
+    fn shares_group(&self) -> bool {
+        self.shares_group
+    }
+
+    fn left(&self) -> usize {
+        self.left.get()
+    }
+
+    fn kill_left(&self) -> bool {
+        self.left_killed
+            .borrow_mut()
+            .push(self.started.elapsed().as_secs());
+        self.left_lives.set(self.left_lives.get() - 1);
+        if self.left_lives.get() == 0 {
+            self.left.set(0);
+        }
+        true
+    }
+
+    async fn none_left(&mut self) {
+        match self.left_until {
+            _ if self.left.get() == 0 => {}
+            Some(until) => sleep_until(until).await,
             None => pending().await,
         }
     }
@@ -90,28 +134,38 @@ fn limits() -> Limits {
 }
 
 /// Signals that arrive at these times.
-fn signals(at: &[(u64, Signal)]) -> impl Stream<Item = Signal> + Unpin + use<> {
+fn signals(at: &[(u64, Signal)]) -> impl Stream<Item = Received> + Unpin + use<> {
+    signals_from(false, at)
+}
+
+fn signals_from(
+    from_terminal: bool,
+    at: &[(u64, Signal)],
+) -> impl Stream<Item = Received> + Unpin + use<> {
     let (sender, receiver) = mpsc::unbounded_channel();
     let at = at.to_vec();
     tokio::spawn(async move {
         let start = Instant::now();
         for (seconds, signal) in at {
             sleep_until(start + seconds as u32 * SECOND).await;
-            let _ = sender.send(signal);
+            let _ = sender.send(Received {
+                signal,
+                from_terminal,
+            });
         }
         pending::<()>().await;
     });
-    Received(receiver)
+    Injected(receiver)
 }
 
-struct Received(mpsc::UnboundedReceiver<Signal>);
+struct Injected(mpsc::UnboundedReceiver<Received>);
 
-impl Stream for Received {
-    type Item = Signal;
+impl Stream for Injected {
+    type Item = Received;
     fn poll_next(
         mut self: std::pin::Pin<&mut Self>,
         cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Signal>> {
+    ) -> std::task::Poll<Option<Received>> {
         self.0.poll_recv(cx)
     }
 }
@@ -286,8 +340,12 @@ async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
 async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(3));
     let (sender, receiver) = mpsc::unbounded_channel();
-    sender.send(Signal::SIGTERM).unwrap();
-    let outcome = supervise(&mut process, &limits(), &mut Received(receiver), never()).await;
+    let received = Received {
+        signal: Signal::SIGTERM,
+        from_terminal: false,
+    };
+    sender.send(received).unwrap();
+    let outcome = supervise(&mut process, &limits(), &mut Injected(receiver), never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(outcome.ended, Ended::Exited(3));
 }
@@ -416,4 +474,100 @@ async fn a_command_that_does_not_stop_is_mentioned_at_growing_intervals() {
         mentions()[4..],
         ["the command was told to stop 10s ago and still runs; it is killed in 2s"]
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_success_leaves_may_finish_within_kill_after() {
+    let (said, _guard) = crate::report::tests::Said::listen();
+    for (until, limit, killed) in [
+        (15, None, vec![]),
+        (100, None, vec![20]),
+        // The time limit is for what is left, too; the success stands.
+        (100, Some(13), vec![13]),
+    ] {
+        let mut process = Fake::new(&[])
+            .ending(10 * SECOND, Ended::Exited(0))
+            .leaving(3, until);
+        let limits = Limits {
+            timeout: limit.map(|limit| limit * SECOND),
+            ..limits()
+        };
+        let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+        assert_eq!(outcome.ended, Ended::Exited(0));
+        assert_eq!(outcome.stop, None);
+        assert_eq!(*process.left_killed.borrow(), killed);
+        assert_eq!(process.signals(), []);
+    }
+    let mut warnings = said.lines();
+    warnings.retain(|line| line.contains("left 3 processes behind"));
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_failure_leaves_is_killed_at_once() {
+    for (ended, dies_of, timeout) in [
+        (Ended::Exited(1), vec![], None),
+        (Ended::Killed(11), vec![], None),
+        // Success after the time limit is a failure.
+        (Ended::Exited(0), vec![], Some(9)),
+    ] {
+        let mut process = Fake::new(&dies_of)
+            .ending(10 * SECOND, ended)
+            .leaving(1, 1000);
+        process.left_lives.set(3);
+        let limits = Limits {
+            timeout: timeout.map(|timeout| timeout * SECOND),
+            kill_after: 600 * SECOND,
+            ..limits()
+        };
+        supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+        // What has forked meanwhile is killed, too.
+        assert_eq!(*process.left_killed.borrow(), [10, 10, 10]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signal_reaches_what_is_left_and_the_success_stands() {
+    let mut process = Fake::new(&[])
+        .ending(SECOND, Ended::Exited(0))
+        .leaving(1, 1000);
+    let limits = Limits {
+        grace: Some(2 * SECOND),
+        ..limits()
+    };
+    let mut signals = signals(&[(3, Signal::SIGUSR1), (4, Signal::SIGTERM)]);
+    let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
+    assert_eq!(outcome.ended, Ended::Exited(0));
+    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
+    assert_eq!(process.signals(), [(Target::Left, Signal::SIGTERM, 4)]);
+    assert_eq!(*process.left_killed.borrow(), [6]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_delivery_lost_while_something_is_left_is_lost() {
+    for (on_lost, killed) in [(OnLost::Terminate, 5), (OnLost::Finish, 11)] {
+        let mut process = Fake::new(&[])
+            .ending(SECOND, Ended::Exited(0))
+            .leaving(1, 1000);
+        let limits = Limits {
+            on_lost,
+            ..limits()
+        };
+        let outcome = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
+        assert_eq!(outcome.lost, Some("the connection broke"));
+        assert_eq!(*process.left_killed.borrow(), [killed]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_terminal_has_sent_to_both_is_not_sent_again() {
+    for (shares_group, expected) in [(true, vec![]), (false, vec![Signal::SIGINT])] {
+        let mut process = Fake::new(&[]).ending(10 * SECOND, Ended::Exited(5));
+        process.shares_group = shares_group;
+        let mut signals = signals_from(true, &[(5, Signal::SIGINT)]);
+        let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
+        assert_eq!(outcome.stop, Some(StopReason::Signal(2)));
+        let sent: Vec<_> = process.signals().iter().map(|sent| sent.1).collect();
+        assert_eq!(sent, expected);
+    }
 }

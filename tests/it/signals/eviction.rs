@@ -21,7 +21,7 @@ fn a_command_that_ends_on_the_signal_is_evicted_and_its_message_given_back() {
             stop(&running, signal)
                 .assert_status(status)
                 .assert_stderr(&format!("command was killed by {signal}"))
-                .assert_stderr("message given back to the queue");
+                .assert_stderr("message released");
             assert_settled(&proxy, Method::BASIC_NACK);
             assert_back(&queue);
         }
@@ -57,8 +57,14 @@ fn an_eviction_is_given_back_whatever_the_options_say_of_failures() {
     let (queue, proxy) = one_message("evicted-options", QueueKind::Quorum);
     let running = running(
         worker(&queue, &proxy)
-            .args(["--on-failure", "reject", "--reject-on", "143"])
-            .args(["--max-attempts", "1", "--reject-exit-code", "0"])
+            .args([
+                "--reject-on",
+                "143",
+                "--max-attempts",
+                "1",
+                "--reject-exit-code",
+                "0",
+            ])
             .shell(WAITS),
     );
     stop(&running, Signal::SIGTERM).assert_status(143);

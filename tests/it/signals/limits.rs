@@ -98,7 +98,7 @@ fn grace_kills_a_command_that_ignores_the_signal() {
         let told = Instant::now();
         stop(&running, Signal::SIGTERM)
             .assert_status(137)
-            .assert_stderr("message given back");
+            .assert_stderr("message released");
         assert!(told.elapsed() >= Duration::from_millis(300));
         assert_settled(&proxy, Method::BASIC_NACK);
         assert_back(&queue);
@@ -120,7 +120,7 @@ fn a_lost_delivery_terminates_the_command() {
             );
             proxy.cut();
             let finished = running.finish(PROMPT);
-            finished.assert_status(75).assert_stderr("message lost");
+            finished.assert_status(75).assert_stderr("delivery lost");
             assert_eq!(finished.stdout_text(), "running\nterminated\n");
             running.wait_no_leftovers(PROMPT);
             assert_back(&queue);

@@ -1,7 +1,7 @@
 //! The process that a command starts as, and what becomes of what it leaves behind.
 
 use super::*;
-use testbed::{Action, eventually, missing};
+use testbed::{Action, missing, owner};
 
 #[test]
 fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
@@ -22,7 +22,7 @@ fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
 }
 
 #[test]
-fn a_command_inherits_no_descriptor() {
+fn a_command_inherits_what_qconsume_was_started_with_and_nothing_of_qconsumes() {
     let (queue, proxy) = one_message("descriptors", QueueKind::Classic);
     let finished = worker(&queue, &proxy)
         .args(["--", "ls", "/proc/self/fd"])
@@ -30,26 +30,85 @@ fn a_command_inherits_no_descriptor() {
         .run();
     finished.assert_status(0);
     // 3 is what ls itself reads the folder by.
-    assert_eq!(finished.stdout_text(), "0\n1\n2\n3\n");
+    assert_eq!(finished.stdout_text(), "0\n1\n2\n3\n7\n9\n");
 }
 
 #[test]
-fn a_command_and_who_waits_for_it_may_use_every_cpu() {
-    if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() < 2) {
-        return missing("two CPUs");
-    }
-    let (queue, proxy) = one_message("cpus", QueueKind::Classic);
+fn a_shells_process_substitution_reaches_the_command() {
+    let (queue, proxy) = one_message("substitution", QueueKind::Classic);
     let finished = worker(&queue, &proxy)
-        .shell("cd /proc; grep -h Cpus_allowed: self/status $PPID/task/*/status | uniq -c")
+        .through(["bash", "-c", "exec \"$0\" -- cat <(echo of the shell)"])
         .run();
     finished.assert_status(0);
-    let ours = std::fs::read_to_string("/proc/self/status").unwrap();
-    let mut ours = ours
-        .lines()
-        .filter(|line| line.starts_with("Cpus_allowed:"));
-    // The command, our thread and lapin's.
-    let expected = format!("3 {}", ours.next().unwrap());
-    assert_eq!(finished.stdout_text().trim(), expected);
+    assert_eq!(finished.stdout_text(), "of the shell\n");
+}
+
+#[test]
+fn a_shortage_of_processes_is_no_broken_command() {
+    if !owner::is_root() || owner::find_in_path("setpriv").is_none() {
+        return missing("root, and setpriv");
+    }
+    let broker = Broker::shared();
+    let queue = broker.queue("shortage");
+    queue.publish("the message");
+    // A user of our own, whose processes and threads are counted; and a program that the user can reach.
+    let user = 1_000_000 + std::process::id();
+    let folder = std::env::temp_dir().join(format!("qconsume-shortage-{user}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    let program = folder.join("qconsume");
+    std::fs::copy(env!("CARGO_BIN_EXE_qconsume"), &program).unwrap();
+    let mut refused = false;
+    let mut limit = 2;
+    loop {
+        let finished = Program::new(&program)
+            .url(&broker.url())
+            .queue(queue.name())
+            .args(["--connect-timeout", "1s", "--", "cat"])
+            .through(["setpriv", &format!("--reuid={user}"), "--clear-groups"])
+            .through(["prlimit", &format!("--nproc={limit}")])
+            .run();
+        if finished.status() == 0 {
+            break;
+        }
+        if finished.stderr.contains("the command can't be started") {
+            finished.assert_status(71).assert_stderr("another try");
+            assert_eq!(queue.wait_get().text(), "the message");
+            queue.publish("the message");
+            refused = true;
+        }
+        limit += 1;
+        assert!(limit < 10, "{finished:?}");
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+    assert!(refused, "no limit was just too small");
+}
+
+#[test]
+fn a_signal_that_may_not_be_sent_is_warned_about() {
+    if !owner::is_root() || owner::find_in_path("setpriv").is_none() {
+        return missing("root, and setpriv");
+    }
+    let (queue, proxy) = one_message("not-permitted", QueueKind::Classic);
+    let go = owner::temp_folder("not-permitted").join("go");
+    let worker = worker(&queue, &proxy)
+        .env("GO", &go)
+        .args([
+            "--",
+            "setpriv",
+            "--reuid=65534",
+            "--clear-groups",
+            "sh",
+            "-c",
+        ])
+        .arg("echo running; while [ ! -e $GO ]; do sleep 0.02; done; exit 3")
+        .through(["setpriv", "--bounding-set=-kill"]);
+    let running = running(worker);
+    running.signal(Signal::SIGTERM);
+    running.wait_for_stderr("SIGTERM can't be sent", PATIENCE);
+    running.wait_for_stderr("CAP_KILL", PATIENCE);
+    std::fs::write(&go, "").unwrap();
+    running.finish(PROMPT).assert_status(3);
+    assert_back(&queue);
 }
 
 #[test]
@@ -79,33 +138,165 @@ fn a_command_dies_with_a_killed_qconsume() {
     }
 }
 
+/// Ways to leave a process behind that is in no group of the command's.
+const AWAY: [&str; 4] = [
+    "setsid sh -c \"$LATER\" &",
+    "timeout 1000 sh -c \"$LATER\" &",
+    "set -m; sh -c \"$LATER\" &",
+    "python3 -c 'import os, subprocess
+subprocess.Popen([\"sh\", \"-c\", os.environ[\"LATER\"]], start_new_session=True)'",
+];
+
 #[test]
-fn what_a_command_leaves_in_its_group_is_killed_before_the_settlement() {
-    for (script, status, hold) in [
-        (
-            "trap '' TERM HUP; sleep 1000 & exit 0",
-            0,
-            Method::BASIC_ACK,
-        ),
-        // The leader's death by a signal is an end like any other.
-        ("sleep 1000 & kill -KILL $$", 137, Method::BASIC_REJECT),
-        // A pipe is the classic way to wait for ever.
-        (
-            "sh -c 'sleep 1000 | sleep 1000' & exit 5",
-            5,
-            Method::BASIC_REJECT,
-        ),
-    ] {
-        let (queue, proxy) = one_message("background", QueueKind::Classic);
-        proxy.once(Direction::ToBroker, hold, Action::Hold);
-        let running = worker(&queue, &proxy).shell(script).spawn();
-        proxy.wait_for(Direction::ToBroker, hold, PATIENCE);
-        // Nothing is settled yet, and qconsume itself is still there.
-        running.wait_no_leftovers(PROMPT);
+fn what_a_success_leaves_behind_may_finish_before_the_settlement() {
+    for away in AWAY {
+        let (queue, proxy) = one_message("finishes", QueueKind::Classic);
+        let folder = owner::temp_folder("finishes");
+        let running = worker(&queue, &proxy)
+            .args(["--kill-after", "60s"])
+            .env(
+                "LATER",
+                "echo left; while [ ! -e go ]; do sleep 0.02; done; echo finished",
+            )
+            .current_dir(&folder)
+            .shell(away)
+            .spawn();
+        running.wait_for_stdout("left", PATIENCE);
         assert!(!running.has_ended());
-        proxy.release();
-        running.finish(PROMPT).assert_status(status);
+        assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_ACK), 0);
+        std::fs::write(folder.join("go"), "").unwrap();
+        let finished = running.finish(PROMPT);
+        finished.assert_status(0);
+        assert_eq!(finished.stdout_text(), "left\nfinished\n", "{away}");
+        assert!(!finished.stderr.contains("warning"), "{}", finished.stderr);
+        assert_gone(&queue);
     }
+}
+
+#[test]
+fn a_file_that_is_compressed_on_the_side_is_whole() {
+    let broker = Broker::shared();
+    let queue = broker.queue("tee");
+    let folder = owner::temp_folder("tee");
+    for run in 0..10 {
+        queue.publish(vec![b'x'; 3_000_000]);
+        qconsume()
+            .url(&broker.url())
+            .queue(queue.name())
+            .current_dir(&folder)
+            .args(["--", "bash", "-c", "tee >(gzip >f) >/dev/null"])
+            .run()
+            .assert_status(0);
+        let whole = Program::new("gzip").args(["-t", "f"]).current_dir(&folder);
+        assert_eq!(whole.run().status(), 0, "run {run}");
+    }
+}
+
+#[test]
+fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
+    for away in AWAY.iter().chain(&["sh -c \"$LATER\" &"]) {
+        let (queue, proxy) = one_message("too-long", QueueKind::Classic);
+        let running = worker(&queue, &proxy)
+            .args(["--kill-after", "500ms"])
+            .env("LATER", "trap '' TERM HUP; sleep 1000 & sleep 1000")
+            .shell(away)
+            .spawn();
+        let finished = running.finish(PROMPT);
+        finished
+            .assert_status(0)
+            .assert_stderr("processes behind")
+            .assert_stderr("--kill-after");
+        running.wait_no_leftovers(PROMPT);
+        assert_settled(&proxy, Method::BASIC_ACK);
+        assert_gone(&queue);
+    }
+}
+
+#[test]
+fn what_a_failure_leaves_is_killed_before_the_settlement() {
+    // The leader's death by a signal is an end like any other.
+    for (end, status) in [("exit 5", 5), ("kill -KILL $$", 137)] {
+        for away in AWAY.iter().chain(&["sh -c \"$LATER\" &"]) {
+            let (queue, proxy) = one_message("background", QueueKind::Classic);
+            proxy.once(Direction::ToBroker, Method::BASIC_REJECT, Action::Hold);
+            // A pipe is the classic way to wait for ever.
+            let running = worker(&queue, &proxy)
+                .env("LATER", "trap '' TERM; echo left; sleep 1000 | sleep 1000")
+                .args(["--kill-after", "600s"])
+                .shell(&format!(
+                    "{{ {away}\n}} >out; until [ -s out ]; do sleep 0.02; done; {end}"
+                ))
+                .current_dir(owner::temp_folder("background"))
+                .spawn();
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_REJECT, PATIENCE);
+            // Nothing is settled yet, and qconsume itself is still there.
+            running.wait_no_leftovers(PROMPT);
+            assert!(!running.has_ended());
+            proxy.release();
+            running.finish(PROMPT).assert_status(status);
+        }
+    }
+}
+
+#[test]
+fn a_process_that_forks_for_its_life_does_not_escape() {
+    let (queue, proxy) = one_message("forks", QueueKind::Classic);
+    let running = worker(&queue, &proxy)
+        .env("FORK", "echo left; sh -c \"$FORK\" &")
+        .shell("setsid sh -c \"$FORK\" >out & until [ -s out ]; do sleep 0.02; done; exit 5")
+        .current_dir(owner::temp_folder("forks"))
+        .spawn();
+    running.finish(PROMPT).assert_status(5);
+    running.wait_no_leftovers(PROMPT);
+    assert_back(&queue);
+}
+
+#[test]
+fn a_stop_ends_what_a_success_has_left() {
+    let (queue, proxy) = one_message("left-stop", QueueKind::Classic);
+    let script = "setsid sh -c 'trap \"echo got TERM; exit\" TERM; echo running
+        while :; do sleep 0.02; done' & exit 0";
+    let worker = worker(&queue, &proxy).args(["--kill-after", "600s"]);
+    let running = running(worker.shell(script));
+    let finished = stop(&running, Signal::SIGTERM);
+    finished.assert_status(0);
+    assert_eq!(finished.stdout_text(), "running\ngot TERM\n");
+    assert_settled(&proxy, Method::BASIC_ACK);
+    assert_gone(&queue);
+}
+
+#[test]
+fn a_delivery_lost_while_something_is_left_is_no_success() {
+    let (queue, proxy) = one_message("left-lost", QueueKind::Classic);
+    let worker = worker(&queue, &proxy).args(["--kill-after", "600s"]);
+    let running = running(worker.shell("setsid sh -c 'echo running; exec sleep 1000' & exit 0"));
+    proxy.cut();
+    running.finish(PROMPT).assert_status(75);
+    running.wait_no_leftovers(PROMPT);
+    assert_back(&queue);
+}
+
+#[test]
+fn what_was_there_before_the_command_is_none_of_its_own() {
+    // As PID 1's other children: a shell starts something, and then becomes qconsume.
+    let (queue, proxy) = one_message("stranger", QueueKind::Classic);
+    let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
+    let running = worker(&queue, &proxy)
+        .shell("sleep 1000 & exit 3")
+        .through(["sh", "-c", script])
+        .spawn();
+    running.finish(PROMPT).assert_status(3);
+    // The subshell and its sleep.
+    assert_eq!(running.leftovers().len(), 2);
+    assert_back(&queue);
+    // Nor does a success wait for it.
+    queue.publish("the message");
+    let running = worker(&queue, &proxy)
+        .args(["--kill-after", "600s"])
+        .shell("exit 0")
+        .through(["sh", "-c", script])
+        .spawn();
+    running.finish(PROMPT).assert_status(0);
 }
 
 #[test]
@@ -116,10 +307,11 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
     for detach in ["", "setsid "] {
         let queue = broker.queue("stdin-held");
         queue.publish(vec![b'x'; 3_000_000]);
-        let started = testbed::owner::temp_folder("stdin-held").join("started");
+        let started = owner::temp_folder("stdin-held").join("started");
         let running = qconsume()
             .url(&broker.url())
             .queue(queue.name())
+            .args(["--kill-after", "200ms"])
             .env("STARTED", &started)
             .shell(&format!(
                 "exec 3<&0; {detach}sh -c 'echo >$STARTED; exec sleep 1000' &
@@ -127,12 +319,23 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
             ))
             .spawn();
         let finished = running.finish(PATIENCE);
-        finished.assert_status(0);
+        finished
+            .assert_status(0)
+            .assert_stderr("left 1 process behind");
         assert_gone(&queue);
-        // Who has left the group is nobody's business but PID 1's.
-        let expected = usize::from(!detach.is_empty());
-        assert!(eventually(PROMPT, || running.leftovers().len() == expected));
+        running.wait_no_leftovers(PROMPT);
     }
+}
+
+#[test]
+fn the_termination_message_is_not_for_programs_that_the_command_calls() {
+    let (queue, proxy) = one_message("termination", QueueKind::Classic);
+    let finished = worker(&queue, &proxy)
+        .env("QCONSUME_TERMINATION_LOG", "/dev/null")
+        .shell("echo \"<${QCONSUME_TERMINATION_LOG-unset}>\"")
+        .run();
+    finished.assert_status(0);
+    assert_eq!(finished.stdout_text(), "<>\n");
 }
 
 #[test]
@@ -147,6 +350,25 @@ fn nohup_keeps_a_hangup_from_qconsume() {
         .spawn();
     queue.wait_consumers(1);
     running.signal(Signal::SIGHUP);
+    queue.publish("the message");
+    running.wait(PATIENCE).assert_status(6);
+    assert_back(&queue);
+}
+
+#[test]
+fn what_was_ignored_at_the_start_stays_ignored() {
+    let broker = Broker::shared();
+    let queue = broker.queue("ignored");
+    let running = qconsume()
+        .url(&broker.url())
+        .queue(queue.name())
+        .through(["env", "--ignore-signal=INT,QUIT,HUP"])
+        .shell("exit 6")
+        .spawn();
+    queue.wait_consumers(1);
+    for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP] {
+        running.signal(signal);
+    }
     queue.publish("the message");
     running.wait(PATIENCE).assert_status(6);
     assert_back(&queue);

@@ -1,59 +1,168 @@
 //! On a terminal.
 
 use super::*;
-use testbed::{missing, owner::find_in_path};
+use pty_process::blocking::{Command, Pty, open};
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::fd::{AsFd, OwnedFd},
+    process::{Child, ExitStatus},
+    sync::mpsc::{Receiver, channel},
+    thread,
+};
+use testbed::{eventually, owner};
 
-/// Runs its arguments on a terminal of their own, presses Ctrl-C once `running` appears, and says how it ended.
-const TERMINAL: &str = r#"
-import os, pty, sys
-pid, terminal = pty.fork()
-if pid == 0:
-    os.execv(sys.argv[1], sys.argv[1:])
-seen = b""
-pressed = False
-while True:
-    try:
-        piece = os.read(terminal, 4096)
-    except OSError:
-        break
-    if not piece:
-        break
-    seen += piece
-    if not pressed and b"running" in seen:
-        os.write(terminal, b"\x03")
-        pressed = True
-_, status = os.waitpid(pid, 0)
-print(seen.decode())
-print("ended with", os.waitstatus_to_exitcode(status))
-"#;
+const CTRL_C: &str = "\x03";
+const CTRL_Z: &str = "\x1a";
+
+/// A terminal with a session of its own.
+struct Terminal {
+    keys: Pty,
+    output: Receiver<Vec<u8>>,
+    seen: String,
+    leader: Child,
+}
+
+impl Terminal {
+    /// Starts the worker as the session's leader, or what `through` names and is given the program as its last argument.
+    fn start(queue: &Queue, proxy: &Proxy, through: &[&str], arguments: &[&str]) -> Self {
+        let (keys, terminal) = open().unwrap();
+        let words = [through, &[env!("CARGO_BIN_EXE_qconsume")], arguments].concat();
+        let leader = Command::new(words[0])
+            .args(&words[1..])
+            .env("BROKER_URL", proxy.url())
+            .env("QUEUE", queue.name())
+            .env("PS1", "prompt ")
+            .env(owner::MARK, owner::id())
+            .spawn(terminal)
+            .unwrap();
+        let (sender, output) = channel();
+        let screen: OwnedFd = keys.as_fd().try_clone_to_owned().unwrap();
+        thread::spawn(move || {
+            let mut screen = File::from(screen);
+            let mut piece = [0; 4096];
+            // The last process's end is an error (EIO).
+            while let Ok(size @ 1..) = screen.read(&mut piece) {
+                if sender.send(piece[..size].to_vec()).is_err() {
+                    return;
+                }
+            }
+        });
+        Self {
+            keys,
+            output,
+            seen: String::new(),
+            leader,
+        }
+    }
+
+    fn press(&mut self, keys: &str) {
+        self.keys.write_all(keys.as_bytes()).unwrap();
+    }
+
+    /// Waits for this text behind what was waited for before.
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                self.seen.drain(..at + text.len());
+                return;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(left) {
+                Ok(piece) => self.seen += &String::from_utf8_lossy(&piece),
+                Err(error) => panic!("{text:?} is not on the terminal ({error}): {}", self.seen),
+            }
+        }
+    }
+
+    #[track_caller]
+    fn wait_end(&mut self) -> ExitStatus {
+        let ended = eventually(PATIENCE, || self.leader.try_wait().unwrap().is_some());
+        assert!(ended, "still runs: {}", self.seen);
+        self.leader.wait().unwrap()
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // The terminal's end hangs up on whoever is left; the leader may ignore that.
+        let _ = self.leader.kill();
+        let _ = self.leader.wait();
+    }
+}
+
+/// Counts its interrupts for a while after the first.
+const COUNTS: &str =
+    "n=0; trap 'n=$((n+1))' INT; echo run''ning; while [ $n = 0 ]; do sleep 0.05; done
+    for i in 1 2 3 4 5; do sleep 0.1; done; echo interrupted $n time; exit 5";
 
 #[test]
 fn ctrl_c_ends_both_once() {
-    if find_in_path("python3").is_none() {
-        return missing("python3");
-    }
-    for (script, status) in [
-        (WAITS, 130),
-        // Counts for a while after the first.
-        (
-            "n=0; trap 'n=$((n+1))' INT; echo running; while [ $n = 0 ]; do sleep 0.05; done
-            for i in 1 2 3 4 5; do sleep 0.1; done; echo interrupted $n time; exit 5",
-            5,
-        ),
-    ] {
+    for (script, status) in [("echo run''ning; exec sleep 1000", 130), (COUNTS, 5)] {
         let (queue, proxy) = one_message("terminal", QueueKind::Classic);
-        let running = worker(&queue, &proxy)
-            .shell(script)
-            .through(["python3", "-c", TERMINAL])
-            .spawn();
-        let text = running.finish(PATIENCE).stdout_text();
-        assert!(text.contains(&format!("ended with {status}")), "{text}");
-        assert!(
-            status == 130 || text.contains("interrupted 1 time"),
-            "{text}"
-        );
-        running.wait_no_leftovers(PROMPT);
+        let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
+        terminal.wait_for("running");
+        terminal.press(CTRL_C);
+        if status == 5 {
+            terminal.wait_for("interrupted 1 time");
+        }
+        assert_eq!(terminal.wait_end().code(), Some(status));
         assert_settled(&proxy, Method::BASIC_NACK);
         assert_back(&queue);
     }
+}
+
+#[test]
+fn a_command_can_read_from_the_terminal() {
+    let (queue, proxy) = one_message("terminal-read", QueueKind::Classic);
+    let script = "stty -echo </dev/tty; echo pass''word:; read x </dev/tty; stty echo </dev/tty; echo \"<$x>\"";
+    let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
+    terminal.wait_for("password:");
+    terminal.press("secret\r");
+    terminal.wait_for("<secret>");
+    assert_eq!(terminal.wait_end().code(), Some(0));
+    assert_gone(&queue);
+}
+
+#[test]
+fn a_signal_that_is_not_the_terminals_is_forwarded() {
+    for signal in [Signal::SIGTERM, Signal::SIGHUP] {
+        let (queue, proxy) = one_message("terminal-kill", QueueKind::Classic);
+        // What the command has started gets it, too, as it would in a group of its own.
+        let script = "sh -c 'trap \"echo chi\"\"ld got it; exit\" TERM HUP; echo run\"\"ning
+            while :; do sleep 0.02; done' & trap 'wait; exit 9' TERM HUP; wait";
+        let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
+        terminal.wait_for("running");
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(terminal.leader.id().cast_signed()),
+            signal,
+        )
+        .unwrap();
+        assert_eq!(terminal.wait_end().code(), Some(9));
+        assert_back(&queue);
+    }
+}
+
+#[test]
+fn ctrl_z_stops_both_and_fg_continues_both() {
+    let (queue, proxy) = one_message("terminal-stop", QueueKind::Classic);
+    // A shell with job control, which runs the worker as it would any other.
+    let shell = [
+        "bash",
+        "--norc",
+        "-ic",
+        "\"$0\" \"$@\"; echo stop''ped; fg; echo status $?",
+    ];
+    let script =
+        "trap 'echo con''tinued; exit 4' CONT; echo run''ning; while :; do sleep 0.05; done";
+    let mut terminal = Terminal::start(&queue, &proxy, &shell, &["sh", "-c", script]);
+    terminal.wait_for("running");
+    terminal.press(CTRL_Z);
+    terminal.wait_for("stopped");
+    terminal.wait_for("continued");
+    terminal.wait_for("status 4");
+    terminal.wait_end();
+    assert_back(&queue);
 }
