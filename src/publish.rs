@@ -11,8 +11,9 @@ mod tally;
 
 use crate::{
     block_on,
-    broker::{Answer, Broker, Heard, PublishError, Publisher, declare, goodbye},
+    broker::{Broker, Heard, PublishError, Publisher, declare},
     cli::Request,
+    clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
     report::{RunSummary, Span},
     show,
@@ -34,17 +35,11 @@ use std::{
     },
     time::Duration,
 };
-use tally::{Failed, Tally};
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, sleep_until},
-};
+use tally::{Gap, Tally};
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 /// How long a signal leaves the broker to answer for what is in flight.
 const GRACE: Duration = Duration::from_secs(3);
-
-/// How many messages are sent before the loop looks at anything else: its turn costs more than a short message.
-const BATCH: usize = 64;
 
 /// Runs qpublish with this command line, and returns the exit status.
 ///
@@ -110,22 +105,25 @@ async fn publish(options: QpublishOptions, mut signals: Signals) -> anyhow::Resu
 async fn open(options: &QpublishOptions) -> Result<Option<Publisher>, Failure> {
     let queue = &options.route.routing_key;
     let connect = options.broker.connect(format!("qpublish {queue}"));
-    let link = Broker::new(options.broker.nodes.clone(), connect)
+    let connection = Broker::new(options.broker.nodes.clone(), connect)
         .connect()
         .await?;
     if let Some(kind) = options.declare {
-        declare(&link, queue, kind, options.timeout).await?;
+        if let Err(failure) = declare(&connection, queue, kind, options.timeout).await {
+            connection.close().await;
+            return Err(failure);
+        }
     }
     if options.source.is_none() {
         tracing::info!(
             "queue {queue:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)"
         );
-        goodbye(&link).await;
+        connection.close().await;
         return Ok(None);
     }
     let route = options.route.clone();
     let properties = options.properties.clone();
-    Publisher::open(link, route, properties, options.timeout)
+    Publisher::open(connection, route, properties, options.timeout)
         .await
         .map(Some)
 }
@@ -164,9 +162,6 @@ impl Run {
     async fn run(mut self, signals: &mut Signals) -> anyhow::Result<u8> {
         let mut blocked = None;
         let cause = self.publish(signals, &mut blocked).await;
-        for answer in self.publisher.give_up() {
-            self.note(answer);
-        }
         self.progress.clear();
         let ended = self.conclude(cause, blocked.as_deref());
         // What was answered is answered: a signal only cuts the goodbye short.
@@ -187,7 +182,6 @@ impl Run {
         let mut cause = None;
         let mut moved = Instant::now();
         let mut grace = None;
-        let mut batch = Vec::with_capacity(BATCH);
         loop {
             if self.messages.is_none() && self.tally.outstanding() == 0 {
                 return cause;
@@ -207,12 +201,11 @@ impl Run {
                     cause.get_or_insert(Cause::Signal { signal, early });
                 }
                 heard = self.publisher.next() => match heard {
+                    Heard::Sent => {}
                     Heard::Answer(answer) => {
                         moved = Instant::now();
-                        self.note(answer);
-                        while let Some(answer) = self.publisher.answered() {
-                            self.note(answer);
-                        }
+                        self.shares.pop_front();
+                        self.tally.note(answer);
                         if self.tally.has_failed() {
                             self.messages = None;
                         }
@@ -232,54 +225,29 @@ impl Run {
                     }
                     Heard::Lost(stop) => return Some(Cause::Lost(stop)),
                 },
-                read = next(&mut self.messages, &mut batch) => {
-                    if read == 0 {
-                        self.messages = None;
-                    }
+                read = next(&mut self.messages), if !self.publisher.is_sending() => {
                     if self.tally.outstanding() == 0 {
                         moved = Instant::now();
                     }
-                    for message in batch.drain(..) {
-                        match message {
-                            Ok(message) => self.send(message),
-                            Err(failure) => {
-                                self.messages = None;
-                                cause.get_or_insert(Cause::Input(failure));
-                            }
+                    match read {
+                        Some(Ok(message)) => {
+                            self.tally.sent();
+                            self.shares.push_back(message.share);
+                            self.publisher.publish(message.body);
                         }
+                        Some(Err(failure)) => {
+                            self.messages = None;
+                            cause.get_or_insert(Cause::Input(failure));
+                        }
+                        None => self.messages = None,
                     }
                 }
-                () = until(deadline) => return cause.or(Some(Cause::Stalled)),
+                () = sleep_until_or_never(deadline) => return cause.or(Some(Cause::Stalled)),
                 () = self.progress.due() => {
                     let confirmed = self.tally.confirmed();
                     self.progress.show(confirmed, self.extent.share(confirmed));
                 }
             }
-        }
-    }
-
-    fn send(&mut self, message: source::Message) {
-        self.tally.sent(&message.body);
-        self.shares.push_back(message.share);
-        self.publisher.publish(message.body);
-    }
-
-    fn note(&mut self, answer: Answer) {
-        self.shares.pop_front();
-        // Before the answer that brought it, with which what is beyond doubt is forgotten.
-        if let Answer::Acked {
-            returned: Some(body),
-        }
-        | Answer::Nacked {
-            returned: Some(body),
-        } = &answer
-        {
-            self.tally.returned(body);
-        }
-        match answer {
-            Answer::Acked { .. } => self.tally.acked(),
-            Answer::Nacked { .. } => self.tally.refused(),
-            Answer::None => self.tally.unanswered(),
         }
     }
 
@@ -306,7 +274,7 @@ impl Run {
             }
             (None, Some(Cause::Input(failure))) => failure,
             (None, Some(Cause::Signal { signal, early }))
-                if early || self.tally.first_failed().is_some() =>
+                if early || self.tally.without_gap().1.is_some() =>
             {
                 let text = format!("stopped by {signal}; {}", self.summary());
                 return Ok(stopped(signal, text));
@@ -321,27 +289,31 @@ impl Run {
 
     /// The failure that a returned or refused message is.
     fn refusal(&self) -> Option<Failure> {
-        let (first, how) = self.tally.first_failed()?;
-        let name = self.source.name(first);
-        match how {
-            Failed::Returned => Some(Failure::new(
-                Exit::Config,
-                format!("{name} came back: {}", self.missing),
-            )),
-            Failed::Refused => Some(Failure::new(
+        let (confirmed, gap) = self.tally.without_gap();
+        let name = self.source.name(confirmed + 1);
+        match gap? {
+            Gap::Unroutable { among } => {
+                let which = match among {
+                    1 => name,
+                    _ => format!("{name} or one of the {} behind it", among - 1),
+                };
+                let text = format!("{which} came back: {}", self.missing);
+                Some(Failure::new(Exit::Config, text))
+            }
+            Gap::Refused => Some(Failure::new(
                 Exit::Lost,
                 format!(
                     "{name} was refused: the queue is full (x-max-length with reject-publish), or can't take it for now"
                 ),
             )),
-            Failed::Unanswered => None,
+            Gap::Unanswered => None,
         }
     }
 
     /// How many messages are safe, and where to go on.
     fn summary(&self) -> String {
         let (sent, confirmed) = (self.tally.total(), self.tally.confirmed());
-        let without_gap = self.tally.without_gap();
+        let (without_gap, _) = self.tally.without_gap();
         if sent == 0 {
             return "nothing was published".to_owned();
         }
@@ -350,12 +322,10 @@ impl Run {
             messages(sent)
         );
         if !matches!(*self.source, Source::Input) {
-            text += &format!(
-                "; to resume, begin with {}",
-                self.source.name(without_gap + 1)
-            );
+            let next = self.source.name(without_gap + 1);
+            text += &format!("; to resume, begin with {next}");
         }
-        if self.tally.is_in_doubt() {
+        if self.tally.outstanding() > 0 {
             text += "; what was sent and not confirmed may have arrived or not";
         }
         text
@@ -407,20 +377,10 @@ fn messages(count: u64) -> String {
     }
 }
 
-/// The next messages that are there; none at the end.
-async fn next(
-    messages: &mut Option<Messages>,
-    batch: &mut Vec<Result<source::Message, Failure>>,
-) -> usize {
+/// The next message; none at the end.
+async fn next(messages: &mut Option<Messages>) -> Option<Result<source::Message, Failure>> {
     match messages {
-        Some(messages) => messages.recv_many(batch, BATCH).await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn until(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => sleep_until(instant).await,
+        Some(messages) => messages.recv().await,
         None => std::future::pending().await,
     }
 }

@@ -234,6 +234,7 @@ impl Broker {
 /// An open connection.
 pub struct OpenConnection {
     pub(super) connection: Connection,
+    /// There is one listener only, as lapin's listeners take from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     observed: Shared,
     username: String,
@@ -253,11 +254,6 @@ impl OpenConnection {
     /// lapin's connection, for channels.
     pub(super) fn connection(&self) -> &Connection {
         &self.connection
-    }
-
-    /// The connection's events; there is one listener only, as lapin's listeners take from each other.
-    pub(super) fn events(&mut self) -> Pin<&mut (dyn Stream<Item = Event> + Send + Sync)> {
-        self.events.as_mut()
     }
 
     /// What the broker has sent so far.

@@ -457,14 +457,6 @@ pub(super) fn described(error: &lapin::Error) -> String {
     }
 }
 
-pub(super) use described as said;
-pub(super) fn protocol(error: &lapin::Error) -> Option<(&lapin::protocol::AMQPErrorKind, String)> {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => Some((error.kind(), error.get_message().to_string())),
-        _ => None,
-    }
-}
-
 fn closed(error: &io::Error) -> bool {
     matches!(
         error.kind(),

@@ -21,7 +21,7 @@ pub use errors::{ConnectError, DeliveryLost, unreadable};
 pub use message::Message;
 pub use nodes::{Nodes, Source, TlsOptions};
 pub use publisher::{
-    Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare, goodbye,
+    Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare,
 };
 pub use settle::Unconfirmed;
 pub use tls::Tls;

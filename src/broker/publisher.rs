@@ -2,27 +2,26 @@
 
 use super::{
     connect::OpenConnection,
-    errors::{protocol, said},
+    errors::{ConnectError, Meaning, Refusal, described},
+    topology,
 };
-use crate::exit::{Exit, Failure};
+use crate::{
+    exit::{Exit, Failure},
+    report::HumanDuration,
+};
 use lapin::{
-    BasicProperties, Channel, Confirmation, Event,
+    BasicProperties, Channel, Confirmation, Event, PublisherConfirm,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
-    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     types::{AMQPValue, FieldTable, LongString, ShortString},
 };
 use std::{
     collections::{BTreeMap, VecDeque},
-    future::Future,
+    future::{Future, pending},
     pin::Pin,
-    task::{Context, Poll, Waker},
     time::Duration,
 };
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
-
-/// Longest time that a goodbye may take: while the broker blocks publishers it isn't even read.
-const GOODBYE: Duration = Duration::from_secs(2);
 
 /// The delivery mode that survives a restart of the broker.
 const PERSISTENT: u8 = 2;
@@ -127,28 +126,31 @@ impl Properties {
     }
 }
 
-/// The broker's answer to a message. Answers come in the order in which the messages were sent.
-#[derive(Debug)]
+/// The broker's answer to a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// The broker answers for it.
-    Acked {
-        /// The body of a message that came back, as it fits no queue: not necessarily of this one, as lapin 4.12 hands
-        /// what was returned to whichever message is answered next, and answers several in no order.
-        returned: Option<Vec<u8>>,
+    /// `basic.ack`: the broker has the message.
+    Acked,
+    /// `basic.ack`, and a message came back that no queue takes. Not necessarily this one: lapin 4.12 hands what was
+    /// returned to whichever message is answered next. It is one that was in flight with it, so one behind the first
+    /// `behind` ones.
+    AckedWithReturn {
+        /// How many messages were answered when this one was sent.
+        behind: u64,
     },
-    /// The broker refused it: a queue that is full, or a defect.
+    /// `basic.nack`: the broker refused it, as a full queue does.
     Nacked {
-        /// As above.
-        returned: Option<Vec<u8>>,
+        /// Whether a message came back, too, as LavinMQ has it.
+        returned: bool,
     },
-    /// There is none, and won't be: the message may have arrived or not.
-    None,
 }
 
 /// What the publisher hears.
 #[derive(Debug)]
 pub enum Heard {
-    /// An answer to the next message.
+    /// The message that was being sent is sent.
+    Sent,
+    /// An answer to the next message; answers come in the order in which the messages were sent.
     Answer(Answer),
     /// The broker takes nothing from publishers for now, for this reason.
     Blocked(String),
@@ -167,38 +169,25 @@ pub struct PublishError {
     pub message: Option<u64>,
 }
 
-type Confirming = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>;
+type Sending = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send>>;
 
-enum State {
-    Waiting(Confirming),
-    Done(Box<lapin::Result<Confirmation>>),
-}
-
-/// A message that has no answer yet.
-struct Flight {
+/// A message that is being sent, or has no answer yet.
+struct InFlight<T> {
+    waits_for: T,
+    /// Of its body, in bytes.
     size: usize,
-    state: State,
-}
-
-impl Flight {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let State::Waiting(confirming) = &mut self.state {
-            match confirming.as_mut().poll(cx) {
-                Poll::Ready(result) => self.state = State::Done(Box::new(result)),
-                Poll::Pending => return Poll::Pending,
-            }
-        }
-        Poll::Ready(())
-    }
+    /// How many messages were answered when it was sent.
+    behind: u64,
 }
 
 /// Publishes persistent, mandatory messages with publisher confirms, many in flight.
 pub struct Publisher {
-    link: OpenConnection,
+    connection: OpenConnection,
     channel: Channel,
     route: Route,
     properties: BasicProperties,
-    flight: VecDeque<Flight>,
+    sending: Option<InFlight<Sending>>,
+    in_flight: VecDeque<InFlight<PublisherConfirm>>,
     answered: u64,
 }
 
@@ -206,7 +195,7 @@ impl std::fmt::Debug for Publisher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Publisher")
             .field("route", &self.route)
-            .field("in_flight", &self.flight.len())
+            .field("in_flight", &self.in_flight.len())
             .finish_non_exhaustive()
     }
 }
@@ -217,164 +206,134 @@ impl Publisher {
     /// # Errors
     /// When the broker refuses, or hasn't answered within `limit`.
     pub async fn open(
-        link: OpenConnection,
+        connection: OpenConnection,
         route: Route,
         properties: Properties,
         limit: Duration,
     ) -> Result<Self, Failure> {
         let open = async {
-            let channel = link.connection().create_channel().await?;
-            channel
-                .confirm_select(ConfirmSelectOptions::default())
-                .await?;
+            let channel = connection.connection().create_channel().await?;
+            let confirms = ConfirmSelectOptions::default();
+            channel.confirm_select(confirms).await?;
             lapin::Result::Ok(channel)
         };
-        let channel = within(limit, open)
-            .await?
-            .map_err(|error| failure(&error, &route))?;
-        Ok(Self {
-            link,
-            channel,
-            route,
-            properties: properties.into_amqp(),
-            flight: VecDeque::new(),
-            answered: 0,
-        })
+        match within(limit, open).await? {
+            Ok(channel) => Ok(Self {
+                connection,
+                channel,
+                route,
+                properties: properties.into_amqp(),
+                sending: None,
+                in_flight: VecDeque::new(),
+                answered: 0,
+            }),
+            Err(error) => {
+                let failure = publish_failure(&error, &connection, &route);
+                connection.close().await;
+                Err(failure)
+            }
+        }
     }
 
-    /// Sends a message, or at least lets it queue to be sent.
+    /// Whether a message is still being sent; the next one has to wait.
+    #[must_use]
+    pub const fn is_sending(&self) -> bool {
+        self.sending.is_some()
+    }
+
+    /// Begins to send a message; [`Self::next`] goes on with it.
     pub fn publish(&mut self, body: Vec<u8>) {
         let size = body.len();
         let channel = self.channel.clone();
         let exchange = ShortString::from(self.route.exchange.as_str());
         let routing_key = ShortString::from(self.route.routing_key.as_str());
         let properties = self.properties.clone();
-        let confirming = async move {
-            let options = BasicPublishOptions {
-                mandatory: true,
-                ..BasicPublishOptions::default()
-            };
-            let confirm = channel
-                .basic_publish(exchange, routing_key, options, &body, properties)
-                .await?;
-            drop(body);
-            confirm.await
+        let options = BasicPublishOptions {
+            mandatory: true,
+            ..BasicPublishOptions::default()
         };
-        let mut flight = Flight {
+        self.sending = Some(InFlight {
+            waits_for: Box::pin(async move {
+                channel
+                    .basic_publish(exchange, routing_key, options, &body, properties)
+                    .await
+            }),
             size,
-            state: State::Waiting(Box::pin(confirming)),
-        };
-        // lapin takes the message in with the first poll: now, so that the order is kept. It isn't awaited before the
-        // next one, which would cost a round through lapin's thread for each.
-        let _ = flight.poll(&mut Context::from_waker(Waker::noop()));
-        self.flight.push_back(flight);
+            behind: self.answered,
+        });
     }
 
     /// The next thing to happen. Dropping the future loses nothing.
     pub async fn next(&mut self) -> Heard {
-        let Self { link, flight, .. } = self;
-        let first = std::future::poll_fn(|cx| match flight.front_mut() {
-            Some(first) => first.poll(cx),
-            None => Poll::Pending,
-        });
+        let answer = async {
+            match self.in_flight.front_mut() {
+                Some(first) => (&mut first.waits_for).await,
+                None => pending().await,
+            }
+        };
+        let sent = async {
+            match &mut self.sending {
+                Some(sending) => sending.waits_for.as_mut().await,
+                None => pending().await,
+            }
+        };
+        let events = &mut self.connection.events;
         let event = async {
             loop {
-                match link.events().next().await {
+                match events.next().await {
                     Some(Event::ConnectionBlocked(reason)) => return Ok(Heard::Blocked(reason)),
                     Some(Event::ConnectionUnblocked) => return Ok(Heard::Unblocked),
                     Some(Event::Error(error)) => return Err(error),
                     Some(_) => {}
                     // lapin keeps a sender for as long as the connection is there, and we keep that.
-                    None => std::future::pending().await,
+                    None => pending().await,
                 }
             }
         };
-        let event = tokio::select! {
+        let heard = tokio::select! {
             biased;
-            () = first => None,
-            event = event => Some(event),
+            answer = answer => answer.map(|confirmation| Heard::Answer(self.note(&confirmation))),
+            sent = sent => sent.map(|confirm| {
+                if let Some(sent) = self.sending.take() {
+                    let (size, behind) = (sent.size, sent.behind);
+                    self.in_flight.push_back(InFlight { waits_for: confirm, size, behind });
+                }
+                Heard::Sent
+            }),
+            event = event => event,
         };
-        match event {
-            None => match self.answer() {
-                Ok(answer) => Heard::Answer(answer),
-                Err(error) => Heard::Lost(self.stop(&error)),
-            },
-            Some(Ok(heard)) => heard,
-            Some(Err(error)) => Heard::Lost(self.stop(&error)),
-        }
+        heard.unwrap_or_else(|error| Heard::Lost(self.lost(&error)))
     }
 
-    /// The next answer, if it is here already.
-    pub fn answered(&mut self) -> Option<Answer> {
-        let first = self.flight.front_mut()?;
-        if first
-            .poll(&mut Context::from_waker(Waker::noop()))
-            .is_pending()
-        {
-            return None;
-        }
-        // An error is left to `next`.
-        self.answer().ok()
-    }
-
-    /// The answers that are here, and none for the rest: for the end.
-    pub fn give_up(&mut self) -> Vec<Answer> {
-        let mut answers = Vec::with_capacity(self.flight.len());
-        while !self.flight.is_empty() {
-            answers.push(self.answered().unwrap_or_else(|| {
-                self.flight.pop_front();
-                self.answered += 1;
-                Answer::None
-            }));
-        }
-        answers
-    }
-
-    /// Says goodbye to the broker; whether it answers changes nothing any more.
-    pub async fn close(&mut self) {
-        goodbye(&self.link).await;
-    }
-
-    /// The answer to the first message in flight, which is here. With an error the message stays where it is.
-    fn answer(&mut self) -> lapin::Result<Answer> {
-        if let Some(Flight {
-            state: State::Done(result),
-            ..
-        }) = self.flight.front()
-            && let Err(error) = &**result
-        {
-            return Err(error.clone());
-        }
-        let confirmation = match self.flight.pop_front().map(|first| first.state) {
-            Some(State::Done(result)) => (*result)?,
-            _ => Confirmation::NotRequested,
-        };
+    fn note(&mut self, confirmation: &Confirmation) -> Answer {
+        let behind = self.in_flight.pop_front().map_or(0, |first| first.behind);
         self.answered += 1;
-        Ok(match confirmation {
-            Confirmation::Ack(returned) => Answer::Acked {
-                returned: returned.map(|returned| returned.delivery.data),
-            },
+        match confirmation {
+            Confirmation::Ack(Some(_)) => Answer::AckedWithReturn { behind },
             Confirmation::Nack(returned) => Answer::Nacked {
-                returned: returned.map(|returned| returned.delivery.data),
+                returned: returned.is_some(),
             },
-            // Never: it is here, and the channel is in confirm mode.
-            Confirmation::NotRequested => Answer::None,
-        })
+            // NotRequested never comes: the channel is in confirm mode.
+            Confirmation::Ack(None) | Confirmation::NotRequested => Answer::Acked,
+        }
     }
 
-    fn stop(&self, error: &lapin::Error) -> PublishError {
-        let mut stop = PublishError {
-            failure: failure(error, &self.route),
-            message: None,
-        };
+    /// Closes the connection politely, within two seconds.
+    pub async fn close(&self) {
+        self.connection.close().await;
+    }
+
+    fn lost(&self, error: &lapin::Error) -> PublishError {
+        let refusal = Refusal::of(error, &self.connection.observed());
         // The one error that names its message, though only by its size.
-        if let Some((_, text)) = protocol(error)
-            && let Some(size) = too_large(&text)
-        {
-            let place = self.flight.iter().position(|flight| flight.size == size);
-            stop.message = place.map(|place| self.answered + place as u64 + 1);
+        let size = refusal.and_then(|refusal| too_large(&refusal.text));
+        let sending = self.sending.iter().map(|sending| sending.size);
+        let mut sizes = self.in_flight.iter().map(|sent| sent.size).chain(sending);
+        let place = size.and_then(|size| sizes.position(|other| other == size));
+        PublishError {
+            failure: publish_failure(error, &self.connection, &self.route),
+            message: place.map(|place| self.answered + place as u64 + 1),
         }
-        stop
     }
 }
 
@@ -383,7 +342,7 @@ impl Publisher {
 /// # Errors
 /// When the broker refuses, or hasn't answered within `limit`.
 pub async fn declare(
-    link: &OpenConnection,
+    connection: &OpenConnection,
     queue: &str,
     kind: QueueType,
     limit: Duration,
@@ -395,56 +354,27 @@ pub async fn declare(
         QueueType::Classic => Some("classic"),
     };
     if let Some(kind) = kind {
-        arguments.insert(
-            ShortString::from("x-queue-type"),
-            AMQPValue::LongString(LongString::from(kind)),
-        );
+        let value = AMQPValue::LongString(LongString::from(kind));
+        arguments.insert(ShortString::from("x-queue-type"), value);
     }
-    let declare = async {
-        // A channel of its own: a refusal ends it.
-        let channel = link.connection().create_channel().await?;
-        let durable = QueueDeclareOptions {
-            durable: true,
-            ..QueueDeclareOptions::default()
-        };
-        channel
-            .queue_declare(queue.into(), durable, arguments)
-            .await?;
-        channel.close(200, "OK".into()).await
+    let durable = QueueDeclareOptions {
+        durable: true,
+        ..QueueDeclareOptions::default()
     };
-    within(limit, declare)
-        .await?
-        .map_err(|error| match protocol(&error) {
-            Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), text)) => Failure::new(
-                Exit::Config,
-                format!("queue {queue:?} exists and is another kind of queue: {text}; publish to it without --declare, or name another"),
+    let declare = topology::declare(connection.connection(), queue, durable, arguments);
+    let Err(error) = within(limit, declare).await? else {
+        return Ok(());
+    };
+    let refusal = Refusal::of(&error, &connection.observed());
+    if let Some(refusal) = refusal.filter(|refusal| refusal.meaning() == Meaning::Precondition) {
+        return Err(Failure::new(
+            Exit::Config,
+            format!(
+                "queue {queue:?} exists and is another kind of queue: {refusal}; publish to it without --declare, or name another"
             ),
-            Some((AMQPErrorKind::Soft(AMQPSoftError::RESOURCELOCKED), text)) => Failure::new(
-                Exit::Config,
-                format!("queue {queue:?} is exclusive to another connection: {text}"),
-            ),
-            Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text)) => Failure::new(
-                Exit::NoPermission,
-                format!("the broker refused to let this user declare queue {queue:?}: {text}"),
-            ),
-            Some((_, text)) => Failure::new(
-                Exit::Unavailable,
-                format!("the broker couldn't declare queue {queue:?}: {text}"),
-            ),
-            None => Failure::new(
-                Exit::Unavailable,
-                format!("the connection failed while queue {queue:?} was declared: {}", said(&error)),
-            ),
-        })
-}
-
-/// Says goodbye to the broker; whether it answers changes nothing any more.
-pub async fn goodbye(link: &OpenConnection) {
-    match timeout(GOODBYE, link.connection().close(200, "OK".into())).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!("closing the connection: {}", said(&error)),
-        Err(_) => tracing::debug!("closing the connection: no answer within {GOODBYE:?}"),
+        ));
     }
+    Err(ConnectError::refused(&error, connection, "declare", queue).failure)
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Failure> {
@@ -452,54 +382,56 @@ async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, 
         Failure::new(
             Exit::Unavailable,
             format!(
-                "no answer from the broker within {} (--timeout)",
-                crate::report::HumanDuration(limit)
+                "no reply from the broker within {} (--timeout)",
+                HumanDuration(limit)
             ),
         )
     })
 }
 
 /// What an error to `basic.publish` means.
-fn failure(error: &lapin::Error, route: &Route) -> Failure {
+fn publish_failure(error: &lapin::Error, connection: &OpenConnection, route: &Route) -> Failure {
     let exchange = &route.exchange;
-    match protocol(error) {
-        Some((AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND), text)) => Failure::new(
+    let user = connection.username();
+    let Some(refusal) = Refusal::of(error, &connection.observed()) else {
+        return Failure::new(Exit::Lost, described(error));
+    };
+    match refusal.meaning() {
+        Meaning::Missing => Failure::new(
             Exit::Config,
-            format!("there is no exchange {exchange:?} in this virtual host: {text}"),
+            format!(
+                "there is no exchange {exchange:?} in this virtual host: {refusal}; declare it, or check the name"
+            ),
         ),
-        Some((AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED), text)) => Failure::new(
+        Meaning::NotPermitted => Failure::new(
             Exit::NoPermission,
-            format!("the broker refused to let this user publish here: {text}"),
+            format!(
+                "user {user:?} may not publish here: {refusal}; grant it with rabbitmqctl set_permissions"
+            ),
         ),
-        Some((AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED), text))
-            if too_large(&text).is_some() =>
-        {
-            Failure::new(
-                Exit::Config,
-                format!(
-                    "too large for this broker: {text}; raise max_message_size in its rabbitmq.conf, or split it"
-                ),
-            )
-        }
-        Some((AMQPErrorKind::Soft(_), text))
-        | Some((AMQPErrorKind::Hard(AMQPHardError::NOTIMPLEMENTED), text)) => Failure::new(
+        Meaning::TooLarge => Failure::new(
             Exit::Config,
-            format!("the broker doesn't take messages like this: {text}"),
+            format!(
+                "too large for this broker: {refusal}; raise max_message_size in its rabbitmq.conf, or split it"
+            ),
         ),
-        Some((_, text)) => Failure::new(
+        Meaning::Precondition | Meaning::NotImplemented => Failure::new(
+            Exit::Config,
+            format!("the broker doesn't take messages like this: {refusal}"),
+        ),
+        _ => Failure::new(
             Exit::Lost,
-            format!("the broker closed the connection: {text}"),
+            format!("the broker stopped the publishing: {refusal}"),
         ),
-        None => Failure::new(Exit::Lost, said(error)),
     }
 }
 
 /// The size of the message that a refusal for its size is about.
 fn too_large(text: &str) -> Option<usize> {
-    // "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000" (3.10 to 4.3)
+    // "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000" (RabbitMQ 3.10 to 4.3)
     let (_, rest) = text.split_once("message size ")?;
     let (size, rest) = rest.split_once(' ')?;
-    rest.starts_with("is larger").then(|| size.parse().ok())?
+    (rest.starts_with("is larger") || rest.starts_with("larger")).then(|| size.parse().ok())?
 }
 
 #[cfg(test)]

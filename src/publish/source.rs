@@ -29,6 +29,9 @@ const BESIDE: u32 = 8;
 /// Largest message that any RabbitMQ can be made to take, in bytes. What is longer isn't read to its end.
 const LARGEST: u64 = 512 << 20;
 
+/// U+FEFF in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Where messages come from.
 #[derive(Debug)]
 pub(super) enum Source {
@@ -146,12 +149,26 @@ impl Reader {
             }
             Source::Input => {
                 let body = standard_input().and_then(whole).map_err(no_input)?;
+                if body.is_empty() {
+                    tracing::warn!("standard input is empty: publishing one empty message");
+                }
                 self.send(body)?;
             }
             Source::Records(separator) => {
                 let mut input =
                     BufReader::with_capacity(64 * 1024, standard_input().map_err(no_input)?);
-                while let Some(record) = record(&mut input, *separator).map_err(no_input)? {
+                let mut first = true;
+                while let Some(mut record) = record(&mut input, *separator).map_err(no_input)? {
+                    // Some editors begin a file with it; it is no part of the first line.
+                    if std::mem::take(&mut first)
+                        && *separator == b'\n'
+                        && record.starts_with(BYTE_ORDER_MARK)
+                    {
+                        tracing::warn!(
+                            "standard input begins with a byte order mark: left out of the first message"
+                        );
+                        record.drain(..BYTE_ORDER_MARK.len());
+                    }
                     self.bytes
                         .fetch_add(record.len() as u64 + 1, Ordering::Relaxed);
                     self.send(record)?;

@@ -1,94 +1,52 @@
-//! PURE: which messages are confirmed, which one failed first, from which on to resume.
+//! PURE: how many messages are confirmed, how many of them from the start without a gap, and why no more.
 
-use std::{
-    collections::VecDeque,
-    hash::{DefaultHasher, Hasher},
-};
+use crate::broker::Answer;
 
-/// What became of a message that isn't confirmed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Failed {
-    /// It fits no queue.
-    Returned,
-    /// The broker didn't want it.
+/// Why the first message that isn't confirmed isn't.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gap {
+    /// No queue takes it: it came back. It may be one of several, all of which were in flight.
+    Unroutable {
+        /// How many messages behind the last confirmed one it may be.
+        among: u64,
+    },
+    /// The broker refused it.
     Refused,
-    /// Nobody knows.
+    /// There is no answer to it.
     Unanswered,
 }
 
 /// Counts messages, from 1, in the order in which they were sent and are answered.
-///
-/// A returned message comes back beside the answers, so which one it was has to be found by its body. That takes
-/// the digests of those in flight and of those answered while it may have been under way.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     sent: u64,
     answered: u64,
-    acked: u64,
-    refused: Option<u64>,
-    unanswered: Option<u64>,
-    /// Digests of what came back.
-    returned: Vec<u64>,
-    /// Messages that may still turn out to be returned: in flight, or answered not long ago. The last ones sent, in order.
-    doubtful: VecDeque<Doubtful>,
-}
-
-#[derive(Debug)]
-struct Doubtful {
-    digest: u64,
-    /// Once so many messages are answered, it would be known if this one had been returned.
-    until: Option<u64>,
+    refused: u64,
+    first_refused: Option<u64>,
+    returned: u64,
+    /// The messages of which the first that was returned is one: behind this many, up to this one.
+    first_returned: Option<(u64, u64)>,
 }
 
 impl Tally {
-    /// The next message was sent.
-    pub(super) fn sent(&mut self, body: &[u8]) {
+    /// The next message is sent.
+    pub(super) fn sent(&mut self) {
         self.sent += 1;
-        self.doubtful.push_back(Doubtful {
-            digest: digest(body),
-            until: None,
-        });
     }
 
-    /// The next message is acknowledged.
-    pub(super) fn acked(&mut self) {
-        self.acked += 1;
-        self.answer();
-    }
-
-    /// The next message is refused.
-    pub(super) fn refused(&mut self) {
-        self.refused.get_or_insert(self.answered + 1);
-        self.answer();
-    }
-
-    /// The next message won't be answered.
-    pub(super) fn unanswered(&mut self) {
-        self.unanswered.get_or_insert(self.answered + 1);
-        self.answer();
-    }
-
-    /// A message with this body came back along with the answer that is noted next: it is the one answered there, or one
-    /// that was in flight with that. It is among the acknowledged ones too.
-    pub(super) fn returned(&mut self, body: &[u8]) {
-        self.returned.push(digest(body));
-    }
-
-    fn answer(&mut self) {
+    /// The next message is answered.
+    pub(super) fn note(&mut self, answer: Answer) {
         self.answered += 1;
-        let oldest = self.sent - self.doubtful.len() as u64;
-        if let Some(message) = self.doubtful.get_mut((self.answered - oldest - 1) as usize) {
-            // What was in flight with it may have carried what came back of it.
-            message.until = Some(self.sent);
-        }
-        // From the first return on all are needed; no more are sent then.
-        if self.returned.is_empty() {
-            while self
-                .doubtful
-                .front()
-                .is_some_and(|message| message.until.is_some_and(|until| self.answered >= until))
-            {
-                self.doubtful.pop_front();
+        match answer {
+            Answer::Acked => {}
+            Answer::AckedWithReturn { behind } => {
+                self.returned += 1;
+                self.first_returned.get_or_insert((behind, self.sent));
+            }
+            Answer::Nacked { returned } => {
+                self.returned += u64::from(returned);
+                self.refused += 1;
+                self.first_refused.get_or_insert(self.answered);
             }
         }
     }
@@ -103,166 +61,80 @@ impl Tally {
         self.sent - self.answered
     }
 
-    /// Messages that are in a queue.
-    pub(super) fn confirmed(&self) -> u64 {
-        self.acked.saturating_sub(self.returned.len() as u64)
-    }
-
     /// Whether a message was returned or refused.
     pub(super) fn has_failed(&self) -> bool {
-        self.refused.is_some() || !self.returned.is_empty()
+        self.refused + self.returned > 0
     }
 
-    /// Whether there are messages that nobody knows about.
-    pub(super) fn is_in_doubt(&self) -> bool {
-        self.unanswered.is_some()
+    /// Messages that no queue takes. LavinMQ returns those that it refuses, too: what came back beyond those.
+    fn unroutable(&self) -> u64 {
+        self.returned.saturating_sub(self.refused)
     }
 
-    /// The first message that isn't confirmed, once all are answered.
-    pub(super) fn first_failed(&self) -> Option<(u64, Failed)> {
-        [
-            self.first_returned().map(|at| (at, Failed::Returned)),
-            self.refused.map(|at| (at, Failed::Refused)),
-            self.unanswered.map(|at| (at, Failed::Unanswered)),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+    /// Messages that are in a queue.
+    pub(super) fn confirmed(&self) -> u64 {
+        self.answered - self.refused - self.unroutable()
     }
 
-    /// The first message that has the body of one that came back: of several alike the first, so that rather too few
-    /// than too many count as confirmed.
-    fn first_returned(&self) -> Option<u64> {
-        if self.returned.is_empty() {
-            return None;
-        }
-        let oldest = self.sent - self.doubtful.len() as u64;
-        let place = self
-            .doubtful
-            .iter()
-            .position(|message| self.returned.contains(&message.digest));
-        // Always found, unless the broker changes bodies; then all that may be meant are in doubt.
-        Some(oldest + place.unwrap_or(0) as u64 + 1)
+    /// How many messages from the start are confirmed without a gap, never too many; and why the next one isn't.
+    pub(super) fn without_gap(&self) -> (u64, Option<Gap>) {
+        let unanswered = (self.sent > self.answered).then_some((self.answered, Gap::Unanswered));
+        let refused = self.first_refused.map(|first| (first - 1, Gap::Refused));
+        let returned = self.first_returned.filter(|_| self.unroutable() > 0);
+        let returned = returned.map(|(behind, last)| {
+            let among = last - behind;
+            (behind, Gap::Unroutable { among })
+        });
+        let first = [returned, refused, unanswered].into_iter().flatten();
+        first
+            .min_by_key(|(before, _)| *before)
+            .map_or((self.answered, None), |(before, gap)| (before, Some(gap)))
     }
-
-    /// How many messages from the start are confirmed without a gap, once all are answered.
-    pub(super) fn without_gap(&self) -> u64 {
-        self.first_failed()
-            .map_or(self.answered, |(first, _)| first - 1)
-    }
-}
-
-fn digest(body: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(body);
-    hasher.finish()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use Answer::{Acked, AckedWithReturn, Nacked};
 
-    fn sent(bodies: impl IntoIterator<Item = &'static str>) -> Tally {
+    fn tally(sent: u64, answers: &[Answer]) -> Tally {
         let mut tally = Tally::default();
-        for body in bodies {
-            tally.sent(body.as_bytes());
-        }
+        (0..sent).for_each(|_| tally.sent());
+        answers.iter().for_each(|answer| tally.note(*answer));
         tally
     }
 
     #[test]
-    fn all_acknowledged_is_all_confirmed() {
-        let mut tally = sent(["a", "b", "c"]);
-        assert_eq!(tally.outstanding(), 3);
-        for _ in 0..3 {
-            tally.acked();
-        }
-        assert_eq!((tally.confirmed(), tally.outstanding()), (3, 0));
-        assert_eq!((tally.without_gap(), tally.first_failed()), (3, None));
-        assert!(!tally.has_failed());
-    }
-
-    #[test]
-    fn a_refusal_is_a_gap() {
-        let mut tally = sent(["a", "b", "c", "d"]);
-        tally.acked();
-        tally.acked();
-        tally.refused();
-        tally.acked();
-        assert_eq!(tally.confirmed(), 3);
-        assert_eq!(tally.first_failed(), Some((3, Failed::Refused)));
-        assert_eq!(tally.without_gap(), 2);
-    }
-
-    #[test]
-    fn no_answer_is_a_gap_and_what_is_acknowledged_behind_it_counts() {
-        let mut tally = sent(["a", "b", "c"]);
-        tally.acked();
-        tally.unanswered();
-        tally.acked();
-        assert_eq!(tally.confirmed(), 2);
-        assert_eq!(tally.first_failed(), Some((2, Failed::Unanswered)));
-        assert_eq!(tally.without_gap(), 1);
-    }
-
-    #[test]
-    fn what_came_back_is_found_by_its_body_whichever_answer_brought_it() {
-        let mut tally = sent(["a", "b", "c", "d"]);
-        tally.acked();
-        tally.acked();
-        tally.acked();
-        // of "b", handed over with the answer to "d"
-        tally.returned(b"b");
-        tally.acked();
-        assert_eq!(tally.confirmed(), 3);
-        assert_eq!(tally.first_failed(), Some((2, Failed::Returned)));
-        assert_eq!(tally.without_gap(), 1);
-    }
-
-    #[test]
-    fn of_several_alike_the_first_is_taken_for_the_one_that_came_back() {
-        let mut tally = sent(["x", "x", "y", "x"]);
-        tally.acked();
-        tally.returned(b"x");
-        tally.acked();
-        tally.acked();
-        tally.acked();
-        assert_eq!(tally.first_failed(), Some((1, Failed::Returned)));
-    }
-
-    #[test]
-    fn what_was_answered_before_it_was_sent_is_beyond_doubt() {
-        let mut tally = sent(["x", "x"]);
-        tally.acked();
-        tally.acked();
-        tally.sent(b"x");
-        tally.returned(b"x");
-        tally.acked();
-        assert_eq!(tally.first_failed(), Some((3, Failed::Returned)));
-        assert_eq!((tally.confirmed(), tally.without_gap()), (2, 2));
-    }
-
-    #[test]
-    fn one_that_was_alone_in_flight_is_found_too() {
-        let mut tally = sent(["a"]);
-        tally.acked();
-        tally.sent(b"b");
-        tally.returned(b"b");
-        tally.acked();
-        assert_eq!(tally.first_failed(), Some((2, Failed::Returned)));
-        assert_eq!((tally.confirmed(), tally.without_gap()), (1, 1));
-    }
-
-    #[test]
-    fn no_more_is_kept_than_what_is_in_flight_and_as_much_again() {
-        let mut tally = Tally::default();
-        for n in 0_u32..100 {
-            tally.sent(&n.to_be_bytes());
-        }
-        for n in 0_u32..10_000 {
-            tally.sent(&n.to_be_bytes());
-            tally.acked();
-            assert!(tally.doubtful.len() <= 202, "{}", tally.doubtful.len());
+    fn a_gap_is_never_placed_too_late() {
+        let back = |behind| AckedWithReturn { behind };
+        let refused = Nacked { returned: false };
+        let both = Nacked { returned: true };
+        let unroutable = |among| Some(Gap::Unroutable { among });
+        for (sent, answers, confirmed, without_gap) in [
+            (3, &[Acked; 3][..], 3, (3, None)),
+            (3, &[Acked], 1, (1, Some(Gap::Unanswered))),
+            (
+                4,
+                &[Acked, Acked, refused, Acked],
+                3,
+                (2, Some(Gap::Refused)),
+            ),
+            // The second may be the one that came back, though the third brought it.
+            (4, &[Acked, Acked, back(1), Acked], 3, (1, unroutable(3))),
+            (3, &[Acked, Acked, back(2)], 2, (2, unroutable(1))),
+            // LavinMQ returns and refuses one that a full queue doesn't take; which answer brings the return is open.
+            (3, &[Acked, both, both], 1, (1, Some(Gap::Refused))),
+            (3, &[back(0), refused, both], 1, (1, Some(Gap::Refused))),
+            (
+                4,
+                &[back(0), refused, back(0), back(0)],
+                1,
+                (0, unroutable(4)),
+            ),
+        ] {
+            let tally = tally(sent, answers);
+            assert_eq!(tally.confirmed(), confirmed, "{answers:?}");
+            assert_eq!(tally.without_gap(), without_gap, "{answers:?}");
         }
     }
 }
