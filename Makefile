@@ -8,7 +8,7 @@ CARGO ?= cargo
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
 
-demo: ## fills a queue and works it off, to see what qconsume does
+demo: ## fills a queue and consumes it, to see what qconsume does
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin testbed -- demo
 
