@@ -370,7 +370,7 @@ fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
     let (queue, proxy) = one_message("settling-stalled", QueueKind::Classic);
     proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Stall);
     let running = worker(&queue, &proxy)
-        .args(["--settle-timeout", "1s"])
+        .args(["--heartbeat", "1"])
         .shell("exit 0")
         .spawn();
     proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
@@ -378,20 +378,6 @@ fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
         .assert_status(75)
         .assert_stderr("not confirmed");
     drop(proxy);
-    assert_back(&queue);
-}
-
-#[test]
-fn a_signal_cuts_the_requeue_delay_short() {
-    let (queue, proxy) = one_message("delay", QueueKind::Classic);
-    let running = worker(&queue, &proxy)
-        .args(["--requeue-delay", "1h"])
-        .shell("exit 3")
-        .spawn();
-    running.wait_for_stderr("holding the message back", PATIENCE);
-    stop(&running, Signal::SIGTERM).assert_status(3);
-    // It had failed before the signal came.
-    assert_settled(&proxy, Method::BASIC_REJECT);
     assert_back(&queue);
 }
 
