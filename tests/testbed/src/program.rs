@@ -121,9 +121,10 @@ impl Program {
     pub fn spawn(self) -> Running {
         let owner = owner::get().unwrap_or_else(|error| panic!("{error:#}"));
         let run = format!("{:016x}", random());
-        let mut words = self
-            .prefix
+        let defaults = with_default_signals();
+        let mut words = defaults
             .iter()
+            .chain(&self.prefix)
             .chain([self.path.as_os_str().to_owned()].iter())
             .chain(&self.args)
             .cloned()
@@ -198,6 +199,21 @@ impl Program {
     #[track_caller]
     pub fn run(self) -> Finished {
         self.spawn().wait(PATIENCE)
+    }
+}
+
+/// The words to run a program through so that it doesn't inherit ignored signals: whoever runs the tests may ignore some, as
+/// nohup(1) does.
+fn with_default_signals() -> Vec<OsString> {
+    const HUP_INT_QUIT: u64 = 0b111;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    match owner::find_in_path("env") {
+        Some(env) if ignored.is_some_and(|bits| bits & HUP_INT_QUIT != 0) => {
+            vec![env.into(), "--default-signal=HUP,INT,QUIT".into()]
+        }
+        _ => Vec::new(),
     }
 }
 
