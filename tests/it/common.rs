@@ -3,14 +3,19 @@
 use std::ops::Deref;
 use testbed::{Broker, Program};
 
-/// qconsume, as the build has left it.
+/// qconsume as the build has left it, or the one that `QCONSUME_BIN` names.
 pub fn qconsume() -> Program {
-    Program::new(env!("CARGO_BIN_EXE_qconsume"))
+    program("QCONSUME_BIN", env!("CARGO_BIN_EXE_qconsume"))
 }
 
-/// qpublish, likewise.
+/// qpublish, likewise; `QPUBLISH_BIN`.
 pub fn qpublish() -> Program {
-    Program::new(env!("CARGO_BIN_EXE_qpublish"))
+    program("QPUBLISH_BIN", env!("CARGO_BIN_EXE_qpublish"))
+}
+
+fn program(variable: &str, built: &str) -> Program {
+    let path = std::env::var_os(variable);
+    Program::new(path.as_deref().unwrap_or(built.as_ref()))
 }
 
 /// The shared broker, or where that is somebody's, one of the test's own: for users, virtual hosts and the like.

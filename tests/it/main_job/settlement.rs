@@ -240,7 +240,7 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     proxy.cut();
     match then {
         Then::Settled if status == 75 => assert_empty(queue),
-        Then::Either => {}
+        Then::Either => assert_in_one_place(queue, "orange"),
         // Also where the broker has been told of a failure.
         Then::Back | Then::Settled => assert_returned(queue, "orange"),
     }

@@ -9,10 +9,11 @@ use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
+use wait4::{ResUse, Wait4};
 
 /// The environment variable that marks one run and everything it has started.
 const RUN_MARK: &str = "QCONSUME_TESTBED_RUN";
@@ -121,9 +122,10 @@ impl Program {
     pub fn spawn(self) -> Running {
         let owner = owner::get().unwrap_or_else(|error| panic!("{error:#}"));
         let run = format!("{:016x}", random());
-        let mut words = self
-            .prefix
+        let reset = default_signals();
+        let mut words = reset
             .iter()
+            .chain(&self.prefix)
             .chain([self.path.as_os_str().to_owned()].iter())
             .chain(&self.args)
             .cloned()
@@ -179,9 +181,9 @@ impl Program {
         }
         let waiter = shared.clone();
         thread::spawn(move || {
-            let status = child.wait();
+            let ended = child.wait4();
             let wall = started.elapsed();
-            waiter.change(|state| state.ended = status.ok().map(|status| (status, wall)));
+            waiter.change(|state| state.ended = ended.ok().map(|ended| (ended, wall)));
         });
         Running {
             name: self.path.display().to_string(),
@@ -201,6 +203,26 @@ impl Program {
     }
 }
 
+/// What gives the program default signals where this process was started with ignored ones (by nohup, in a shell's
+/// background), as a program inherits them. The standard library does the same for SIGPIPE and the mask.
+fn default_signals() -> Vec<OsString> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok())
+        .unwrap_or_default();
+    let signals = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT];
+    if signals
+        .iter()
+        .all(|&signal| ignored & (1 << (signal as i32 - 1)) == 0)
+    {
+        return Vec::new();
+    }
+    ["/usr/bin/env", "--default-signal=HUP,INT,QUIT"]
+        .map(OsString::from)
+        .into()
+}
+
 /// What the threads that watch a program have seen so far.
 #[derive(Default)]
 struct Shared {
@@ -214,7 +236,7 @@ struct State {
     stderr: Vec<u8>,
     /// Pipes that have come to their end.
     closed: usize,
-    ended: Option<(ExitStatus, Duration)>,
+    ended: Option<(ResUse, Duration)>,
 }
 
 impl Shared {
@@ -375,13 +397,14 @@ impl Running {
         self.shared
             .wait(Duration::from_millis(500), |state| state.closed == 2);
         let state = self.shared.lock();
-        let (status, wall) = state.ended.expect("it has ended");
+        let (ended, wall) = state.ended.as_ref().expect("it has ended");
         Finished {
-            code: status.code(),
-            signal: status.signal(),
+            code: ended.status.code(),
+            signal: ended.status.signal(),
+            peak_memory: ended.rusage.maxrss,
             stdout: state.stdout.clone(),
             stderr: String::from_utf8_lossy(&state.stderr).into_owned(),
-            wall,
+            wall: *wall,
         }
     }
 
@@ -424,6 +447,9 @@ pub struct Finished {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: String,
+    /// The most memory that it had resident, in bytes. Never less than what this process had when it started it: the
+    /// kernel counts from there.
+    pub peak_memory: u64,
     /// From before its start until its end.
     pub wall: Duration,
 }
