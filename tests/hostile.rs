@@ -4,12 +4,15 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{thread, time::Duration};
 use testbed::peer::{consumer_tag, delivery, nested, usual};
-use testbed::{Answer, Finished, Method, PATIENCE, Peer, Program, hostile};
+use testbed::{Answer, Finished, Method, Peer, Program, hostile};
 
 const CASES: usize = 1000;
 
 /// Nearly all of the time each of them waits for something.
 const AT_ONCE: usize = 24;
+
+/// A case takes three seconds at most.
+const HANG: Duration = Duration::from_secs(20);
 
 /// The most memory that qconsume may have resident; the bodies are small.
 const MEMORY: u64 = 64 * 1024 * 1024;
@@ -33,7 +36,7 @@ fn run(peer: &Peer) -> Finished {
         .args(["--connect-timeout", "1s", "--wait", "500ms"])
         .args(["--heartbeat", "1", "true"])
         .spawn()
-        .wait(PATIENCE)
+        .wait(HANG)
 }
 
 /// What is wrong with how it has ended, if anything.
@@ -79,7 +82,11 @@ fn a_peer_that_breaks_amqp_at_random_brings_about_a_documented_status() {
             // A hang panics; it is to name its seed, too.
             let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&peer)));
             match run {
-                Err(_) => failures.push(format!("{SEED}={seed}: a hang")),
+                Err(_) => {
+                    let calls = peer.calls();
+                    let seen: Vec<_> = calls.iter().map(|call| call.method).collect();
+                    failures.push(format!("{SEED}={seed}: a hang; the peer was sent {seen:?}"));
+                }
                 Ok(done) => failures.extend(
                     wrong(&done).map(|why| format!("{SEED}={seed}: {why}\n{}", done.stderr)),
                 ),

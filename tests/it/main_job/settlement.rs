@@ -1,6 +1,6 @@
 //! The end of a message: what goes over the wire, the acknowledgement that can't be confirmed, the delivery that is lost.
 
-use super::{assert_empty, assert_returned, queues};
+use super::{assert_empty, assert_in_one_place, assert_returned, queues};
 use crate::common::{private_broker, qconsume};
 use std::{sync::Arc, thread};
 use testbed::{

@@ -184,8 +184,12 @@ pub fn usual(call: &Call) -> Vec<u8> {
         Method::BASIC_QOS => frame(Method::BASIC_QOS_OK, b""),
         Method::CONFIRM_SELECT => frame(Method::CONFIRM_SELECT_OK, b""),
         Method::QUEUE_DECLARE => {
+            // No message, and one consumer: an answer that knows of none counts for nothing.
             let name = short(2);
-            frame(Method::QUEUE_DECLARE_OK, &[&name[..], &[0; 8][..]].concat())
+            frame(
+                Method::QUEUE_DECLARE_OK,
+                &[&name[..], &b"\0\0\0\0\0\0\0\x01"[..]].concat(),
+            )
         }
         Method::BASIC_CONSUME => {
             let queue = short(2);
