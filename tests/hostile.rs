@@ -9,7 +9,7 @@ use testbed::{Answer, Finished, Method, Peer, Program, hostile};
 const CASES: usize = 1000;
 
 /// Nearly all of the time each of them waits for something.
-const AT_ONCE: usize = 24;
+const AT_ONCE: usize = 40;
 
 /// A case takes three seconds at most.
 const HANG: Duration = Duration::from_secs(20);

@@ -217,7 +217,6 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     let proxy = Proxy::of(Broker::shared());
     let go = testbed::owner::temp_folder("go");
     let running = behind(&proxy, queue)
-        .args(["--settle-timeout", "1s"])
         .current_dir(&go)
         .shell(&format!(
             "echo started; until [ -e go ]; do sleep 0.02; done; {script}"
