@@ -1,4 +1,4 @@
-//! Every command in the documentation is run, or, where it needs Docker, Kubernetes, a build or a terminal, looked at.
+//! Every command in the documentation is run, or, where it needs Docker, Kubernetes or a build, looked at.
 
 use std::{
     fs,
@@ -20,8 +20,11 @@ const QUEUE: &str = "job1";
 /// The HTTP server that the pages use; one of this test's own takes its place.
 const HTTP_SERVER: &str = "http://worker:8080";
 
+/// What needs a terminal: script(1) is one, on which somebody types "y".
+const TERMINAL: &str = "terminal";
+
 /// What isn't run here.
-const ELSEWHERE: [&str; 4] = ["docker", "kubectl", "make", "terminal"];
+const ELSEWHERE: [&str; 3] = ["docker", "kubectl", "make"];
 
 /// What the commands of one page may take, generously.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -29,8 +32,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// A fenced block of commands.
 struct Block {
     line: usize,
-    /// What it needs, if that is more than a shell and a broker: one of `ELSEWHERE`, or a program without which it is
-    /// left out.
+    /// What it needs, if that is more than a shell and a broker: one of `ELSEWHERE`, a program without which it is left
+    /// out, or `terminal`.
     needs: Option<String>,
     commands: String,
 }
@@ -138,6 +141,7 @@ impl Block {
         let Some(needs) = self.needs.as_deref() else {
             return true;
         };
+        let needs = if needs == TERMINAL { "script" } else { needs };
         let path = std::env::var_os("PATH").unwrap_or_default();
         !ELSEWHERE.contains(&needs)
             && std::env::split_paths(&path).any(|folder| folder.join(needs).is_file())
@@ -176,10 +180,16 @@ fn run(page: &Path, blocks: &[&Block]) {
     queue.publish_all(["apple", "banana", "cherry"]);
     let mut script = String::from("set -eu\n");
     for block in blocks {
-        script.push_str(&format!(
-            "echo '### line {}' >&2\n{}",
-            block.line, block.commands
-        ));
+        script.push_str(&format!("echo '### line {}' >&2\n", block.line));
+        if block.needs.as_deref() == Some(TERMINAL) {
+            script.push_str(&format!(
+                "cat >on-terminal <<'END'\n{}END\n",
+                block.commands
+            ));
+            script.push_str("echo y | script -qec 'sh -eu on-terminal' /dev/null\n");
+        } else {
+            script.push_str(&block.commands);
+        }
     }
     let url = broker.url();
     let script = script
