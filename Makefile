@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo test test-addresses test-manifests soak bench image binaries dist docs transcripts manuals
+.PHONY: help demo test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -20,6 +20,9 @@ test-addresses: ## a million addresses at random, in some minutes
 
 test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
 	tests/manifests/run
+
+test-kubernetes: ## the READMEs of examples/, on the cluster of kubectl's current context; LOAD_IMAGES='kind load docker-image' brings the images there
+	tests/kubernetes/run
 
 soak: ## minutes of faults at random, with books about every message; SOAK='--queue classic --seed 7' for more
 	$(CARGO) build --workspace --locked
@@ -45,11 +48,6 @@ binaries: image
 
 docs: ## writes docs/options.md and the tables of exit statuses anew
 	$(CARGO) run --quiet --locked --example docgen
-
-transcripts: ## writes docs/transcripts.md anew, from real runs; QCONSUME_TEST_RABBITMQ=rabbitmq:4.3-management for the version it is about
-	$(CARGO) build --workspace --locked
-	$(CARGO) run --quiet --locked --package testbed --bin testbed -- transcripts >target/transcripts.md
-	mv target/transcripts.md docs/transcripts.md
 
 manuals: ## man pages and shell completions, in dist/
 	$(CARGO) run --quiet --locked --example docgen -- dist
