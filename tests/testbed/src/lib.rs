@@ -19,7 +19,6 @@ pub mod bench;
 mod broker;
 pub mod certificates;
 mod client;
-pub mod demo;
 mod exec;
 pub mod owner;
 mod ports;
