@@ -3,12 +3,12 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo test test-addresses test-manifests soak bench image binaries dist docs manuals
+.PHONY: help demo test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
 
-demo: ## fills a queue and works it off, to see what qconsume does
+demo: ## fills a queue and consumes it, to see what qconsume does
 	$(CARGO) build --workspace --locked
 	QUEUE=$(if $(BROKER_URL),qconsume-demo-$$$$,job1) PATH="$${CARGO_TARGET_DIR:-target}/$$(rustc -vV | sed -n 's/^host: //p')/debug:$$PATH" $(CARGO) run --quiet --locked --package testbed --bin testbed -- broker -- tests/demo
 
@@ -20,6 +20,9 @@ test-addresses: ## a million addresses at random, in some minutes
 
 test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
 	tests/manifests/run
+
+test-kubernetes: ## the READMEs of examples/, on the cluster of kubectl's current context; LOAD_IMAGES='kind load docker-image' brings the images there
+	tests/kubernetes/run
 
 soak: ## minutes of faults at random, with books about every message; SOAK='--queue classic --seed 7' for more
 	$(CARGO) build --workspace --locked

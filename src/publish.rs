@@ -108,11 +108,11 @@ async fn open(options: &QpublishOptions) -> Result<Option<Publisher>, Failure> {
     let connection = Broker::new(options.broker.nodes.clone(), connect)
         .connect()
         .await?;
-    if let Some(kind) = options.declare {
-        if let Err(failure) = declare(&connection, queue, kind, options.timeout).await {
-            connection.close().await;
-            return Err(failure);
-        }
+    if let Some(kind) = options.declare
+        && let Err(failure) = declare(&connection, queue, kind, options.timeout).await
+    {
+        connection.close().await;
+        return Err(failure);
     }
     if options.source.is_none() {
         tracing::info!(

@@ -31,16 +31,18 @@ for name in "$queue" "$queue.dead"; do
   [ "$type" = quorum ] || { echo "$name is a $type queue; delete it first, when it is empty" >&2; exit 1; }
 done
 
-# delivery-limit: a message that came back this often is dead-lettered instead of delivered once more: 1 + 5 tries. What
-#   counts is what qconsume rejects, a command that failed. Before 4.3 an eviction counts just the same, so that the limit
-#   is no place to be stingy; without one, it is 20 from RabbitMQ 4.0 on and none before.
+# delivery-limit: a message that came back this often is dead-lettered instead of delivered once more, and nobody is told: no
+#   pod fails, so that a Job could end Complete with a task undone. Therefore qconsume decides first (QCONSUME_MAX_ATTEMPTS: 3
+#   in the Jobs), and this is for what even qconsume doesn't survive. It is more than that and a Job's backoffLimit (6)
+#   together: such a task fails its Job first. The rest is for evictions of one and the same task, which count before 4.3.
+#   RabbitMQ's own, from 4.0 on, is 20 as well, but drops the message; before, there is none.
 # dead-letter-exchange "" and dead-letter-routing-key: to the queue of that name. The message tells in its x-death header
-#   why it is there: delivery_limit, or rejected (--reject-on, --max-attempts, --on-failure reject).
+#   why it is there: delivery_limit, or rejected (--reject-on, --max-attempts).
 # dead-letter-strategy at-least-once: the message leaves the queue only when the other has confirmed it. The default may
 #   lose it on the way. It is only possible together with
 # overflow reject-publish: were the queue to have a length limit, publishers would get a nack (qpublish says so) and
 #   nothing would be dropped.
-policy='"delivery-limit": 5,
+policy='"delivery-limit": 20,
   "dead-letter-exchange": "", "dead-letter-routing-key": "'$queue'.dead",
   "dead-letter-strategy": "at-least-once", "overflow": "reject-publish"'
 
@@ -49,10 +51,10 @@ policy='"delivery-limit": 5,
 timeout='"consumer-timeout": 43200000'
 
 # delayed-retry, from 4.3.1 on (4.3.0 knows it as queue arguments only): a failed message comes back after min × its number
-#   of failures, at most max: 10 s, 20 s, 30 s …, at most 5 minutes; with this delivery limit that is 50 s at most. Until then it is
-#   not there for any consumer, so that --wait must be longer than that, and --drain needs a --wait, too. Type failed: what was rejected waits; what an eviction
-#   gave back (a nack) is ready at once.
-retry='"delayed-retry-type": "failed", "delayed-retry-min": 10000, "delayed-retry-max": 300000'
+#   of failures, at most max: 10 s, 20 s, 30 s, 30 s … Until then it is not there for any consumer. So the max must be less than
+#   the QCONSUME_WAIT of a drainer (1m), or it would find the queue empty and end well. Type failed: what was rejected waits;
+#   what an eviction gave back (a nack) is ready at once.
+retry='"delayed-retry-type": "failed", "delayed-retry-min": 10000, "delayed-retry-max": 30000'
 
 # A broker refuses a policy with a key that it doesn't know.
 set_policy() { rabbitmqctl -q set_policy "$queue" "$pattern" "{$1}" --apply-to queues --priority 1; }

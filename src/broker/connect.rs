@@ -2,9 +2,10 @@
 
 use super::{
     address::{Address, AuthMechanism},
-    errors::{ConnectError, described},
+    connection::{Cutter, OpenConnection},
+    errors::ConnectError,
     nodes::{Nodes, Source},
-    observed::{Observed, Shared, Version},
+    observed::Shared,
     resolve::resolve,
     tap::Tap,
     tls::Tls,
@@ -16,27 +17,20 @@ use crate::{
 };
 use async_rs::Runtime;
 use lapin::{
-    AsyncTcpStream, Channel, Connection, ConnectionProperties, Event,
+    AsyncTcpStream, Connection, ConnectionProperties,
     types::ShortString,
     uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
 };
 use std::{
     io,
-    net::{Shutdown, SocketAddr},
-    os::fd::AsFd,
-    pin::Pin,
-    sync::{Mutex, MutexGuard, PoisonError},
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until, timeout},
 };
-use tokio_stream::Stream;
-
-/// Longest time that closing a connection politely may take: a broker that is frozen, or blocks publishers, doesn't
-/// answer, and the process ends all the same.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Longest wait for one address to accept: a host that is gone without a word mustn't use up the time of the others.
 const TCP_CONNECT: Duration = Duration::from_secs(5);
@@ -228,78 +222,6 @@ impl Broker {
             "can't connect{unnamed}: {}",
             problems.join("; ")
         )))
-    }
-}
-
-/// An open connection.
-pub struct OpenConnection {
-    pub(super) connection: Connection,
-    /// There is one listener only, as lapin's listeners take from each other.
-    pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
-    observed: Shared,
-    username: String,
-    /// The channel of a consumer that is no more. Dropping it would send a channel.close that fails when it meets our
-    /// connection.close, and lapin 4.12 then ends the connection without a close.
-    pub(super) last_channel: Option<Channel>,
-    _cutter: Cutter,
-}
-
-impl std::fmt::Debug for OpenConnection {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("OpenConnection").finish_non_exhaustive()
-    }
-}
-
-impl OpenConnection {
-    /// lapin's connection, for channels.
-    pub(super) fn connection(&self) -> &Connection {
-        &self.connection
-    }
-
-    /// What the broker has sent so far.
-    pub(super) fn observed(&self) -> MutexGuard<'_, Observed> {
-        self.observed.lock()
-    }
-
-    pub(super) fn version(&self) -> Option<Version> {
-        self.observed().version
-    }
-
-    pub(super) fn username(&self) -> &str {
-        &self.username
-    }
-
-    pub(super) fn is_connected(&self) -> bool {
-        self.connection.status().connected()
-    }
-
-    /// Closes the connection politely (`connection.close`), within two seconds; whether the broker answers changes
-    /// nothing any more.
-    pub async fn close(&self) {
-        if !self.is_connected() {
-            return;
-        }
-        match timeout(CLOSE_TIMEOUT, self.connection.close(200, "OK".into())).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("closing the connection: {}", described(&error)),
-            Err(_) => tracing::debug!("closing the connection: no answer within {CLOSE_TIMEOUT:?}"),
-        }
-    }
-}
-
-/// Shuts the socket down when the connection is dropped: lapin's thread would go on with an attempt that was given up,
-/// or with a broker that doesn't answer, beside its successor.
-struct Cutter(std::net::TcpStream);
-
-impl Cutter {
-    fn new(socket: &TcpStream) -> io::Result<Self> {
-        Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
-    }
-}
-
-impl Drop for Cutter {
-    fn drop(&mut self) {
-        let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 

@@ -2,8 +2,8 @@
 
 use super::{
     address::{Address, AuthMechanism},
-    connect::OpenConnection,
-    observed::{Observed, Version},
+    connection::OpenConnection,
+    observed::Observed,
     tls,
 };
 use crate::exit::{Exit, Failure};
@@ -53,7 +53,8 @@ enum Fixed {
     Any,
 }
 
-/// By reply code (AMQP 0-9-1, 1.2), first match; as seen from RabbitMQ 3.10, 4.0 and 4.3, and LavinMQ 2.9.
+/// By reply code (AMQP 0-9-1, 1.2), first match. A beginning is better than an end, as a text has 255 bytes at most and
+/// long names push the end out of it; as seen from RabbitMQ 3.10, 4.0 and 4.3, and LavinMQ 2.9.
 #[rustfmt::skip]
 const TABLE: &[(u16, Fixed, Meaning)] = &[
     (403, Fixed::End("' in exclusive use"), Meaning::ExclusiveConsumer),
@@ -62,7 +63,7 @@ const TABLE: &[(u16, Fixed, Meaning)] = &[
     (404, Fixed::End(" process is stopped by supervisor"), Meaning::QueueDown),
     (404, Fixed::Any, Meaning::Missing),
     (405, Fixed::Any, Meaning::ExclusiveQueue),
-    (406, Fixed::End(") is reached"), Meaning::Limit),
+    (406, Fixed::Start("cannot declare queue '"), Meaning::Limit),
     (406, Fixed::End("Server low on disk space"), Meaning::LowDisk),
     (406, Fixed::Start("delivery acknowledgement on channel "), Meaning::AckTimeout),
     (406, Fixed::Start("consumer timeout"), Meaning::AckTimeout),
@@ -71,6 +72,8 @@ const TABLE: &[(u16, Fixed, Meaning)] = &[
     (406, Fixed::Any, Meaning::Precondition),
     (311, Fixed::Any, Meaning::TooLarge),
     (530, Fixed::Start("number of channels opened"), Meaning::Limit),
+    (530, Fixed::Start("Connection refused for user '"), Meaning::Limit),
+    (530, Fixed::Start("vhost "), Meaning::Missing),
     (530, Fixed::End(") is reached"), Meaning::Limit),
     (530, Fixed::End("not found"), Meaning::Missing),
     (530, Fixed::End("doesn't exist"), Meaning::Missing),
@@ -354,85 +357,6 @@ pub fn unreadable(queue: &str, problem: &str) -> Failure {
             "the next message in queue {queue:?} can't be read: {problem}; it is requeued, and every worker gets it: remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`"
         ),
     )
-}
-
-/// Why a delivery, or the consumer that waits for one, was lost.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeliveryLost {
-    text: String,
-    /// The next message can't be read, so that it would come again over every new connection.
-    pub unreadable: bool,
-}
-
-impl DeliveryLost {
-    pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {
-        if let Some(problem) = &observed.unreadable {
-            return Self {
-                text: problem.clone(),
-                unreadable: true,
-            };
-        }
-        let text = match Refusal::of(error, observed) {
-            Some(refusal) if refusal.meaning() == Meaning::AckTimeout => {
-                format!(
-                    "acknowledgement timeout: {refusal}; {}",
-                    what_to_raise(observed.version)
-                )
-            }
-            Some(refusal) if matches!(error.kind(), ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320) =>
-            {
-                format!("the broker closed the channel: {refusal}")
-            }
-            Some(refusal) => format!("the broker closed the connection: {refusal}"),
-            None => described(error),
-        };
-        Self {
-            text,
-            unreadable: false,
-        }
-    }
-
-    /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.
-    pub(super) fn timed_out(version: Option<Version>) -> Self {
-        Self {
-            text: format!("acknowledgement timeout: {}", what_to_raise(version)),
-            unreadable: false,
-        }
-    }
-
-    /// The broker ended the consumer without saying why.
-    pub(super) fn cancelled(version: Option<Version>) -> Self {
-        let mut text =
-            "the broker cancelled the consumer: the queue was deleted or has moved".to_owned();
-        if version >= Some((4, 3)) {
-            text += ", or its acknowledgement timeout has passed (";
-            text += what_to_raise(version);
-            text += ")";
-        }
-        Self {
-            text,
-            unreadable: false,
-        }
-    }
-}
-
-impl fmt::Display for DeliveryLost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-/// The setting behind the acknowledgement timeout, which has moved with the versions.
-fn what_to_raise(version: Option<Version>) -> &'static str {
-    match version {
-        Some(version) if version >= (4, 3) => {
-            "raise --ack-timeout, the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
-        }
-        Some(version) if version >= (3, 12) => {
-            "raise the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
-        }
-        _ => "raise consumer_timeout in the broker's rabbitmq.conf",
-    }
 }
 
 /// An error that isn't a refusal, in words for people.

@@ -2,12 +2,16 @@
 
 pub mod address;
 mod connect;
+mod connection;
 mod consumer;
 mod errors;
+mod lost;
 mod message;
 mod nodes;
 mod observed;
+mod properties;
 mod publisher;
+mod registration;
 mod resolve;
 mod settle;
 mod tap;
@@ -15,14 +19,16 @@ mod tls;
 mod topology;
 mod transport;
 
-pub use connect::{Broker, ConnectOptions, OpenConnection};
-pub use consumer::{Consumer, ConsumerOptions, Depth};
-pub use errors::{ConnectError, DeliveryLost, unreadable};
+pub use connect::{Broker, ConnectOptions};
+pub use connection::OpenConnection;
+pub use consumer::{Consumer, ConsumerOptions};
+pub use errors::{ConnectError, unreadable};
+pub use lost::DeliveryLost;
 pub use message::Message;
 pub use nodes::{Nodes, Source, TlsOptions};
-pub use publisher::{
-    Answer, Heard, Properties, PublishError, Publisher, QueueType, Route, declare,
-};
+pub use properties::{Properties, QueueType, Route};
+pub use publisher::{Answer, Heard, PublishError, Publisher, declare};
+pub use registration::Depth;
 pub use settle::Unconfirmed;
 pub use tls::Tls;
 pub use topology::{Declare, Topology};

@@ -1,8 +1,9 @@
 //! Messages in flight to one exchange, and the broker's answer to each.
 
 use super::{
-    connect::OpenConnection,
+    connection::OpenConnection,
     errors::{ConnectError, Meaning, Refusal, described},
+    properties::{Properties, QueueType, Route},
     topology,
 };
 use crate::{
@@ -15,116 +16,13 @@ use lapin::{
     types::{AMQPValue, FieldTable, LongString, ShortString},
 };
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     future::{Future, pending},
     pin::Pin,
     time::Duration,
 };
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
-
-/// The delivery mode that survives a restart of the broker.
-const PERSISTENT: u8 = 2;
-
-/// Where messages go. Names have 255 bytes at most.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Route {
-    /// The exchange; the empty name is the default exchange, which leads to the queue that the routing key names.
-    pub exchange: String,
-    /// The routing key.
-    pub routing_key: String,
-}
-
-impl Route {
-    /// Why a message that went there would be returned.
-    #[must_use]
-    pub fn missing(&self) -> String {
-        if self.exchange.is_empty() {
-            format!(
-                "there is no queue {:?} in this virtual host; create it (--declare --queue NAME), or check the name",
-                self.routing_key
-            )
-        } else {
-            format!(
-                "no queue is bound to exchange {:?} for routing key {:?}",
-                self.exchange, self.routing_key
-            )
-        }
-    }
-}
-
-/// The types of queue that can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum QueueType {
-    /// What the virtual host makes of a queue whose type isn't named.
-    Default,
-    /// Replicated.
-    Quorum,
-    /// On one node.
-    Classic,
-}
-
-/// What every message carries. Texts have 255 bytes at most, but for the values of headers.
-#[derive(Clone, Debug, Default)]
-pub struct Properties {
-    /// `content-type`
-    pub content_type: Option<String>,
-    /// `content-encoding`
-    pub content_encoding: Option<String>,
-    /// `reply-to`
-    pub reply_to: Option<String>,
-    /// `message-id`
-    pub message_id: Option<String>,
-    /// `correlation-id`
-    pub correlation_id: Option<String>,
-    /// `priority`
-    pub priority: Option<u8>,
-    /// `expiration`, in milliseconds
-    pub expiration: Option<u32>,
-    /// `type`
-    pub kind: Option<String>,
-    /// `app-id`
-    pub app_id: Option<String>,
-    /// `headers`
-    pub headers: BTreeMap<String, String>,
-}
-
-impl Properties {
-    fn into_amqp(self) -> BasicProperties {
-        let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-        let texts: [(_, fn(_, _) -> _); 7] = [
-            (self.content_type, BasicProperties::with_content_type),
-            (
-                self.content_encoding,
-                BasicProperties::with_content_encoding,
-            ),
-            (self.reply_to, BasicProperties::with_reply_to),
-            (self.message_id, BasicProperties::with_message_id),
-            (self.correlation_id, BasicProperties::with_correlation_id),
-            (self.kind, BasicProperties::with_type),
-            (self.app_id, BasicProperties::with_app_id),
-        ];
-        for (value, with) in texts {
-            if let Some(value) = value {
-                properties = with(properties, ShortString::from(value));
-            }
-        }
-        if let Some(priority) = self.priority {
-            properties = properties.with_priority(priority);
-        }
-        if let Some(expiration) = self.expiration {
-            properties = properties.with_expiration(expiration.to_string().into());
-        }
-        if !self.headers.is_empty() {
-            let mut table = FieldTable::default();
-            for (name, value) in self.headers {
-                table.insert(name.into(), AMQPValue::LongString(LongString::from(value)));
-            }
-            properties = properties.with_headers(table);
-        }
-        properties
-    }
-}
 
 /// The broker's answer to a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Settles a message with the broker, and makes sure that the broker has processed that.
 
 use super::{
-    consumer::{CONSUMER_TIMEOUT_SINCE, Consumer, Held, Registration, State},
-    errors::DeliveryLost,
+    consumer::{Consumer, Held, State},
+    lost::DeliveryLost,
+    registration::{CONSUMER_TIMEOUT_SINCE, Registration},
 };
 use crate::{
     report::{HumanDuration, with_reminders},

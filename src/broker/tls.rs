@@ -151,10 +151,17 @@ fn config(files: &Files) -> Result<ClientConfig, Failure> {
             rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => config_failure(
                 format!("the key in {key} is not the one of the client certificate in {cert}"),
             ),
+            rustls::Error::InvalidCertificate(error) if is_webpki(&error, "UnsupportedCertVersion") => {
+                config_failure(format!(
+                    "the client certificate in {cert} is an X.509 version 1 certificate: issue a version 3 one (`openssl x509 -req` with -extfile)"
+                ))
+            }
             rustls::Error::InvalidCertificate(error) => config_failure(format!(
                 "the client certificate in {cert} is damaged: {error}"
             )),
-            error => config_failure(format!("the key in {key} can't be used: {error}")),
+            _ => config_failure(format!(
+                "the key in {key} is none that can be used: it has to be RSA, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519"
+            )),
         }
     })
 }
@@ -246,12 +253,15 @@ fn key(file: &Path, own_file: bool) -> Result<PrivateKeyDer<'static>, Failure> {
 }
 
 fn read(file: &Path, what: &str) -> Result<Vec<u8>, Failure> {
-    std::fs::read(file).map_err(|error| {
-        config_failure(format!(
-            "the {what} {} can't be read: {error}",
-            file.display()
-        ))
-    })
+    let text = std::fs::read(file).map_err(|error| {
+        let file = file.display();
+        config_failure(format!("the {what} {file} can't be read: {error}"))
+    })?;
+    // Some editors begin a file with a byte order mark.
+    Ok(text
+        .strip_prefix("\u{feff}".as_bytes())
+        .map(<[u8]>::to_vec)
+        .unwrap_or(text))
 }
 
 /// The error's details are left out: some of them contain pieces of the file, which may be a key.
@@ -354,12 +364,16 @@ fn untrusted(error: &CertificateError, files: &Files) -> String {
         E::InvalidPurpose | E::InvalidPurposeContext { .. } => {
             format!("{NAME} is not one for servers: its extended key usage lacks serverAuth")
         }
-        // webpki's error is in here, and of a type that isn't ours to name.
-        E::Other(other) if format!("{other:?}").contains("CaUsedAsEndEntity") => format!(
+        error if is_webpki(error, "CaUsedAsEndEntity") => format!(
             "{NAME} is that of a CA itself (CA:TRUE), which a server must not use: sign one for the broker with it"
         ),
         error => format!("{NAME} can't be trusted: {error}"),
     }
+}
+
+/// Whether webpki's error of this name is in there; its type isn't ours to name.
+fn is_webpki(error: &CertificateError, name: &str) -> bool {
+    matches!(error, CertificateError::Other(other) if format!("{other:?}").contains(name))
 }
 
 /// `DnsName("a.example")` and `IpAddress(127.0.0.1)` as people write them.
@@ -382,7 +396,10 @@ fn refused(alert: AlertDescription, files: &Files) -> ConnectError {
         None => "a connection without a client certificate".to_owned(),
     };
     let message = match (alert, &files.cert) {
-        (A::CertificateRequired, _) | (A::HandshakeFailure | A::BadCertificate, None) => {
+        (A::HandshakeFailure, _) => format!(
+            "the broker refused the TLS handshake of {ours}: it asks for another client certificate (--cert and --key), or has no cipher or curve in common with qconsume, which knows TLS 1.3, and TLS 1.2 with ECDHE and AES-GCM or ChaCha20, on X25519, P-256 and P-384"
+        ),
+        (A::CertificateRequired, _) | (A::BadCertificate, None) => {
             format!(
                 "the broker refused {ours} ({alert:?}): if it asks for one, name it with --cert and --key"
             )

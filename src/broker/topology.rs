@@ -1,7 +1,7 @@
 //! What is declared and bound before a consumer is registered, and the declaration that qpublish shares.
 
 use super::{
-    connect::OpenConnection,
+    connection::OpenConnection,
     errors::{ConnectError, Meaning, Refusal},
 };
 use lapin::{

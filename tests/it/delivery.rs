@@ -42,13 +42,16 @@ fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connecti
         .queue(queue.name())
         .args(["true"])
         .run();
-    run.assert_status(70).assert_stderr("can't be taken");
+    run.assert_status(70)
+        .assert_stderr(queue.name())
+        .assert_stderr("can't be read: its properties are not valid AMQP")
+        .assert_stderr("remove it");
     assert_eq!(proxy.accepted(), 1, "{}", run.stderr);
     queue.wait_ready(1);
 }
 
 #[test]
-fn a_body_without_its_end_ends_the_run_instead_of_a_storm_of_connections() {
+fn a_frame_that_is_not_amqp_is_a_broken_connection_and_69_in_the_end() {
     let broker = Broker::shared();
     let queue = broker.queue("endless");
     queue.publish("body");
@@ -62,10 +65,13 @@ fn a_body_without_its_end_ends_the_run_instead_of_a_storm_of_connections() {
     proxy.on(Direction::ToClient, Method::BODY, spoil);
     let run = worker(broker, &queue)
         .url(&proxy.url())
-        .args(["touch", "/proc/never/run"])
+        .args(["--connect-timeout", "2s", "touch", "/proc/never/run"])
         .run();
-    run.assert_status(70).assert_stderr("can't be taken");
-    assert_eq!(proxy.accepted(), 1, "{}", run.stderr);
+    run.assert_status(69)
+        .assert_stderr("connecting again")
+        .assert_stderr("gave up after 2s (--connect-timeout) of losing each new connection");
+    // At growing intervals, and no storm.
+    assert!((2..20).contains(&proxy.accepted()), "{}", run.stderr);
     queue.wait_ready(1);
 }
 
@@ -344,7 +350,8 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
 fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
     let broker = Broker::shared();
     if broker.version() < (4, 3, 0) {
-        return; // Before, the channel itself watches the time, so its answer to the barrier is the truth.
+        // Before, the channel itself watches the time, so its answer to the barrier is the truth.
+        return testbed::version_lacks("queues that watch the acknowledgement timeout");
     }
     // As the broker does it, which is too rare to wait for: it ends the channel once our consumer is cancelled, and
     // cancels the consumer where more messages are to come.
@@ -407,8 +414,7 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
         queue.wait_ready(1);
         assert_eq!(fail(66, &["--reject-on", "65,100-120"]), 66);
         queue.wait_ready(1);
-        let rejected: [(i32, &[&str], i32); 4] = [
-            (3, &["--on-failure", "reject"], 3),
+        let rejected: [(i32, &[&str], i32); 3] = [
             (65, &["--reject-on", "65,100-120"], 65),
             (
                 110,
@@ -507,30 +513,6 @@ fn a_classic_queue_does_not_count_so_more_than_one_attempt_never_rejects() {
         queue.wait_ready(1);
     }
     assert_eq!(dead.ready(), 0);
-}
-
-#[test]
-fn a_failure_is_held_back_and_a_signal_cuts_that_short() {
-    let broker = Broker::shared();
-    let queue = broker.queue("held");
-    queue.publish("body");
-    let run = worker(broker, &queue)
-        .args(["--requeue-delay", "2s"])
-        .shell("exit 3")
-        .run();
-    run.assert_status(3);
-    assert!(run.wall >= Duration::from_secs(2), "{:?}", run.wall);
-    queue.wait_ready(1);
-
-    let run = worker(broker, &queue)
-        .args(["--requeue-delay", "1h"])
-        .shell("exit 3")
-        .spawn();
-    run.wait_for_stderr("holding the message back", PATIENCE);
-    assert_eq!(queue.ready(), 0);
-    run.signal(Signal::SIGTERM);
-    run.wait(PATIENCE).assert_status(3);
-    queue.wait_ready(1);
 }
 
 #[test]
@@ -714,8 +696,10 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
     let registered = |connection| at(connection, Direction::ToClient, Method::BASIC_CONSUME_OK);
     let first = at(1, Direction::ToClient, Method::HEARTBEAT) - registered(1);
     let second = at(last, Direction::ToBroker, Method::BASIC_CANCEL) - registered(last);
-    let waited = (first + second).as_secs_f64();
-    assert!((4.8..6.4).contains(&waited), "{first:?} and {second:?}");
+    // The time between the two doesn't count, or it would have been less; the first does, or the second alone were 5 s.
+    let (first, second) = (first.as_secs_f64(), second.as_secs_f64());
+    assert!(first + second >= 4.8, "{first} and {second}");
+    assert!(second < 5.0, "{first} and {second}");
 }
 
 #[test]

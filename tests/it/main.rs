@@ -10,6 +10,7 @@ mod docs;
 mod environment;
 mod help;
 mod main_job;
+mod other_brokers;
 mod pid1;
 mod publish;
 mod report;

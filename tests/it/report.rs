@@ -139,7 +139,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     assert_contains(
         last(&failed),
         &[
-            "error: command exited with status 3; message returned to the queue",
+            "error: command exited with status 3; message requeued",
             "id=\"order-7\"",
             "outcome=\"requeued\"",
             "status=3 source=\"command\"",
@@ -159,7 +159,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     assert_contains(
         last(&late),
         &[
-            "command was killed by SIGTERM after its time limit (--timeout); message returned",
+            "command was killed by SIGTERM after its time limit (--timeout); message requeued",
             "status=124 source=\"qconsume\"",
         ],
     );
@@ -168,7 +168,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     assert_contains(
         last(&rejected),
         &[
-            "message rejected: dead-lettered, or dropped",
+            "message dead-lettered, or dropped",
             "outcome=\"dead-lettered\"",
         ],
     );
@@ -195,7 +195,7 @@ fn a_stop_is_told_with_what_became_of_the_message() {
     assert_contains(
         last(&run),
         &[
-            "command was killed by SIGTERM after SIGTERM was passed on to it; message given back to the queue",
+            "command was killed by SIGTERM after SIGTERM was forwarded to it; message released",
             "outcome=\"released\"",
             "status=143 source=\"command\"",
         ],
@@ -423,7 +423,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
     run.assert_status(3);
     assert_eq!(
         log.read(),
-        "command exited with status 3; message returned to the queue (status=3 source=command id=\"order-7\" attempt=1)\n"
+        "command exited with status 3; message requeued (status=3 source=command id=\"order-7\" attempt=1)\n"
     );
     // It isn't empty any more.
     let run = worker(&queue)

@@ -494,6 +494,42 @@ fn keys_are_read_in_all_their_forms() {
     );
     let der = site.worker(&url).arg("--cacert").arg(site.file("ec.der"));
     site.refuses(der, 78, "looks like DER");
+
+    // What rustls doesn't take is said in words.
+    openssl(&[
+        "ecparam",
+        "-name",
+        "secp521r1",
+        "-genkey",
+        "-noout",
+        "-out",
+        "p521.key",
+    ]);
+    let subject = ["-subj", "/CN=worker"];
+    openssl(
+        &[
+            &["req", "-x509", "-key", "p521.key", "-out", "p521.pem"][..],
+            &subject,
+        ]
+        .concat(),
+    );
+    openssl(
+        &[
+            &["req", "-new", "-key", "rsa.key", "-out", "v1.csr"][..],
+            &subject,
+        ]
+        .concat(),
+    );
+    openssl(&[
+        "x509", "-req", "-in", "v1.csr", "-signkey", "rsa.key", "-out", "v1.pem",
+    ]);
+    for (cert, key, says) in [
+        ("p521.pem", "p521.key", "P-521 is not supported"),
+        ("v1.pem", "rsa.key", "X.509 version 1"),
+    ] {
+        let worker = site.worker(&url).arg("--cert").arg(site.file(cert));
+        site.refuses(worker.arg("--key").arg(site.file(key)), 78, says);
+    }
 }
 
 #[test]
@@ -619,7 +655,8 @@ fn files_are_read_before_the_broker_is_touched() {
             assert!(!ended.stderr.contains(secret), "{}", ended.stderr);
         }
     }
-    // With a good set the next thing is the command.
+    // With a good set the next thing is the command; a byte order mark is none of the file's.
+    let good = file("marked.pem", &format!("\u{feff}{}", ca.as_ref().pem()));
     let ended = qconsume()
         .url("amqps://127.0.0.1:1")
         .queue("q")

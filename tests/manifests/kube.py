@@ -1,18 +1,28 @@
 """As much of Kubernetes as a manifest needs to be run for real in Docker: a kubelet that starts a pod's container with the
-manifest's image, command, environment, user and limits, and a Job controller that counts completions as Kubernetes does.
+manifest's image, command, environment, user and limits, and a Job controller that counts completions and failures, and paces
+its pods, as Kubernetes 1.36 does.
+
+It is a model, for what needs many runs, every version of RabbitMQ, or minutes of back-off in no time. There is no scheduler, no
+DNS of a cluster, no node that is lost, no admission, and no API server: what a real one does with the manifests is up to
+tests/kubernetes.
 """
 
+import atexit
 import base64
 import itertools
 import re
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 
 import engine
 
-# Kubernetes waits 10 s, 20 s, 40 s … before it replaces a failed pod. Here it may be quick.
+# The pause before a failed pod is replaced: pkg/controller/job/job_controller.go.
+FIRST_PAUSE, LONGEST_PAUSE = 10, 600
 DOMAIN = "default.svc.cluster.local"
 
 
@@ -39,10 +49,53 @@ class Pod:
     status: int | None = None
     action: str | None = None
     disrupted: bool = False
+    # By `kubectl delete pod`: no disruption, so that it counts; and its log is gone with it.
+    deleted: bool = False
+    # On the controller's clock.
+    started: float = 0
 
     @property
     def logs(self):
-        return engine.logs(self.name)
+        return "" if self.deleted else engine.logs(self.name)
+
+    @property
+    def termination_message(self):
+        """What `kubectl describe pod` shows of its container's end."""
+        return "" if self.deleted else termination_log(self.name).read_text()
+
+    def stop(self):
+        engine.docker("stop", self.name, check=False)
+
+    def delete(self):
+        self.deleted = True
+        self.stop()
+
+
+class BackOff:
+    """The pause after failures: twice as long with each, none after a success. Whatever the podFailurePolicy says of them."""
+
+    def __init__(self):
+        self.failures, self.until = 0, 0.0
+
+    def fail(self, now):
+        self.failures += 1
+        self.until = now + min(FIRST_PAUSE * 2 ** (self.failures - 1), LONGEST_PAUSE)
+
+    def succeed(self):
+        self.__init__()
+
+
+class Clock:
+    """Seconds since a Job's start, less the waiting: where only time can bring something about, it is let pass at once."""
+
+    def __init__(self):
+        self.begin, self.skipped = time.monotonic(), 0.0
+
+    def now(self):
+        return time.monotonic() - self.begin + self.skipped
+
+    def skip_to(self, moment):
+        self.skipped += max(0.0, moment - self.now())
 
 
 @dataclass
@@ -54,6 +107,15 @@ class Outcome:
     pods: list[Pod]
     most_at_a_time: int
     failed_indexes: list[int] = field(default_factory=list)
+    # How long the Job took, on the controller's clock.
+    seconds: float = 0
+    # Before the last one come those that say what it will be, while pods are still stopped: from Kubernetes 1.31 on.
+    conditions: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self):
+        """The Job's status.failed: ignored and deleted pods and those that its end stopped are in it, too."""
+        return sum(pod.status != 0 or pod.deleted for pod in self.pods)
 
     @property
     def statuses(self):
@@ -72,6 +134,7 @@ class Cluster:
         self.secrets = {}
         self.images = {}
         self._numbers = itertools.count(1)
+        TERMINATION_LOGS.mkdir(exist_ok=True)
         # Without a prefix of one's own, a network of both families would collide with that of another run.
         prefix = f"fd{time.time_ns() & 0xff:02x}:{time.time_ns() >> 8 & 0xffff:x}:{time.time_ns() >> 24 & 0xffff:x}::/64"
         engine.docker("network", "create", "--internal", "--ipv6", "--subnet", prefix, self.network)
@@ -124,6 +187,11 @@ class Cluster:
         if memory := container.get("resources", {}).get("limits", {}).get("memory"):
             options += ["--memory", memory.rstrip("i").lower()]
         options += security(spec.get("securityContext", {}), container.get("securityContext", {}), user)
+        # As the kubelet gives it to a container, whoever its user is.
+        log = termination_log(name)
+        log.touch()
+        log.chmod(0o666)
+        options += ["--volume", f"{log}:/dev/termination-log"]
         for mount in container.get("volumeMounts", []):
             volume = (volumes or {}).get(mount["name"], f"{name}-{mount['name']}")
             self.set_ownership(volume, spec.get("securityContext", {}), self.images[container["image"]])
@@ -142,6 +210,17 @@ class Cluster:
             engine.docker("run", "--rm", "--network=none", "--user=0", "--volume", f"{volume}:/volume:nocopy", "--entrypoint=sh",
                           image, "-c", SET_OWNERSHIP, "sh", context["fsGroup"], context.get("fsGroupChangePolicy", "Always"))
 
+    @staticmethod
+    def missing(indexed, completions, wanted, active, succeeded, failed_indexes):
+        """The indexes of the pods that are wanted, the lowest first; None for each, in a Job that isn't indexed. An index in
+        back-off holds its slot: none is started in its place."""
+        if not indexed:
+            return [None] * (wanted - len(active))
+        ended = {pod.index for pod in succeeded} | set(failed_indexes)
+        running = {pod.index for pod in active}
+        lowest = sorted(set(range(completions)) - ended)[:wanted]
+        return [index for index in lowest if index not in running]
+
     def run_job(self, manifest, *, environment=None, args=None, timeout=300, on_tick=None):
         """Runs a Job to its end, as the Job controller does it, and stops what is left of it."""
         spec = manifest["spec"]
@@ -150,22 +229,32 @@ class Cluster:
         indexed = spec.get("completionMode") == "Indexed"
         pods, active, counted, most = [], [], 0, 0
         succeeded, failed_indexes, index_failures = [], [], {}
+        per_index = indexed and "backoffLimitPerIndex" in spec
+        clock, back_offs = Clock(), {}
         deadline = time.monotonic() + timeout
 
+        def back_off(pod):
+            """One for the whole Job; with a limit for each index, one for each."""
+            return back_offs.setdefault(pod.index if per_index else None, BackOff())
+
         def finish(condition, reason=""):
+            seconds = clock.now()
             for pod in active:
-                engine.docker("stop", pod.name, check=False)
+                pod.stop()
                 pod.status = engine.wait(pod.name)
-            return Outcome(condition, reason, pods, most, failed_indexes)
+            first = {"Failed": ["FailureTarget"], "Complete": ["SuccessCriteriaMet"]}.get(condition, [])
+            return Outcome(condition, reason, pods, most, failed_indexes, seconds, [*first, condition])
 
         while True:
             # Who has ended?
             for pod in [pod for pod in active if not running(pod.name)]:
                 active.remove(pod)
                 pod.status = engine.wait(pod.name)
-                if pod.status == 0:
+                if pod.status == 0 and not pod.deleted:
                     succeeded.append(pod)
+                    back_off(pod).succeed()
                     continue
+                back_off(pod).fail(clock.now())
                 pod.action = pod_failure_action(spec, pod)
                 if pod.action == "FailJob":
                     return finish("Failed", "PodFailurePolicy")
@@ -173,7 +262,7 @@ class Cluster:
                     failed_indexes.append(pod.index)
                 if pod.action == "Count":
                     counted += 1
-                    if indexed and "backoffLimitPerIndex" in spec:
+                    if per_index:
                         index_failures[pod.index] = index_failures.get(pod.index, 0) + 1
                         if index_failures[pod.index] > spec["backoffLimitPerIndex"]:
                             failed_indexes.append(pod.index)
@@ -192,15 +281,19 @@ class Cluster:
                 wanted = parallelism if not succeeded else 0
             else:
                 wanted = min(parallelism, completions - len(succeeded) - len(failed_indexes))
-            while len(active) < wanted:
-                index = None
-                if indexed:
-                    taken = {pod.index for pod in [*active, *succeeded]} | set(failed_indexes)
-                    index = min(set(range(completions)) - taken)
-                pod = Pod(self.start(spec["template"]["spec"], what=manifest["metadata"]["name"], environment=environment,
-                                     args=args, index=index), index)
+            waiting = []
+            for index in self.missing(indexed, completions, wanted, active, succeeded, failed_indexes):
+                pod = Pod("", index, started=clock.now())
+                if back_off(pod).until > clock.now():
+                    waiting.append(back_off(pod).until)
+                    continue
+                pod.name = self.start(spec["template"]["spec"], what=manifest["metadata"]["name"], environment=environment,
+                                      args=args, index=index)
                 pods.append(pod)
                 active.append(pod)
+            if waiting and not active:
+                clock.skip_to(min(waiting))
+                continue
             most = max(most, len(active))
             if on_tick:
                 on_tick(active)
@@ -208,6 +301,15 @@ class Cluster:
                 outcome = finish("Running", "out of the test's time")
                 raise AssertionError(f"{outcome}\n{outcome.logs}")
             time.sleep(0.1)
+
+
+TERMINATION_LOGS = Path(tempfile.gettempdir()) / engine.RUN
+atexit.register(shutil.rmtree, TERMINATION_LOGS, ignore_errors=True)
+
+
+def termination_log(name):
+    """Where the end of a container leaves its message: /dev/termination-log, seen from outside."""
+    return TERMINATION_LOGS / name
 
 
 def running(name):
@@ -220,7 +322,7 @@ def pod_failure_action(spec, pod):
         if codes := rule.get("onExitCodes"):
             if (pod.status in codes["values"]) == (codes["operator"] == "In"):
                 return rule["action"]
-        elif any(pattern["type"] == "DisruptionTarget" and pod.disrupted for pattern in rule["onPodConditions"]):
+        elif any(pattern["type"] == "DisruptionTarget" and pod.disrupted for pattern in rule.get("onPodConditions", [])):
             return rule["action"]
     return "Count"
 

@@ -18,9 +18,10 @@ from conftest import EXAMPLES, FRUITS, ROOT, VERSION
 
 VERSIONS = sorted({kubernetes_validate.utils.major_minor(v) for v in kubernetes_validate.utils.all_versions()} - {"1.25"}, key=Version)
 
-# What qconsume itself exits with, by what a Job should make of it. 66 is not among them: the manifests turn it into 0.
-RETRY = {69, 75}
-HOPELESS = {64, 77, 78, 126, 127}
+# What qconsume itself exits with, by what a Job should make of it. 65 is no other try's either: the task is dead-lettered. Nor is
+# 66 where the number of tasks is known; a drainer never exits with it.
+RETRY = {69, 71, 75}
+HOPELESS = {64, 65, 77, 78, 126, 127}
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def expanded(tmp_path_factory):
     """The expansions as their README makes them, with its own commands, in a copy of their folder."""
     folder = tmp_path_factory.mktemp("expansion") / "expansion"
     shutil.copytree(EXAMPLES / "expansion", folder)
-    commands = [block for block in blocks("expansion/README.md") if "sed " in block or "render_template" in block]
+    commands = [block for block in blocks("expansion/README.md") if "\\$ITEM" in block or "render_template" in block]
     # An alias is for people; a shell that reads a script has to be told. And there is no cluster.
     script = "shopt -s expand_aliases\nkubectl() { cat >/dev/null; }\nset -e\n" + "".join(commands)
     subprocess.run(["bash", "-c", script], cwd=folder, check=True, text=True, env=os.environ)
@@ -146,23 +147,71 @@ def test_the_policies_fit_the_statuses(everything):
             continue
         seen += 1
         values = {value["name"]: value.get("value") for value in container["env"]}
-        # An eviction is looked at first, whatever its exit status; then by status.
-        assert rules[0]["action"] == "Ignore" and rules[0]["onPodConditions"], name
+        # What qconsume says for certain is looked at first: an eviction must not hide that a task was dead-lettered.
+        assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"] and rules[1]["onPodConditions"], name
         action = functools.partial(kube.pod_failure_action, job["spec"])
         assert {code for code in range(1, 256) if action(kube.Pod("p", status=code)) == "Ignore"} == RETRY, name
-        assert {code for code in range(1, 256) if action(kube.Pod("p", status=code)) == "FailJob"} == HOPELESS, name
-        assert action(kube.Pod("p", status=77, disrupted=True)) == "Ignore", name
+        assert {code for code in range(1, 256) if action(kube.Pod("p", status=code)) == "FailJob"} == (
+            HOPELESS if "QCONSUME_DRAIN" in values else HOPELESS | {66}), name
+        assert action(kube.Pod("p", status=143, disrupted=True)) == "Ignore", name
+        assert action(kube.Pod("p", status=65, disrupted=True)) == "FailJob", name
         # The command's own statuses can't be taken for these.
         assert action(kube.Pod("p", status=int(values["QCONSUME_FAILURE_EXIT_CODE"]))) == "Count", name
-        if "QCONSUME_REJECT_EXIT_CODE" in values:
-            assert action(kube.Pod("p", status=int(values["QCONSUME_REJECT_EXIT_CODE"]))) == "FailIndex", name
+        assert action(kube.Pod("p", status=int(values["QCONSUME_REJECT_EXIT_CODE"]))) == "FailJob", name
+        assert "QCONSUME_EMPTY_EXIT_CODE" not in values, name
     assert seen >= 6
 
 
-def test_an_index_can_not_give_up_by_itself():
-    [job] = kube.load((EXAMPLES / "work-queue/job-indexed.yaml").read_text())
-    [attempts] = [int(v["value"]) for v in kube.pod_spec(job)["containers"][0]["env"] if v["name"] == "QCONSUME_MAX_ATTEMPTS"]
-    assert job["spec"]["backoffLimitPerIndex"] >= job["spec"]["completions"] * (attempts - 1)
+def set_up(setting):
+    """A number of set-up.sh's policy."""
+    return int(re.search(rf'"{setting}": (\d+)', (EXAMPLES / "rabbitmq/set-up.sh").read_text())[1])
+
+
+def seconds(duration):
+    number, unit = re.fullmatch(r"(\d+)([smh])", duration).groups()
+    return int(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+
+
+def settings(job):
+    return {variable["name"]: variable.get("value") for variable in kube.pod_spec(job)["containers"][0].get("env", [])}
+
+
+def consumers(everything):
+    found = [(name, job, settings(job)) for name, job in jobs(everything) if "QUEUE" in settings(job)]
+    assert len(found) >= 6
+    return found
+
+
+def test_no_task_is_dead_lettered_without_a_word(everything):
+    """The queue's own limit tells no pod. So qconsume must dead-letter first, and where it can't, as it is killed each time,
+    the Job must have failed first. An eviction counts before RabbitMQ 4.3: room for ten of one task."""
+    for name, job, values in consumers(everything):
+        assert int(values["QCONSUME_MAX_ATTEMPTS"]) + job["spec"]["backoffLimit"] + 10 <= set_up("delivery-limit"), name
+
+
+def test_a_delayed_retry_is_waited_for(everything):
+    """A message in it isn't there for anybody: a drainer would find the queue empty."""
+    longest = set_up("delayed-retry-max") / 1000
+    for name, job, values in consumers(everything):
+        if job["metadata"]["name"] != "job-wq-1-scaled":  # there, another Job comes for it
+            assert seconds(values["QCONSUME_WAIT"]) >= 2 * longest, name
+
+
+def test_a_pod_waits_for_its_broker_inside(everything):
+    """Each pod that comes and goes doubles the pause before the next one."""
+    for name, _, values in consumers(everything):
+        assert seconds(values["QCONSUME_CONNECT_TIMEOUT"]) >= 1800, name
+
+
+def test_a_drainer_goes_on_after_a_failed_task(everything):
+    for name, _, values in consumers(everything):
+        assert ("QCONSUME_DRAIN" in values) == ("QCONSUME_KEEP_GOING" in values), name
+
+
+def test_the_work_queues_jobs_can_stand_side_by_side(everything):
+    found = [document["metadata"]["name"] for name, document in everything.items()
+             if name.startswith(("work-queue", "keda")) and document["kind"] in ("Job", "ScaledJob")]
+    assert len(found) == len(set(found)) == 4
 
 
 def test_a_drainer_that_failed_is_replaced(everything):
@@ -218,9 +267,9 @@ def test_the_secrets_url_is_that_of_its_user():
 
 def test_the_tutorials_names_are_kept(everything):
     assert everything["work-queue/rabbitmq-service.yaml#0"]["metadata"]["name"] == "rabbitmq-service"
-    for variant in ("job", "job-drain", "job-indexed"):
+    for variant, suffix in {"job": "", "job-drain": "-drain"}.items():
         job = everything[f"work-queue/{variant}.yaml#0"]
-        assert job["metadata"]["name"] == "job-wq-1"
+        assert job["metadata"]["name"] == "job-wq-1" + suffix
         [container] = kube.pod_spec(job)["containers"]
         assert container["name"] == "c"
         assert {"name": "QUEUE", "value": "job1"} in container["env"]
@@ -254,7 +303,7 @@ def test_the_images_are_this_version(everything):
 
 
 def test_keda_is_given_what_its_reference_knows(everything):
-    """keda.sh/docs: reference/scaledjob-spec and scalers/rabbitmq-queue, 2.16 to 2.18."""
+    """keda.sh/docs: reference/scaledjob-spec and scalers/rabbitmq-queue, 2.16 to 2.20."""
     document = everything["keda/scaledjob.yaml#1"]
     assert (document["apiVersion"], document["kind"]) == ("keda.sh/v1alpha1", "ScaledJob")
     spec = document["spec"]
@@ -262,7 +311,7 @@ def test_keda_is_given_what_its_reference_knows(everything):
                          "envSourceContainerName", "minReplicaCount", "maxReplicaCount", "rollout", "scalingStrategy", "triggers"}
     for number in ("pollingInterval", "successfulJobsHistoryLimit", "failedJobsHistoryLimit", "maxReplicaCount"):
         assert isinstance(spec[number], int)
-    assert set(spec["rollout"]) <= {"strategy", "propagationPolicy"} and spec["rollout"]["strategy"] in ("default", "gradual")
+    assert set(spec["rollout"]) <= {"strategy", "propagationPolicy"} and spec["rollout"]["strategy"] in ("immediate", "gradual")
     assert set(spec["scalingStrategy"]) <= {
         "strategy", "customScalingQueueLengthDeduction", "customScalingRunningJobPercentage", "pendingPodConditions",
         "multipleScalersCalculation"}

@@ -175,7 +175,8 @@ fn user_signals_go_to_the_command_alone_and_end_nothing() {
             trap 'got=1; echo got it' {name}; echo running
             while [ ! $got ]; do sleep 0.02; done; sleep 0.2; kill -0 $child && echo child is there"
         );
-        let running = running(worker(&queue, &proxy).shell(&script));
+        let worker = worker(&queue, &proxy).args(["--kill-after", "100ms"]);
+        let running = running(worker.shell(&script));
         running.signal(signal);
         let finished = running.finish(PROMPT);
         finished.assert_status(0);

@@ -321,9 +321,7 @@ fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
 
 /// Whether the process is asleep with this signal no longer pending, so that it has dealt with it.
 fn taken_note(running: &Running, signal: Signal) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", running.pid())) else {
-        return true;
-    };
+    let status = std::fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         line.unwrap_or_default().trim().to_owned()
@@ -346,12 +344,6 @@ fn a_signal_while_settling_changes_nothing() {
             for (signal, _) in STOPS {
                 running.signal(signal);
             }
-            let noticed = || {
-                STOPS
-                    .iter()
-                    .all(|(signal, _)| taken_note(&running, *signal))
-            };
-            assert!(eventually(PATIENCE, noticed), "a signal is still pending");
             assert!(!running.has_ended());
             proxy.release();
             running.finish(PROMPT).assert_status(status);
@@ -369,29 +361,15 @@ fn a_signal_while_settling_changes_nothing() {
 fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
     let (queue, proxy) = one_message("settling-stalled", QueueKind::Classic);
     proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Stall);
-    let running = worker(&queue, &proxy)
-        .args(["--settle-timeout", "1s"])
-        .shell("exit 0")
-        .spawn();
+    let running = worker(&queue, &proxy).shell("exit 0").spawn();
     proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
-    stop(&running, Signal::SIGTERM)
+    running.signal(Signal::SIGTERM);
+    proxy.cut();
+    running
+        .finish(PROMPT)
         .assert_status(75)
         .assert_stderr("not confirmed");
     drop(proxy);
-    assert_back(&queue);
-}
-
-#[test]
-fn a_signal_cuts_the_requeue_delay_short() {
-    let (queue, proxy) = one_message("delay", QueueKind::Classic);
-    let running = worker(&queue, &proxy)
-        .args(["--requeue-delay", "1h"])
-        .shell("exit 3")
-        .spawn();
-    running.wait_for_stderr("holding the message back", PATIENCE);
-    stop(&running, Signal::SIGTERM).assert_status(3);
-    // It had failed before the signal came.
-    assert_settled(&proxy, Method::BASIC_REJECT);
     assert_back(&queue);
 }
 

@@ -27,7 +27,15 @@ impl Terminal {
     /// Starts the worker as the session's leader, or what `through` names and is given the program as its last argument.
     fn start(queue: &Queue, proxy: &Proxy, through: &[&str], arguments: &[&str]) -> Self {
         let (keys, terminal) = open().unwrap();
-        let words = [through, &[env!("CARGO_BIN_EXE_qconsume")], arguments].concat();
+        // Whoever runs the tests may ignore signals, as nohup(1) does; that is inherited.
+        let start = ["env", "--default-signal=HUP,INT,QUIT"];
+        let words = [
+            &start,
+            through,
+            &[env!("CARGO_BIN_EXE_qconsume")],
+            arguments,
+        ]
+        .concat();
         let leader = Command::new(words[0])
             .args(&words[1..])
             .env("BROKER_URL", proxy.url())

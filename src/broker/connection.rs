@@ -1,0 +1,86 @@
+//! A connection that is open: what it was seen to say, and how it ends.
+
+use super::{
+    errors::described,
+    observed::{Observed, Shared, Version},
+};
+use lapin::{Channel, Connection, Event};
+use std::{io, net::Shutdown, os::fd::AsFd, pin::Pin, sync::MutexGuard, time::Duration};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_stream::Stream;
+
+/// Longest time that closing a connection politely may take: a broker that is frozen, or blocks publishers, doesn't
+/// answer, and the process ends all the same.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// An open connection.
+pub struct OpenConnection {
+    pub(super) connection: Connection,
+    /// There is one listener only, as lapin's listeners take from each other.
+    pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
+    pub(super) observed: Shared,
+    pub(super) username: String,
+    /// The channel of a consumer that is no more. Dropping it would send a channel.close that fails when it meets our
+    /// connection.close, and lapin 4.12 then ends the connection without a close.
+    pub(super) last_channel: Option<Channel>,
+    pub(super) _cutter: Cutter,
+}
+
+impl std::fmt::Debug for OpenConnection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OpenConnection").finish_non_exhaustive()
+    }
+}
+
+impl OpenConnection {
+    /// lapin's connection, for channels.
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// What the broker has sent so far.
+    pub(super) fn observed(&self) -> MutexGuard<'_, Observed> {
+        self.observed.lock()
+    }
+
+    pub(super) fn version(&self) -> Option<Version> {
+        self.observed().version
+    }
+
+    pub(super) fn username(&self) -> &str {
+        &self.username
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.connection.status().connected()
+    }
+
+    /// Closes the connection politely (`connection.close`), within two seconds; whether the broker answers changes
+    /// nothing any more.
+    pub async fn close(&self) {
+        if !self.is_connected() {
+            return;
+        }
+        match timeout(CLOSE_TIMEOUT, self.connection.close(200, "OK".into())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("closing the connection: {}", described(&error)),
+            Err(_) => tracing::debug!("closing the connection: no answer within {CLOSE_TIMEOUT:?}"),
+        }
+    }
+}
+
+/// Shuts the socket down when the connection is dropped: lapin's thread would go on with an attempt that was given up,
+/// or with a broker that doesn't answer, beside its successor.
+pub(super) struct Cutter(std::net::TcpStream);
+
+impl Cutter {
+    pub(super) fn new(socket: &TcpStream) -> io::Result<Self> {
+        Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
+    }
+}
+
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
