@@ -20,7 +20,6 @@ pub mod bench;
 mod broker;
 pub mod certificates;
 mod client;
-pub mod demo;
 mod exec;
 pub mod hostile;
 pub mod owner;
