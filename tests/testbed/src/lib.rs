@@ -3,6 +3,7 @@
 //! - [`Broker`] finds or starts a RabbitMQ; private ones can be stopped, killed, frozen and clustered.
 //! - [`Client`] and [`Queue`] are the test's own side of AMQP.
 //! - [`Proxy`] stands between a worker and its broker and misbehaves on demand.
+//! - [`peer::Peer`] is a broker that answers by a script.
 //! - [`Program`] runs the binary under test and never hangs.
 //! - [`Container`] runs it as a container's first process.
 //! - [`soak`] puts all of it together, at random, and keeps the books.
@@ -23,6 +24,7 @@ pub mod demo;
 mod exec;
 mod netns;
 pub mod owner;
+pub mod peer;
 mod ports;
 mod program;
 mod proxy;
