@@ -190,7 +190,11 @@ pub fn usual(request: &Request) -> Vec<u8> {
             let tag = short_at(&request.arguments, 2 + queue.len());
             of(Method::BASIC_CONSUME_OK, tag)
         }
-        Method::BASIC_CANCEL => of(Method::BASIC_CANCEL_OK, short_at(&request.arguments, 0)),
+        Method::BASIC_CANCEL => match request.arguments.last() {
+            // Behind the tag: no-wait.
+            Some(1) => Vec::new(),
+            _ => of(Method::BASIC_CANCEL_OK, short_at(&request.arguments, 0)),
+        },
         Method::BODY => settle(request, Method::BASIC_ACK),
         _ => Vec::new(),
     }
