@@ -1,6 +1,6 @@
 //! A peer that breaks AMQP, and messages that nobody can read: a documented end, and the message still there.
 
-use crate::common::qconsume;
+use crate::common::{private_broker, qconsume};
 use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     sync::{Arc, Mutex},
@@ -269,19 +269,19 @@ fn set(mut bytes: Vec<u8>, at: usize, new: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn run(queue: &Queue, script: &str) -> Finished {
-    let worker = qconsume().url(&Broker::shared().url()).queue(queue.name());
+fn run(broker: &Broker, queue: &Queue, script: &str) -> Finished {
+    let worker = qconsume().url(&broker.url()).queue(queue.name());
     worker.shell(script).run()
 }
 
 #[test]
 fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
-    let broker = Broker::shared();
+    let broker = private_broker();
     for kind in [b'F', b'A'] {
         let queue = broker.queue("nested");
         let name = queue.name().as_bytes();
-        peer::publish_raw(broker, "", name, &peer::nested_headers(1000, kind));
-        let done = run(&queue, "echo ran");
+        peer::publish_raw(&broker, "", name, &peer::nested_headers(1000, kind));
+        let done = run(&broker, &queue, "echo ran");
         done.assert_status(70);
         assert!(done.stdout.is_empty());
         let last = done.stderr.lines().last().unwrap_or_default();
@@ -296,8 +296,8 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
         queue.wait_ready(1);
         queue.purge();
 
-        peer::publish_raw(broker, "", name, &peer::nested_headers(100, kind));
-        let done = run(&queue, "printf %s \"$MESSAGE_HEADERS\"");
+        peer::publish_raw(&broker, "", name, &peer::nested_headers(100, kind));
+        let done = run(&broker, &queue, "printf %s \"$MESSAGE_HEADERS\"");
         done.assert_status(0);
         let inner = if kind == b'F' {
             "{\"n\":{\"n\":{"
@@ -311,7 +311,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
 
 #[test]
 fn a_routing_key_that_is_no_text_ends_the_run_and_stays_in_the_queue() {
-    let broker = Broker::shared();
+    let broker = private_broker();
     let queue = broker.queue("routing-key");
     let channel = broker.client().channel().unwrap();
     let (exchange, name) = ("amq.fanout", queue.name());
@@ -323,8 +323,8 @@ fn a_routing_key_that_is_no_text_ends_the_run_and_stays_in_the_queue() {
         Default::default(),
     ))
     .unwrap();
-    peer::publish_raw(broker, exchange, b"\xff\xfe\x80", &[0, 0]);
-    let done = run(&queue, "echo ran");
+    peer::publish_raw(&broker, exchange, b"\xff\xfe\x80", &[0, 0]);
+    let done = run(&broker, &queue, "echo ran");
     done.assert_status(70).assert_stderr("is not UTF-8");
     assert!(done.stdout.is_empty());
     queue.wait_ready(1);

@@ -188,7 +188,7 @@ fn missing_permissions_are_77_at_once() {
         let url = broker.url_for("writer", "writer", vhost);
         qconsume().url(&url).queue(queue.name())
     };
-    ends_at_once(at("/"), 77, "refused to let this user read from queue");
+    ends_at_once(at("/"), 77, "user \"writer\" may not consume from queue");
     ends_at_once(
         at("closed"),
         77,

@@ -275,7 +275,8 @@ fn short_at(arguments: &[u8], at: usize) -> &[u8] {
     rest.get(..size).unwrap_or(&[0])
 }
 
-/// Publishes to the default exchange, with properties and a routing key of any bytes, and waits until the broker has them.
+/// Publishes to virtual host `/` as guest, with properties and a routing key of any bytes, and waits until the broker has
+/// the message.
 ///
 /// # Panics
 /// When the broker doesn't take it, and says so by closing.
