@@ -504,7 +504,7 @@ fn every_orderly_end_without_a_message_says_goodbye() {
     let broker = Broker::start();
     let queue = broker.queue("empty");
     let at = |queue| qconsume().url(&broker.url()).queue(queue);
-    let options = ["--connect-timeout", "1s", "cat"];
+    let options = ["--connect-timeout", "5s", "cat"];
     at("not-there").args(options).run().assert_status(78);
     let options = ["--wait", "100ms", "cat"];
     at(queue.name()).args(options).run().assert_status(66);
