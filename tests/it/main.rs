@@ -9,6 +9,7 @@ mod delivery;
 mod docs;
 mod environment;
 mod help;
+mod hostile;
 mod main_job;
 mod other_brokers;
 mod pid1;

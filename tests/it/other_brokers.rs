@@ -1,118 +1,165 @@
-//! What LavinMQ and amqproxy answer where RabbitMQ answers something else; the texts are as they were seen on the wire.
+//! What LavinMQ and amqproxy answer, played by a scripted peer: their texts, as seen on the wire, and what they mean.
 
-use crate::common::qconsume;
-use testbed::{Answer, Call, Method, PATIENCE, Peer, Program, frames, peer};
+use crate::common::{qconsume, qpublish};
+use testbed::{
+    Finished, Method, Program, frames,
+    peer::{self, Answer, Peer, Request},
+};
 
 fn worker(peer: &Peer) -> Program {
-    qconsume()
-        .url(&peer.url())
-        .queue("x")
-        .args(["--connect-timeout", "1s"])
+    qconsume().url(&peer.url()).queue("x")
 }
 
-/// Whether a queue.declare asks only; otherwise it declares.
-fn is_passive(declare: &Call) -> bool {
-    let name = declare.arguments.get(2).copied().unwrap_or_default() as usize;
-    let flags = declare.arguments.get(3 + name);
-    flags.is_some_and(|flags| flags & 1 == 1)
+/// qpublish with one message to the queue.
+fn publish(peer: &Peer, options: &[&str]) -> Finished {
+    let program = qpublish().url(&peer.url()).args(["-q", "x"]);
+    program.args(options).arg("apple").run()
 }
 
-fn refuses_to_consume(code: u16, text: &'static str) -> Peer {
-    Peer::start(move |call| match call.method {
-        Method::BASIC_CONSUME => Answer::Bytes(frames::channel_close(call.channel, code, text)),
+/// The usual answer to basic.consume, and a message.
+fn with_a_message(request: &Request) -> Answer {
+    let channel = request.channel;
+    let bytes = [
+        peer::usual(request),
+        peer::deliver(channel, 1, b"x"),
+        peer::content_header(channel, 5, &[0, 0]),
+        peer::frame(3, channel, b"lemon"),
+    ];
+    Answer::Bytes(bytes.concat())
+}
+
+/// Closes the channel at this method, each time.
+fn refuses(at: Method, code: u16, text: &'static str) -> Peer {
+    Peer::new(move |request| match request.method {
+        method if method == at => Answer::Bytes(frames::channel_close(request.channel, code, text)),
         _ => Answer::Usual,
     })
 }
 
 #[test]
-fn declare_declares_where_lavinmq_says_that_there_is_no_queue() {
-    let declared = std::sync::atomic::AtomicBool::new(false);
-    let missing = |call: &Call| {
-        Answer::Bytes(frames::channel_close(
-            call.channel,
-            404,
-            "Queue 'x' doesn't exist",
-        ))
-    };
-    let peer = Peer::start(move |call| {
-        use std::sync::atomic::Ordering::SeqCst;
-        match call.method {
-            Method::QUEUE_DECLARE if is_passive(call) && !declared.load(SeqCst) => missing(call),
-            Method::QUEUE_DECLARE => {
-                declared.store(true, SeqCst);
-                Answer::Usual
+fn lavinmqs_missing_queue_is_declared() {
+    let peer = Peer::new(|request| match request.method {
+        Method::QUEUE_DECLARE => {
+            // Behind two reserved bytes and the name come the flags, the passive one first.
+            let name = usize::from(request.arguments[2]);
+            if request.arguments[3 + name] & 1 == 1 {
+                let text = "NOT_FOUND - Queue 'x' doesn't exist";
+                return Answer::Bytes(frames::channel_close(request.channel, 404, text));
             }
-            Method::BASIC_CONSUME if !declared.load(SeqCst) => missing(call),
-            _ => Answer::Usual,
+            Answer::Usual
         }
+        Method::BASIC_CONSUME => with_a_message(request),
+        _ => Answer::Usual,
     });
-    let done = worker(&peer)
-        .args(["--wait", "500ms", "--declare", "cat"])
-        .run();
-    done.assert_status(66);
-    let calls = peer.calls();
-    let declares = |call: &&Call| call.method == Method::QUEUE_DECLARE && !is_passive(call);
-    assert!(calls.iter().any(|call| declares(&call)), "{}", done.stderr);
+    let done = worker(&peer).args(["--declare", "cat"]).run();
+    done.assert_status(0).assert_stderr("declared queue \"x\"");
+    assert_eq!(done.stdout, b"lemon");
+    assert_eq!(peer.count(Method::QUEUE_DECLARE), 2);
 }
 
 #[test]
-fn a_queue_that_lavinmq_does_not_have_is_78() {
-    let peer = refuses_to_consume(404, "Queue 'x' doesn't exist");
-    worker(&peer).arg("cat").run().assert_status(78);
+fn lavinmqs_low_disk_space_may_pass() {
+    const TEXT: &str = "PRECONDITION_FAILED - Server low on disk space";
+    let peer = refuses(Method::QUEUE_DECLARE, 406, TEXT);
+    let program = worker(&peer).args(["--declare", "--connect-timeout", "2s", "cat"]);
+    let done = program.run();
+    done.assert_status(69)
+        .assert_stderr("trying again")
+        .assert_stderr("Server low on disk space");
+    assert!(peer.count(Method::QUEUE_DECLARE) > 1);
+
+    let done = publish(&peer, &["--declare", "--connect-timeout", "2s"]);
+    assert!(matches!(done.status(), 69 | 75), "{done:?}");
+    done.assert_stderr("Server low on disk space");
+
+    let peer = refuses(Method::BODY, 406, TEXT);
+    let done = publish(&peer, &["--timeout", "2s", "--connect-timeout", "2s"]);
+    done.assert_status(75)
+        .assert_stderr("Server low on disk space");
 }
 
 #[test]
-fn a_disk_that_is_nearly_full_is_named_as_lavinmq_does() {
-    let text = "PRECONDITION_FAILED - Server low on disk space";
-    let done = worker(&refuses_to_consume(406, text)).arg("cat").run();
-    done.assert_stderr("low on disk space");
-    assert_ne!(done.status(), 0);
-}
+fn an_unknown_reply_code_keeps_its_text() {
+    for code in [500, 0] {
+        let peer = refuses(Method::BASIC_CONSUME, code, "UPSTREAM_ERROR: it is gone");
+        let program = worker(&peer).args(["--connect-timeout", "1s", "cat"]);
+        let done = program.run();
+        done.assert_status(69)
+            .assert_stderr("UPSTREAM_ERROR: it is gone");
 
-#[test]
-fn a_close_with_an_unknown_code_keeps_its_text() {
-    for code in [500, 0, 999] {
-        let peer = Peer::start(move |call| match call.method {
-            Method::BASIC_CONSUME => Answer::Last(frames::connection_close(code, "UPSTREAM_ERROR")),
+        // As the connection's end while the command runs, too.
+        let peer = Peer::new(move |request| match request.method {
+            Method::BASIC_CONSUME => {
+                let Answer::Bytes(mut bytes) = with_a_message(request) else {
+                    unreachable!("it has bytes");
+                };
+                bytes.extend(frames::connection_close(code, "Upstream is gone"));
+                Answer::Bytes(bytes)
+            }
             _ => Answer::Usual,
         });
-        let done = worker(&peer).arg("cat").run();
-        done.assert_stderr("UPSTREAM_ERROR");
-        assert_ne!(done.status(), 0, "code {code}");
+        let done = worker(&peer).shell("sleep 30").run();
+        done.assert_status(75).assert_stderr("Upstream is gone");
     }
 }
 
 #[test]
-fn a_virtual_host_that_is_refused_with_the_channel_keeps_its_text() {
-    let text = "ACCESS_REFUSED - vhost not found";
-    let peer = Peer::start(move |call| match call.method {
-        Method::CHANNEL_OPEN => Answer::Last(frames::connection_close(403, text)),
+fn amqproxys_heartbeat_of_zero_is_none() {
+    let peer = Peer::new(|request| match request.method {
+        Method::CONNECTION_START_OK => Answer::Bytes(peer::tune(0)),
+        Method::BASIC_CONSUME => with_a_message(request),
         _ => Answer::Usual,
     });
-    worker(&peer)
-        .arg("cat")
-        .run()
-        .assert_status(77)
-        .assert_stderr("vhost not found");
+    // The peer is silent while the command runs: an interval of a second would have passed long before its end.
+    let url = format!("{}?heartbeat=1", peer.url());
+    let done = worker(&peer).url(&url).shell("sleep 4; exec cat").run();
+    done.assert_status(0);
+    assert_eq!(done.stdout, b"lemon");
+    assert_eq!(peer.count(Method::HEARTBEAT), 0);
+    let seen = peer.seen();
+    let mut tunes = seen
+        .iter()
+        .filter(|seen| seen.method == Method::CONNECTION_TUNE_OK);
+    assert_eq!(tunes.next_back().unwrap().arguments[6..], [0, 0]);
 }
 
 #[test]
-fn where_amqproxy_wants_no_heartbeats_none_is_sent() {
-    let peer = Peer::start(|call| match call.method {
-        Method::CONNECTION_START_OK => Answer::Bytes(peer::tune(0)),
-        _ => Answer::Usual,
-    });
-    let done = worker(&peer)
-        .args(["--wait", "3s", "--heartbeat", "1", "cat"])
-        .spawn()
-        .wait(PATIENCE);
-    done.assert_status(66);
-    let calls = peer.calls();
-    let tune_ok = calls
-        .iter()
-        .find(|call| call.method == Method::CONNECTION_TUNE_OK);
-    assert_eq!(tune_ok.expect("a handshake").arguments[6..], [0, 0]);
-    // With one a second, the client would have sent some and missed the peer's.
-    assert_eq!(peer.count(Method::HEARTBEAT), 0);
-    assert_eq!(peer.count(Method::CONNECTION_START_OK), 1);
+fn amqproxys_refusal_at_channel_open_is_77_with_its_text() {
+    const TEXT: &str = "ACCESS_REFUSED - vhost 'x' not found or access refused";
+    let peers = [
+        refuses(Method::CHANNEL_OPEN, 403, TEXT),
+        Peer::new(|request| match request.method {
+            Method::CHANNEL_OPEN => Answer::Bytes(frames::connection_close(403, TEXT)),
+            _ => Answer::Usual,
+        }),
+    ];
+    for peer in peers {
+        let program = worker(&peer).args(["--connect-timeout", "20s", "cat"]);
+        program.run().assert_status(77).assert_stderr(TEXT);
+        assert_eq!(peer.count(Method::CHANNEL_OPEN), 1);
+    }
+}
+
+#[test]
+fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
+    for (method, status, says) in [
+        (Method::BASIC_NACK, 75, "was refused"),
+        (Method::BASIC_ACK, 78, "came back"),
+    ] {
+        let peer = Peer::new(move |request| match request.method {
+            Method::BODY => {
+                let settled = peer::settle(request, method);
+                Answer::Bytes([peer::returned(request.channel), settled].concat())
+            }
+            _ => Answer::Usual,
+        });
+        let done = publish(&peer, &[]);
+        done.assert_status(status).assert_stderr(says);
+        let other = if status == 75 {
+            "came back"
+        } else {
+            "was refused"
+        };
+        assert!(!done.stderr.contains(other), "{}", done.stderr);
+    }
 }

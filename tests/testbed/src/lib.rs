@@ -3,7 +3,7 @@
 //! - [`Broker`] finds or starts a RabbitMQ; private ones can be stopped, killed, frozen and clustered.
 //! - [`Client`] and [`Queue`] are the test's own side of AMQP.
 //! - [`Proxy`] stands between a worker and its broker and misbehaves on demand.
-//! - [`Peer`] is a scripted broker; [`hostile`] scripts one that breaks AMQP at random.
+//! - [`peer::Peer`] is a broker that answers by a script.
 //! - [`Program`] runs the binary under test and never hangs.
 //! - [`Container`] runs it as a container's first process.
 //! - [`soak`] puts all of it together, at random, and keeps the books.

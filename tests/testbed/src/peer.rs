@@ -1,257 +1,342 @@
-//! A scripted AMQP peer: a broker's whole side of the conversation, in which a test answers what it likes.
+//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. And the
+//! other side of it: a client that sends what no library would.
 
-use crate::proxy::{Method, frames};
+use crate::Broker;
+use crate::proxy::frames::{Method, method_frame};
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
 use std::thread;
+use std::time::Duration;
 
-/// What the peer says in answer to a method.
-#[derive(Debug, Clone)]
+/// How long a connection may stay silent before the peer forgets it.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// What a client has sent.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The connection, counted from 1.
+    pub connection: usize,
+    /// Its channel.
+    pub channel: u16,
+    /// Its method, or what stands for another kind of frame.
+    pub method: Method,
+    /// What stands behind the method's numbers; a frame's payload where it has none.
+    pub arguments: Vec<u8>,
+    /// How many frames of this method this connection has sent, this one included.
+    pub nth: u64,
+}
+
+/// What the script says to a request.
+#[derive(Clone, Debug)]
 pub enum Answer {
-    /// What a broker without messages says.
+    /// What a broker would.
     Usual,
-    /// These bytes.
+    /// These bytes, and the connection goes on.
     Bytes(Vec<u8>),
-    /// These bytes, and then the end of the connection.
+    /// These bytes, then the end of the connection.
     Last(Vec<u8>),
 }
 
-/// A method that a client has sent.
-#[derive(Debug, Clone)]
-pub struct Call {
-    /// The number of the connection, from 1.
-    pub connection: usize,
-    /// The channel's number.
-    pub channel: u16,
-    /// The method; frames of other kinds as [`Method::HEADER`] and the like.
-    pub method: Method,
-    /// What follows the method's numbers in the frame.
-    pub arguments: Vec<u8>,
-}
-
-/// A listening peer; each connection has a thread of its own. Dropping it ends it.
+/// A peer on a port of its own; it accepts nothing more once it is dropped.
 pub struct Peer {
     addr: SocketAddr,
-    calls: Arc<Mutex<Vec<Call>>>,
-    ended: Arc<AtomicBool>,
+    seen: Arc<Mutex<Vec<Request>>>,
+    gone: Arc<AtomicBool>,
 }
 
-type Script = dyn Fn(&Call) -> Answer + Send + Sync;
-
 impl Peer {
-    /// Starts a peer that asks `script` for its answer to each frame.
+    /// Answers every connection by this script.
     ///
     /// # Panics
-    /// Where it can't listen on loopback.
-    pub fn start(script: impl Fn(&Call) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("listen on loopback");
+    /// When it can't listen.
+    pub fn new(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port to listen on");
+        let addr = listener.local_addr().expect("the port's number");
         let peer = Self {
-            addr: listener.local_addr().expect("it listens"),
-            calls: Arc::default(),
-            ended: Arc::default(),
+            addr,
+            seen: Arc::default(),
+            gone: Arc::default(),
         };
-        let (calls, ended) = (peer.calls.clone(), peer.ended.clone());
-        let script: Arc<Script> = Arc::new(script);
+        let (seen, gone, script) = (peer.seen.clone(), peer.gone.clone(), Arc::new(script));
         thread::spawn(move || {
-            for (index, stream) in listener.incoming().enumerate() {
-                if ended.load(Ordering::Relaxed) {
+            for (count, stream) in listener.incoming().flatten().enumerate() {
+                if gone.load(Relaxed) {
                     return;
                 }
-                let Ok(stream) = stream else { continue };
-                let (calls, script) = (calls.clone(), script.clone());
-                // The client's end of the connection is no error here.
-                thread::spawn(move || drop(converse(stream, index + 1, &calls, &*script)));
+                let (seen, script) = (seen.clone(), script.clone());
+                // What ends a connection is the client's business, or the script's.
+                thread::spawn(move || serve(stream, count + 1, &seen, &*script));
             }
         });
         peer
     }
 
-    /// Where it listens, as a URL.
+    /// A URL for it.
     pub fn url(&self) -> String {
         format!("amqp://guest:guest@{}", self.addr)
     }
 
-    /// Everything that clients have sent so far.
-    pub fn calls(&self) -> Vec<Call> {
-        lock(&self.calls).clone()
+    /// What it was sent so far.
+    pub fn seen(&self) -> Vec<Request> {
+        self.lock().clone()
     }
 
-    /// How often clients have sent this method.
+    /// How many frames of this method it was sent.
     pub fn count(&self, method: Method) -> usize {
-        let calls = lock(&self.calls);
-        calls.iter().filter(|call| call.method == method).count()
+        let seen = self.lock();
+        seen.iter().filter(|seen| seen.method == method).count()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Request>> {
+        self.seen
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        self.ended.store(true, Ordering::Relaxed);
-        // Wakes the thread that accepts.
+        self.gone.store(true, Relaxed);
+        // So that the thread that accepts looks.
         let _ = TcpStream::connect(self.addr);
     }
 }
 
-fn lock(calls: &Mutex<Vec<Call>>) -> MutexGuard<'_, Vec<Call>> {
-    calls.lock().unwrap_or_else(|error| error.into_inner())
-}
-
-fn converse(
+fn serve(
     mut stream: TcpStream,
     connection: usize,
-    calls: &Mutex<Vec<Call>>,
-    script: &Script,
+    seen: &Mutex<Vec<Request>>,
+    script: &(impl Fn(&Request) -> Answer + ?Sized),
 ) -> io::Result<()> {
-    stream.read_exact(&mut [0; 8])?;
-    let mut call = Call {
-        connection,
-        channel: 0,
-        method: Method::PROTOCOL_HEADER,
-        arguments: Vec::new(),
-    };
+    stream.set_read_timeout(Some(IDLE))?;
+    stream.set_nodelay(true)?;
+    let mut header = [0; 8];
+    stream.read_exact(&mut header)?;
+    let mut next = Ok((0, Method::PROTOCOL_HEADER, header.to_vec()));
     loop {
-        lock(calls).push(call.clone());
-        match script(&call) {
-            Answer::Usual => stream.write_all(&usual(&call))?,
-            Answer::Bytes(bytes) => stream.write_all(&bytes)?,
-            Answer::Last(bytes) => {
-                stream.write_all(&bytes)?;
-                // What the client has sent is read, as a reset could overtake the answer.
-                stream.shutdown(std::net::Shutdown::Write)?;
-                return io::copy(&mut stream, &mut io::sink()).map(drop);
-            }
+        let (channel, method, arguments) = next?;
+        let request = {
+            let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let earlier = seen
+                .iter()
+                .filter(|seen| seen.connection == connection && seen.method == method);
+            let request = Request {
+                connection,
+                channel,
+                method,
+                arguments,
+                nth: earlier.count() as u64 + 1,
+            };
+            seen.push(request.clone());
+            request
+        };
+        let (bytes, ends) = match script(&request) {
+            Answer::Usual => (usual(&request), method == Method::CONNECTION_CLOSE),
+            Answer::Bytes(bytes) => (bytes, false),
+            Answer::Last(bytes) => (bytes, true),
+        };
+        stream.write_all(&bytes)?;
+        if ends {
+            return stream.shutdown(Shutdown::Both);
         }
-        if matches!(
-            call.method,
-            Method::CONNECTION_CLOSE | Method::CONNECTION_CLOSE_OK
-        ) {
-            return Ok(());
-        }
-        call = read_call(&mut stream, connection)?;
+        next = read_frame(&mut stream);
     }
 }
 
-fn read_call(stream: &mut TcpStream, connection: usize) -> io::Result<Call> {
+/// The next frame: its channel, its method, and what stands behind.
+fn read_frame(stream: &mut TcpStream) -> io::Result<(u16, Method, Vec<u8>)> {
     let mut header = [0; 7];
     stream.read_exact(&mut header)?;
-    let [kind, high, low, a, b, c, d] = header;
-    let mut payload = vec![0; u32::from_be_bytes([a, b, c, d]) as usize + 1];
+    let [kind, c0, c1, size @ ..] = header;
+    let mut payload = vec![0; u32::from_be_bytes(size) as usize + 1];
     stream.read_exact(&mut payload)?;
     payload.pop();
-    let (method, arguments) = match (kind, payload.as_slice()) {
-        (1, [a, b, c, d, arguments @ ..]) => {
-            let number = |high, low| u16::from_be_bytes([high, low]);
-            (Method(number(*a, *b), number(*c, *d)), arguments.to_vec())
+    let channel = u16::from_be_bytes([c0, c1]);
+    Ok(match (kind, payload.as_slice()) {
+        (1, &[a, b, c, d, ref rest @ ..]) => {
+            let method = Method(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+            (channel, method, rest.to_vec())
         }
-        _ => (Method(0, kind.into()), payload),
-    };
-    let channel = u16::from_be_bytes([high, low]);
-    Ok(Call {
-        connection,
-        channel,
-        method,
-        arguments,
+        _ => (channel, Method(0, kind.into()), payload),
     })
 }
 
-/// connection.tune with this heartbeat, in seconds.
-pub fn tune(heartbeat: u16) -> Vec<u8> {
-    let mut limits = b"\x07\xff\0\x02\0\0".to_vec();
-    limits.extend(heartbeat.to_be_bytes());
-    frames::method_frame(0, Method::CONNECTION_TUNE, &limits)
-}
-
-/// A queue.declare-ok for an empty queue, or consume-ok, and so on: what a broker without messages answers.
-pub fn usual(call: &Call) -> Vec<u8> {
-    let frame = |method, arguments: &[u8]| frames::method_frame(call.channel, method, arguments);
-    // A short string: its length and its bytes.
-    let short = |from: usize| {
-        let rest = call.arguments.get(from..).unwrap_or_default();
-        let length = rest.first().copied().unwrap_or_default() as usize;
-        rest.get(..=length).unwrap_or(b"\0").to_vec()
-    };
-    match call.method {
+/// What a broker with one queue, and no message in it, answers.
+pub fn usual(request: &Request) -> Vec<u8> {
+    let of = |method, arguments: &[u8]| method_frame(request.channel, method, arguments);
+    match request.method {
         Method::PROTOCOL_HEADER => {
-            let greeting = b"\0\x09\0\0\0\0\0\0\0\x05PLAIN\0\0\0\x05en_US";
-            frame(Method::CONNECTION_START, greeting)
+            let mechanisms = long(b"PLAIN");
+            let arguments = [&[0, 9][..], &long(b""), &mechanisms, &long(b"en_US")].concat();
+            of(Method::CONNECTION_START, &arguments)
         }
-        Method::CONNECTION_START_OK => tune(1),
-        Method::CONNECTION_OPEN => frame(Method::CONNECTION_OPEN_OK, b"\0"),
-        Method::CONNECTION_CLOSE => frame(Method::CONNECTION_CLOSE_OK, b""),
-        Method::CHANNEL_OPEN => frame(Method::CHANNEL_OPEN_OK, b"\0\0\0\0"),
-        Method::CHANNEL_CLOSE => frame(Method::CHANNEL_CLOSE_OK, b""),
-        Method::BASIC_QOS => frame(Method::BASIC_QOS_OK, b""),
-        Method::CONFIRM_SELECT => frame(Method::CONFIRM_SELECT_OK, b""),
+        Method::CONNECTION_START_OK => tune(60),
+        Method::CONNECTION_OPEN => of(Method::CONNECTION_OPEN_OK, &[0]),
+        Method::CONNECTION_CLOSE => of(Method::CONNECTION_CLOSE_OK, &[]),
+        Method::CHANNEL_OPEN => of(Method::CHANNEL_OPEN_OK, &[0; 4]),
+        Method::CHANNEL_CLOSE => of(Method::CHANNEL_CLOSE_OK, &[]),
+        Method::CONFIRM_SELECT => of(Method::CONFIRM_SELECT_OK, &[]),
+        Method::BASIC_QOS => of(Method::BASIC_QOS_OK, &[]),
         Method::QUEUE_DECLARE => {
-            // No message, and one consumer: an answer that knows of none counts for nothing.
-            let name = short(2);
-            frame(
-                Method::QUEUE_DECLARE_OK,
-                &[&name[..], &b"\0\0\0\0\0\0\0\x01"[..]].concat(),
-            )
+            let name = short_at(&request.arguments, 2);
+            of(Method::QUEUE_DECLARE_OK, &[name, &[0; 8]].concat())
         }
         Method::BASIC_CONSUME => {
-            let queue = short(2);
-            frame(Method::BASIC_CONSUME_OK, &short(2 + queue.len()))
+            let queue = short_at(&request.arguments, 2);
+            let tag = short_at(&request.arguments, 2 + queue.len());
+            of(Method::BASIC_CONSUME_OK, tag)
         }
-        Method::BASIC_CANCEL => frame(Method::BASIC_CANCEL_OK, &short(0)),
+        Method::BASIC_CANCEL => match request.arguments.last() {
+            // Behind the tag: no-wait.
+            Some(1) => Vec::new(),
+            _ => of(Method::BASIC_CANCEL_OK, short_at(&request.arguments, 0)),
+        },
+        Method::BODY => settle(request, Method::BASIC_ACK),
         _ => Vec::new(),
     }
 }
 
-/// The consumer tag of a basic.consume, as a short string with its length.
-pub fn consumer_tag(consume: &Call) -> Vec<u8> {
-    usual(consume).get(11..).map_or_else(
-        || b"\0".to_vec(),
-        |rest| rest.get(..rest.len() - 1).unwrap_or_default().to_vec(),
-    )
+/// connection.tune with this heartbeat, in seconds.
+pub fn tune(heartbeat: u16) -> Vec<u8> {
+    let arguments = [&[7, 255, 0, 2, 0, 0][..], &heartbeat.to_be_bytes()].concat();
+    method_frame(0, Method::CONNECTION_TUNE, &arguments)
 }
 
-/// A frame of any kind, with a true length and the end that belongs to it.
-pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![kind];
-    bytes.extend(channel.to_be_bytes());
-    bytes.extend((payload.len() as u32).to_be_bytes());
-    bytes.extend(payload);
-    bytes.push(0xce);
-    bytes
+/// basic.ack or basic.nack of the message whose body has come.
+pub fn settle(request: &Request, method: Method) -> Vec<u8> {
+    let arguments = [&request.nth.to_be_bytes()[..], &[0]].concat();
+    method_frame(request.channel, method, &arguments)
 }
 
-/// The frames of a delivery: method, content header with this field table of headers (without its length), body.
-pub fn delivery(channel: u16, tag: &[u8], headers: &[u8], size: u64, body: &[u8]) -> [Vec<u8>; 3] {
-    let mut arguments = tag.to_vec();
-    // Delivery tag 1, not redelivered, the default exchange, routing key "q".
-    arguments.extend(b"\0\0\0\0\0\0\0\x01\0\0\x01q");
-    let mut header = b"\0\x3c\0\0".to_vec();
-    header.extend(size.to_be_bytes());
-    // Of the properties, the headers only.
-    header.extend(0x2000_u16.to_be_bytes());
-    header.extend((headers.len() as u32).to_be_bytes());
-    header.extend(headers);
+/// basic.return with NO_ROUTE of a message with an empty body.
+pub fn returned(channel: u16) -> Vec<u8> {
+    let arguments = [&[1, 56][..], &short(b"NO_ROUTE"), &[0], &short(b"q")].concat();
     [
-        frames::method_frame(channel, Method::BASIC_DELIVER, &arguments),
-        frame(2, channel, &header),
-        frame(3, channel, body),
+        method_frame(channel, Method::BASIC_RETURN, &arguments),
+        content_header(channel, 0, &[0, 0]),
     ]
+    .concat()
 }
 
-/// A field table (without its length) that holds a table, or an array where `arrays`, that holds one, so many levels deep.
-pub fn nested(levels: usize, arrays: bool) -> Vec<u8> {
+/// basic.deliver to qconsume's consumer, with this delivery tag and routing key.
+pub fn deliver(channel: u16, tag: u64, routing_key: &[u8]) -> Vec<u8> {
+    let tag = tag.to_be_bytes();
+    let key = short(routing_key);
+    let arguments = [&short(b"qconsume")[..], &tag, &[0], &[0], &key].concat();
+    method_frame(channel, Method::BASIC_DELIVER, &arguments)
+}
+
+/// A content header: the body's size, and the properties as they are encoded.
+pub fn content_header(channel: u16, size: u64, properties: &[u8]) -> Vec<u8> {
+    let payload = [&[0, 60, 0, 0][..], &size.to_be_bytes(), properties].concat();
+    frame(2, channel, &payload)
+}
+
+/// A frame of any type.
+pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![kind];
+    frame.extend(channel.to_be_bytes());
+    frame.extend((payload.len() as u32).to_be_bytes());
+    frame.extend(payload);
+    frame.push(0xCE);
+    frame
+}
+
+/// A short string; what is beyond 255 bytes is left out.
+pub fn short(text: &[u8]) -> Vec<u8> {
+    let text = &text[..text.len().min(255)];
+    [&[text.len() as u8], text].concat()
+}
+
+/// A long string, or a table's or an array's content with its size.
+pub fn long(text: &[u8]) -> Vec<u8> {
+    [&(text.len() as u32).to_be_bytes(), text].concat()
+}
+
+/// Properties with only headers: tables (`F`) or arrays (`A`) within each other, so many levels with the headers' own.
+pub fn nested_headers(levels: usize, kind: u8) -> Vec<u8> {
+    // From the inside: a builder that calls itself would overflow its own stack.
     let mut value = Vec::new();
-    for _ in 0..levels {
-        let mut outer = if arrays {
-            b"A".to_vec()
-        } else {
-            b"\x01kF".to_vec()
+    for level in (1..levels).rev() {
+        let named = level == 1 || kind == b'F';
+        let name = if named { &[1, b'n'][..] } else { &[] };
+        value = [name, &[kind], &long(&value)].concat();
+    }
+    [&[0x20, 0][..], &long(&value)].concat()
+}
+
+fn short_at(arguments: &[u8], at: usize) -> &[u8] {
+    let rest = arguments.get(at..).unwrap_or_default();
+    let size = 1 + usize::from(rest.first().copied().unwrap_or_default());
+    rest.get(..size).unwrap_or(&[0])
+}
+
+/// Publishes to virtual host `/` as guest, with properties and a routing key of any bytes, and waits until the broker has
+/// the message.
+///
+/// # Panics
+/// When the broker doesn't take it, and says so by closing.
+pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properties: &[u8]) {
+    let publish = || -> io::Result<()> {
+        let mut stream = TcpStream::connect(broker.addr())?;
+        stream.set_read_timeout(Some(crate::PATIENCE))?;
+        let mut call = |bytes: Vec<u8>, wanted: Method| {
+            stream.write_all(&bytes)?;
+            loop {
+                match read_frame(&mut stream)?.1 {
+                    method if method == wanted => return Ok(()),
+                    Method::CONNECTION_CLOSE | Method::CHANNEL_CLOSE => {
+                        return Err(io::Error::other("the broker closed the channel"));
+                    }
+                    _ => {}
+                }
+            }
         };
-        outer.extend((value.len() as u32).to_be_bytes());
-        outer.extend(&value);
-        value = outer;
-    }
-    if arrays {
-        [&b"\x01k"[..], &value].concat()
-    } else {
-        value
-    }
+        call(b"AMQP\0\0\x09\x01".to_vec(), Method::CONNECTION_START)?;
+        let login = long(b"\0guest\0guest");
+        let start_ok = [&long(b"")[..], &short(b"PLAIN"), &login, &short(b"en_US")].concat();
+        call(
+            method_frame(0, Method::CONNECTION_START_OK, &start_ok),
+            Method::CONNECTION_TUNE,
+        )?;
+        let open = [
+            method_frame(0, Method::CONNECTION_TUNE_OK, &[7, 255, 0, 2, 0, 0, 0, 0]),
+            method_frame(
+                0,
+                Method::CONNECTION_OPEN,
+                &[&short(b"/")[..], &[0, 0]].concat(),
+            ),
+        ];
+        call(open.concat(), Method::CONNECTION_OPEN_OK)?;
+        call(
+            method_frame(1, Method::CHANNEL_OPEN, &[0]),
+            Method::CHANNEL_OPEN_OK,
+        )?;
+        call(
+            method_frame(1, Method::CONFIRM_SELECT, &[0]),
+            Method::CONFIRM_SELECT_OK,
+        )?;
+        let target = [
+            &[0, 0][..],
+            &short(exchange.as_bytes()),
+            &short(routing_key),
+            &[0],
+        ];
+        let message = [
+            method_frame(1, Method::BASIC_PUBLISH, &target.concat()),
+            content_header(1, 5, properties),
+            frame(3, 1, b"lemon"),
+        ];
+        call(message.concat(), Method::BASIC_ACK)?;
+        let close = [&200_u16.to_be_bytes()[..], &[0], &[0; 4]].concat();
+        call(
+            method_frame(0, Method::CONNECTION_CLOSE, &close),
+            Method::CONNECTION_CLOSE_OK,
+        )
+    };
+    publish().unwrap_or_else(|error| panic!("the broker took no such message: {error}"));
 }
