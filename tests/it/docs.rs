@@ -215,7 +215,9 @@ fn run(page: &Path, blocks: &[&Block]) {
     // Queues that the commands have declared beside it.
     for line in script.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')) {
         if line.starts_with(queue.name()) {
-            let _ = broker.client().delete(line);
+            let channel = broker.client().channel().unwrap();
+            let deleted = channel.queue_delete(line.into(), Default::default());
+            let _ = testbed::block_on(deleted);
         }
     }
 }

@@ -167,7 +167,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
         0 => {
             for _ in 0..random.usize(1..8) {
                 if let Some(byte) = random.choice(&mut bytes) {
-                    *byte ^= 1 << fastrand::u8(..8);
+                    *byte ^= 1 << random.u8(..8);
                 }
             }
             bytes

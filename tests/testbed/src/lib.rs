@@ -21,7 +21,6 @@ mod broker;
 pub mod certificates;
 mod client;
 mod exec;
-pub mod hostile;
 pub mod owner;
 pub mod peer;
 mod ports;
@@ -37,7 +36,7 @@ pub use broker::{
 pub use client::{Client, Consumer, Got, Held, Queue, QueueBuilder, QueueKind};
 pub use lapin::{self, BasicProperties, types};
 pub use nix::sys::signal::Signal;
-pub use peer::{Answer, Call, Peer};
+
 pub use ports::{Port, reserve_port};
 pub use program::{Finished, Program, Running};
 pub use proxy::{Action, Direction, Fate, Method, Proxy, Rewrite, Seen, frames};

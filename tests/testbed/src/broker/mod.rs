@@ -545,7 +545,7 @@ impl Broker {
     }
 
     /// The last lines of its log, which say why it didn't start.
-    fn log_tail(&self) -> String {
+    pub fn log_tail(&self) -> String {
         let log = self.node.as_ref().map(|node| node.log());
         let log = log.unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();

@@ -73,6 +73,8 @@ methods! {
     BASIC_CANCEL_OK = 60, 31, "basic.cancel-ok";
     /// basic.publish.
     BASIC_PUBLISH = 60, 40, "basic.publish";
+    /// basic.return: a message that no queue takes.
+    BASIC_RETURN = 60, 50, "basic.return";
     /// basic.deliver: a message follows.
     BASIC_DELIVER = 60, 60, "basic.deliver";
     /// basic.get.
