@@ -91,7 +91,8 @@ pub fn run(options: &Options) -> Result<()> {
     process::end_if_hung();
     let bench = Bench::start(options.quick, programs)?;
     let mut results = table::head();
-    let parts: [(&str, fn(&Bench) -> Result<String>); 6] = [
+    type Part = fn(&Bench) -> Result<String>;
+    let parts: [(&str, Part); 6] = [
         ("small", Bench::one_message),
         ("far", Bench::far_away),
         ("tls", Bench::tls),
