@@ -25,7 +25,7 @@ fn repository() -> PathBuf {
 /// A folder with a `qconsume` in it, for scripts that call it by its name.
 fn path_with_qconsume() -> String {
     let folder = temp_folder("path");
-    symlink(env!("CARGO_BIN_EXE_qconsume"), folder.join("qconsume")).unwrap();
+    symlink(crate::common::qconsume_path(), folder.join("qconsume")).unwrap();
     format!("{}:{}", folder.display(), std::env::var("PATH").unwrap())
 }
 
@@ -60,7 +60,10 @@ fn the_lines_of_the_kubernetes_documentation_run_with_the_name_changed() {
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
     queue.publish("apple");
     let line = r#"/usr/bin/qconsume --url=$BROKER_URL -q $QUEUE -c 1 /worker.py"#
-        .replace("/usr/bin/qconsume", env!("CARGO_BIN_EXE_qconsume"))
+        .replace(
+            "/usr/bin/qconsume",
+            &crate::common::qconsume_path().to_string_lossy(),
+        )
         .replace("/worker.py", &script.display().to_string());
     let ended = shell(&line).run();
     ended.assert_status(0);
@@ -532,8 +535,8 @@ fn the_table_of_options_is_up_to_date_and_misses_none() {
         .arg(repository().join("tests/options-table.py"))
         .arg("--check")
         .args([
-            env!("CARGO_BIN_EXE_qconsume"),
-            env!("CARGO_BIN_EXE_qpublish"),
+            crate::common::qconsume_path(),
+            crate::common::qpublish_path(),
         ])
         .env_remove("BROKER_URL")
         .output()

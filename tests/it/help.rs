@@ -100,7 +100,7 @@ fn the_version_begins_with_the_packages() {
 #[test]
 fn under_the_name_of_qpublish_it_is_that() {
     let link = owner::temp_folder("name").join("qpublish");
-    symlink(env!("CARGO_BIN_EXE_qconsume"), &link).unwrap();
+    symlink(crate::common::qconsume_path(), &link).unwrap();
     for option in ["--help", "--version"] {
         assert_eq!(
             shown(Program::new(&link), option),

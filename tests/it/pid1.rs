@@ -2,7 +2,7 @@
 
 use crate::common::qconsume;
 use nix::{sys::signal::kill, unistd::Pid};
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 use testbed::{
     Broker, Container, Finished, PATIENCE, Program, Queue, Running, Signal, docker, eventually,
     image_present, missing, owner,
@@ -78,7 +78,7 @@ impl Worker {
         let mut command = options.to_vec();
         command.extend(["--", "sh", "-c", script]);
         let container = Container::create(image, &settings, &command);
-        container.copy_in(Path::new(env!("CARGO_BIN_EXE_qconsume")), "/qconsume");
+        container.copy_in(&crate::common::qconsume_path(), "/qconsume");
         let running = container.start().spawn();
         Self {
             container,

@@ -656,7 +656,7 @@ fn a_terminal_sees_how_far_it_is_and_a_pipe_does_not() {
     let line = |more: &str| {
         let script = format!(
             "(seq 50; exec sleep 1) | '{}' -l{more}",
-            env!("CARGO_BIN_EXE_qpublish")
+            crate::common::qpublish_path().display()
         );
         Program::new("script")
             .url(&Broker::shared().url())

@@ -11,7 +11,7 @@ const INTERPRETER: u32 = 3;
 
 #[test]
 fn the_binary_asks_for_no_dynamic_loader() {
-    let file = fs::read(env!("CARGO_BIN_EXE_qconsume")).unwrap();
+    let file = fs::read(crate::common::qconsume_path()).unwrap();
     assert_eq!(file[..5], *b"\x7fELF\x02", "no 64-bit ELF");
     let number = |at: usize, bytes: usize| {
         let mut all = [0; 8];

@@ -59,7 +59,7 @@ fn a_shortage_of_processes_is_no_broken_command() {
     let folder = std::env::temp_dir().join(format!("qconsume-shortage-{user}"));
     std::fs::create_dir_all(&folder).unwrap();
     let program = folder.join("qconsume");
-    std::fs::copy(env!("CARGO_BIN_EXE_qconsume"), &program).unwrap();
+    std::fs::copy(crate::common::qconsume_path(), &program).unwrap();
     let mut refused = false;
     let mut limit = 2;
     loop {

@@ -29,13 +29,9 @@ impl Terminal {
         let (keys, terminal) = open().unwrap();
         // Whoever runs the tests may ignore signals, as nohup(1) does; that is inherited.
         let start = ["env", "--default-signal=HUP,INT,QUIT"];
-        let words = [
-            &start,
-            through,
-            &[env!("CARGO_BIN_EXE_qconsume")],
-            arguments,
-        ]
-        .concat();
+        let qconsume = crate::common::qconsume_path();
+        let qconsume = qconsume.to_str().unwrap();
+        let words = [&start, through, &[qconsume], arguments].concat();
         let leader = Command::new(words[0])
             .args(&words[1..])
             .env("BROKER_URL", proxy.url())

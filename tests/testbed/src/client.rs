@@ -233,6 +233,16 @@ impl Client {
         })
     }
 
+    /// Deletes a queue, with everything in it; one that isn't there is no error.
+    pub fn delete(&self, queue: &str) -> Result<()> {
+        self.operate(async |channel| {
+            channel
+                .queue_delete(queue.into(), QueueDeleteOptions::default())
+                .await?;
+            Ok(())
+        })
+    }
+
     /// Closes the connection; the next use opens a new one.
     pub fn disconnect(&self) {
         last_wish(async {
@@ -592,13 +602,7 @@ impl Queue {
     /// Deletes it under its consumers' feet.
     #[track_caller]
     pub fn delete(&self) {
-        let deleted = self.client.operate(async |channel| {
-            let queue = self.name.as_str().into();
-            Ok(channel
-                .queue_delete(queue, QueueDeleteOptions::default())
-                .await?)
-        });
-        self.must("delete", deleted);
+        self.must("delete", self.client.delete(&self.name));
     }
 
     /// Whether the broker has it.
@@ -639,16 +643,6 @@ pub struct Held {
 }
 
 impl Held {
-    /// Acknowledges it.
-    pub fn ack(self) -> Result<()> {
-        block_on(limited(async {
-            self.channel
-                .basic_ack(self.tag, BasicAckOptions::default())
-                .await?;
-            Ok(self.channel.close(200, "".into()).await?)
-        }))
-    }
-
     /// Puts it back.
     pub fn requeue(self) -> Result<()> {
         let options = BasicNackOptions {

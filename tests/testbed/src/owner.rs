@@ -12,6 +12,7 @@
 use crate::ports::random;
 use anyhow::{Context, Result};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -109,9 +110,14 @@ impl Owner {
 
     /// A new, empty folder of this process's.
     pub(crate) fn create_folder(&self, name: &str) -> Result<PathBuf> {
-        let path = self.folder.join(format!("{name}-{:08x}", random() as u32));
-        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(path)
+        let folder = tempfile::Builder::new()
+            .prefix(&format!("{name}-"))
+            // The user rabbitmq must get at a node's folder.
+            .permissions(fs::Permissions::from_mode(0o755))
+            .tempdir_in(&self.folder)
+            .with_context(|| format!("cannot create a folder in {}", self.folder.display()))?;
+        // The watchdog removes it with the others.
+        Ok(folder.keep())
     }
 
     /// Tells the watchdog that it must ask Docker too.
@@ -159,7 +165,6 @@ pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
 
 /// The first executable file of that name in `PATH`.
 pub fn find_in_path(name: &str) -> Option<PathBuf> {
-    use std::os::unix::fs::PermissionsExt;
     let executable = |path: &Path| {
         fs::metadata(path)
             .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
