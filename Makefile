@@ -3,12 +3,12 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs transcripts manuals
+.PHONY: help demo test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
 
-demo: ## fills a queue and works it off, to see what qconsume does
+demo: ## fills a queue and consumes it, to see what qconsume does
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin testbed -- demo
 
@@ -48,11 +48,6 @@ binaries: image
 
 docs: ## writes docs/options.md and the tables of exit statuses anew
 	$(CARGO) run --quiet --locked --example docgen
-
-transcripts: ## writes docs/transcripts.md anew, from real runs; QCONSUME_TEST_RABBITMQ=rabbitmq:4.3-management for the version it is about
-	$(CARGO) build --workspace --locked
-	$(CARGO) run --quiet --locked --package testbed --bin testbed -- transcripts >target/transcripts.md
-	mv target/transcripts.md docs/transcripts.md
 
 manuals: ## man pages and shell completions, in dist/
 	$(CARGO) run --quiet --locked --example docgen -- dist

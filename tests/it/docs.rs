@@ -1,7 +1,10 @@
-//! Every command in the documentation is run, or, where it needs Docker, Kubernetes or a build, looked at.
+//! Every command in the documentation is run, or, where it needs Docker, Kubernetes, a build or a terminal, looked at; and
+//! every message that it quotes is one of ours.
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpListener,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,13 +16,26 @@ const ADDRESS: &str = "amqp://guest:guest@localhost:5672";
 /// The queue that the pages use; a name of this test's own takes its place.
 const QUEUE: &str = "job1";
 
+/// The HTTP server that the pages use; one of this test's own takes its place.
+const HTTP_SERVER: &str = "http://worker:8080";
+
+/// What isn't run here.
+const ELSEWHERE: [&str; 4] = ["docker", "kubectl", "make", "terminal"];
+
+/// The README is for five minutes.
+const README_LINES_MAX: usize = 120;
+
+/// Options of other programs that the pages name by themselves.
+const OPTIONS_OF_OTHERS: [&str; 4] = ["--fail", "--init", "--no-default-cert-paths", "--tag"];
+
 /// What the commands of one page may take, generously.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A fenced block of commands.
 struct Block {
     line: usize,
-    /// What it needs, if that is more than a shell and a broker: `docker`, `kubectl` or `make`.
+    /// What it needs, if that is more than a shell and a broker: one of `ELSEWHERE`, or a program without which it is
+    /// left out.
     needs: Option<String>,
     commands: String,
 }
@@ -74,6 +90,7 @@ fn blocks(page: &Path) -> Vec<Block> {
             "mermaid",
             "toml",
             "python",
+            "ini",
         ];
         assert!(
             known.contains(&language),
@@ -121,6 +138,41 @@ impl Drop for Sandbox {
     }
 }
 
+impl Block {
+    fn can_run(&self) -> bool {
+        let Some(needs) = self.needs.as_deref() else {
+            return true;
+        };
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        !ELSEWHERE.contains(&needs)
+            && std::env::split_paths(&path).any(|folder| folder.join(needs).is_file())
+    }
+}
+
+/// A server that reads each request with its body and answers 200, until the test ends.
+fn http_server() -> String {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("there is a free port");
+    let address = listener.local_addr().expect("it is bound");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.expect("it connects"));
+            let (mut line, mut length) = (String::new(), 0);
+            while stream.read_line(&mut line).is_ok_and(|read| read > 2) {
+                let lower = line.to_ascii_lowercase();
+                if let Some(value) = lower.strip_prefix("content-length:") {
+                    length = value.trim().parse().expect("a length is a number");
+                }
+                line.clear();
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).expect("the body is there");
+            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            stream.get_mut().write_all(answer).expect("it is read");
+        }
+    });
+    format!("http://{address}")
+}
+
 /// Runs a page's blocks in one shell, in order, as a reader would.
 fn run(page: &Path, blocks: &[&Block]) {
     let broker = Broker::shared();
@@ -135,16 +187,16 @@ fn run(page: &Path, blocks: &[&Block]) {
         ));
     }
     let url = broker.url();
-    let script = script.replace(ADDRESS, &url).replace(QUEUE, queue.name());
-    let programs = Path::new(env!("CARGO_BIN_EXE_qconsume"))
-        .parent()
-        .expect("it is in a folder");
+    let script = script
+        .replace(ADDRESS, &url)
+        .replace(QUEUE, queue.name())
+        .replace(HTTP_SERVER, &http_server());
     let path = std::env::var("PATH").unwrap_or_default();
     let finished = Program::new("/bin/sh")
         .args(["-c", &script])
         .url(&url)
         .queue(queue.name())
-        .env("PATH", format!("{}:{path}", programs.display()))
+        .env("PATH", format!("{}:{path}", programs().display()))
         .current_dir(&sandbox.0)
         .spawn()
         .wait(LIMIT);
@@ -169,10 +221,7 @@ fn the_commands_of_every_page_work() {
         for page in pages() {
             scope.spawn(move || {
                 let blocks = blocks(&page);
-                let run_here: Vec<_> = blocks
-                    .iter()
-                    .filter(|block| block.needs.is_none())
-                    .collect();
+                let run_here: Vec<_> = blocks.iter().filter(|block| block.can_run()).collect();
                 if !run_here.is_empty() {
                     run(&page, &run_here);
                 }
@@ -188,11 +237,10 @@ fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
     for page in pages() {
         for block in blocks(&page) {
             let Some(needs) = &block.needs else { continue };
+            if !ELSEWHERE.contains(&needs.as_str()) {
+                continue;
+            }
             let place = format!("{}:{}", name(&page), block.line);
-            assert!(
-                ["docker", "kubectl", "make"].contains(&needs.as_str()),
-                "{place}: {needs} is nothing that is checked"
-            );
             let commands = block.commands.replace("\\\n", " ");
             for command in commands.lines() {
                 let command = command.split(" #").next().unwrap_or_default().trim();
@@ -240,4 +288,121 @@ fn links_between_the_pages_lead_somewhere() {
             assert!(file.exists(), "{}: {target} isn't there", name(&page));
         }
     }
+}
+
+#[test]
+fn the_readme_is_for_five_minutes() {
+    let text = fs::read_to_string(root().join("README.md")).expect("there is a README");
+    let lines = text.lines().count();
+    assert!(lines <= README_LINES_MAX, "README.md has {lines} lines");
+}
+
+/// An option that a page names is one of ours: none that has gone.
+#[test]
+fn options_that_the_pages_name_are_there() {
+    let help = |program| {
+        Program::new(programs().join(program))
+            .arg("--help")
+            .run()
+            .stdout_text()
+    };
+    let help = help("qconsume") + &help("qpublish");
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("the page can be read");
+        for span in text.split('`').skip(1).step_by(2) {
+            let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-';
+            let option = span.split(|c| !is_part(c)).next().unwrap_or_default();
+            if option.len() > 2 && option.starts_with("--") && !OPTIONS_OF_OTHERS.contains(&option)
+            {
+                assert!(
+                    help.split(|c| !is_part(c)).any(|word| word == option),
+                    "{}: there is no option {option}",
+                    name(&page)
+                );
+            }
+        }
+    }
+}
+
+/// Where the programs are that the tests run.
+fn programs() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_qconsume"))
+        .parent()
+        .expect("it is in a folder")
+}
+
+/// The messages in the first column of troubleshooting.md are in the sources, in this wording.
+#[test]
+fn messages_that_troubleshooting_quotes_are_ours() {
+    let mut sources = Vec::new();
+    let mut folders = vec![root().join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("it can be listed") {
+            let path = entry.expect("it can be listed").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                sources.push(fs::read_to_string(path).expect("it can be read"));
+            }
+        }
+    }
+    let page = root().join("docs/troubleshooting.md");
+    let text = fs::read_to_string(page).expect("the page can be read");
+    let messages: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    assert!(messages.len() > 40, "the tables are not found any more");
+    for message in messages {
+        let has_it = |line: &str| {
+            let mut rest = Some(line);
+            for part in message.split('…') {
+                rest = rest.and_then(|rest| Some(rest.split_once(part)?.1));
+            }
+            rest.is_some()
+        };
+        assert!(
+            sources.iter().any(|source| source.lines().any(has_it)),
+            "nothing says {message:?}"
+        );
+    }
+}
+
+/// The log lines in logs.md are those of a real run, but for the time that it took.
+#[test]
+fn log_lines_that_logs_quotes_are_real() {
+    let page = fs::read_to_string(root().join("docs/logs.md")).expect("there is a page");
+    let without_time = |line: &str| {
+        let mut words: Vec<_> = line.split(' ').collect();
+        words.retain(|word| !word.starts_with("seconds="));
+        words.join(" ")
+    };
+    let quoted: Vec<_> = page.lines().map(without_time).collect();
+    let broker = Broker::shared();
+    let queue = broker.declare("docs-logs").create();
+    let log = std::env::temp_dir().join(format!("qconsume-docs-{}", queue.name()));
+    for status in [0, 3] {
+        Program::new(programs().join("qpublish"))
+            .args(["-q", queue.name(), "--message-id", "order-7", "apple"])
+            .url(&broker.url())
+            .run()
+            .assert_status(0);
+        fs::write(&log, "").expect("the temporary folder can be written to");
+        let finished = Program::new(programs().join("qconsume"))
+            .env("QCONSUME_TERMINATION_LOG", &log)
+            .args(["--", "sh", "-c", &format!("exit {status}")])
+            .url(&broker.url())
+            .queue(queue.name())
+            .run();
+        finished.assert_status(status);
+        let termination = fs::read_to_string(&log).expect("it is there");
+        let said = finished.stderr.replace(queue.name(), QUEUE) + &termination;
+        for line in said.lines().map(without_time) {
+            assert!(
+                quoted.contains(&line),
+                "docs/logs.md lacks this line:\n{line}"
+            );
+        }
+    }
+    let _ = fs::remove_file(&log);
 }

@@ -7,7 +7,7 @@
 //! - [`Container`] runs it as a container's first process.
 //! - [`soak`] puts all of it together, at random, and keeps the books.
 //! - [`mod@bench`] compares qconsume with what it replaces.
-//! - [`Netns`] and [`FullBacklog`] are networks that swallow packets.
+//! - [`FullBacklog`] is an address that swallows packets.
 //!
 //! Everything blocks, so a test is a plain function; what is asynchronous inside runs on one thread of the testbed's own.
 //! Nothing outlives the process that started it, not even when that process is killed: see [`owner`].
@@ -21,14 +21,12 @@ pub mod certificates;
 mod client;
 pub mod demo;
 mod exec;
-mod netns;
 pub mod owner;
 mod ports;
 mod program;
 mod proxy;
 mod runtime;
 pub mod soak;
-pub mod transcripts;
 
 pub use backlog::FullBacklog;
 pub use broker::{
@@ -36,7 +34,6 @@ pub use broker::{
 };
 pub use client::{Client, Consumer, Got, Held, Queue, QueueBuilder, QueueKind};
 pub use lapin::{self, BasicProperties, types};
-pub use netns::Netns;
 pub use nix::sys::signal::Signal;
 pub use ports::{Port, reserve_port};
 pub use program::{Finished, Program, Running};

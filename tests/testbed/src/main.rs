@@ -4,12 +4,11 @@ use anyhow::{Context, Result, bail};
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode};
-use testbed::{Broker, demo, transcripts};
+use testbed::{Broker, demo};
 
-const USAGE: &str = "usage: testbed broker [-- COMMAND [ARG]...] | demo | transcripts
+const USAGE: &str = "usage: testbed broker [-- COMMAND [ARG]...] | demo
 broker: Finds or starts a RabbitMQ. With a COMMAND, runs it with BROKER_URL set and ends with its status. Without one, prints
 BROKER_URL=... and stays until its standard input ends, or until it gets SIGINT or SIGTERM.
-transcripts: prints the page of what qconsume says in each case, from real runs of the one built beside this program.
 demo: fills a queue and works it off with qconsume and qpublish, built beside this program.";
 
 fn main() -> ExitCode {
@@ -48,10 +47,6 @@ fn run(args: &[String]) -> Result<u8> {
         }
         ["demo"] => {
             demo::run(&demo::paths()?)?;
-            Ok(0)
-        }
-        ["transcripts"] => {
-            print!("{}", transcripts::page()?);
             Ok(0)
         }
         _ => bail!("{USAGE}"),

@@ -4,7 +4,7 @@
 //! starts a watchdog: a shell in a process group of its own that waits for the end of its standard input. This
 //! process holds the only other end of that pipe, so the watchdog wakes when this process is gone, even by SIGKILL, and then
 //! - kills every process that carries this owner's mark in its environment,
-//! - removes every container and network with this owner's label and every network namespace with this owner's prefix,
+//! - removes every container and network with this owner's label,
 //! - deletes this owner's folder.
 //!
 //! The marks are there from the moment a resource exists, so there is no window in which one is not yet registered.
@@ -51,14 +51,11 @@ if [ -e "$folder/docker" ]; then
     networks=$(docker network ls -q --filter "label=$label")
     [ -z "$networks" ] || docker network rm $networks
 fi
-if [ -e "$folder/netns" ]; then
-    for name in $(ip netns list | sed 's/ .*//' | grep "^$id"); do ip netns delete "$name"; done
-fi
 if grep -q -s -F "$id" "$policy"; then rm -f "$policy"; fi
 rm -rf "$folder"
 "#;
 
-/// This process as the owner of processes, containers, namespaces and files.
+/// This process as the owner of processes, containers and files.
 pub(crate) struct Owner {
     /// Unique among all test processes; also the prefix of names.
     pub(crate) id: String,
@@ -79,7 +76,6 @@ pub(crate) fn get() -> Result<&'static Owner> {
 
 impl Owner {
     fn start() -> Result<Self> {
-        // Short, because the name of a network namespace's link has at most 15 characters.
         let id = format!("qc{:08x}", random() as u32);
         let folder = std::env::temp_dir().join(format!("qconsume-testbed-{id}"));
         let watchdog = Command::new("sh")
@@ -88,7 +84,7 @@ impl Owner {
             .args([LABEL, POLICY])
             .env_clear()
             .envs(std::env::vars_os().filter(|(name, _)| {
-                // What it takes to run docker and ip; above all not the mark of an outer owner, or else its watchdog kills ours.
+                // What it takes to run docker; above all not the mark of an outer owner, or else its watchdog kills ours.
                 matches!(
                     name.to_str(),
                     Some("PATH" | "HOME" | "DOCKER_HOST" | "DOCKER_CONFIG")
@@ -120,16 +116,7 @@ impl Owner {
 
     /// Tells the watchdog that it must ask Docker too.
     pub(crate) fn uses_docker(&self) -> Result<()> {
-        self.note("docker")
-    }
-
-    /// Tells the watchdog that it must look for network namespaces too.
-    pub(crate) fn uses_netns(&self) -> Result<()> {
-        self.note("netns")
-    }
-
-    fn note(&self, name: &str) -> Result<()> {
-        let path = self.folder.join(name);
+        let path = self.folder.join("docker");
         fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))
     }
 }

@@ -3,10 +3,12 @@
 use crate::owner;
 use crate::ports::random;
 use crate::{PATIENCE, Signal, eventually};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -19,6 +21,13 @@ const RUN_MARK: &str = "QCONSUME_TESTBED_RUN";
 
 /// Variables of this process's environment that would change what the program under test does.
 const OWN_VARIABLES: [&str; 4] = ["BROKER_URL", "BROKER_URL_FILE", "AMQP_URL", "QUEUE"];
+
+/// Gives the program the signals' usual meaning, unblocked, whatever this process was started with (under nohup a hangup is
+/// ignored). A test that wants one ignored says so in [`Program::through`].
+const USUAL_SIGNALS: [&str; 2] = ["/usr/bin/env", "--default-signal=HUP,INT,QUIT,PIPE,TERM"];
+
+/// How often a reader looks whether the program has ended, while nothing arrives.
+const LOOK: u16 = 20;
 
 /// A program about to be run.
 #[derive(Clone, Debug)]
@@ -121,17 +130,9 @@ impl Program {
     pub fn spawn(self) -> Running {
         let owner = owner::get().unwrap_or_else(|error| panic!("{error:#}"));
         let run = format!("{:016x}", random());
-        let defaults = with_default_signals();
-        let mut words = defaults
-            .iter()
-            .chain(&self.prefix)
-            .chain([self.path.as_os_str().to_owned()].iter())
-            .chain(&self.args)
-            .cloned()
-            .collect::<Vec<_>>()
-            .into_iter();
-        let mut command = Command::new(words.next().unwrap_or_default());
-        command.args(words);
+        let mut command = Command::new(USUAL_SIGNALS[0]);
+        command.arg(USUAL_SIGNALS[1]).args(&self.prefix);
+        command.arg(&self.path).args(&self.args);
         if self.clear {
             command.env_clear();
         } else {
@@ -202,21 +203,6 @@ impl Program {
     }
 }
 
-/// The words to run a program through so that it doesn't inherit ignored signals: whoever runs the tests may ignore some, as
-/// nohup(1) does.
-fn with_default_signals() -> Vec<OsString> {
-    const HUP_INT_QUIT: u64 = 0b111;
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = ignored.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    match owner::find_in_path("env") {
-        Some(env) if ignored.is_some_and(|bits| bits & HUP_INT_QUIT != 0) => {
-            vec![env.into(), "--default-signal=HUP,INT,QUIT".into()]
-        }
-        _ => Vec::new(),
-    }
-}
-
 /// What the threads that watch a program have seen so far.
 #[derive(Default)]
 struct Shared {
@@ -230,6 +216,8 @@ struct State {
     stderr: Vec<u8>,
     /// Pipes that have come to their end.
     closed: usize,
+    /// Pipes of which everything was read that the program itself has written; what it has left behind may hold them open.
+    drained: usize,
     ended: Option<(ExitStatus, Duration)>,
 }
 
@@ -247,16 +235,34 @@ impl Shared {
 
     fn read(
         self: &Arc<Self>,
-        mut pipe: impl Read + Send + 'static,
+        mut pipe: impl Read + AsFd + Send + 'static,
         buffer: fn(&mut State) -> &mut Vec<u8>,
     ) {
         let shared = self.clone();
         thread::spawn(move || {
             let mut chunk = vec![0; 64 * 1024];
-            while let Ok(count @ 1..) = pipe.read(&mut chunk) {
-                shared.change(|state| buffer(state).extend_from_slice(&chunk[..count]));
+            let mut drained = false;
+            loop {
+                let ended = shared.lock().ended.is_some();
+                let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+                if poll(&mut fds, LOOK) == Ok(0) {
+                    if ended && !drained {
+                        drained = true;
+                        shared.change(|state| state.drained += 1);
+                    }
+                    continue;
+                }
+                match pipe.read(&mut chunk) {
+                    Ok(count @ 1..) => {
+                        shared.change(|state| buffer(state).extend_from_slice(&chunk[..count]));
+                    }
+                    _ => break,
+                }
             }
-            shared.change(|state| state.closed += 1);
+            shared.change(|state| {
+                state.closed += 1;
+                state.drained += usize::from(!drained);
+            });
         });
     }
 
@@ -387,9 +393,8 @@ impl Running {
                 self.name
             );
         }
-        // The pipes may be held open by a process that it has left behind; its own output is in them already.
-        self.shared
-            .wait(Duration::from_millis(500), |state| state.closed == 2);
+        let drained = self.shared.wait(PATIENCE, |state| state.drained == 2);
+        assert!(drained, "the output of {} never pauses", self.name);
         let state = self.shared.lock();
         let (status, wall) = state.ended.expect("it has ended");
         Finished {

@@ -1,9 +1,9 @@
-//! Programs under test, networks without packets, and what is left when a test process is killed.
+//! Programs under test, and what is left when a test process is killed.
 
 use std::io::BufRead;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use testbed::{Broker, Direction, Method, Netns, PATIENCE, Program, Proxy, Signal, missing, owner};
+use testbed::{Broker, PATIENCE, Program, Signal, owner};
 
 #[test]
 fn statuses_and_output_are_kept_apart() {
@@ -57,56 +57,28 @@ fn the_hosts_variables_are_removed() {
 }
 
 #[test]
-fn a_namespace_can_lose_its_packets() {
-    if !Netns::available() {
-        return missing("root, and the right to create network namespaces");
-    }
-    let netns = Netns::new();
-    let proxy = Proxy::listen(netns.host_ip().into(), None).expect("a proxy");
-    let connect = || {
-        let script = format!(
-            "exec 3<>/dev/tcp/{}/{} && echo connected >&2",
-            proxy.addr().ip(),
-            proxy.addr().port()
-        );
-        netns
-            .enter(Program::new("bash").args(["-c", &script]))
-            .spawn()
-    };
-    connect()
-        .wait(PATIENCE)
-        .assert_status(0)
-        .assert_stderr("connected");
-    netns.drop_packets();
-    let running = connect();
-    assert!(!testbed::eventually(Duration::from_millis(1500), || {
-        running.has_ended()
-    }));
-    netns.pass_packets();
-    running
-        .wait(PATIENCE)
-        .assert_status(0)
-        .assert_stderr("connected");
+fn a_program_has_the_usual_signals_even_under_nohup() {
+    let finished = Program::new("sh")
+        .args(["-c", "kill -HUP $$; exit 3"])
+        .through(["sh", "-c", "trap '' HUP; exec \"$0\" \"$@\""])
+        .run();
+    // What a test asks for comes after the reset.
+    assert_eq!(finished.status(), 3);
+    let usual = Program::new("sh")
+        .args(["-c", "kill -HUP $$; exit 3"])
+        .run();
+    assert_eq!(usual.signal, Some(1));
 }
 
 #[test]
-fn a_namespace_reaches_a_private_broker_through_a_proxy() {
-    if !Netns::available() {
-        return missing("root, and the right to create network namespaces");
-    }
-    let netns = Netns::new();
-    let broker = Broker::shared();
-    let proxy = Proxy::listen(netns.host_ip().into(), Some(broker.addr())).expect("a proxy");
-    let script = format!(
-        "exec 3<>/dev/tcp/{}/{}; printf 'AMQP\\0\\0\\11\\1' >&3; head -c 1 <&3 >/dev/null",
-        netns.host_ip(),
-        proxy.addr().port()
-    );
-    netns
-        .enter(Program::new("bash").args(["-c", &script]))
-        .run()
-        .assert_status(0);
-    proxy.wait_for(Direction::ToClient, Method::CONNECTION_START, PATIENCE);
+fn what_it_leaves_behind_does_not_hold_up_its_output() {
+    let running = Program::new("sh")
+        .args(["-c", "sleep 1000 & seq 100000; echo last >&2"])
+        .spawn();
+    let finished = running.finish(PATIENCE);
+    finished.assert_status(0).assert_stderr("last");
+    assert!(finished.stdout_text().ends_with("\n100000\n"));
+    assert_eq!(running.leftovers().len(), 1);
 }
 
 /// What the next test kills: it has a broker, a program and a folder, and says so.
@@ -118,7 +90,6 @@ fn owner_of_everything() {
         .args(["-c", "sleep 1000 & sleep 1000"])
         .spawn();
     let folder = owner::temp_folder("left");
-    let _netns = Netns::available().then(Netns::new);
     println!(
         "\nowner={} folder={} pid={}",
         owner::id(),
@@ -153,20 +124,10 @@ fn a_killed_test_process_leaves_nothing() {
     assert!(owner::processes_with(owner::MARK, id).len() >= 5);
     child.kill().expect("killed");
     child.wait().expect("reaped");
-    let namespaces = || {
-        Command::new("ip")
-            .args(["netns", "list"])
-            .output()
-            .map_or_else(
-                |_| String::new(),
-                |out| String::from_utf8_lossy(&out.stdout).into_owned(),
-            )
-    };
     assert!(
         testbed::eventually(PATIENCE, || {
             owner::processes_with(owner::MARK, id).is_empty()
                 && !folder.parent().expect("the owner's").exists()
-                && !namespaces().contains(id)
         }),
         "left: {:?} {}",
         owner::processes_with(owner::MARK, id),

@@ -15,8 +15,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A worker that lives longer hangs: the longest that it may take is `--connect-timeout` and `--settle-timeout`.
-const HANG: Duration = Duration::from_secs(110);
+/// A worker that lives longer hangs: the longest that it may take is its `--connect-timeout` of 60 s, some seconds of waiting and
+/// of its command, and 90 s to settle the message, three times should it be one that takes three.
+const HANG: Duration = Duration::from_secs(200);
 
 /// What a worker has started may live so long after it, while the kernel and a loaded machine catch up.
 const LEFTOVER: Duration = Duration::from_secs(5);
@@ -83,8 +84,8 @@ impl Soak<'_> {
         let mut command = Command::new(&self.options.qconsume);
         command
             .args(["--heartbeat", "2", "--connect-timeout", "60s"])
-            .args(["--settle-timeout", "20s", "--wait", WAIT])
-            .args(["--kill-after", "300ms", "--count", &count.to_string()])
+            .args(["--wait", WAIT, "--kill-after", "300ms"])
+            .args(["--count", &count.to_string()])
             .args(["--on-lost", if finish { "finish" } else { "terminate" }]);
         if let Some(limit) = self.options.ack_timeout_ms {
             command.args(["--ack-timeout", &format!("{limit}ms")]);
