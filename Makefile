@@ -10,7 +10,7 @@ help: ## this list
 
 demo: ## fills a queue and consumes it, to see what qconsume does
 	$(CARGO) build --workspace --locked
-	$(CARGO) run --quiet --locked --package testbed --bin testbed -- demo
+	QUEUE=$(if $(BROKER_URL),qconsume-demo-$$$$,job1) PATH="$${CARGO_TARGET_DIR:-target}/$$(rustc -vV | sed -n 's/^host: //p')/debug:$$PATH" $(CARGO) run --quiet --locked --package testbed --bin testbed -- broker -- tests/demo
 
 test: ## all tests, against a real RabbitMQ
 	$(CARGO) test --workspace --locked --no-fail-fast

@@ -26,7 +26,7 @@ CONNECTION = {
     "user of the machine. Never printed.",
     "--authfile": "Only beside `--server`, likewise. Lines of any length; the last needs no newline.",
     "--heartbeat": "10 seconds unless told otherwise, and they go on while the command runs: without them a broker "
-    "that is gone is never noticed. 0 is none.",
+    "that is gone is never noticed. 0 asks for none: then what the broker proposes holds.",
     "--cacert": "The system's CAs where it isn't given, or those of `SSL_CERT_FILE`: there is no file with a fixed name. "
     "Without TLS it is an error, not plain text.",
     "--cert": "Where no password is given it is also what to log in with (EXTERNAL). Without TLS it is an error.",

@@ -51,6 +51,20 @@ impl DeliveryLost {
         }
     }
 
+    /// The consumer's messages have ended without an error: lapin drops a close whose code it doesn't know.
+    pub(super) fn ended(observed: &Observed) -> Self {
+        match observed.closed.clone() {
+            Some((code, text)) if !observed.cancelled => {
+                let refusal = Refusal { code, text };
+                Self {
+                    text: format!("the broker closed the channel or the connection: {refusal}"),
+                    unreadable: false,
+                }
+            }
+            _ => Self::cancelled(observed.version),
+        }
+    }
+
     /// The broker ended the consumer without saying why.
     pub(super) fn cancelled(version: Option<Version>) -> Self {
         let mut text =

@@ -166,7 +166,7 @@ impl Registration {
         match next {
             Some(Ok(delivery)) => Ok(delivery),
             Some(Err(error)) => Err(self.delivery_lost(&error)),
-            None => Err(DeliveryLost::cancelled(self.connection.version())),
+            None => Err(DeliveryLost::ended(&self.connection.observed())),
         }
     }
 

@@ -350,7 +350,8 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
 fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
     let broker = Broker::shared();
     if broker.version() < (4, 3, 0) {
-        return; // Before, the channel itself watches the time, so its answer to the barrier is the truth.
+        // Before, the channel itself watches the time, so its answer to the barrier is the truth.
+        return testbed::version_lacks("queues that watch the acknowledgement timeout");
     }
     // As the broker does it, which is too rare to wait for: it ends the channel once our consumer is cancelled, and
     // cancels the consumer where more messages are to come.
@@ -695,8 +696,10 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
     let registered = |connection| at(connection, Direction::ToClient, Method::BASIC_CONSUME_OK);
     let first = at(1, Direction::ToClient, Method::HEARTBEAT) - registered(1);
     let second = at(last, Direction::ToBroker, Method::BASIC_CANCEL) - registered(last);
-    let waited = (first + second).as_secs_f64();
-    assert!((4.8..6.4).contains(&waited), "{first:?} and {second:?}");
+    // The time between the two doesn't count, or it would have been less; the first does, or the second alone were 5 s.
+    let (first, second) = (first.as_secs_f64(), second.as_secs_f64());
+    assert!(first + second >= 4.8, "{first} and {second}");
+    assert!(second < 5.0, "{first} and {second}");
 }
 
 #[test]

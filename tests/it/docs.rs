@@ -1,5 +1,4 @@
-//! Every command in the documentation is run, or, where it needs Docker, Kubernetes, a build or a terminal, looked at; and
-//! every message that it quotes is one of ours.
+//! Every command in the documentation is run, or, where it needs Docker, Kubernetes or a build, looked at.
 
 use std::{
     fs,
@@ -10,6 +9,8 @@ use std::{
 };
 use testbed::{Broker, Program};
 
+mod quotes;
+
 /// The address that the pages use; the broker's own takes its place.
 const ADDRESS: &str = "amqp://guest:guest@localhost:5672";
 
@@ -19,14 +20,11 @@ const QUEUE: &str = "job1";
 /// The HTTP server that the pages use; one of this test's own takes its place.
 const HTTP_SERVER: &str = "http://worker:8080";
 
+/// What needs a terminal: script(1) is one, on which somebody types "y".
+const TERMINAL: &str = "terminal";
+
 /// What isn't run here.
-const ELSEWHERE: [&str; 4] = ["docker", "kubectl", "make", "terminal"];
-
-/// The README is for five minutes.
-const README_LINES_MAX: usize = 120;
-
-/// Options of other programs that the pages name by themselves.
-const OPTIONS_OF_OTHERS: [&str; 4] = ["--fail", "--init", "--no-default-cert-paths", "--tag"];
+const ELSEWHERE: [&str; 3] = ["docker", "kubectl", "make"];
 
 /// What the commands of one page may take, generously.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -34,8 +32,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// A fenced block of commands.
 struct Block {
     line: usize,
-    /// What it needs, if that is more than a shell and a broker: one of `ELSEWHERE`, or a program without which it is
-    /// left out.
+    /// What it needs, if that is more than a shell and a broker: one of `ELSEWHERE`, a program without which it is left
+    /// out, or `terminal`.
     needs: Option<String>,
     commands: String,
 }
@@ -143,6 +141,7 @@ impl Block {
         let Some(needs) = self.needs.as_deref() else {
             return true;
         };
+        let needs = if needs == TERMINAL { "script" } else { needs };
         let path = std::env::var_os("PATH").unwrap_or_default();
         !ELSEWHERE.contains(&needs)
             && std::env::split_paths(&path).any(|folder| folder.join(needs).is_file())
@@ -181,10 +180,16 @@ fn run(page: &Path, blocks: &[&Block]) {
     queue.publish_all(["apple", "banana", "cherry"]);
     let mut script = String::from("set -eu\n");
     for block in blocks {
-        script.push_str(&format!(
-            "echo '### line {}' >&2\n{}",
-            block.line, block.commands
-        ));
+        script.push_str(&format!("echo '### line {}' >&2\n", block.line));
+        if block.needs.as_deref() == Some(TERMINAL) {
+            script.push_str(&format!(
+                "cat >on-terminal <<'END'\n{}END\n",
+                block.commands
+            ));
+            script.push_str("echo y | script -qec 'sh -eu on-terminal' /dev/null\n");
+        } else {
+            script.push_str(&block.commands);
+        }
     }
     let url = broker.url();
     let script = script
@@ -210,7 +215,9 @@ fn run(page: &Path, blocks: &[&Block]) {
     // Queues that the commands have declared beside it.
     for line in script.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')) {
         if line.starts_with(queue.name()) {
-            let _ = broker.client().delete(line);
+            let channel = broker.client().channel().unwrap();
+            let deleted = channel.queue_delete(line.into(), Default::default());
+            let _ = testbed::block_on(deleted);
         }
     }
 }
@@ -290,119 +297,9 @@ fn links_between_the_pages_lead_somewhere() {
     }
 }
 
-#[test]
-fn the_readme_is_for_five_minutes() {
-    let text = fs::read_to_string(root().join("README.md")).expect("there is a README");
-    let lines = text.lines().count();
-    assert!(lines <= README_LINES_MAX, "README.md has {lines} lines");
-}
-
-/// An option that a page names is one of ours: none that has gone.
-#[test]
-fn options_that_the_pages_name_are_there() {
-    let help = |program| {
-        Program::new(programs().join(program))
-            .arg("--help")
-            .run()
-            .stdout_text()
-    };
-    let help = help("qconsume") + &help("qpublish");
-    for page in pages() {
-        let text = fs::read_to_string(&page).expect("the page can be read");
-        for span in text.split('`').skip(1).step_by(2) {
-            let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-';
-            let option = span.split(|c| !is_part(c)).next().unwrap_or_default();
-            if option.len() > 2 && option.starts_with("--") && !OPTIONS_OF_OTHERS.contains(&option)
-            {
-                assert!(
-                    help.split(|c| !is_part(c)).any(|word| word == option),
-                    "{}: there is no option {option}",
-                    name(&page)
-                );
-            }
-        }
-    }
-}
-
 /// Where the programs are that the tests run.
 fn programs() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_qconsume"))
         .parent()
         .expect("it is in a folder")
-}
-
-/// The messages in the first column of troubleshooting.md are in the sources, in this wording.
-#[test]
-fn messages_that_troubleshooting_quotes_are_ours() {
-    let mut sources = Vec::new();
-    let mut folders = vec![root().join("src")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).expect("it can be listed") {
-            let path = entry.expect("it can be listed").path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                sources.push(fs::read_to_string(path).expect("it can be read"));
-            }
-        }
-    }
-    let page = root().join("docs/troubleshooting.md");
-    let text = fs::read_to_string(page).expect("the page can be read");
-    let messages: Vec<_> = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
-        .collect();
-    assert!(messages.len() > 40, "the tables are not found any more");
-    for message in messages {
-        let has_it = |line: &str| {
-            let mut rest = Some(line);
-            for part in message.split('…') {
-                rest = rest.and_then(|rest| Some(rest.split_once(part)?.1));
-            }
-            rest.is_some()
-        };
-        assert!(
-            sources.iter().any(|source| source.lines().any(has_it)),
-            "nothing says {message:?}"
-        );
-    }
-}
-
-/// The log lines in logs.md are those of a real run, but for the time that it took.
-#[test]
-fn log_lines_that_logs_quotes_are_real() {
-    let page = fs::read_to_string(root().join("docs/logs.md")).expect("there is a page");
-    let without_time = |line: &str| {
-        let mut words: Vec<_> = line.split(' ').collect();
-        words.retain(|word| !word.starts_with("seconds="));
-        words.join(" ")
-    };
-    let quoted: Vec<_> = page.lines().map(without_time).collect();
-    let broker = Broker::shared();
-    let queue = broker.declare("docs-logs").create();
-    let log = std::env::temp_dir().join(format!("qconsume-docs-{}", queue.name()));
-    for status in [0, 3] {
-        Program::new(programs().join("qpublish"))
-            .args(["-q", queue.name(), "--message-id", "order-7", "apple"])
-            .url(&broker.url())
-            .run()
-            .assert_status(0);
-        fs::write(&log, "").expect("the temporary folder can be written to");
-        let finished = Program::new(programs().join("qconsume"))
-            .env("QCONSUME_TERMINATION_LOG", &log)
-            .args(["--", "sh", "-c", &format!("exit {status}")])
-            .url(&broker.url())
-            .queue(queue.name())
-            .run();
-        finished.assert_status(status);
-        let termination = fs::read_to_string(&log).expect("it is there");
-        let said = finished.stderr.replace(queue.name(), QUEUE) + &termination;
-        for line in said.lines().map(without_time) {
-            assert!(
-                quoted.contains(&line),
-                "docs/logs.md lacks this line:\n{line}"
-            );
-        }
-    }
-    let _ = fs::remove_file(&log);
 }

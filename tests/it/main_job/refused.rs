@@ -1,7 +1,7 @@
 //! Brokers and queues that can't be reached or used: which status, and how soon.
 
 use super::worker;
-use crate::common::{private_broker, qconsume};
+use crate::common::{private_broker, qconsume, qpublish};
 use std::{
     io::{self, Read, Write},
     net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
@@ -11,7 +11,7 @@ use std::{
 use testbed::{
     Action, Broker,
     Direction::{ToBroker, ToClient},
-    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, frames,
+    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, Signal, frames,
     lapin::options::QueueDeclareOptions,
     missing, reserve_port,
 };
@@ -107,13 +107,12 @@ fn an_unknown_virtual_host_is_78_at_once() {
 
 #[test]
 fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
-    // Behind connection.open goes more, which mustn't make anything else of the refusal.
     let proxy = Proxy::of(Broker::shared());
     proxy.on(ToClient, Method::CONNECTION_CLOSE, Action::CutAfter);
     for address in [
         Broker::shared().addr(),
         proxy.addr(),
-        resets_behind_a_refusal(),
+        closes_behind_a_refusal(),
     ] {
         let url = format!("amqp://guest:guest@{address}/no-such-host");
         for _ in 0..20 {
@@ -125,8 +124,8 @@ fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
     }
 }
 
-/// A peer that no RabbitMQ is: it closes with something unread, so that a reset follows its refusal at once.
-fn resets_behind_a_refusal() -> SocketAddr {
+/// A peer that no RabbitMQ is: it closes right behind its refusal.
+fn closes_behind_a_refusal() -> SocketAddr {
     fn read_frame(connection: &mut TcpStream) -> io::Result<()> {
         let mut header = [0; 7];
         connection.read_exact(&mut header)?;
@@ -143,10 +142,9 @@ fn resets_behind_a_refusal() -> SocketAddr {
         let limits = b"\x07\xff\0\x02\0\0\0\x0a";
         let tune = frames::method_frame(0, Method::CONNECTION_TUNE, limits);
         connection.write_all(&tune)?;
-        // tune-ok and open; more has to be there before the end.
+        // tune-ok and open.
         read_frame(&mut connection)?;
         read_frame(&mut connection)?;
-        connection.peek(&mut [0])?;
         let text = "NOT_ALLOWED - vhost no-such-host not found";
         connection.write_all(&frames::connection_close(530, text))
     }
@@ -190,7 +188,7 @@ fn missing_permissions_are_77_at_once() {
         let url = broker.url_for("writer", "writer", vhost);
         qconsume().url(&url).queue(queue.name())
     };
-    ends_at_once(at("/"), 77, "refused to let this user read from queue");
+    ends_at_once(at("/"), 77, "user \"writer\" may not consume from queue");
     ends_at_once(
         at("closed"),
         77,
@@ -199,6 +197,42 @@ fn missing_permissions_are_77_at_once() {
     assert!(!queue.get().expect("it is still there").redelivered);
     ctl(&["delete_vhost", "closed"]);
     ctl(&["delete_user", "writer"]);
+}
+
+#[test]
+fn names_that_look_like_a_reason_are_none() {
+    let broker = private_broker();
+    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
+    let user = "credit-limit-svc";
+    ctl(&["add_user", user, "secret"]);
+    for vhost in ["names-closed", "limits"] {
+        ctl(&["add_vhost", vhost]);
+        let url = broker.url_for(user, "secret", vhost);
+        ends_at_once(qconsume().queue("q").url(&url), 77, user);
+        ctl(&["delete_vhost", vhost]);
+    }
+    ctl(&["delete_user", user]);
+
+    let missing = "x down or inaccessible";
+    let done = gives_up(qconsume().queue(missing).url(&broker.url()), 78, "no queue");
+    done.assert_stderr(missing);
+}
+
+#[test]
+fn a_limit_of_queues_is_named_and_no_success() {
+    let broker = private_broker();
+    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
+    ctl(&["add_vhost", "full"]);
+    ctl(&["set_permissions", "-p", "full", "guest", ".*", ".*", ".*"]);
+    ctl(&["set_vhost_limits", "-p", "full", r#"{"max-queues": 0}"#]);
+    let done = qconsume()
+        .queue("q")
+        .url(&broker.url_for("guest", "guest", "full"))
+        .args(["--connect-timeout", "2s", "--declare", "cat"])
+        .run();
+    done.assert_stderr("limit");
+    assert!([69, 78].contains(&done.status()), "{}", done.stderr);
+    ctl(&["delete_vhost", "full"]);
 }
 
 #[test]
@@ -365,27 +399,6 @@ fn where_a_node_is_silent_another_serves() {
 }
 
 #[test]
-fn the_first_channel_is_asked_for_before_connection_open_is_answered_and_once() {
-    let queue = Broker::shared().queue("flights");
-    queue.publish("lime");
-    let proxy = Proxy::of(Broker::shared());
-    proxy.once(ToClient, Method::CONNECTION_OPEN_OK, Action::Hold);
-    let run = qconsume()
-        .url(&proxy.url())
-        .queue(queue.name())
-        .arg("cat")
-        .spawn();
-    proxy.wait_for(ToClient, Method::CONNECTION_OPEN_OK, PATIENCE);
-    proxy.wait_for(ToBroker, Method::CHANNEL_OPEN, PATIENCE);
-    proxy.release();
-    let done = run.finish(PATIENCE);
-    done.assert_status(0);
-    assert_eq!(done.stdout_text(), "lime");
-    assert_eq!(queue.ready(), 0);
-    assert_eq!(proxy.count(ToBroker, Method::CHANNEL_OPEN), 1);
-}
-
-#[test]
 fn each_address_of_a_name_is_tried() {
     let broker = Broker::shared();
     let queue = broker.queue("localhost");
@@ -432,4 +445,120 @@ fn an_ipv6_address_works() {
     done.assert_status(0);
     assert_eq!(done.stdout_text(), "nectarine");
     assert_eq!(proxy.accepted(), 1);
+}
+
+/// A user of the test's own, with a password that is its name; gone when dropped.
+struct User<'a>(&'a Broker, &'static str);
+
+impl<'a> User<'a> {
+    fn new(broker: &'a Broker, name: &'static str) -> Self {
+        broker.ctl(&["add_user", name, name]).unwrap();
+        Self(broker, name)
+    }
+
+    fn url(&self, vhost: &str) -> String {
+        self.0.url_for(self.1, self.1, vhost)
+    }
+}
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.ctl(&["delete_user", self.1]);
+    }
+}
+
+/// A virtual host of the test's own; gone when dropped.
+struct Vhost<'a>(&'a Broker, &'static str);
+
+impl<'a> Vhost<'a> {
+    fn new(broker: &'a Broker, name: &'static str) -> Self {
+        broker.ctl(&["add_vhost", name]).unwrap();
+        Self(broker, name)
+    }
+}
+
+impl Drop for Vhost<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.ctl(&["delete_vhost", self.1]);
+    }
+}
+
+#[test]
+fn names_that_contain_words_of_other_refusals_change_nothing() {
+    let broker = private_broker();
+    let limited = User::new(&broker, "credit-limit-svc");
+    let limits = Vhost::new(&broker, "limits");
+    for vhost in ["/", limits.1] {
+        let program = qconsume().queue("q").url(&limited.url(vhost));
+        ends_at_once(program, 77, "may not use virtual host");
+    }
+    let other = User::new(&broker, "some-svc");
+    let program = qconsume().queue("q").url(&other.url(limits.1));
+    ends_at_once(program, 77, "may not use virtual host \"limits\"");
+
+    let program = qconsume()
+        .url(&broker.url())
+        .queue("x down or inaccessible");
+    gives_up(program, 78, "there is no queue \"x down or inaccessible\"");
+}
+
+#[test]
+fn a_limit_of_queues_is_78_and_named() {
+    let broker = private_broker();
+    let vhost = Vhost::new(&broker, "no-more-queues");
+    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
+    ctl(&["set_permissions", "-p", vhost.1, "guest", ".*", ".*", ".*"]);
+    ctl(&["set_vhost_limits", "-p", vhost.1, r#"{"max-queues": 0}"#]);
+    let url = broker.url_for("guest", "guest", vhost.1);
+    let program = qconsume().queue("q").url(&url).arg("--declare");
+    ends_at_once(program, 78, "is reached");
+    let program = qpublish().url(&url).args(["-q", "q", "--declare", "apple"]);
+    let done = program.run();
+    done.assert_status(78).assert_stderr("is reached");
+    assert!(!done.stderr.contains("another kind"), "{}", done.stderr);
+}
+
+#[test]
+fn credentials_that_no_handshake_frame_holds_are_78_and_named() {
+    let broker = Broker::shared();
+    let size = if broker.version() < (4, 0, 0) {
+        6000
+    } else {
+        9000
+    };
+    let url = broker.url_for("guest", &"j".repeat(size), "/");
+    let says = "user and password have";
+    ends_at_once(qconsume().queue("q").url(&url), 78, says);
+    let done = qpublish().url(&url).args(["-q", "q", "apple"]).run();
+    done.assert_status(78).assert_stderr(says);
+    assert!(!done.stderr.contains("jjjj"), "{}", done.stderr);
+}
+
+#[test]
+fn every_orderly_end_without_a_message_says_goodbye() {
+    // One of its own: other tests leave such lines in the shared one's log.
+    let broker = Broker::start();
+    let queue = broker.queue("empty");
+    let at = |queue| qconsume().url(&broker.url()).queue(queue);
+    let options = ["--connect-timeout", "5s", "cat"];
+    at("not-there").args(options).run().assert_status(78);
+    let options = ["--wait", "100ms", "cat"];
+    at(queue.name()).args(options).run().assert_status(66);
+    let running = at(queue.name()).arg("cat").spawn();
+    queue.wait_consumers(1);
+    running.signal(Signal::SIGTERM);
+    running.finish(PATIENCE).assert_status(143);
+
+    // This one can't, and its line stands behind those of the others, if there are any.
+    let killed = at(queue.name()).arg("cat").spawn();
+    queue.wait_consumers(1);
+    killed.signal(Signal::SIGKILL);
+    let lines = || {
+        broker
+            .log_tail()
+            .matches("client unexpectedly closed")
+            .count()
+    };
+    assert!(testbed::eventually(PATIENCE, || lines() > 0));
+    assert_eq!(lines(), 1, "{}", broker.log_tail());
 }

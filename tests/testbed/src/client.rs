@@ -16,7 +16,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::Mutex;
 
 /// The longest that any single operation may take; a broker under load on two cores stays far below.
@@ -173,25 +173,15 @@ impl Client {
                 passive: true,
                 ..Default::default()
             };
-            match channel
+            Ok(channel
                 .queue_declare(queue.into(), options, FieldTable::default())
-                .await
-            {
-                Ok(queue) => Ok(Some((queue.message_count(), queue.consumer_count()))),
-                Err(error) if is_not_found(&error) => Err(NotFound.into()),
-                Err(error) => Err(error.into()),
-            }
+                .await?)
         })
-        .map_or_else(
-            |error| {
-                if error.is::<NotFound>() {
-                    Ok(None)
-                } else {
-                    Err(error)
-                }
-            },
-            Ok,
-        )
+        .map(|queue| Some((queue.message_count(), queue.consumer_count())))
+        .or_else(|error| match error.downcast_ref() {
+            Some(error) if is_not_found(error) => Ok(None),
+            _ => Err(error),
+        })
     }
 
     /// Publishes messages to a queue, all in flight, and waits until the broker has confirmed every one.
@@ -243,69 +233,6 @@ impl Client {
         })
     }
 
-    /// Looks at the next ready message and puts it back, which marks it as redelivered and raises its counts.
-    pub fn peek(&self, queue: &str) -> Result<Option<Got>> {
-        self.operate(async |channel| {
-            let Some((tag, got)) = basic_get(channel, queue).await? else {
-                return Ok(None);
-            };
-            let options = BasicNackOptions {
-                requeue: true,
-                ..Default::default()
-            };
-            channel.basic_nack(tag, options).await?;
-            Ok(Some(got))
-        })
-    }
-
-    /// Takes the next ready message and keeps it unacknowledged.
-    pub fn hold(&self, queue: &str) -> Result<Option<Held>> {
-        block_on(limited(async {
-            let channel = self.open_channel().await?;
-            Ok(basic_get(&channel, queue)
-                .await?
-                .map(|(tag, got)| Held { got, tag, channel }))
-        }))
-    }
-
-    /// Throws away what is ready in a queue; gives how many that were.
-    pub fn purge(&self, queue: &str) -> Result<u32> {
-        self.operate(async |channel| {
-            Ok(channel
-                .queue_purge(queue.into(), QueuePurgeOptions::default())
-                .await?)
-        })
-    }
-
-    /// Deletes a queue, with everything in it; one that isn't there is no error.
-    pub fn delete(&self, queue: &str) -> Result<()> {
-        self.operate(async |channel| {
-            channel
-                .queue_delete(queue.into(), QueueDeleteOptions::default())
-                .await?;
-            Ok(())
-        })
-    }
-
-    /// Consumes from a queue and keeps all it is given (one message at a time) unacknowledged.
-    pub fn consume(&self, queue: &str, exclusive: bool) -> Result<Consumer> {
-        block_on(limited(async {
-            let channel = self.open_channel().await?;
-            channel.basic_qos(1, BasicQosOptions::default()).await?;
-            let options = BasicConsumeOptions {
-                exclusive,
-                ..Default::default()
-            };
-            let deliveries = channel
-                .basic_consume(queue.into(), "".into(), options, FieldTable::default())
-                .await?;
-            Ok(Consumer {
-                channel,
-                _deliveries: deliveries,
-            })
-        }))
-    }
-
     /// Closes the connection; the next use opens a new one.
     pub fn disconnect(&self) {
         last_wish(async {
@@ -352,18 +279,6 @@ fn last_wish(operation: impl Future<Output = Result<()>>) {
     // Within an async block, because the timer needs the runtime's context from the start.
     let _ = block_on(async { tokio::time::timeout(DROP_LIMIT, operation).await });
 }
-
-/// Tells "no such queue" from other failures on its way through [`Client::operate`].
-#[derive(Debug)]
-struct NotFound;
-
-impl std::fmt::Display for NotFound {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("no such queue")
-    }
-}
-
-impl std::error::Error for NotFound {}
 
 fn is_not_found(error: &lapin::Error) -> bool {
     match error.kind() {
@@ -580,29 +495,25 @@ impl Queue {
     /// Waits until exactly so many messages are ready.
     #[track_caller]
     pub fn wait_ready(&self, count: u32) {
-        let mut seen = 0;
-        let reached = eventually(PATIENCE, || {
-            seen = self.ready();
-            seen == count
-        });
-        assert!(
-            reached,
-            "queue {}: {seen} ready instead of {count} after {PATIENCE:?}",
-            self.name
-        );
+        self.wait_count("ready", count, Self::ready);
     }
 
     /// Waits until it has exactly so many consumers.
     #[track_caller]
     pub fn wait_consumers(&self, count: u32) {
+        self.wait_count("consumers", count, Self::consumers);
+    }
+
+    #[track_caller]
+    fn wait_count(&self, what: &str, count: u32, look: fn(&Self) -> u32) {
         let mut seen = 0;
         let reached = eventually(PATIENCE, || {
-            seen = self.consumers();
+            seen = look(self);
             seen == count
         });
         assert!(
             reached,
-            "queue {}: {seen} consumers instead of {count} after {PATIENCE:?}",
+            "queue {}: {seen} {what} instead of {count} after {PATIENCE:?}",
             self.name
         );
     }
@@ -616,48 +527,78 @@ impl Queue {
     /// The same, waiting for a message that is on its way back.
     #[track_caller]
     pub fn wait_get(&self) -> Got {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(got) = self.get() {
-                return got;
-            }
-            assert!(
-                Instant::now() < end,
-                "no message in queue {} after {PATIENCE:?}",
-                self.name
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let mut got = None;
+        let came = eventually(PATIENCE, || {
+            got = self.get();
+            got.is_some()
+        });
+        assert!(came, "no message in queue {} after {PATIENCE:?}", self.name);
+        got.expect("it came")
     }
 
     /// Looks at the next ready message and puts it back, which marks it as redelivered and raises its counts.
     #[track_caller]
     pub fn peek(&self) -> Option<Got> {
-        self.must("peek into", self.client.peek(&self.name))
+        let held = self.hold()?;
+        let got = held.got.clone();
+        self.must("put back into", held.requeue());
+        Some(got)
     }
 
     /// Takes the next ready message and keeps it unacknowledged until told otherwise.
     #[track_caller]
     pub fn hold(&self) -> Option<Held> {
-        self.must("get from", self.client.hold(&self.name))
+        let held = block_on(limited(async {
+            let channel = self.client.open_channel().await?;
+            let got = basic_get(&channel, &self.name).await?;
+            Ok(got.map(|(tag, got)| Held { got, tag, channel }))
+        }));
+        self.must("get from", held)
     }
 
-    /// Consumes from it, like a worker that never ends its first message; `exclusive` lets nobody else.
+    /// Consumes from it (one message at a time), like a worker that never ends its first message; `exclusive` lets nobody else.
     #[track_caller]
     pub fn consume(&self, exclusive: bool) -> Consumer {
-        self.must("consume from", self.client.consume(&self.name, exclusive))
+        let consumer = block_on(limited(async {
+            let channel = self.client.open_channel().await?;
+            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            let options = BasicConsumeOptions {
+                exclusive,
+                ..Default::default()
+            };
+            let arguments = FieldTable::default();
+            let queue = self.name.as_str().into();
+            let deliveries = channel.basic_consume(queue, "".into(), options, arguments);
+            Ok(Consumer {
+                _deliveries: deliveries.await?,
+                channel,
+            })
+        }));
+        self.must("consume from", consumer)
     }
 
     /// Throws away what is ready.
     #[track_caller]
     pub fn purge(&self) {
-        self.must("purge", self.client.purge(&self.name));
+        let purged = self.client.operate(async |channel| {
+            let queue = self.name.as_str().into();
+            Ok(channel
+                .queue_purge(queue, QueuePurgeOptions::default())
+                .await?)
+        });
+        self.must("purge", purged);
     }
 
     /// Deletes it under its consumers' feet.
     #[track_caller]
     pub fn delete(&self) {
-        self.must("delete", self.client.delete(&self.name));
+        let deleted = self.client.operate(async |channel| {
+            let queue = self.name.as_str().into();
+            Ok(channel
+                .queue_delete(queue, QueueDeleteOptions::default())
+                .await?)
+        });
+        self.must("delete", deleted);
     }
 
     /// Whether the broker has it.

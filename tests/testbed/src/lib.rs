@@ -3,6 +3,7 @@
 //! - [`Broker`] finds or starts a RabbitMQ; private ones can be stopped, killed, frozen and clustered.
 //! - [`Client`] and [`Queue`] are the test's own side of AMQP.
 //! - [`Proxy`] stands between a worker and its broker and misbehaves on demand.
+//! - [`peer::Peer`] is a broker that answers by a script.
 //! - [`Program`] runs the binary under test and never hangs.
 //! - [`Container`] runs it as a container's first process.
 //! - [`soak`] puts all of it together, at random, and keeps the books.
@@ -19,9 +20,9 @@ pub mod bench;
 mod broker;
 pub mod certificates;
 mod client;
-pub mod demo;
 mod exec;
 pub mod owner;
+pub mod peer;
 mod ports;
 mod program;
 mod proxy;
@@ -35,6 +36,7 @@ pub use broker::{
 pub use client::{Client, Consumer, Got, Held, Queue, QueueBuilder, QueueKind};
 pub use lapin::{self, BasicProperties, types};
 pub use nix::sys::signal::Signal;
+
 pub use ports::{Port, reserve_port};
 pub use program::{Finished, Program, Running};
 pub use proxy::{Action, Direction, Fate, Method, Proxy, Rewrite, Seen, frames};
@@ -58,6 +60,13 @@ pub fn missing(what: &str) {
         "{test} needs {what}, and with CI=true nothing may be skipped"
     );
     eprintln!("{test} skipped: needs {what}");
+}
+
+/// Reports that this version of the broker lacks what a test is about; the test should then return. Unlike with
+/// [`missing`], that is no gap in a pipeline, which has the other versions, too.
+pub fn version_lacks(what: &str) {
+    let test = std::thread::current().name().unwrap_or("test").to_owned();
+    eprintln!("{test} skipped: this version of the broker lacks {what}");
 }
 
 /// Polls `condition` until it holds or `deadline` has passed; says whether it held.

@@ -4,12 +4,11 @@ use anyhow::{Context, Result, bail};
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode};
-use testbed::{Broker, demo};
+use testbed::Broker;
 
-const USAGE: &str = "usage: testbed broker [-- COMMAND [ARG]...] | demo
+const USAGE: &str = "usage: testbed broker [-- COMMAND [ARG]...]
 broker: Finds or starts a RabbitMQ. With a COMMAND, runs it with BROKER_URL set and ends with its status. Without one, prints
-BROKER_URL=... and stays until its standard input ends, or until it gets SIGINT or SIGTERM.
-demo: fills a queue and works it off with qconsume and qpublish, built beside this program.";
+BROKER_URL=... and stays until its standard input ends, or until it gets SIGINT or SIGTERM.";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -44,10 +43,6 @@ fn run(args: &[String]) -> Result<u8> {
                 .code()
                 .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
             Ok(u8::try_from(code).unwrap_or(1))
-        }
-        ["demo"] => {
-            demo::run(&demo::paths()?)?;
-            Ok(0)
         }
         _ => bail!("{USAGE}"),
     }

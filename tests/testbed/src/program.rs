@@ -11,10 +11,11 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
+use wait4::{ResUse, Wait4};
 
 /// The environment variable that marks one run and everything it has started.
 const RUN_MARK: &str = "QCONSUME_TESTBED_RUN";
@@ -181,9 +182,9 @@ impl Program {
         }
         let waiter = shared.clone();
         thread::spawn(move || {
-            let status = child.wait();
+            let ended = child.wait4();
             let wall = started.elapsed();
-            waiter.change(|state| state.ended = status.ok().map(|status| (status, wall)));
+            waiter.change(|state| state.ended = ended.ok().map(|ended| (ended, wall)));
         });
         Running {
             name: self.path.display().to_string(),
@@ -218,7 +219,7 @@ struct State {
     closed: usize,
     /// Pipes of which everything was read that the program itself has written; what it has left behind may hold them open.
     drained: usize,
-    ended: Option<(ExitStatus, Duration)>,
+    ended: Option<(ResUse, Duration)>,
 }
 
 impl Shared {
@@ -396,13 +397,14 @@ impl Running {
         let drained = self.shared.wait(PATIENCE, |state| state.drained == 2);
         assert!(drained, "the output of {} never pauses", self.name);
         let state = self.shared.lock();
-        let (status, wall) = state.ended.expect("it has ended");
+        let (ended, wall) = state.ended.as_ref().expect("it has ended");
         Finished {
-            code: status.code(),
-            signal: status.signal(),
+            code: ended.status.code(),
+            signal: ended.status.signal(),
+            peak_memory: ended.rusage.maxrss,
             stdout: state.stdout.clone(),
             stderr: String::from_utf8_lossy(&state.stderr).into_owned(),
-            wall,
+            wall: *wall,
         }
     }
 
@@ -445,6 +447,9 @@ pub struct Finished {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: String,
+    /// The most memory that it had resident, in bytes. Never less than what this process had when it started it: the
+    /// kernel counts from there.
+    pub peak_memory: u64,
     /// From before its start until its end.
     pub wall: Duration,
 }

@@ -2,27 +2,25 @@
 //!
 //! It reports and judges nothing: what it fails on is a run that didn't do its work, never a slow one.
 
-mod image;
-mod page;
 mod process;
+mod table;
 
-use crate::broker::debian_package;
 use crate::certificates::{authority, identity};
 use crate::owner::{find_in_path, temp_folder};
-use crate::{Broker, Direction, Port, Proxy, Queue, eventually, reserve_port};
+use crate::{Broker, Direction, Port, Proxy, Queue, eventually, exec, reserve_port};
 use anyhow::{Context, Result, bail, ensure};
-use page::{Row, Unit};
-use process::{Cost, Resident};
+use process::Cost;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+use table::{Unit, row};
 
 const USAGE: &str = "usage: bench [OPTIONS]
   --qconsume PATH  the binary to measure [the one beside this program]
-  --quick          a few rounds of everything but the largest, to see that it works; writes no page
-  --only PART      one part of it: small, far, tls, large, huge, series, crowd or image; writes no page
-  --page PATH      write the page with the results there";
+  --quick          a few rounds of everything, to see that it works; leaves the page alone
+  --only PART      one part of it: small, far, tls, large, series or crowd; leaves the page alone
+  --page PATH      put the table and the line below it there in place of the ones it has";
 
 /// On the way to a broker in the next region, half of the round trip of 20 ms.
 const ONE_WAY: Duration = Duration::from_millis(10);
@@ -32,6 +30,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// How long the broker may take to notice the end of the last run, or the start of hundreds.
 const NOTICED: Duration = Duration::from_secs(120);
+
+/// How the line below the table begins.
+const MEASURED: &str = "Measured on ";
 
 /// What the benchmark shall do.
 #[derive(Clone, Debug)]
@@ -69,38 +70,6 @@ impl Options {
     }
 }
 
-/// How often each thing is done.
-struct Rounds {
-    small: usize,
-    memory: usize,
-    large: usize,
-    huge: usize,
-    series: usize,
-    crowds: usize,
-    /// Workers at once.
-    crowd: usize,
-}
-
-const FULL: Rounds = Rounds {
-    small: 150,
-    memory: 10,
-    large: 30,
-    huge: 7,
-    series: 20,
-    crowds: 5,
-    crowd: 500,
-};
-
-const QUICK: Rounds = Rounds {
-    small: 5,
-    memory: 2,
-    large: 2,
-    huge: 0,
-    series: 2,
-    crowds: 1,
-    crowd: 20,
-};
-
 /// Something of amqp-consume's, and the same of qconsume's.
 #[derive(Clone, Copy, Debug)]
 struct Pair<T> {
@@ -108,69 +77,55 @@ struct Pair<T> {
     qconsume: T,
 }
 
-impl<T> Pair<T> {
-    /// amqp-consume first: A B A B, round after round.
-    fn each<U>(&self, mut make: impl FnMut(&T) -> Result<U>) -> Result<Pair<U>> {
-        Ok(Pair {
-            amqp_consume: make(&self.amqp_consume)?,
-            qconsume: make(&self.qconsume)?,
-        })
-    }
-}
-
-/// Measures everything, prints the table, and writes the page if there is to be one.
+/// Measures everything, prints the table, and puts it into the page if there is one.
 ///
 /// # Errors
 /// When something is missing, or a run didn't do its work.
 pub fn run(options: &Options) -> Result<()> {
-    let rounds = if options.quick { QUICK } else { FULL };
-    debian_package("amqp-tools", || find_in_path("amqp-consume").is_some())?;
     let programs = Pair {
-        amqp_consume: find_in_path("amqp-consume").context("amqp-tools has no amqp-consume")?,
+        amqp_consume: find_in_path("amqp-consume")
+            .context("there is no amqp-consume; install amqp-tools")?,
         qconsume: fs::canonicalize(&options.qconsume)
             .with_context(|| format!("no qconsume at {}", options.qconsume.display()))?,
     };
     process::end_if_hung();
-    let bench = Bench::start(rounds, programs)?;
-    let mut note = String::new();
-    let mut rows = Vec::new();
-    let mut known = false;
-    let mut part = |name: &str, measure: &mut dyn FnMut() -> Result<Vec<Row>>| {
-        if options.only.as_deref().is_none_or(|only| only == name) {
-            known = true;
-            rows.extend(measure()?);
-        }
-        anyhow::Ok(())
-    };
-    part("small", &mut || bench.one_message())?;
-    part("far", &mut || bench.far_away())?;
-    part("tls", &mut || bench.tls())?;
-    part("large", &mut || bench.large(12, bench.rounds.large))?;
-    part("huge", &mut || bench.large(128, bench.rounds.huge))?;
-    part("series", &mut || bench.series())?;
-    part("crowd", &mut || bench.crowd())?;
-    part("image", &mut || {
-        let (rows, about) = image::bytes(&bench.programs.qconsume)?;
-        note = format!("\n{about}\n");
-        Ok(rows)
-    })?;
-    ensure!(known, "{USAGE}");
-    let results = format!("{}{note}", page::table(&rows));
-    println!("\n{results}");
-    if let Some(path) = options
-        .page
-        .as_ref()
-        .filter(|_| !options.quick && options.only.is_none())
-    {
-        fs::write(path, page::page(&results, &bench)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    let bench = Bench::start(options.quick, programs)?;
+    let mut results = table::head();
+    let parts: [(&str, fn(&Bench) -> Result<String>); 6] = [
+        ("small", Bench::one_message),
+        ("far", Bench::far_away),
+        ("tls", Bench::tls),
+        ("large", Bench::large),
+        ("series", Bench::series),
+        ("crowd", Bench::crowd),
+    ];
+    let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
+    ensure!(parts.iter().any(|(name, _)| wanted(name)), "{USAGE}");
+    for (_, measure) in parts.iter().filter(|(name, _)| wanted(name)) {
+        results += &measure(&bench)?;
     }
-    Ok(())
+    results += &format!("\n{}\n", bench.circumstances()?);
+    println!("\n{results}");
+    match &options.page {
+        Some(page) if !options.quick && options.only.is_none() => put_into(page, &results),
+        _ => Ok(()),
+    }
+}
+
+/// Replaces everything from the page's first table to the line that says when it was measured.
+fn put_into(page: &Path, results: &str) -> Result<()> {
+    let text = fs::read_to_string(page)?;
+    let start = text.find("\n| ").context("the page has no table")? + 1;
+    let last = text.find(MEASURED).context("the page has no last line")?;
+    let end = last + text[last..].find('\n').map_or(0, |at| at + 1);
+    fs::write(page, format!("{}{results}{}", &text[..start], &text[end..]))
+        .with_context(|| format!("cannot write {}", page.display()))
 }
 
 /// The stage.
 struct Bench {
-    rounds: Rounds,
+    /// A few rounds of each are enough.
+    quick: bool,
     programs: Pair<PathBuf>,
     broker: Broker,
     tls: Port,
@@ -178,7 +133,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn start(rounds: Rounds, programs: Pair<PathBuf>) -> Result<Self> {
+    fn start(quick: bool, programs: Pair<PathBuf>) -> Result<Self> {
         let authority = authority("the benchmark's CA");
         let server = identity(&authority, &["localhost"], |_| {});
         let tls = reserve_port()?;
@@ -187,9 +142,7 @@ impl Bench {
                 "listeners.ssl.1 = 127.0.0.1:{tls_port}\n\
                  ssl_options.cacertfile = $folder/ca.pem\n\
                  ssl_options.certfile = $folder/server.pem\n\
-                 ssl_options.keyfile = $folder/server.key\n\
-                 # As in 3.10, for later versions too.\n\
-                 max_message_size = 134217728\n",
+                 ssl_options.keyfile = $folder/server.key\n",
             )
             .port("tls_port", tls.number())
             .file("ca.pem", &authority.as_ref().pem())
@@ -199,12 +152,36 @@ impl Bench {
         let ca = temp_folder("bench").join("ca.pem");
         fs::write(&ca, authority.as_ref().pem())?;
         Ok(Self {
-            rounds,
+            quick,
             programs,
             broker,
             tls,
             ca,
         })
+    }
+
+    fn rounds(&self, full: usize) -> usize {
+        if self.quick { 3 } else { full }
+    }
+
+    /// What was measured, where and when.
+    fn circumstances(&self) -> Result<String> {
+        let (major, minor, patch) = self.broker.version();
+        let said = |command: &mut Command| exec::run(command, Duration::from_secs(30));
+        let date = said(Command::new("date").args(["-u", "+%F"]))?;
+        let tools = said(Command::new("dpkg-query").args(["-W", "-f", "${Version}", "amqp-tools"]))
+            .unwrap_or_else(|_| "of an unknown version".to_owned());
+        let qconsume = said(Command::new(&self.programs.qconsume).arg("--version"))?;
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        Ok(format!(
+            "{MEASURED}{}: {} ({} bytes), amqp-tools {tools}, RabbitMQ {major}.{minor}.{patch}, Linux {} on {} with {} processors.",
+            date.trim(),
+            qconsume.trim(),
+            fs::metadata(&self.programs.qconsume)?.len(),
+            kernel.trim(),
+            std::env::consts::ARCH,
+            std::thread::available_parallelism()?
+        ))
     }
 
     /// One small message for each process, near.
@@ -218,38 +195,27 @@ impl Bench {
         }
     }
 
-    fn one_message(&self) -> Result<Vec<Row>> {
-        let costs = self.costs("one message", &self.near(), self.rounds.small)?;
-        let peaks = self.resident("one message", &self.near(), self.rounds.memory)?;
+    fn one_message(&self) -> Result<String> {
+        let rounds = self.rounds(150);
+        let costs = self.costs("one message", &self.near(), rounds)?;
+        let peaks = self.peaks("one message", &self.near())?;
         // The kernel doesn't tell the two apart afterwards; by itself the command costs the same.
-        let command = (0..self.rounds.small)
+        let command = (0..rounds)
             .map(|_| Ok(process::cost(Command::new("cat"))?.cpu))
             .collect::<Result<Vec<_>>>()?;
-        let command = page::median(&command);
-        let less_command = |cost: &Cost| cost.cpu - command;
-        Ok(vec![
-            Row::new("one small message: time", Unit::Time, &costs, |cost| {
-                cost.wall
-            })
-            .goal(0.85),
-            Row::new("… processor", Unit::Time, &costs, |cost| cost.cpu).goal(0.80),
-            Row::new(
-                "… processor, less `cat`'s",
-                Unit::Time,
-                &costs,
-                less_command,
-            ),
-            Row::new("… memory", Unit::Memory, &peaks, |it| it.peak).goal(0.45),
-            Row::new(
-                "… memory, without files' pages",
-                Unit::Memory,
-                &peaks,
-                |it| it.private,
-            ),
-        ])
+        let command = table::median(&command);
+        Ok([
+            row("one small message: time", Unit::Time, &costs, |it| it.wall),
+            row("… processor", Unit::Time, &costs, |it| it.cpu),
+            row("… processor, less `cat`'s", Unit::Time, &costs, |it| {
+                it.cpu - command
+            }),
+            row("… memory", Unit::Memory, &peaks, |it| *it),
+        ]
+        .concat())
     }
 
-    fn far_away(&self) -> Result<Vec<Row>> {
+    fn far_away(&self) -> Result<String> {
         let proxy = Proxy::of(&self.broker);
         proxy.delay(Direction::ToBroker, ONE_WAY);
         proxy.delay(Direction::ToClient, ONE_WAY);
@@ -257,99 +223,78 @@ impl Bench {
             url: proxy.url(),
             ..self.near()
         };
-        let costs = self.costs("one message, 20 ms away", &work, self.rounds.small)?;
-        Ok(vec![
-            Row::new("one, 20 ms round trip: time", Unit::Time, &costs, |cost| {
-                cost.wall
-            })
-            .goal(0.80),
-        ])
+        let costs = self.costs("one message, 20 ms away", &work, self.rounds(150))?;
+        let what = "one, 20 ms round trip: time";
+        Ok(row(what, Unit::Time, &costs, |it| it.wall))
     }
 
-    fn tls(&self) -> Result<Vec<Row>> {
+    fn tls(&self) -> Result<String> {
         let work = Work {
             url: format!("amqps://guest:guest@localhost:{}", self.tls.number()),
             cacert: Some(self.ca.clone()),
             ..self.near()
         };
-        let costs = self.costs("one message over TLS", &work, self.rounds.small)?;
-        let peaks = self.resident("one message over TLS", &work, self.rounds.memory)?;
-        Ok(vec![
-            Row::new("one over TLS: time", Unit::Time, &costs, |cost| cost.wall).goal(0.70),
-            Row::new("… processor", Unit::Time, &costs, |cost| cost.cpu),
-            Row::new("… memory", Unit::Memory, &peaks, |it| it.peak),
-        ])
+        let costs = self.costs("one message over TLS", &work, self.rounds(150))?;
+        let peaks = self.peaks("one message over TLS", &work)?;
+        Ok([
+            row("one over TLS: time", Unit::Time, &costs, |it| it.wall),
+            row("… processor", Unit::Time, &costs, |it| it.cpu),
+            row("… memory", Unit::Memory, &peaks, |it| *it),
+        ]
+        .concat())
     }
 
-    fn large(&self, mib: usize, rounds: usize) -> Result<Vec<Row>> {
-        if rounds == 0 {
-            return Ok(Vec::new());
-        }
+    fn large(&self) -> Result<String> {
         let work = Work {
-            body: (0..mib << 20).map(|index| (index % 251) as u8).collect(),
+            body: (0..12 << 20).map(|index| (index % 251) as u8).collect(),
             ..self.near()
         };
-        let label = format!("one of {mib} MiB");
-        let costs = self.costs(&label, &work, rounds)?;
-        let peaks = self.resident(&label, &work, rounds.min(self.rounds.memory))?;
-        let time = Row::new(format!("{label}: time"), Unit::Time, &costs, |cost| {
-            cost.wall
-        });
-        let memory = Row::new("… memory", Unit::Memory, &peaks, |it| it.peak);
-        Ok(match mib {
-            12 => vec![time.goal(0.80), memory.goal(0.80)],
-            _ => vec![time, memory],
-        })
+        let costs = self.costs("one of 12 MiB", &work, self.rounds(30))?;
+        let peaks = self.peaks("one of 12 MiB", &work)?;
+        Ok([
+            row("one of 12 MiB: time", Unit::Time, &costs, |it| it.wall),
+            row("… memory", Unit::Memory, &peaks, |it| *it),
+        ]
+        .concat())
     }
 
-    fn series(&self) -> Result<Vec<Row>> {
-        let work = Work {
+    fn series(&self) -> Result<String> {
+        let mut work = Work {
             messages: 300,
             ..self.near()
         };
-        let costs = self.costs("300 in one process", &work, self.rounds.series)?;
-        let one_at_a_time = Work {
-            prefetch: Some(1),
-            ..work
-        };
-        let same = self.costs(
-            "300 in one process, one at a time",
-            &one_at_a_time,
-            self.rounds.series,
-        )?;
-        Ok(vec![
-            Row::new(
+        let costs = self.costs("300 in one process", &work, self.rounds(20))?;
+        work.prefetch = Some(1);
+        let same = self.costs("300, one at a time", &work, self.rounds(20))?;
+        Ok([
+            row(
                 "300 in one process (`-c 300`): time",
                 Unit::Time,
                 &costs,
-                |cost| cost.wall,
-            )
-            .goal(0.95),
-            Row::new("… processor", Unit::Time, &costs, |cost| cost.cpu),
-            Row::new(
+                |it| it.wall,
+            ),
+            row("… processor", Unit::Time, &costs, |it| it.cpu),
+            row(
                 "… both one at a time (`-p 1`): time",
                 Unit::Time,
                 &same,
-                |cost| cost.wall,
+                |it| it.wall,
             ),
-            Row::new("… processor", Unit::Time, &same, |cost| cost.cpu),
-        ])
+            row("… processor", Unit::Time, &same, |it| it.cpu),
+        ]
+        .concat())
     }
 
     /// Many workers that wait, and then get a message each.
-    fn crowd(&self) -> Result<Vec<Row>> {
-        let size = self.rounds.crowd;
+    fn crowd(&self) -> Result<String> {
+        let size = if self.quick { 20 } else { 500 };
         let work = self.near();
         let queue = self.broker.queue("bench");
         let label = format!("{size} at once");
-        let crowds = self.in_turn(&label, self.rounds.crowds, |program| {
+        let crowds = self.in_turn(&label, self.rounds(5), |program| {
             let crowd = process::Crowd::start(size, || work.command(program, queue.name()))?;
             let waiting = eventually(NOTICED, || queue.consumers() as usize == size);
-            ensure!(
-                waiting,
-                "{} of {size} workers came to wait",
-                queue.consumers()
-            );
+            ensure!(waiting, "{} of {size} came to wait", queue.consumers());
             let memory = crowd.memory()?;
             let started = Instant::now();
             queue.publish_all(vec![&work.body; size]);
@@ -358,46 +303,49 @@ impl Bench {
             settled(&queue)?;
             Ok((memory, time))
         })?;
-        Ok(vec![
-            Row::new(
-                format!("{size} that wait: memory of all"),
-                Unit::Memory,
-                &crowds,
-                |(memory, _)| *memory,
-            ),
-            Row::new(
+        let what = format!("{size} that wait: memory of all");
+        Ok([
+            row(&what, Unit::Memory, &crowds, |(memory, _)| *memory),
+            row(
                 "… until all have done a message",
                 Unit::Time,
                 &crowds,
                 |(_, time)| *time,
             ),
-        ])
+        ]
+        .concat())
     }
 
     /// What runs cost that do the work, one program after the other; the first round is for the caches.
     fn costs(&self, label: &str, work: &Work, rounds: usize) -> Result<Vec<Pair<Cost>>> {
-        let queue = self.broker.queue("bench");
-        let mut costs = self.in_turn(label, rounds + 1, |program| {
-            queue.publish_all(vec![&work.body; work.messages]);
-            let cost = process::cost(work.command(program, queue.name()))?;
-            settled(&queue)?;
-            Ok(cost)
-        })?;
+        let mut costs = self.measure(label, work, rounds + 1, process::cost)?;
         costs.remove(0);
         Ok(costs)
     }
 
-    /// What runs that do the work have resident.
-    fn resident(&self, label: &str, work: &Work, rounds: usize) -> Result<Vec<Pair<Resident>>> {
+    /// What runs that do the work have resident at most, in bytes.
+    fn peaks(&self, label: &str, work: &Work) -> Result<Vec<Pair<f64>>> {
+        let label = format!("{label}, memory");
+        self.measure(&label, work, self.rounds(10), process::peak)
+    }
+
+    fn measure<T>(
+        &self,
+        label: &str,
+        work: &Work,
+        rounds: usize,
+        run: fn(Command) -> Result<T>,
+    ) -> Result<Vec<Pair<T>>> {
         let queue = self.broker.queue("bench");
-        self.in_turn(&format!("{label}, memory"), rounds, |program| {
+        self.in_turn(label, rounds, |program| {
             queue.publish_all(vec![&work.body; work.messages]);
-            let resident = process::resident(work.command(program, queue.name()))?;
+            let measured = run(work.command(program, queue.name()))?;
             settled(&queue)?;
-            Ok(resident)
+            Ok(measured)
         })
     }
 
+    /// amqp-consume first: A B A B, round after round.
     fn in_turn<T>(
         &self,
         label: &str,
@@ -405,10 +353,14 @@ impl Bench {
         mut make: impl FnMut(&Path) -> Result<T>,
     ) -> Result<Vec<Pair<T>>> {
         eprintln!("bench: {label}, {rounds} rounds");
+        let mut make = |program: &Path| {
+            make(program).with_context(|| format!("{label}: {}", program.display()))
+        };
         (0..rounds)
             .map(|_| {
-                self.programs.each(|program| {
-                    make(program).with_context(|| format!("{label}: {}", program.display()))
+                Ok(Pair {
+                    amqp_consume: make(&self.programs.amqp_consume)?,
+                    qconsume: make(&self.programs.qconsume)?,
                 })
             })
             .collect()

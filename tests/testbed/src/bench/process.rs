@@ -56,37 +56,24 @@ pub(super) fn cost(command: Command) -> Result<Cost> {
     })
 }
 
-/// What a process has resident, in bytes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Resident {
-    /// At most.
-    pub(super) peak: f64,
-    /// At its end, in pages that are no file's.
-    pub(super) private: f64,
-}
-
 /// Runs it to its end and gives what it had resident at most, in bytes: itself alone, not what it has started.
 ///
 /// Not `ru_maxrss` of wait4: that begins with what the process had before it became this program, a copy of our own, and
 /// counts the largest of what it has started, too. So the process is stopped when it exits, and asked.
-pub(super) fn resident(command: Command) -> Result<Resident> {
+pub(super) fn peak(command: Command) -> Result<f64> {
     let pid = Pid::from_raw(spawn(command)?.id() as i32);
     ptrace::seize(pid, Options::PTRACE_O_TRACEEXIT).context("it can't be traced")?;
-    let mut resident = None;
+    let mut peak = None;
     loop {
         match waitpid(pid, None)? {
             WaitStatus::PtraceEvent(_, _, event) => {
                 if event == Event::PTRACE_EVENT_EXIT as i32 {
-                    let status = format!("/proc/{pid}/status");
-                    resident = Some(Resident {
-                        peak: kib(&status, "VmHWM:")?,
-                        private: kib(&status, "RssAnon:")?,
-                    });
+                    peak = Some(kib(&format!("/proc/{pid}/status"), "VmHWM:")?);
                 }
                 ptrace::cont(pid, None)?;
             }
             WaitStatus::Stopped(_, signal) => ptrace::cont(pid, signal)?,
-            WaitStatus::Exited(_, 0) => return resident.context("it has exited unseen"),
+            WaitStatus::Exited(_, 0) => return peak.context("it has exited unseen"),
             status => bail!("{status:?}"),
         }
     }

@@ -3,13 +3,14 @@
 //! The container shares this machine's network, so that its ports are loopback ports like a local node's, and nothing needs
 //! to be mounted: configuration and cookie travel in its environment.
 
-use super::{CTL_LIMIT, Settings};
+use super::{CTL_LIMIT, Node, Settings};
+use crate::Signal;
 use crate::exec;
 use crate::owner::{self, LABEL, find_in_path};
 use crate::ports::random;
 use crate::program::Program;
 use anyhow::{Context, Result, bail};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -21,7 +22,7 @@ const DOCKER_LIMIT: Duration = Duration::from_secs(60);
 const PULL_LIMIT: Duration = Duration::from_secs(600);
 
 /// Where a node's files are, in its container.
-pub(super) const FOLDER: &str = "/tmp/testbed";
+const FOLDER: &str = "/tmp/testbed";
 
 /// Finds RabbitMQ's scripts in the container: behind Debian's wrappers or, in the official image, in PATH.
 const SCRIPTS: &str = r#"[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && PATH="/usr/lib/rabbitmq/bin:$PATH"
@@ -233,12 +234,14 @@ impl ContainerNode {
             settings,
         })
     }
+}
 
-    pub(super) fn settings(&self) -> &Settings {
-        &self.settings
+impl Node for ContainerNode {
+    fn folder(&self) -> PathBuf {
+        FOLDER.into()
     }
 
-    pub(super) fn is_running(&self) -> bool {
+    fn is_running(&self) -> bool {
         docker(&[
             "inspect",
             "--format",
@@ -248,7 +251,7 @@ impl ContainerNode {
         .is_ok_and(|answer| answer.trim() == "true")
     }
 
-    pub(super) fn log(&self) -> String {
+    fn log(&self) -> String {
         // Both of its streams, so through a shell.
         let script = "docker logs --tail 60 \"$1\" 2>&1";
         let mut command = Command::new("sh");
@@ -256,7 +259,7 @@ impl ContainerNode {
         exec::run(&mut command, DOCKER_LIMIT).unwrap_or_else(|error| format!("{error:#}"))
     }
 
-    pub(super) fn ctl(&self, args: &[&str]) -> Result<String> {
+    fn ctl(&self, args: &[&str]) -> Result<String> {
         let script = format!("{SCRIPTS}exec rabbitmqctl -q \"$@\"");
         let mut command = Command::new("docker");
         command
@@ -265,7 +268,7 @@ impl ContainerNode {
         exec::run(&mut command, CTL_LIMIT)
     }
 
-    pub(super) fn start_again(&self) -> Result<()> {
+    fn start_again(&self) -> Result<()> {
         if self.is_running() {
             bail!(
                 "the broker on port {} is running already",
@@ -275,24 +278,17 @@ impl ContainerNode {
         docker(&["start", &self.container.name]).map(drop)
     }
 
-    pub(super) fn stop(&self) -> Result<()> {
+    fn stop(&self) -> Result<()> {
         docker(&["stop", "--time", "50", &self.container.name]).map(drop)
     }
 
-    pub(super) fn kill(&self) -> Result<()> {
+    fn kill(&self) -> Result<()> {
         docker(&["kill", &self.container.name]).map(drop)
     }
 
-    pub(super) fn freeze(&self) -> Result<()> {
-        self.signal("STOP")
-    }
-
-    pub(super) fn thaw(&self) -> Result<()> {
-        self.signal("CONT")
-    }
-
-    /// To the emulator, as for a local node: Docker's own pause fails now and then while a node writes to the disk.
-    fn signal(&self, name: &str) -> Result<()> {
+    /// As for a local node: Docker's own pause fails now and then while a node writes to the disk.
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let name = signal.as_str().trim_start_matches("SIG");
         docker(&["exec", &self.container.name, "sh", "-c", SIGNAL, "sh", name]).map(drop)
     }
 }

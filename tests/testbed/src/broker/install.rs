@@ -73,19 +73,6 @@ fn search() -> Result<Source> {
 
 /// Installs Debian's package without letting its service start.
 fn install() -> Result<Installation> {
-    // Another test process may have installed it meanwhile.
-    debian_package("rabbitmq-server", || Installation::find().is_some())?;
-    Installation::find().context("rabbitmq-server was installed, but its scripts can't be found")
-}
-
-/// Installs a package of Debian's, as root, unless it is `there` already; a service in it isn't started.
-pub(crate) fn debian_package(name: &str, there: impl Fn() -> bool) -> Result<()> {
-    if there() {
-        return Ok(());
-    }
-    if !is_root() || find_in_path("apt-get").is_none() {
-        bail!("{name} is not here: install it, or run this as root on Debian or Ubuntu");
-    }
     // One process at a time; the others then find what it has installed.
     let end = Instant::now() + INSTALL_LIMIT;
     let _lock = loop {
@@ -97,10 +84,10 @@ pub(crate) fn debian_package(name: &str, there: impl Fn() -> bool) -> Result<()>
         }
         std::thread::sleep(Duration::from_millis(200));
     };
-    if there() {
-        return Ok(());
+    if let Some(installation) = Installation::find() {
+        return Ok(installation);
     }
-    eprintln!("testbed: installing Debian's {name} (no service is started)");
+    eprintln!("testbed: installing Debian's rabbitmq-server (no service is started)");
     let _policy = NoServices::establish()?;
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
@@ -112,10 +99,10 @@ pub(crate) fn debian_package(name: &str, there: impl Fn() -> bool) -> Result<()>
     };
     // The lists may be absent or old; if they can't be had the installation's own error says more.
     let updated = apt(&["update"]);
-    apt(&["install", "--no-install-recommends", name])
+    apt(&["install", "--no-install-recommends", "rabbitmq-server"])
         .or_else(|error| updated.and(Err(error)))
-        .with_context(|| format!("cannot install {name}"))?;
-    Ok(())
+        .context("cannot install rabbitmq-server")?;
+    Installation::find().context("rabbitmq-server was installed, but its scripts can't be found")
 }
 
 /// Debian's way of installing a service without starting it, for as long as this lives.

@@ -1,6 +1,6 @@
 //! A private node of the `rabbitmq-server` on this machine.
 
-use super::{CTL_LIMIT, Settings};
+use super::{CTL_LIMIT, Node, Settings};
 use crate::exec;
 use crate::owner::{self, find_in_path, is_root};
 use anyhow::{Context, Result, bail};
@@ -180,32 +180,36 @@ impl LocalNode {
         Ok(command)
     }
 
-    pub(super) fn settings(&self) -> &Settings {
-        &self.settings
+    fn child(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
+        self.child
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Node for LocalNode {
+    fn folder(&self) -> PathBuf {
+        self.folder.clone()
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
-    }
-
-    pub(super) fn is_running(&self) -> bool {
+    fn is_running(&self) -> bool {
         let mut child = self.child();
         child
             .as_mut()
             .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
-    pub(super) fn log(&self) -> String {
+    fn log(&self) -> String {
         let bytes = fs::read(self.folder.join("log")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    pub(super) fn ctl(&self, args: &[&str]) -> Result<String> {
+    fn ctl(&self, args: &[&str]) -> Result<String> {
         let mut command = self.command("rabbitmqctl")?;
         exec::run(command.arg("-q").args(args), CTL_LIMIT)
     }
 
-    pub(super) fn start_again(&self) -> Result<()> {
+    fn start_again(&self) -> Result<()> {
         let mut child = self.child();
         if let Some(running) = child.as_mut()
             && running.try_wait()?.is_none()
@@ -231,7 +235,7 @@ impl LocalNode {
         Ok(())
     }
 
-    pub(super) fn stop(&self) -> Result<()> {
+    fn stop(&self) -> Result<()> {
         let Some(mut child) = self.child().take() else {
             return Ok(());
         };
@@ -251,20 +255,12 @@ impl LocalNode {
         Ok(())
     }
 
-    pub(super) fn kill(&self) -> Result<()> {
+    fn kill(&self) -> Result<()> {
         if let Some(mut child) = self.child().take() {
             child.kill().context("cannot kill a private RabbitMQ")?;
             child.wait()?;
         }
         Ok(())
-    }
-
-    pub(super) fn freeze(&self) -> Result<()> {
-        self.signal(Signal::SIGSTOP)
-    }
-
-    pub(super) fn thaw(&self) -> Result<()> {
-        self.signal(Signal::SIGCONT)
     }
 
     fn signal(&self, wanted: Signal) -> Result<()> {
@@ -275,12 +271,6 @@ impl LocalNode {
                 self.settings.port.number()
             ),
         }
-    }
-
-    fn child(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
-        self.child
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

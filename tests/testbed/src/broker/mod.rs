@@ -10,15 +10,14 @@ mod install;
 mod local;
 mod probe;
 
-pub(crate) use container::provide_image;
-pub(crate) use install::debian_package;
-
 pub use container::{Container, docker, docker_label, docker_works, image_present};
 
+use crate::Signal;
 use crate::client::{Client, Queue, QueueBuilder};
 use crate::ports::{Port, random, reserve_port};
 use anyhow::{Context, Result, bail};
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -54,13 +53,21 @@ pub struct Broker {
     version: OnceLock<(u32, u32, u32)>,
     client: OnceLock<Client>,
     /// None: someone else's broker, named by `BROKER_URL`.
-    node: Option<Node>,
+    node: Option<Box<dyn Node>>,
 }
 
-/// How a private node runs.
-enum Node {
-    Local(local::LocalNode),
-    Container(container::ContainerNode),
+/// A private node: a process of this machine, or in a container.
+trait Node: Send + Sync {
+    /// Where its files are, as it sees them itself.
+    fn folder(&self) -> PathBuf;
+    fn is_running(&self) -> bool;
+    fn log(&self) -> String;
+    fn ctl(&self, args: &[&str]) -> Result<String>;
+    fn start_again(&self) -> Result<()>;
+    fn stop(&self) -> Result<()>;
+    fn kill(&self) -> Result<()>;
+    /// To the emulator, not to the script around it.
+    fn signal(&self, signal: Signal) -> Result<()>;
 }
 
 /// Where private nodes come from.
@@ -93,11 +100,8 @@ pub(crate) struct Settings {
     pub(crate) dist_port: Port,
     pub(crate) config: String,
     pub(crate) plugins: String,
-    pub(crate) env: Vec<(String, String)>,
     pub(crate) files: Vec<(String, String)>,
     pub(crate) group: Arc<Group>,
-    /// Ports that the configuration mentions, held for as long as the node lives.
-    _more_ports: Vec<(String, Port)>,
 }
 
 /// What a private node shall be like.
@@ -106,7 +110,6 @@ pub(crate) struct Settings {
 pub struct BrokerOptions {
     config: String,
     plugins: Vec<String>,
-    env: Vec<(String, String)>,
     image: Option<String>,
     files: Vec<(String, String)>,
     ports: Vec<(String, u16)>,
@@ -123,12 +126,6 @@ impl BrokerOptions {
     /// Enables a plugin, such as `rabbitmq_management`; none are unless asked for, because they slow the start down.
     pub fn plugin(mut self, name: &str) -> Self {
         self.plugins.push(name.to_owned());
-        self
-    }
-
-    /// Sets a variable of the node's environment, such as `RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS`.
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -157,7 +154,7 @@ impl BrokerOptions {
         let source = self.source()?;
         retry_on_port_conflict(|| {
             let group = Group::start(&source, false)?;
-            let settings = self.settings(&group, "")?;
+            let settings = self.settings(&group)?;
             let broker = Broker::launch(&source, settings)?;
             broker.await_start()?;
             Ok(broker)
@@ -171,7 +168,7 @@ impl BrokerOptions {
             let group = Group::start(&source, true)?;
             let mut settings: Vec<Settings> = Vec::new();
             for _ in 0..size {
-                settings.push(self.settings(&group, "")?);
+                settings.push(self.settings(&group)?);
             }
             let mut peers =
                 String::from("cluster_formation.peer_discovery_backend = classic_config\n");
@@ -204,7 +201,7 @@ impl BrokerOptions {
         }
     }
 
-    fn settings(&self, group: &Arc<Group>, more_config: &str) -> Result<Settings> {
+    fn settings(&self, group: &Arc<Group>) -> Result<Settings> {
         let port = reserve_port()?;
         let dist_port = reserve_port()?;
         let name = format!("qc{:08x}@localhost", random() as u32);
@@ -220,16 +217,8 @@ impl BrokerOptions {
             port.number()
         );
         config.push_str(&self.config);
-        config.push_str(more_config);
-        let mut more_ports = Vec::new();
         for (name, number) in &self.ports {
             config = config.replace(&format!("{{{name}}}"), &number.to_string());
-        }
-        // A port whose number nobody needs to know beforehand: management's, for example.
-        while let Some(placeholder) = find_placeholder(&config) {
-            let port = reserve_port()?;
-            config = config.replace(&format!("{{{placeholder}}}"), &port.number().to_string());
-            more_ports.push((placeholder, port));
         }
         Ok(Settings {
             name,
@@ -237,19 +226,10 @@ impl BrokerOptions {
             dist_port,
             config,
             plugins: format!("[{}].\n", self.plugins.join(",")),
-            env: self.env.clone(),
             files: self.files.clone(),
             group: group.clone(),
-            _more_ports: more_ports,
         })
     }
-}
-
-/// The first `{name_port}` in the configuration.
-fn find_placeholder(config: &str) -> Option<String> {
-    let (_, rest) = config.split_once('{')?;
-    let (name, _) = rest.split_once('}')?;
-    name.ends_with("_port").then(|| name.to_owned())
 }
 
 /// A port is reserved among testbeds only; if another program has taken it meanwhile, start anew with other ports.
@@ -294,7 +274,7 @@ impl Settings {
     /// What tells this node apart from every other, as environment variables.
     fn identity(&self) -> Vec<(String, String)> {
         let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
-        let mut env: Vec<(String, String)> = [
+        [
             ("ERL_EPMD_PORT", self.group.epmd_port.number().to_string()),
             ("ERL_EPMD_ADDRESS", "127.0.0.1".into()),
             ("ERL_CRASH_DUMP_BYTES", "0".into()),
@@ -312,9 +292,7 @@ impl Settings {
             ),
         ]
         .map(|(name, value)| (name.to_owned(), value))
-        .into();
-        env.extend(self.env.iter().cloned());
-        env
+        .into()
     }
 }
 
@@ -404,13 +382,9 @@ impl Broker {
 
     fn launch(source: &Source, settings: Settings) -> Result<Self> {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, settings.port.number()));
-        let node = match source {
-            Source::Local(installation) => {
-                Node::Local(local::LocalNode::launch(installation, settings)?)
-            }
-            Source::Image(image) => {
-                Node::Container(container::ContainerNode::launch(image, settings)?)
-            }
+        let node: Box<dyn Node> = match source {
+            Source::Local(local) => Box::new(local::LocalNode::launch(local, settings)?),
+            Source::Image(image) => Box::new(container::ContainerNode::launch(image, settings)?),
         };
         Ok(Self {
             user: "guest".into(),
@@ -435,14 +409,14 @@ impl Broker {
             if !node.is_running() {
                 bail!(
                     "a private RabbitMQ ended while starting; its log ends with\n{}",
-                    node.log_tail()
+                    self.log_tail()
                 );
             }
             if Instant::now() > end {
                 bail!(
                     "a private RabbitMQ on port {} hadn't started after {START_LIMIT:?}; its log ends with\n{}",
                     self.port(),
-                    node.log_tail()
+                    self.log_tail()
                 );
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -462,15 +436,15 @@ impl Broker {
                     "{} of {} nodes had joined the cluster after {START_LIMIT:?}; the log ends with\n{}",
                     others.trim(),
                     size - 1,
-                    self.private()?.log_tail()
+                    self.log_tail()
                 );
             }
             std::thread::sleep(Duration::from_millis(200));
         }
     }
 
-    fn private(&self) -> Result<&Node> {
-        self.node.as_ref().context(
+    fn private(&self) -> Result<&dyn Node> {
+        self.node.as_deref().context(
             "the broker at BROKER_URL is not the tests' to control; start a private one with Broker::start()",
         )
     }
@@ -523,40 +497,19 @@ impl Broker {
         self.version.get().copied().unwrap_or_default()
     }
 
-    /// The name of the private node, such as a cluster's status shows it.
-    pub fn node_name(&self) -> Option<&str> {
-        self.node.as_ref().map(|node| node.settings().name.as_str())
-    }
-
-    /// The port that took the place of `{placeholder}` in the configuration.
-    pub fn extra_port(&self, placeholder: &str) -> Option<u16> {
-        let more = &self.node.as_ref()?.settings()._more_ports;
-        let (_, port) = more.iter().find(|(name, _)| name == placeholder)?;
-        Some(port.number())
-    }
-
     /// The folder with its files ([`BrokerOptions::file`]), as the node itself sees it.
-    pub fn folder(&self) -> Option<std::path::PathBuf> {
-        match self.node.as_ref()? {
-            Node::Local(node) => Some(node.folder().to_owned()),
-            Node::Container(_) => Some(container::FOLDER.into()),
-        }
+    pub fn folder(&self) -> Option<PathBuf> {
+        Some(self.node.as_ref()?.folder())
     }
 
     /// Runs `rabbitmqctl` on it: `ctl(&["add_vhost", "other"])`. Gives what it printed.
     pub fn ctl(&self, args: &[&str]) -> Result<String> {
-        match self.private()? {
-            Node::Local(node) => node.ctl(args),
-            Node::Container(node) => node.ctl(args),
-        }
+        self.private()?.ctl(args)
     }
 
     /// Shuts it down in an orderly way and waits until it has ended.
     pub fn stop(&self) -> Result<()> {
-        match self.private()? {
-            Node::Local(node) => node.stop(),
-            Node::Container(node) => node.stop(),
-        }
+        self.private()?.stop()
     }
 
     /// Kills it with SIGKILL, as a crash or a power failure would.
@@ -566,40 +519,23 @@ impl Broker {
         if self.client.get().is_some_and(Client::take_quorum_declared) {
             self.ctl(&["eval", WRITE_DOWN])?;
         }
-        match self.private()? {
-            Node::Local(node) => node.kill(),
-            Node::Container(node) => node.kill(),
-        }
+        self.private()?.kill()
     }
 
     /// Stops its processes with SIGSTOP: its connections stay open, and nothing is answered.
     pub fn freeze(&self) -> Result<()> {
-        match self.private()? {
-            Node::Local(node) => node.freeze(),
-            Node::Container(node) => node.freeze(),
-        }
+        self.private()?.signal(Signal::SIGSTOP)
     }
 
     /// Lets a frozen broker go on.
     pub fn thaw(&self) -> Result<()> {
-        match self.private()? {
-            Node::Local(node) => node.thaw(),
-            Node::Container(node) => node.thaw(),
-        }
+        self.private()?.signal(Signal::SIGCONT)
     }
 
     /// Starts a stopped or killed broker with the same data on the same port, and waits until it answers.
     pub fn start_again(&self) -> Result<()> {
-        self.launch_again()?;
+        self.private()?.start_again()?;
         self.await_start()
-    }
-
-    /// The same without waiting; a cluster that was stopped as a whole may need several nodes before one answers.
-    pub fn launch_again(&self) -> Result<()> {
-        match self.private()? {
-            Node::Local(node) => node.start_again(),
-            Node::Container(node) => node.start_again(),
-        }
     }
 
     /// Stops it in an orderly way and starts it again.
@@ -608,9 +544,12 @@ impl Broker {
         self.start_again()
     }
 
-    /// The end of its log.
+    /// The last lines of its log, which say why it didn't start.
     pub fn log_tail(&self) -> String {
-        self.node.as_ref().map(Node::log_tail).unwrap_or_default()
+        let log = self.node.as_ref().map(|node| node.log());
+        let log = log.unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
     /// The tests' own connection to it.
@@ -629,32 +568,6 @@ impl Broker {
     /// Declares a queue with a type and arguments.
     pub fn declare(&self, name: &str) -> QueueBuilder {
         self.client().declare(name)
-    }
-}
-
-impl Node {
-    fn settings(&self) -> &Settings {
-        match self {
-            Self::Local(node) => node.settings(),
-            Self::Container(node) => node.settings(),
-        }
-    }
-
-    fn is_running(&self) -> bool {
-        match self {
-            Self::Local(node) => node.is_running(),
-            Self::Container(node) => node.is_running(),
-        }
-    }
-
-    /// The last lines of its log, which say why it didn't start.
-    fn log_tail(&self) -> String {
-        let log = match self {
-            Self::Local(node) => node.log(),
-            Self::Container(node) => node.log(),
-        };
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
     }
 }
 

@@ -47,10 +47,6 @@ methods! {
     CONNECTION_CLOSE = 10, 50, "connection.close";
     /// connection.close-ok.
     CONNECTION_CLOSE_OK = 10, 51, "connection.close-ok";
-    /// connection.blocked: the broker takes no messages for now.
-    CONNECTION_BLOCKED = 10, 60, "connection.blocked";
-    /// connection.unblocked.
-    CONNECTION_UNBLOCKED = 10, 61, "connection.unblocked";
     /// channel.open.
     CHANNEL_OPEN = 20, 10, "channel.open";
     /// channel.open-ok.
@@ -77,7 +73,7 @@ methods! {
     BASIC_CANCEL_OK = 60, 31, "basic.cancel-ok";
     /// basic.publish.
     BASIC_PUBLISH = 60, 40, "basic.publish";
-    /// basic.return: a message that no queue took.
+    /// basic.return: a message that no queue takes.
     BASIC_RETURN = 60, 50, "basic.return";
     /// basic.deliver: a message follows.
     BASIC_DELIVER = 60, 60, "basic.deliver";

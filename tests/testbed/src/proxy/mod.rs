@@ -231,11 +231,6 @@ impl Proxy {
         }
     }
 
-    /// Puts another address behind it, for connections from now on.
-    pub fn set_upstream(&self, upstream: SocketAddr) {
-        self.control(|control| control.upstream = Some(upstream));
-    }
-
     /// Ends every fault: connections are accepted and everything passes at once. What was swallowed stays lost.
     pub fn pass(&self) {
         self.control(|control| {

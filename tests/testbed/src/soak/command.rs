@@ -3,11 +3,9 @@
 use crate::soak::books::Entry;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{SigSet, Signal, raise};
-use std::fmt::{self, Display};
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The first argument of this program when it is to be the command.
@@ -54,7 +52,12 @@ impl Plan {
     pub(super) fn arguments(self) -> [String; 3] {
         [
             COMMAND.to_owned(),
-            self.how.to_string(),
+            NAMES
+                .iter()
+                .find(|(how, _)| *how == self.how)
+                .expect("all have one")
+                .1
+                .to_owned(),
             self.after.as_millis().to_string(),
         ]
     }
@@ -68,36 +71,21 @@ const NAMES: [(How, &str); 5] = [
     (How::HangDeaf, "hang-deaf"),
 ];
 
-impl Display for How {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (_, name) = NAMES
-            .iter()
-            .find(|(how, _)| how == self)
-            .unwrap_or(&NAMES[0]);
-        formatter.write_str(name)
-    }
-}
-
-impl FromStr for How {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let found = NAMES.iter().find(|(_, name)| *name == text);
-        found
-            .map(|(how, _)| *how)
-            .with_context(|| format!("a command can't {text:?}"))
-    }
-}
-
 /// The plan, if these are the arguments of the command.
 pub fn command_plan(args: &[String]) -> Option<Result<Plan>> {
     match args {
-        [first, how, after] if first == COMMAND => Some((|| {
-            Ok(Plan {
-                how: how.parse()?,
-                after: Duration::from_millis(after.parse()?),
-            })
-        })()),
+        [first, how, after] if first == COMMAND => {
+            let how = NAMES
+                .iter()
+                .find(|(_, name)| name == how)
+                .map(|(how, _)| *how);
+            let plan = how.zip(after.parse().ok());
+            let plan = plan.map(|(how, after)| Plan {
+                how,
+                after: Duration::from_millis(after),
+            });
+            Some(plan.context("not the plan of a command"))
+        }
         _ => None,
     }
 }

@@ -1,0 +1,342 @@
+//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. And the
+//! other side of it: a client that sends what no library would.
+
+use crate::Broker;
+use crate::proxy::frames::{Method, method_frame};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
+use std::thread;
+use std::time::Duration;
+
+/// How long a connection may stay silent before the peer forgets it.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// What a client has sent.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The connection, counted from 1.
+    pub connection: usize,
+    /// Its channel.
+    pub channel: u16,
+    /// Its method, or what stands for another kind of frame.
+    pub method: Method,
+    /// What stands behind the method's numbers; a frame's payload where it has none.
+    pub arguments: Vec<u8>,
+    /// How many frames of this method this connection has sent, this one included.
+    pub nth: u64,
+}
+
+/// What the script says to a request.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// What a broker would.
+    Usual,
+    /// These bytes, and the connection goes on.
+    Bytes(Vec<u8>),
+    /// These bytes, then the end of the connection.
+    Last(Vec<u8>),
+}
+
+/// A peer on a port of its own; it accepts nothing more once it is dropped.
+pub struct Peer {
+    addr: SocketAddr,
+    seen: Arc<Mutex<Vec<Request>>>,
+    gone: Arc<AtomicBool>,
+}
+
+impl Peer {
+    /// Answers every connection by this script.
+    ///
+    /// # Panics
+    /// When it can't listen.
+    pub fn new(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port to listen on");
+        let addr = listener.local_addr().expect("the port's number");
+        let peer = Self {
+            addr,
+            seen: Arc::default(),
+            gone: Arc::default(),
+        };
+        let (seen, gone, script) = (peer.seen.clone(), peer.gone.clone(), Arc::new(script));
+        thread::spawn(move || {
+            for (count, stream) in listener.incoming().flatten().enumerate() {
+                if gone.load(Relaxed) {
+                    return;
+                }
+                let (seen, script) = (seen.clone(), script.clone());
+                // What ends a connection is the client's business, or the script's.
+                thread::spawn(move || serve(stream, count + 1, &seen, &*script));
+            }
+        });
+        peer
+    }
+
+    /// A URL for it.
+    pub fn url(&self) -> String {
+        format!("amqp://guest:guest@{}", self.addr)
+    }
+
+    /// What it was sent so far.
+    pub fn seen(&self) -> Vec<Request> {
+        self.lock().clone()
+    }
+
+    /// How many frames of this method it was sent.
+    pub fn count(&self, method: Method) -> usize {
+        let seen = self.lock();
+        seen.iter().filter(|seen| seen.method == method).count()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Request>> {
+        self.seen
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.gone.store(true, Relaxed);
+        // So that the thread that accepts looks.
+        let _ = TcpStream::connect(self.addr);
+    }
+}
+
+fn serve(
+    mut stream: TcpStream,
+    connection: usize,
+    seen: &Mutex<Vec<Request>>,
+    script: &(impl Fn(&Request) -> Answer + ?Sized),
+) -> io::Result<()> {
+    stream.set_read_timeout(Some(IDLE))?;
+    stream.set_nodelay(true)?;
+    let mut header = [0; 8];
+    stream.read_exact(&mut header)?;
+    let mut next = Ok((0, Method::PROTOCOL_HEADER, header.to_vec()));
+    loop {
+        let (channel, method, arguments) = next?;
+        let request = {
+            let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let earlier = seen
+                .iter()
+                .filter(|seen| seen.connection == connection && seen.method == method);
+            let request = Request {
+                connection,
+                channel,
+                method,
+                arguments,
+                nth: earlier.count() as u64 + 1,
+            };
+            seen.push(request.clone());
+            request
+        };
+        let (bytes, ends) = match script(&request) {
+            Answer::Usual => (usual(&request), method == Method::CONNECTION_CLOSE),
+            Answer::Bytes(bytes) => (bytes, false),
+            Answer::Last(bytes) => (bytes, true),
+        };
+        stream.write_all(&bytes)?;
+        if ends {
+            return stream.shutdown(Shutdown::Both);
+        }
+        next = read_frame(&mut stream);
+    }
+}
+
+/// The next frame: its channel, its method, and what stands behind.
+fn read_frame(stream: &mut TcpStream) -> io::Result<(u16, Method, Vec<u8>)> {
+    let mut header = [0; 7];
+    stream.read_exact(&mut header)?;
+    let [kind, c0, c1, size @ ..] = header;
+    let mut payload = vec![0; u32::from_be_bytes(size) as usize + 1];
+    stream.read_exact(&mut payload)?;
+    payload.pop();
+    let channel = u16::from_be_bytes([c0, c1]);
+    Ok(match (kind, payload.as_slice()) {
+        (1, &[a, b, c, d, ref rest @ ..]) => {
+            let method = Method(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+            (channel, method, rest.to_vec())
+        }
+        _ => (channel, Method(0, kind.into()), payload),
+    })
+}
+
+/// What a broker with one queue, and no message in it, answers.
+pub fn usual(request: &Request) -> Vec<u8> {
+    let of = |method, arguments: &[u8]| method_frame(request.channel, method, arguments);
+    match request.method {
+        Method::PROTOCOL_HEADER => {
+            let mechanisms = long(b"PLAIN");
+            let arguments = [&[0, 9][..], &long(b""), &mechanisms, &long(b"en_US")].concat();
+            of(Method::CONNECTION_START, &arguments)
+        }
+        Method::CONNECTION_START_OK => tune(60),
+        Method::CONNECTION_OPEN => of(Method::CONNECTION_OPEN_OK, &[0]),
+        Method::CONNECTION_CLOSE => of(Method::CONNECTION_CLOSE_OK, &[]),
+        Method::CHANNEL_OPEN => of(Method::CHANNEL_OPEN_OK, &[0; 4]),
+        Method::CHANNEL_CLOSE => of(Method::CHANNEL_CLOSE_OK, &[]),
+        Method::CONFIRM_SELECT => of(Method::CONFIRM_SELECT_OK, &[]),
+        Method::BASIC_QOS => of(Method::BASIC_QOS_OK, &[]),
+        Method::QUEUE_DECLARE => {
+            let name = short_at(&request.arguments, 2);
+            of(Method::QUEUE_DECLARE_OK, &[name, &[0; 8]].concat())
+        }
+        Method::BASIC_CONSUME => {
+            let queue = short_at(&request.arguments, 2);
+            let tag = short_at(&request.arguments, 2 + queue.len());
+            of(Method::BASIC_CONSUME_OK, tag)
+        }
+        Method::BASIC_CANCEL => match request.arguments.last() {
+            // Behind the tag: no-wait.
+            Some(1) => Vec::new(),
+            _ => of(Method::BASIC_CANCEL_OK, short_at(&request.arguments, 0)),
+        },
+        Method::BODY => settle(request, Method::BASIC_ACK),
+        _ => Vec::new(),
+    }
+}
+
+/// connection.tune with this heartbeat, in seconds.
+pub fn tune(heartbeat: u16) -> Vec<u8> {
+    let arguments = [&[7, 255, 0, 2, 0, 0][..], &heartbeat.to_be_bytes()].concat();
+    method_frame(0, Method::CONNECTION_TUNE, &arguments)
+}
+
+/// basic.ack or basic.nack of the message whose body has come.
+pub fn settle(request: &Request, method: Method) -> Vec<u8> {
+    let arguments = [&request.nth.to_be_bytes()[..], &[0]].concat();
+    method_frame(request.channel, method, &arguments)
+}
+
+/// basic.return with NO_ROUTE of a message with an empty body.
+pub fn returned(channel: u16) -> Vec<u8> {
+    let arguments = [&[1, 56][..], &short(b"NO_ROUTE"), &[0], &short(b"q")].concat();
+    [
+        method_frame(channel, Method::BASIC_RETURN, &arguments),
+        content_header(channel, 0, &[0, 0]),
+    ]
+    .concat()
+}
+
+/// basic.deliver to qconsume's consumer, with this delivery tag and routing key.
+pub fn deliver(channel: u16, tag: u64, routing_key: &[u8]) -> Vec<u8> {
+    let tag = tag.to_be_bytes();
+    let key = short(routing_key);
+    let arguments = [&short(b"qconsume")[..], &tag, &[0], &[0], &key].concat();
+    method_frame(channel, Method::BASIC_DELIVER, &arguments)
+}
+
+/// A content header: the body's size, and the properties as they are encoded.
+pub fn content_header(channel: u16, size: u64, properties: &[u8]) -> Vec<u8> {
+    let payload = [&[0, 60, 0, 0][..], &size.to_be_bytes(), properties].concat();
+    frame(2, channel, &payload)
+}
+
+/// A frame of any type.
+pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![kind];
+    frame.extend(channel.to_be_bytes());
+    frame.extend((payload.len() as u32).to_be_bytes());
+    frame.extend(payload);
+    frame.push(0xCE);
+    frame
+}
+
+/// A short string; what is beyond 255 bytes is left out.
+pub fn short(text: &[u8]) -> Vec<u8> {
+    let text = &text[..text.len().min(255)];
+    [&[text.len() as u8], text].concat()
+}
+
+/// A long string, or a table's or an array's content with its size.
+pub fn long(text: &[u8]) -> Vec<u8> {
+    [&(text.len() as u32).to_be_bytes(), text].concat()
+}
+
+/// Properties with only headers: tables (`F`) or arrays (`A`) within each other, so many levels with the headers' own.
+pub fn nested_headers(levels: usize, kind: u8) -> Vec<u8> {
+    // From the inside: a builder that calls itself would overflow its own stack.
+    let mut value = Vec::new();
+    for level in (1..levels).rev() {
+        let named = level == 1 || kind == b'F';
+        let name = if named { &[1, b'n'][..] } else { &[] };
+        value = [name, &[kind], &long(&value)].concat();
+    }
+    [&[0x20, 0][..], &long(&value)].concat()
+}
+
+fn short_at(arguments: &[u8], at: usize) -> &[u8] {
+    let rest = arguments.get(at..).unwrap_or_default();
+    let size = 1 + usize::from(rest.first().copied().unwrap_or_default());
+    rest.get(..size).unwrap_or(&[0])
+}
+
+/// Publishes to virtual host `/` as guest, with properties and a routing key of any bytes, and waits until the broker has
+/// the message.
+///
+/// # Panics
+/// When the broker doesn't take it, and says so by closing.
+pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properties: &[u8]) {
+    let publish = || -> io::Result<()> {
+        let mut stream = TcpStream::connect(broker.addr())?;
+        stream.set_read_timeout(Some(crate::PATIENCE))?;
+        let mut call = |bytes: Vec<u8>, wanted: Method| {
+            stream.write_all(&bytes)?;
+            loop {
+                match read_frame(&mut stream)?.1 {
+                    method if method == wanted => return Ok(()),
+                    Method::CONNECTION_CLOSE | Method::CHANNEL_CLOSE => {
+                        return Err(io::Error::other("the broker closed the channel"));
+                    }
+                    _ => {}
+                }
+            }
+        };
+        call(b"AMQP\0\0\x09\x01".to_vec(), Method::CONNECTION_START)?;
+        let login = long(b"\0guest\0guest");
+        let start_ok = [&long(b"")[..], &short(b"PLAIN"), &login, &short(b"en_US")].concat();
+        call(
+            method_frame(0, Method::CONNECTION_START_OK, &start_ok),
+            Method::CONNECTION_TUNE,
+        )?;
+        let open = [
+            method_frame(0, Method::CONNECTION_TUNE_OK, &[7, 255, 0, 2, 0, 0, 0, 0]),
+            method_frame(
+                0,
+                Method::CONNECTION_OPEN,
+                &[&short(b"/")[..], &[0, 0]].concat(),
+            ),
+        ];
+        call(open.concat(), Method::CONNECTION_OPEN_OK)?;
+        call(
+            method_frame(1, Method::CHANNEL_OPEN, &[0]),
+            Method::CHANNEL_OPEN_OK,
+        )?;
+        call(
+            method_frame(1, Method::CONFIRM_SELECT, &[0]),
+            Method::CONFIRM_SELECT_OK,
+        )?;
+        let target = [
+            &[0, 0][..],
+            &short(exchange.as_bytes()),
+            &short(routing_key),
+            &[0],
+        ];
+        let message = [
+            method_frame(1, Method::BASIC_PUBLISH, &target.concat()),
+            content_header(1, 5, properties),
+            frame(3, 1, b"lemon"),
+        ];
+        call(message.concat(), Method::BASIC_ACK)?;
+        let close = [&200_u16.to_be_bytes()[..], &[0], &[0; 4]].concat();
+        call(
+            method_frame(0, Method::CONNECTION_CLOSE, &close),
+            Method::CONNECTION_CLOSE_OK,
+        )
+    };
+    publish().unwrap_or_else(|error| panic!("the broker took no such message: {error}"));
+}
