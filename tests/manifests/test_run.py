@@ -373,7 +373,7 @@ def test_a_job_per_queue(cluster, broker, fill, expanded, pattern):  # noqa: F81
     for queue in queues:
         fill(*(f"{queue}-{n}" for n in (1, 2, 3)), queue=queue)
     for job, queue in zip(jobs, queues):
-        outcome = cluster.run_job(job)
+        outcome = cluster.run_job(job, environment=SOON)
         assert outcome.condition == "Complete"
         assert sorted(processed(outcome)) == [f"{queue}-{n}" for n in (1, 2, 3)]
     assert set(broker.queues().values()) == {0}
