@@ -47,7 +47,13 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
         consumer,
         tally: Tally::default(),
     };
-    let ended = worker.run(&mut signals).await;
+    let ended = match worker.run(&mut signals).await {
+        Ok(summary) => Ok(worker.with_dead_letters(summary)),
+        Err(failure) if worker.tally.dead_lettered > 0 => Ok(worker.with_dead_letters(
+            RunSummary::without_message(failure.exit.status(), failure.message),
+        )),
+        Err(failure) => Err(failure),
+    };
     if let Ok(summary) = &ended {
         summary.report();
     }
@@ -266,6 +272,25 @@ impl Worker {
             _ => 0,
         };
         RunSummary::without_message(status, text)
+    }
+
+    /// With `--keep-going`, a message that was dead-lettered on the way decides the status, however the run ends: the next
+    /// worker would find an empty queue, and nobody would hear of it.
+    fn with_dead_letters(&self, summary: RunSummary) -> RunSummary {
+        let status = self.options.policy().reject_exit_code.unwrap_or(1);
+        if !self.options.keep_going
+            || self.tally.dead_lettered == 0
+            || status == 0
+            || summary.status == status
+        {
+            return summary;
+        }
+        RunSummary {
+            source: Source::Qconsume,
+            status,
+            text: format!("{}; before that: {}", summary.text, self.tally),
+            ..summary
+        }
     }
 
     /// The end of a run that was told to stop while no command ran.

@@ -849,3 +849,93 @@ fn many_workers_burn_nobodys_attempts() {
         assert_eq!((queue.ready(), dead.ready()), (0, 0));
     }
 }
+
+/// Fails for good where the body is "bad", and once where it begins with "late".
+const SOME_FAIL: &str =
+    r#"read -r body; case $body in bad) exit 3;; late*) [ "$MESSAGE_ATTEMPT" -gt 1 ];; esac"#;
+
+#[test]
+fn with_keep_going_a_failure_does_not_end_the_run() {
+    let broker = Broker::shared();
+    let dead = broker.queue("dead");
+    let queue = || {
+        broker
+            .declare("going")
+            .quorum()
+            .dead_letter_to(&dead)
+            .create()
+    };
+    let run = |queue: &Queue, options: &[&str]| {
+        let options = [&["--keep-going", "--max-attempts", "3"], options].concat();
+        worker(broker, queue).args(options).shell(SOME_FAIL).run()
+    };
+    let four_late = ["late 1", "a", "late 2", "b", "late 3", "c", "late 4", "d"];
+
+    let late = queue();
+    late.publish_all(four_late);
+    run(&late, &["--drain"])
+        .assert_status(0)
+        .assert_stderr("is empty: 8 acknowledged, 4 failed and requeued, 0 dead-lettered");
+    assert_eq!((late.ready(), dead.ready()), (0, 0));
+
+    for (options, status) in [
+        (&["--drain"][..], 1),
+        (&["--drain", "--reject-exit-code", "65"], 65),
+        (&["--drain", "--reject-exit-code", "0"], 0),
+        (&["--count", "3"], 1),
+    ] {
+        let bad = queue();
+        bad.publish_all(["a", "bad", "b"]);
+        run(&bad, options)
+            .assert_status(status)
+            .assert_stderr("2 acknowledged, 2 failed and requeued, 1 dead-lettered");
+        assert_eq!(bad.ready(), 0, "{options:?}");
+        assert_eq!(dead.wait_get().text(), "bad", "{options:?}");
+    }
+
+    // N messages done, and no failure counts as one.
+    let counted = queue();
+    counted.publish_all(four_late);
+    run(&counted, &["--count", "8"])
+        .assert_status(0)
+        .assert_stderr("8 acknowledged, 4 failed and requeued");
+}
+
+#[test]
+fn with_keep_going_a_dead_letter_is_not_forgotten_when_a_signal_ends_the_run() {
+    let broker = Broker::shared();
+    let dead = broker.queue("dead");
+    let queue = broker
+        .declare("going")
+        .quorum()
+        .dead_letter_to(&dead)
+        .create();
+    queue.publish("bad");
+    let running = worker(broker, &queue)
+        .args(["--keep-going", "--max-attempts", "1", "-c", "0"])
+        .args(["--reject-exit-code", "65"])
+        .shell(SOME_FAIL)
+        .spawn();
+    assert_eq!(dead.wait_get().text(), "bad");
+    running.wait_for_stderr("dead-lettered", PATIENCE);
+    running.signal(Signal::SIGTERM);
+    running
+        .wait(PATIENCE)
+        .assert_status(65)
+        .assert_stderr("stopped by SIGTERM")
+        .assert_stderr("1 dead-lettered");
+}
+
+#[test]
+fn with_keep_going_a_queue_that_does_not_count_ends_the_run_at_a_second_failure() {
+    let broker = Broker::shared();
+    let queue = broker.queue("uncounted");
+    queue.publish("bad");
+    worker(broker, &queue)
+        .args(["--keep-going", "--max-attempts", "3", "--drain"])
+        .shell(SOME_FAIL)
+        .run()
+        .assert_status(3)
+        .assert_stderr("this queue doesn't count deliveries");
+    queue.wait_ready(1);
+}

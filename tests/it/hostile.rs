@@ -134,7 +134,7 @@ fn hostile(seed: u64, request: &Request) -> Answer {
     } else {
         1
     };
-    if request.connection > 1 && seed % 2 == 0 {
+    if request.connection > 1 && seed.is_multiple_of(2) {
         return Answer::Last(Vec::new());
     }
     let mut bytes = peer::usual(request);

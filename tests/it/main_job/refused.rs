@@ -200,42 +200,6 @@ fn missing_permissions_are_77_at_once() {
 }
 
 #[test]
-fn names_that_look_like_a_reason_are_none() {
-    let broker = private_broker();
-    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
-    let user = "credit-limit-svc";
-    ctl(&["add_user", user, "secret"]);
-    for vhost in ["names-closed", "limits"] {
-        ctl(&["add_vhost", vhost]);
-        let url = broker.url_for(user, "secret", vhost);
-        ends_at_once(qconsume().queue("q").url(&url), 77, user);
-        ctl(&["delete_vhost", vhost]);
-    }
-    ctl(&["delete_user", user]);
-
-    let missing = "x down or inaccessible";
-    let done = gives_up(qconsume().queue(missing).url(&broker.url()), 78, "no queue");
-    done.assert_stderr(missing);
-}
-
-#[test]
-fn a_limit_of_queues_is_named_and_no_success() {
-    let broker = private_broker();
-    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
-    ctl(&["add_vhost", "full"]);
-    ctl(&["set_permissions", "-p", "full", "guest", ".*", ".*", ".*"]);
-    ctl(&["set_vhost_limits", "-p", "full", r#"{"max-queues": 0}"#]);
-    let done = qconsume()
-        .queue("q")
-        .url(&broker.url_for("guest", "guest", "full"))
-        .args(["--connect-timeout", "2s", "--declare", "cat"])
-        .run();
-    done.assert_stderr("limit");
-    assert!([69, 78].contains(&done.status()), "{}", done.stderr);
-    ctl(&["delete_vhost", "full"]);
-}
-
-#[test]
 fn a_queue_of_another_connection_only_is_78_at_once() {
     let exclusive = QueueDeclareOptions {
         exclusive: true,
