@@ -4,7 +4,7 @@ use super::{
     address::{Address, AuthMechanism},
     connection::{Cutter, OpenConnection},
     errors::ConnectError,
-    nodes::{Nodes, Source},
+    nodes::Nodes,
     observed::Shared,
     resolve::resolve,
     tap::Tap,
@@ -65,6 +65,8 @@ pub struct ConnectOptions {
 #[derive(Debug)]
 pub struct Broker {
     nodes: Nodes,
+    /// Whether the addresses that were read at the start were used.
+    attempted: bool,
     next: usize,
     pub(super) options: ConnectOptions,
     /// What is under way, for the message when time runs out in the middle of it.
@@ -77,6 +79,7 @@ impl Broker {
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
         Self {
             nodes,
+            attempted: false,
             next: 0,
             options,
             stage: String::new(),
@@ -107,10 +110,12 @@ impl Broker {
     ) -> Result<Result<OpenConnection, ConnectError>, Failure> {
         let deadline = attempts.deadline;
         // Round-robin: the next attempt starts at the next node.
-        let nodes = self.nodes.read()?;
-        if matches!(self.nodes.source, Source::File(..)) {
-            self.options.tls = Tls::load(&nodes)?;
+        if self.attempted && self.nodes.may_change() {
+            self.nodes.known = self.nodes.read()?;
+            self.options.tls = Tls::load(&self.nodes.known)?;
         }
+        self.attempted = true;
+        let nodes = &self.nodes.known;
         let address = nodes[self.next % nodes.len()].clone();
         self.next = (self.next + 1) % nodes.len();
         // A node that accepts and stays silent gets half of the time, so that the next one gets the rest.

@@ -79,6 +79,8 @@ pub struct Nodes {
     pub source: Source,
     /// What goes for all of them.
     pub tls: TlsOptions,
+    /// The addresses as they were when they were read last.
+    pub known: Vec<Address>,
 }
 
 impl Default for Nodes {
@@ -86,11 +88,18 @@ impl Default for Nodes {
         Self {
             source: Source::Given(Vec::new()),
             tls: TlsOptions::default(),
+            known: Vec::new(),
         }
     }
 }
 
 impl Nodes {
+    /// Whether they are in a file that may have changed; a pipe, as of a shell's `<(…)`, can be read only once.
+    #[must_use]
+    pub fn may_change(&self) -> bool {
+        matches!(&self.source, Source::File(path, _) if path.is_file())
+    }
+
     /// The addresses, at least one, as they are now.
     ///
     /// # Errors
@@ -128,6 +137,7 @@ mod tests {
         let nodes = Nodes {
             source: Source::File(path.clone(), "--url-file".to_owned()),
             tls: TlsOptions::default(),
+            known: Vec::new(),
         };
         for (text, password) in [
             ("amqp://u:one@h\n", "one"),

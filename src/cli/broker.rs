@@ -128,10 +128,11 @@ impl BrokerOptions {
         self.nodes = Nodes {
             source,
             tls: self.tls.clone(),
+            known: Vec::new(),
         };
-        let addresses = self.nodes.read()?;
-        self.loaded = Tls::load(&addresses)?;
-        for mut address in addresses {
+        self.nodes.known = self.nodes.read()?;
+        self.loaded = Tls::load(&self.nodes.known)?;
+        for mut address in self.nodes.known.clone() {
             self.ignored.append(&mut address.parameters.ignored);
             if self.ssl && !address.tls {
                 return Err(Failure::usage(

@@ -939,3 +939,25 @@ fn with_keep_going_a_queue_that_does_not_count_ends_the_run_at_a_second_failure(
         .assert_stderr("this queue doesn't count deliveries");
     queue.wait_ready(1);
 }
+
+#[test]
+fn the_url_file_is_read_again_for_each_new_connection() {
+    let broker = Broker::shared();
+    let queue = broker.queue("rotated");
+    queue.publish("body");
+    let proxy = Proxy::of(broker);
+    let file = temp_folder("rotated").join("url");
+    std::fs::write(&file, proxy.url()).unwrap();
+    proxy.refuse();
+    let running = qconsume()
+        .queue(queue.name())
+        .env("BROKER_URL_FILE", &file)
+        .arg("cat")
+        .spawn();
+    running.wait_for_stderr("trying again", PATIENCE);
+    // The secret is mounted anew while the old broker is gone.
+    std::fs::write(&file, format!("{}\n", broker.url())).unwrap();
+    let done = running.wait(PATIENCE);
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "body");
+}

@@ -150,7 +150,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     assert_contains(
         last(&killed),
         &[
-            "command was killed by SIGKILL; message returned",
+            "command was killed by SIGKILL; message requeued",
             "status=137",
         ],
     );
@@ -213,7 +213,7 @@ fn a_stop_is_told_with_what_became_of_the_message() {
     assert_contains(
         last(&run),
         &[
-            "stopped by SIGTERM while no command ran; whatever had arrived goes back",
+            "stopped by SIGTERM while no command ran; whatever had arrived is released",
             "source=\"qconsume\"",
         ],
     );

@@ -12,9 +12,9 @@ mod probe;
 
 pub use container::{Container, docker, docker_label, docker_works, image_present};
 
-use crate::Signal;
 use crate::client::{Client, Queue, QueueBuilder};
 use crate::ports::{Port, random, reserve_port};
+use crate::{PATIENCE, Signal};
 use anyhow::{Context, Result, bail};
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
@@ -504,7 +504,17 @@ impl Broker {
 
     /// Runs `rabbitmqctl` on it: `ctl(&["add_vhost", "other"])`. Gives what it printed.
     pub fn ctl(&self, args: &[&str]) -> Result<String> {
-        self.private()?.ctl(args)
+        let node = self.private()?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match node.ctl(args) {
+                // Its port is open a moment before it has started altogether.
+                Err(error)
+                    if format!("{error:#}").contains("requires the 'rabbit' app to be running")
+                        && Instant::now() < end => {}
+                done => return done,
+            }
+        }
     }
 
     /// Shuts it down in an orderly way and waits until it has ended.
