@@ -42,9 +42,9 @@ pub struct BrokerOptions {
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_CONNECT_TIMEOUT", default_value = "60s", value_parser = duration_above_zero)]
     pub connect_timeout: Duration,
 
-    /// Ask for a heartbeat every this many seconds; 0 is none [default: 10]
+    /// Propose a heartbeat interval of this many seconds; 0 leaves it to the broker [default: 10]
     ///
-    /// A broker that has fallen silent is noticed after 2 to 2.5 intervals.
+    /// A broker that has fallen silent is noticed after 2 to 2.5 intervals. Where the broker or a proxy proposes 0 there are no heartbeats.
     #[arg(long, hide_short_help = true, value_name = "SECONDS", env = "QCONSUME_HEARTBEAT")]
     heartbeat: Option<u16>,
 

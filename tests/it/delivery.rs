@@ -961,3 +961,26 @@ fn the_url_file_is_read_again_for_each_new_connection() {
     done.assert_status(0);
     assert_eq!(done.stdout_text(), "body");
 }
+
+#[test]
+fn a_wait_is_a_bound_whatever_the_queue_says_of_itself() {
+    let broker = Broker::shared();
+    let standby = broker
+        .declare("standby")
+        .quorum()
+        .arg("x-single-active-consumer", true)
+        .create();
+    let _active = standby.consume(false);
+    standby.publish_all(["held by the active consumer", "ready"]);
+    standby.wait_ready(1);
+    let stream = broker.declare("stream").arg("x-queue-type", "stream");
+    let stream = stream.create();
+    stream.publish("kept");
+    for queue in [&standby, &stream] {
+        worker(broker, queue)
+            .args(["--wait", "1s", "cat"])
+            .run()
+            .assert_status(66)
+            .assert_stderr("within 1s (--wait)");
+    }
+}

@@ -35,7 +35,9 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
                 let calm = (0..2).map(|_| calm(&queue)).max().unwrap();
                 eprintln!("lane {lane}: a run takes {calm:?}");
                 for run in (lane..RUNS).step_by(LANES) {
-                    let moment = calm.mul_f64(random.fraction() * 1.1);
+                    // Some long after its end, however slow the machine is just then.
+                    let reach = if run % 8 == 0 { 4.0 } else { 1.1 };
+                    let moment = calm.mul_f64(random.fraction() * reach);
                     let entry = run_once(&queue, run, moment);
                     *table.lock().unwrap().entry(entry).or_default() += 1;
                 }
@@ -51,7 +53,13 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
     for ((status, message), runs) in &table {
         eprintln!("status {status:3}, message {message}: {runs}");
     }
-    assert_eq!(table.values().sum::<usize>(), RUNS);
+    // Both ends were met, or the moments say nothing.
+    for met in [0, 143] {
+        assert!(
+            table.keys().any(|(status, _)| *status == met),
+            "never {met}"
+        );
+    }
 }
 
 /// How long a run takes without a signal.
