@@ -381,6 +381,13 @@ fn each_address_of_a_name_is_tried() {
         .run()
         .assert_status(0);
 
+    // musl, which the shipped programs have, takes the name's addresses from this file; what the build has left doesn't.
+    let hosts = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
+    let listed = |line: &str| line.starts_with("::1") && line.contains("localhost");
+    if std::env::var_os("QCONSUME_BIN").is_some() && !hosts.lines().any(listed) {
+        eprintln!("the second half is skipped: localhost has no IPv6 address in /etc/hosts");
+        return;
+    }
     let Ok(proxy) = Proxy::listen(Ipv6Addr::LOCALHOST.into(), Some(broker.addr())) else {
         return missing("IPv6 on loopback");
     };
