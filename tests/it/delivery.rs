@@ -375,8 +375,9 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
         let file = a_file();
         let run = worker(broker, &queue)
             .url(&proxy.url())
-            .args(["--count", count])
-            .shell(&format!("sleep 1; {}", until_there(&file)))
+            .args(["--count", count, "--ack-timeout", "20s"])
+            // Long enough to be in doubt: four fifths of it.
+            .shell(&format!("echo started; sleep 16; {}", until_there(&file)))
             .spawn();
         wait_started(&run);
         // The broker hasn't closed its channel, so the answer would be its reason to close the connection.
