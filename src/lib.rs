@@ -24,11 +24,6 @@ use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
-// musl's own asks the kernel for every page, a hundred times in a run with one small message: ten percent of its time.
-#[cfg(target_env = "musl")]
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
-
 /// Parse, run, print one error, exit.
 pub fn main(program: Program) -> ! {
     // First of all: as PID 1 a signal without a handler would be lost.

@@ -699,7 +699,8 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
     let second = at(last, Direction::ToBroker, Method::BASIC_CANCEL) - registered(last);
     // The time between the two doesn't count, or it would have been less; the first does, or the second alone were 5 s.
     let (first, second) = (first.as_secs_f64(), second.as_secs_f64());
-    assert!(first + second >= 4.8, "{first} and {second}");
+    // The worker hears of each end a little later than the proxy; a pause that counted would be 1.5 s and more.
+    assert!(first + second >= 4.2, "{first} and {second}");
     assert!(second < 5.0, "{first} and {second}");
 }
 

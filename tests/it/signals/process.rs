@@ -66,7 +66,7 @@ fn a_shortage_of_processes_is_no_broken_command() {
         let finished = Program::new(&program)
             .url(&broker.url())
             .queue(queue.name())
-            .args(["--connect-timeout", "1s", "--", "cat"])
+            .args(["--connect-timeout", "20s", "--", "cat"])
             .through(["setpriv", &format!("--reuid={user}"), "--clear-groups"])
             .through(["prlimit", &format!("--nproc={limit}")])
             .run();
