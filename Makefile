@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals
+.PHONY: help demo recording check-recording test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -11,6 +11,12 @@ help: ## this list
 demo: ## fills a queue and consumes it, to see what qconsume does
 	$(CARGO) build --workspace --locked
 	QUEUE=$(if $(BROKER_URL),qconsume-demo-$$$$,job1) PATH="$${CARGO_TARGET_DIR:-target}/$$(rustc -vV | sed -n 's/^host: //p')/debug:$$PATH" $(CARGO) run --quiet --locked --package testbed --bin testbed -- broker -- tests/demo
+
+recording: ## draws docs/demo.svg, the terminal in README.md, from a run of the demo
+	tests/recording.py
+
+check-recording: ## runs the demo, and fails when docs/demo.svg shows something else, but for times and order
+	tests/recording.py --check
 
 test: ## all tests, against a real RabbitMQ
 	$(CARGO) test --workspace --locked --no-fail-fast

@@ -10,6 +10,7 @@ use std::{
 use testbed::{Broker, Program};
 
 mod quotes;
+mod recording;
 
 /// The address that the pages use; the broker's own takes its place.
 const ADDRESS: &str = "amqp://guest:guest@localhost:5672";
