@@ -33,13 +33,13 @@ use std::{ffi::OsString, time::Duration};
 )]
 #[rustfmt::skip]
 pub struct QconsumeOptions {
-    /// The queue to consume from
+    /// Consume from this queue
     #[arg(short, long, value_name = "NAME", env = "QUEUE", default_value = "", hide_default_value = true, value_parser = queue_name, help_heading = "Broker")]
     pub queue: String,
 
-    /// Wait this long for a message
+    /// Wait this long for a message, such as 30s or 5m
     ///
-    /// Then exit with --empty-exit-code. Only time in which the consumer is registered counts. By default, wait for ever.
+    /// When none came, exit with --empty-exit-code. Only the time in which the consumer is registered counts. Without this option qconsume waits for ever.
     #[arg(short, long, value_name = "DURATION", env = "QCONSUME_WAIT", value_parser = duration, help_heading = "Taking")]
     pub wait: Option<Duration>,
 
@@ -49,49 +49,49 @@ pub struct QconsumeOptions {
 
     /// Consume N messages, each with a command of its own [default: 1]
     ///
-    /// 0 is without limit. The first failed command ends the run with its status.
+    /// 0 means no limit. The first command that fails ends the run, with its status.
     #[arg(short, long, value_name = "N", env = "QCONSUME_COUNT", help_heading = "Taking")]
     count: Option<u64>,
 
     /// Consume until the queue is empty
     ///
-    /// Then exit with 0. With --wait, until it has been empty for that long.
+    /// Then exit with 0. With --wait, consume until the queue has been empty for that long.
     #[arg(long, env = "QCONSUME_DRAIN", value_parser = switch, help_heading = "Taking")]
     pub drain: bool,
 
-    /// After a failed command, take the next message instead of ending the run
+    /// Take the next message after a failure, instead of ending the run
     ///
-    /// For --drain and --count, and only together with --max-attempts or --reject-on. The exit status is 0 when every message was done, otherwise --reject-exit-code, or 1.
+    /// It needs --drain or --count, and --max-attempts or --reject-on. The exit status is 0 when every message was acknowledged. Otherwise it is --reject-exit-code, or 1.
     #[arg(short, long, env = "QCONSUME_KEEP_GOING", value_parser = switch, help_heading = "Taking")]
     pub keep_going: bool,
 
     /// Ask the broker to wait this long for the acknowledgement
     ///
-    /// For quorum queues of RabbitMQ 4.3 and newer. A warning is logged when the command has run for 80 % of it, with every broker.
+    /// This works with quorum queues of RabbitMQ 4.3 and newer. With every broker, a warning is logged when the command has run for 80 % of this time.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_ACK_TIMEOUT", value_parser = duration_above_zero, help_heading = "Taking")]
     pub ack_timeout: Option<Duration>,
 
     /// Stop the command after this time
     ///
-    /// Send SIGTERM, and SIGKILL after --kill-after. That is a failure, with status 124.
+    /// Send SIGTERM, and SIGKILL after --kill-after. The message is treated as after a failure, and the exit status is 124.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_TIMEOUT", value_parser = duration_above_zero, help_heading = "Running")]
     timeout: Option<Duration>,
 
     /// Send SIGKILL this long after qconsume's own SIGTERM
     ///
-    /// After --timeout, and when the delivery was lost. What a successful command has left behind may run this long, too. Forwarded signals have --grace.
+    /// qconsume sends SIGTERM after --timeout, and when the delivery is lost. Processes that a successful command has left behind may run this long, too. For forwarded signals see --grace.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_KILL_AFTER", default_value = "10s", value_parser = duration, help_heading = "Running")]
     kill_after: Duration,
 
     /// Send SIGKILL this long after a forwarded signal
     ///
-    /// By default only the platform kills the command: terminationGracePeriodSeconds.
+    /// Without this option qconsume sends no SIGKILL; Kubernetes does, after terminationGracePeriodSeconds.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_GRACE", value_parser = duration, help_heading = "Running")]
     grace: Option<Duration>,
 
-    /// Stop the command, or let it finish, when its delivery was lost
+    /// Stop the command, or let it finish, when its delivery is lost
     ///
-    /// Another consumer may have the message by then. The exit status is 75 either way.
+    /// Another consumer may already have the message. The exit status is 75 in both cases.
     #[arg(long, hide_short_help = true, value_name = "WHAT", env = "QCONSUME_ON_LOST", value_enum, default_value_t, help_heading = "Running")]
     on_lost: OnLost,
 
@@ -101,25 +101,25 @@ pub struct QconsumeOptions {
 
     /// Dead-letter the message when the command exits with one of these
     ///
-    /// Statuses and ranges, as in 65,100-120. Without a dead-letter exchange the message is dropped.
+    /// Separate statuses and ranges by commas, as in 65,100-120. A queue without a dead-letter exchange drops the message.
     #[arg(long, value_name = "CODES", env = "QCONSUME_REJECT_ON", value_parser = statuses, help_heading = "Settling")]
     reject_on: Option<Statuses>,
 
     /// Dead-letter the message at its Nth failure
     ///
-    /// Counted by a quorum queue. A classic queue doesn't count, so only 1 has an effect there.
+    /// A quorum queue counts the failures. A classic queue doesn't, so only 1 has an effect there.
     #[arg(long, value_name = "N", env = "QCONSUME_MAX_ATTEMPTS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Settling")]
     max_attempts: Option<u64>,
 
     /// Exit with this status when the message was dead-lettered [default: the command's status]
     ///
-    /// With 0 a Job counts such a message as done.
+    /// With 0, a Job counts such a message as a completion.
     #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_REJECT_EXIT_CODE", help_heading = "Settling")]
     reject_exit_code: Option<u8>,
 
     /// Exit with this status for every failure of the command
     ///
-    /// So that a podFailurePolicy can tell the command's failures from qconsume's.
+    /// A podFailurePolicy can then tell the command's failures from qconsume's own.
     #[arg(long, value_name = "N", env = "QCONSUME_FAILURE_EXIT_CODE", value_parser = clap::value_parser!(u8).range(1..), help_heading = "Settling")]
     failure_exit_code: Option<u8>,
 
@@ -129,7 +129,7 @@ pub struct QconsumeOptions {
 
     /// The command and its arguments
     ///
-    /// Everything after the first word that is no option belongs to it.
+    /// Everything from the first word that isn't an option belongs to the command.
     #[arg(hide_short_help = true, value_name = "COMMAND", required = true, trailing_var_arg = true, help_heading = "Command")]
     pub command: Vec<OsString>,
 
@@ -137,7 +137,7 @@ pub struct QconsumeOptions {
     #[command(flatten)]
     pub broker: BrokerOptions,
 
-    /// Bind the queue to this exchange; without --queue, a new exclusive queue
+    /// Bind the queue, or without --queue a new exclusive queue, to this exchange
     #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, help_heading = AMQP_TOOLS)]
     exchange: Option<String>,
 
@@ -145,11 +145,11 @@ pub struct QconsumeOptions {
     #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", help_heading = AMQP_TOOLS)]
     routing_key: Option<String>,
 
-    /// Declare the queue, durable, if it doesn't exist
+    /// Declare the queue as durable, if it doesn't exist
     #[arg(short, long, hide_short_help = true, env = "QCONSUME_DECLARE", value_parser = switch, help_heading = AMQP_TOOLS)]
     declare: bool,
 
-    /// Declare the queue as an exclusive one, deleted with the connection
+    /// Declare the queue as exclusive: it is deleted with the connection
     #[arg(short = 'x', long, hide_short_help = true, env = "QCONSUME_EXCLUSIVE", value_parser = switch, help_heading = AMQP_TOOLS)]
     exclusive: bool,
 

@@ -26,25 +26,25 @@ pub(super) const SECRETS: [&str; 6] =
 pub struct BrokerOptions {
     /// Connect to amqp://user:password@host/vhost, or amqps:// for TLS
     ///
-    /// The nodes of a cluster are separated by commas. AMQP_URL counts where neither this nor another address is given.
+    /// Separate the nodes of a cluster by commas. The variable AMQP_URL is used when no other address is given.
     #[arg(short, long, value_name = "URL", env = "BROKER_URL", value_parser = secret)]
     url: Option<Secret>,
 
-    /// Read the URL from this file, a mounted secret
+    /// Read the URL from this file, such as a mounted secret
     ///
-    /// It is read again for each new connection.
+    /// The file is read again for each new connection, so a rotated password is found.
     #[arg(long, value_name = "FILE", env = "BROKER_URL_FILE")]
     url_file: Option<PathBuf>,
 
     /// Try this long to reach the broker and the queue
     ///
-    /// From the first look-up of a name until the consumer is registered, and again when the connection was lost while waiting. A queue that doesn't exist is asked for again, too.
+    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when the consumer is registered. It starts anew when the connection is lost while qconsume waits for a message. A queue that doesn't exist is retried, too.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_CONNECT_TIMEOUT", default_value = "60s", value_parser = duration_above_zero)]
     pub connect_timeout: Duration,
 
     /// Propose a heartbeat interval of this many seconds; 0 leaves it to the broker [default: 10]
     ///
-    /// A broker that has fallen silent is noticed after 2 to 2.5 intervals. Where the broker or a proxy proposes 0 there are no heartbeats.
+    /// A broker that no longer answers is noticed after 2 to 2.5 intervals. When the broker or a proxy proposes 0, there are no heartbeats.
     #[arg(long, hide_short_help = true, value_name = "SECONDS", env = "QCONSUME_HEARTBEAT")]
     heartbeat: Option<u16>,
 
@@ -70,7 +70,7 @@ pub struct BrokerOptions {
 
     /// Log in with this password [default: guest]
     ///
-    /// On the command line every user of the machine can see it: set the variable instead.
+    /// Every user of the machine can see the command line, so set the variable instead.
     #[arg(long, hide_short_help = true, value_name = "PASSWORD", env = "QCONSUME_PASSWORD", value_parser = secret, help_heading = AMQP_TOOLS)]
     password: Option<Secret>,
 
@@ -78,7 +78,7 @@ pub struct BrokerOptions {
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_AUTHFILE", help_heading = AMQP_TOOLS)]
     authfile: Option<PathBuf>,
 
-    /// Use TLS, with --server; a URL must be an amqps:// one then
+    /// Use TLS; a URL must begin with amqps:// then
     #[arg(long, hide_short_help = true, env = "QCONSUME_SSL", value_parser = switch, help_heading = AMQP_TOOLS)]
     ssl: bool,
 

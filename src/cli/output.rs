@@ -13,9 +13,9 @@ use tracing::Level;
 #[command(next_help_heading = "Output")]
 #[rustfmt::skip]
 pub struct OutputOptions {
-    /// Log this level and the more important ones
+    /// Log messages of this level and of the more important ones
     ///
-    /// error: what ends the run; warn: what isn't as it should be; info: what is consumed and what became of it; debug: each step.
+    /// error: why the run ends with a failure. warn: what isn't as it should be. info: which message was taken, and its outcome. debug: each step.
     #[arg(long, value_name = "LEVEL", env = "QCONSUME_LOG", default_value = "info", value_parser = levels())]
     log_level: Level,
 
@@ -25,7 +25,7 @@ pub struct OutputOptions {
 
     /// Write the termination message to this file
     ///
-    /// If it exists and is empty when the run ends. An empty name is none: the command gets QCONSUME_TERMINATION_LOG like that, as the message is the outermost program's.
+    /// The file must exist and be empty when the run ends. With an empty name nothing is written. The command gets an empty QCONSUME_TERMINATION_LOG, so a qconsume or qpublish that it calls writes no termination message.
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_TERMINATION_LOG", default_value = TERMINATION_LOG, value_parser = OsStringValueParser::new().map(PathBuf::from))]
     termination_log: PathBuf,
 }

@@ -16,12 +16,12 @@ use std::{ffi::OsString, mem::take, path::PathBuf, time::Duration};
 /// The help's section for what goes with each message.
 const PROPERTIES: &str = "Properties of every message";
 
-/// Publishes messages, one of each argument, and exits with 0 only when the broker has confirmed every one. With no
-/// argument all of standard input is one message.
+/// Publishes one message for each argument, and exits with 0 only when the broker has confirmed all of them. Without
+/// an argument, all of standard input is one message.
 ///
-/// Messages are persistent and mandatory, and the broker confirms each (publisher confirms). The first one that it
-/// returns or refuses ends the run, which then says how many from the start are confirmed without a gap, so that a
-/// second run can begin behind them.
+/// Messages are persistent and mandatory, and the broker confirms each (publisher confirms). The first message that the
+/// broker returns or refuses ends the run. The last line then says how many messages from the start are confirmed
+/// without a gap, so that a second run can continue after them.
 #[derive(Debug, Parser)]
 #[command(
     name = "qpublish",
@@ -33,7 +33,7 @@ const PROPERTIES: &str = "Properties of every message";
 )]
 #[rustfmt::skip]
 pub(super) struct QpublishOptions {
-    /// Publish to this queue, by way of the default exchange
+    /// Publish to this queue, through the default exchange
     #[arg(short, long, value_name = "NAME", env = "QUEUE", default_value = "", hide_default_value = true, value_parser = queue_name, help_heading = "Destination")]
     queue: String,
 
@@ -41,37 +41,37 @@ pub(super) struct QpublishOptions {
     #[arg(short, long, value_name = "NAME", value_parser = name, help_heading = "Destination")]
     exchange: Option<String>,
 
-    /// Publish with this routing key; without --exchange, the name of a queue
+    /// Publish with this routing key; without --exchange it names a queue
     #[arg(short, long, value_name = "KEY", value_parser = name, help_heading = "Destination")]
     routing_key: Option<String>,
 
     /// Declare the queue first: quorum, classic or default
     ///
-    /// Durable, of this type, or of the virtual host's default one. One that exists must be like that. With no message the queue is only declared, and standard input not read.
+    /// The queue is durable, and of this type or of the virtual host's default type. A queue that exists must be of the same type. Without a message the queue is only declared, and standard input is not read.
     #[arg(long, value_name = "TYPE", num_args = 0..=1, require_equals = true, default_missing_value = "default", hide_possible_values = true, value_enum, help_heading = "Destination")]
     pub(super) declare: Option<QueueType>,
 
-    /// Messages, one each
+    /// Bodies, one for each message
     #[arg(hide_short_help = true, value_name = "MESSAGE", help_heading = "Messages")]
     messages: Vec<OsString>,
 
-    /// Publish this text, which may be empty, or begin with a dash
+    /// Publish this text, which may be empty or begin with a dash
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Messages")]
     body: Option<OsString>,
 
-    /// Publish one message of each file; - is standard input
+    /// Publish one message for each file; - is standard input
     #[arg(short, long, value_name = "FILE", num_args = 1.., help_heading = "Messages")]
     file: Vec<PathBuf>,
 
-    /// Publish one message of each line of standard input
+    /// Publish one message for each line of standard input
     ///
-    /// As soon as it is there, and without its newline, which amqp-publish keeps. An empty line is an empty message.
+    /// Each line is published at once, and without its newline, which amqp-publish keeps. An empty line is an empty message.
     #[arg(short, long, visible_alias = "line-buffered", help_heading = "Messages")]
     lines: bool,
 
-    /// The same for parts that end with NUL
+    /// Publish one message for each part that ends with NUL
     ///
-    /// As find -print0 writes them.
+    /// find -print0 writes such parts to standard input.
     #[arg(short = '0', long, help_heading = "Messages")]
     null: bool,
 
@@ -91,27 +91,27 @@ pub(super) struct QpublishOptions {
     #[arg(short = 't', long, hide_short_help = true, value_name = "NAME", value_parser = name, help_heading = PROPERTIES)]
     reply_to: Option<String>,
 
-    /// Header; may be given several times
+    /// Header; the option may be given several times
     #[arg(short = 'H', long = "header", value_name = "NAME: VALUE", value_parser = header, help_heading = PROPERTIES)]
     headers: Vec<(String, String)>,
 
-    /// Message id, which the command gets as MESSAGE_ID
+    /// Message id; the command gets it as MESSAGE_ID
     #[arg(long, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
     message_id: Option<String>,
 
-    /// Correlation id, which a reply carries, too
+    /// Correlation id, which relates a reply to its request
     #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
     correlation_id: Option<String>,
 
-    /// Priority: the higher, the sooner
+    /// Priority: messages of a higher one are delivered first
     ///
-    /// In queues that have x-max-priority, and in quorum queues of RabbitMQ 4 (above 4, or not).
+    /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 know two priorities: up to 4, and above.
     #[arg(long, value_name = "0-255", help_heading = PROPERTIES)]
     priority: Option<u8>,
 
     /// Expire after this time in the queue
     ///
-    /// The message is dropped, or dead-lettered, where the queue says so.
+    /// The queue then drops the message, or dead-letters it if it has a dead-letter exchange.
     #[arg(long, hide_short_help = true, value_name = "DURATION", value_parser = expiration, help_heading = PROPERTIES)]
     expiration: Option<u32>,
 
@@ -119,13 +119,13 @@ pub(super) struct QpublishOptions {
     #[arg(long = "type", hide_short_help = true, value_name = "NAME", value_parser = name, help_heading = PROPERTIES)]
     kind: Option<String>,
 
-    /// Application that publishes it
+    /// Application that publishes the message
     #[arg(long, hide_short_help = true, value_name = "NAME", value_parser = name, help_heading = PROPERTIES)]
     app_id: Option<String>,
 
     /// Wait this long for the next confirmation
     ///
-    /// While messages are in flight, also while the broker blocks publishers. Then give up, with status 75.
+    /// The time runs while a message is unconfirmed, also while the broker blocks publishers. When it has passed, exit with 75.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration_above_zero, help_heading = "Publishing")]
     pub(super) timeout: Duration,
 
