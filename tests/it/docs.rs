@@ -11,6 +11,7 @@ use testbed::{Broker, Program};
 
 mod quotes;
 mod recording;
+mod services;
 
 /// The address that the pages use; the broker's own takes its place.
 const ADDRESS: &str = "amqp://guest:guest@localhost:5672";

@@ -8,12 +8,13 @@ use testbed::{Broker, Program};
 const README_LINES_MAX: usize = 120;
 
 /// Options of other programs that the pages name by themselves, and those of amqp-tools that our help leaves out.
-const OPTIONS_OF_OTHERS: [&str; 6] = [
+const OPTIONS_OF_OTHERS: [&str; 7] = [
     "--fail",
     "--init",
     "--no-default-cert-paths",
     "--persistent",
     "--prefetch-count",
+    "--stop-timeout",
     "--usage",
 ];
 

@@ -1,0 +1,183 @@
+//! The recipes for systemd, Compose and plain Docker are run as they stand there, but for the names of programs, images,
+//! queues and the broker.
+
+use super::{LIMIT, QUEUE, programs, root};
+use std::{fs, path::PathBuf};
+use testbed::{
+    Broker, PATIENCE, Program, Queue, Signal, docker, docker_label, docker_works, image_present,
+    missing,
+};
+
+/// An image in which the programs that the tests build can run.
+const BASE: &str = "debian:bookworm-slim";
+
+/// The recipe's fence of this kind that has this text in it.
+fn recipe(fence: &str, text: &str) -> String {
+    let page = fs::read_to_string(root().join("docs/recipes.md")).expect("there is a page");
+    page.split(&format!("```{fence}\n"))
+        .skip(1)
+        .filter_map(|rest| Some(rest.split_once("```")?.0))
+        .find(|block| block.contains(text))
+        .unwrap_or_else(|| panic!("there is no recipe with {text}"))
+        .to_owned()
+}
+
+/// What a unit file sets.
+fn setting<'a>(unit: &'a str, name: &str) -> &'a str {
+    unit.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+        .unwrap_or_else(|| panic!("the unit doesn't set {name}"))
+}
+
+#[test]
+fn the_systemd_unit_consumes_until_it_is_stopped() {
+    let unit = recipe("ini", "[Service]");
+    let queue = Broker::shared().queue("docs-systemd");
+    queue.publish_all(["apple", "banana"]);
+    let mut words = setting(&unit, "ExecStart").split(' ');
+    let program = words.next().unwrap_or_default();
+    let words: Vec<_> = words
+        .map(|word| {
+            if word == "/usr/bin/worker" {
+                "cat"
+            } else {
+                word
+            }
+        })
+        .collect();
+    let running = Program::new(programs().join(program.trim_start_matches("/usr/bin/")))
+        .args(words)
+        .url(&Broker::shared().url())
+        .queue(queue.name())
+        .spawn();
+    running.wait_for_stdout("applebanana", PATIENCE);
+    queue.wait_ready(0);
+    running.signal(Signal::SIGTERM);
+    let status = running.wait(PATIENCE).status().to_string();
+    assert_eq!(status, setting(&unit, "SuccessExitStatus"));
+}
+
+#[test]
+fn the_systemd_unit_is_not_restarted_where_a_retry_does_not_help() {
+    let permanent: Vec<_> = qconsume::exit::table(qconsume::Program::Qconsume)
+        .into_iter()
+        .filter(|(_, _, retry)| *retry == "no")
+        .map(|(status, _, _)| status)
+        .collect();
+    let unit = recipe("ini", "[Service]");
+    assert_eq!(
+        setting(&unit, "RestartPreventExitStatus"),
+        permanent.join(" ")
+    );
+}
+
+/// The image `worker` of the recipes, with `cat` as its worker; removed when dropped.
+struct Image(String);
+
+impl Image {
+    /// None where there is no Docker, or no image to start from.
+    fn build(name: &str) -> Option<Self> {
+        if !docker_works() || !image_present(BASE) {
+            missing(&format!("Docker and the image {BASE}"));
+            return None;
+        }
+        let image = Self(format!("qconsume-docs-{name}-{}", std::process::id()));
+        let folder = image.folder();
+        fs::create_dir_all(&folder).expect("the temporary folder can be written to");
+        fs::copy(programs().join("qconsume"), folder.join("qconsume")).expect("it can be copied");
+        let file = format!(
+            "FROM {BASE}\nCOPY qconsume /usr/bin/qconsume\nRUN ln -s cat /usr/bin/worker.py\n\
+             ENTRYPOINT [\"qconsume\", \"--\"]\nCMD [\"/usr/bin/worker.py\"]\n"
+        );
+        fs::write(folder.join("Dockerfile"), file).expect("it can be written");
+        let label = docker_label().expect("it has an owner");
+        let path = folder.display().to_string();
+        docker(&["build", "-q", "--label", &label, "-t", &image.0, &path])
+            .unwrap_or_else(|error| panic!("{error:#}"));
+        Some(image)
+    }
+
+    fn folder(&self) -> PathBuf {
+        std::env::temp_dir().join(&self.0)
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = docker(&["image", "rm", "-f", &self.0]);
+        let _ = fs::remove_dir_all(self.folder());
+    }
+}
+
+#[track_caller]
+fn assert_consumed(queue: &Queue) {
+    queue.wait_consumers(0);
+    queue.wait_ready(0);
+}
+
+#[test]
+fn plain_docker_takes_a_message_and_has_its_exit_status() {
+    let Some(image) = Image::build("run") else {
+        return;
+    };
+    let label = docker_label().expect("it has an owner");
+    let queue = Broker::shared().queue("docs-docker");
+    queue.publish("apple");
+    let command = recipe("sh docker", "docker run")
+        .replace(
+            "docker run",
+            &format!("docker run --network host --label {label}"),
+        )
+        .replace(" worker\n", &format!(" {}\n", image.0))
+        .replace(QUEUE, queue.name());
+    let run = |wait: &str| {
+        Program::new("/bin/sh")
+            .args([
+                "-c",
+                &command.replace("-e BROKER_URL", &format!("-e BROKER_URL {wait}")),
+            ])
+            .url(&Broker::shared().url())
+            .spawn()
+            .wait(LIMIT)
+    };
+    let finished = run("");
+    assert_eq!(finished.assert_status(0).stdout_text(), "apple");
+    assert_consumed(&queue);
+    run("-e QCONSUME_WAIT=1s").assert_status(66);
+}
+
+#[test]
+fn the_compose_recipe_takes_one_message_with_each_of_its_containers() {
+    let Some(image) = Image::build("compose") else {
+        return;
+    };
+    let queue = Broker::shared().queue("docs-compose");
+    queue.publish_all(["apple"; 8]);
+    let file = recipe("yaml", "services:")
+        .replace(
+            "image: worker ",
+            &format!("network_mode: host\n    image: {} ", image.0),
+        )
+        .replace("amqp://guest:guest@rabbitmq:5672", &Broker::shared().url())
+        .replace(QUEUE, queue.name());
+    let path = image.folder().join("compose.yaml");
+    fs::write(&path, file).expect("it can be written");
+    let compose = |words: &str| {
+        let script = format!(
+            "compose=docker-compose; docker compose version >/dev/null 2>&1 && compose='docker compose'; \
+             $compose -p {} -f {} {words}",
+            image.0,
+            path.display()
+        );
+        Program::new("/bin/sh")
+            .args(["-c", &script])
+            .spawn()
+            .wait(LIMIT)
+    };
+    let up = compose("up");
+    compose("down").assert_status(0);
+    up.assert_status(0);
+    let output = up.stdout_text() + &up.stderr;
+    assert_eq!(output.matches("exited with code 0").count(), 8, "{output}");
+    assert_consumed(&queue);
+}
