@@ -70,7 +70,7 @@ pub struct BrokerOptions {
 
     /// Log in with this password [default: guest]
     ///
-    /// Every user of the machine can see the command line, so set the variable instead.
+    /// On the command line, every user of the machine can see it. Set the variable instead.
     #[arg(long, hide_short_help = true, value_name = "PASSWORD", env = "QCONSUME_PASSWORD", value_parser = secret, help_heading = AMQP_TOOLS)]
     password: Option<Secret>,
 
