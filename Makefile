@@ -30,7 +30,7 @@ test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
 test-kubernetes: ## the READMEs of examples/, on the cluster of kubectl's current context; LOAD_IMAGES='kind load docker-image' brings the images there
 	tests/kubernetes/run
 
-soak: ## minutes of faults at random, with books about every message; SOAK='--queue classic --seed 7' for more
+soak: ## minutes of random faults, with a record of every message; SOAK='--queue classic --seed 7' for more
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
 
@@ -52,7 +52,7 @@ binaries: image
 	container=$$(docker create $(IMAGE)) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
 	status=$$?; docker rm $$container >/dev/null; exit $$status
 
-docs: ## writes docs/options.md and the tables of exit statuses anew
+docs: ## writes docs/options.md and the tables of exit statuses
 	$(CARGO) run --quiet --locked --example docgen
 
 manuals: ## man pages and shell completions, in dist/

@@ -100,9 +100,56 @@ fn manuals(folder: &Path) -> Result<()> {
         for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
             clap_complete::generate_to(shell, &mut command, &name, &completions)?;
         }
-        clap_mangen::Man::new(for_everybody(command)).generate_to(&man)?;
+        let path = man.join(format!("{name}.1"));
+        fs::write(&path, manual(command)?).with_context(|| path.display().to_string())?;
     }
     Ok(())
+}
+
+/// The man page. What follows the options in the help has its lines broken for a terminal: here it gets sections of its own.
+fn manual(command: Command) -> Result<Vec<u8>> {
+    let after = command.get_after_long_help().map(ToString::to_string);
+    let after = after.unwrap_or_default();
+    let examples = after.split_once("Examples:\n").map(|(_, text)| text);
+    let program = Program::called(Some(command.get_name().as_ref()));
+    let page = clap_mangen::Man::new(for_everybody(command));
+    let mut roff = Vec::new();
+    page.render_title(&mut roff)?;
+    page.render_name_section(&mut roff)?;
+    page.render_synopsis_section(&mut roff)?;
+    page.render_description_section(&mut roff)?;
+    page.render_options_section(&mut roff)?;
+    roff.extend(b".SH \"EXIT STATUS\"\n");
+    for (status, meaning, _) in exit::table(program) {
+        roff.extend(format!(".TP\n.B {status}\n{}\n", roff_text(meaning)).bytes());
+    }
+    if let Some(examples) = examples {
+        roff.extend(
+            format!(
+                ".SH EXAMPLES\n.nf\n{}\n.fi\n",
+                roff_text(examples.trim_end())
+            )
+            .bytes(),
+        );
+    }
+    page.render_version_section(&mut roff)?;
+    Ok(roff)
+}
+
+/// Text as roff has it: no dash that becomes a hyphen, no backslash and no line that becomes a request.
+fn roff_text(text: &str) -> String {
+    let text = text.replace('\\', "\\e").replace('-', "\\-");
+    let lines: Vec<_> = text
+        .lines()
+        .map(|line| {
+            if line.starts_with(['.', '\'']) {
+                format!("\\&{line}")
+            } else {
+                line.to_owned()
+            }
+        })
+        .collect();
+    lines.join("\n")
 }
 
 /// What is written for everybody mustn't have this machine's values in it, and lacks no option's text: clap_mangen 0.3 has
@@ -293,6 +340,9 @@ mod tests {
             ] {
                 assert!(man.contains(text), "{text} isn't in {man}");
             }
+            let statuses = "\n.SH \"EXIT STATUS\"\n.TP\n.B 0\nsuccess: ";
+            assert!(man.contains(statuses), "{man}");
+            assert!(!man.contains(".SH EXTRA"), "{man}");
             for file in [
                 format!("{program}.bash"),
                 format!("{program}.fish"),

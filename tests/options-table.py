@@ -16,21 +16,21 @@ from pathlib import Path
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "moving-from-amqp-tools.md"
 
 CONNECTION = {
-    "--url": "`amqp://host/` is the virtual host `/`, and an unknown query parameter is an error; several URLs are the "
+    "--url": "`amqp://host/` is the virtual host `/`, and an unknown query parameter is an error. Several URLs are the "
     "nodes of a cluster. Without any address it is a usage error, not localhost.",
-    "--server": "Flag over variable: it takes the place of `BROKER_URL`, and contradicts `--url`. IPv6 addresses work.",
-    "--port": "Only beside `--server`: without an address nothing is guessed.",
-    "--vhost": "Only beside `--server`, likewise. The empty name is `/`.",
-    "--username": "Only beside `--server`, likewise.",
-    "--password": "Only beside `--server`, likewise. Better in `QCONSUME_PASSWORD`: the command line is visible to every "
-    "user of the machine. Never printed.",
-    "--authfile": "Only beside `--server`, likewise. Lines of any length; the last needs no newline.",
-    "--heartbeat": "10 seconds unless told otherwise, and they go on while the command runs: without them a broker "
-    "that is gone is never noticed. 0 asks for none: then what the broker proposes holds.",
-    "--cacert": "The system's CAs where it isn't given, or those of `SSL_CERT_FILE`: there is no file with a fixed name. "
-    "Without TLS it is an error, not plain text.",
-    "--cert": "Where no password is given it is also what to log in with (EXTERNAL). Without TLS it is an error.",
-    "--key": "May be left out where the key is in the file of `--cert`. Without TLS it is an error.",
+    "--server": "As a flag it replaces the variable `BROKER_URL`; together with `--url` it is an error. IPv6 addresses work.",
+    "--port": "Only with `--server`: qconsume never assumes localhost.",
+    "--vhost": "Only with `--server`. The empty name is `/`.",
+    "--username": "Only with `--server`.",
+    "--password": "Only with `--server`. Never printed. Better set `QCONSUME_PASSWORD`: the command line is visible to every "
+    "user of the machine.",
+    "--authfile": "Only with `--server`. Lines may have any length; the last one needs no newline.",
+    "--heartbeat": "The default is 10 seconds, and heartbeats go on while the command runs: without them nobody notices a "
+    "broker that is gone. With 0 the broker's proposal is used.",
+    "--cacert": "The default is the system's CAs, or those of `SSL_CERT_FILE`, not a file with a fixed name. Without TLS it is "
+    "an error, not plain text.",
+    "--cert": "Without a password it is also the login (EXTERNAL). Without TLS it is an error.",
+    "--key": "The default is the file of `--cert`. Without TLS it is an error.",
     "--usage": "The same as `--help`.",
     "--help": "Also `-h`.",
 }
@@ -38,29 +38,29 @@ CONNECTION = {
 DIFFERENT = {
     "amqp-consume": {
         **CONNECTION,
-        "--queue": "Or `QUEUE`. Without any, and without `-e`, `-d` or `-x`, it is a usage error: an empty variable in a "
-        "manifest must not become a queue that nobody fills.",
+        "--queue": "Or `QUEUE`. Without a queue, and without `-e`, `-d` or `-x`, it is a usage error: an empty variable in a "
+        "manifest must not create a queue that nobody fills.",
         "--exchange": "Without `-r` it is an error, not a crash. Without `-q` the new queue is exclusive, as the manual "
         "page says. With `-q` the queue is declared as with `-d`.",
-        "--routing-key": "The empty key binds with the empty key, instead of not binding at all.",
-        "--declare": "A queue that is there is taken as it is; one that isn't is declared durable, not to be deleted with "
-        "its last consumer: RabbitMQ 4.3 refuses transient ones that are shared.",
-        "--exclusive": "When the connection is lost, so is the queue: 69, instead of a new, empty queue.",
-        "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue: acknowledged, and that confirmed, "
-        "before the command starts. The command's status is the exit status.",
-        "--count": "1 unless told otherwise, instead of for ever; 0 is for ever, instead of none. A failure ends it, with "
-        "that status.",
-        "--prefetch-count": "Accepted, and changes nothing: a worker holds one message, so that no other one waits behind "
-        "a command, or is counted as tried when nobody ran it.",
+        "--routing-key": "An empty key binds with the empty key, instead of not binding at all.",
+        "--declare": "A queue that exists is used as it is. A new one is durable, and not deleted with its last consumer: "
+        "RabbitMQ 4.3 refuses shared transient queues.",
+        "--exclusive": "When the connection is lost, the queue is lost, too: 69, instead of a new, empty queue.",
+        "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue. The message is acknowledged, and the "
+        "acknowledgement confirmed, before the command starts. The exit status is the command's.",
+        "--count": "The default is 1, instead of no limit. 0 means no limit, instead of no message. A failure ends the run, "
+        "with its status.",
+        "--prefetch-count": "Accepted, without effect: qconsume holds one message, so that no other one waits behind a command, "
+        "or counts as delivered although nobody processed it.",
     },
     "amqp-publish": {
         **CONNECTION,
-        "--exchange": "An exchange that isn't there, and a message that it routes to no queue, are errors: publishing is "
+        "--exchange": "It is an error when the exchange doesn't exist, or routes a message to no queue: publishing is "
         "mandatory and confirmed.",
-        "--routing-key": "Without an exchange a queue of that name has to be there, or it is an error, not a message that "
-        "is dropped while all looks well.",
-        "--persistent": "Accepted, and changes nothing: messages are always persistent.",
-        "--line-buffered": "The newline is no part of the message.",
+        "--routing-key": "Without an exchange it is an error when no queue has this name, instead of a message that is dropped "
+        "without notice.",
+        "--persistent": "Accepted, without effect: messages are always persistent.",
+        "--line-buffered": "The newline is not part of the message.",
     },
 }
 

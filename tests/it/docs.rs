@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use testbed::{Broker, Program};
+use testbed::{Broker, Program, missing};
 
 mod quotes;
 mod recording;
@@ -145,8 +145,14 @@ impl Block {
         };
         let needs = if needs == TERMINAL { "script" } else { needs };
         let path = std::env::var_os("PATH").unwrap_or_default();
-        !ELSEWHERE.contains(&needs)
-            && std::env::split_paths(&path).any(|folder| folder.join(needs).is_file())
+        if ELSEWHERE.contains(&needs) {
+            return false;
+        }
+        let found = std::env::split_paths(&path).any(|folder| folder.join(needs).is_file());
+        if !found {
+            missing(needs);
+        }
+        found
     }
 }
 
@@ -278,6 +284,21 @@ fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
             }
         }
     }
+}
+
+/// GitHub shows a drawing with a semicolon in a label as a syntax error: to Mermaid that is the end of a line.
+#[test]
+fn drawings_have_no_semicolons() {
+    let mut drawings = 0;
+    for page in pages() {
+        let text = fs::read_to_string(&page).expect("the page can be read");
+        for rest in text.split("```mermaid\n").skip(1) {
+            let drawing = rest.split("```").next().unwrap_or_default();
+            assert!(!drawing.contains(';'), "{}:\n{drawing}", name(&page));
+            drawings += 1;
+        }
+    }
+    assert!(drawings >= 2, "the drawings are not found any more");
 }
 
 /// A link to a file of ours leads to one.
