@@ -2,7 +2,7 @@
 //! queues and the broker.
 
 use super::{LIMIT, QUEUE, programs, root};
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 use testbed::{
     Broker, PATIENCE, Program, Queue, Signal, docker, docker_label, docker_works, image_present,
     missing,
@@ -10,6 +10,9 @@ use testbed::{
 
 /// An image in which the programs that the tests build can run.
 const BASE: &str = "debian:bookworm-slim";
+
+/// What eight containers may take to start and end on a busy machine.
+const COMPOSE_LIMIT: Duration = Duration::from_secs(300);
 
 /// The recipe's fence of this kind that has this text in it.
 fn recipe(fence: &str, text: &str) -> String {
@@ -172,7 +175,7 @@ fn the_compose_recipe_takes_one_message_with_each_of_its_containers() {
         Program::new("/bin/sh")
             .args(["-c", &script])
             .spawn()
-            .wait(LIMIT)
+            .wait(COMPOSE_LIMIT)
     };
     let up = compose("up");
     compose("down").assert_status(0);
