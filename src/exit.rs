@@ -2,6 +2,7 @@
 //! pages and the documentation's tables are generated from here.
 
 use crate::program::Program;
+use nix::libc;
 use std::{fmt, io};
 
 /// Why qconsume itself, not the command, ended the run.
@@ -154,6 +155,11 @@ impl Failure {
     /// A usage error.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Exit::Usage, message)
+    }
+
+    /// A configuration error.
+    pub fn config(message: impl Into<String>) -> Self {
+        Self::new(Exit::Config, message)
     }
 
     /// A system call of ours that failed: 71 where the system is short of something, otherwise a defect.

@@ -1,8 +1,11 @@
 //! Signals as values: held back from the first instruction on, then handed out one by one.
 
-use nix::sys::{
-    signal::{SigSet, SigmaskHow, Signal, sigprocmask},
-    signalfd::{SfdFlags, SignalFd},
+use nix::{
+    libc,
+    sys::{
+        signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+        signalfd::{SfdFlags, SignalFd},
+    },
 };
 use std::{
     io,

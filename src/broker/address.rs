@@ -2,8 +2,9 @@
 
 mod parameters;
 
-pub use parameters::{AuthMechanism, Parameters};
+pub use parameters::Parameters;
 
+use lapin::uri::SASLMechanism;
 use parameters::number;
 use std::{error::Error, fmt, net::Ipv6Addr};
 
@@ -63,8 +64,6 @@ pub struct Address {
     pub tls: bool,
     /// A name or an IP address, an IPv6 one without brackets, its zone after a `%`; by default `localhost`.
     pub host: String,
-    /// Whether the URL names a host.
-    pub host_given: bool,
     /// 1 to 65535; 5672, or 5671 with TLS, if the URL has none.
     pub port: u16,
     /// `guest` if the URL has no user name; an empty one is empty.
@@ -162,7 +161,6 @@ impl Address {
         let (path, query) = after.split_once('?').unwrap_or((after, ""));
         Ok(Self {
             tls,
-            host_given: !host.is_empty(),
             host: Some(host)
                 .filter(|host| !host.is_empty())
                 .unwrap_or_else(|| "localhost".to_owned()),
@@ -180,6 +178,11 @@ impl Address {
             virtual_host: parse_virtual_host(path)?,
             parameters: Parameters::parse(query, tls)?,
         })
+    }
+
+    /// Whether the client's certificate says who we are (EXTERNAL), instead of the user name and the password.
+    pub(super) fn logs_in_by_certificate(&self) -> bool {
+        self.parameters.auth_mechanism == Some(SASLMechanism::External)
     }
 }
 

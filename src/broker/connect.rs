@@ -1,30 +1,28 @@
 //! From an address to an open connection: look up, dial, TLS, handshake.
 
 use super::{
-    address::{Address, AuthMechanism},
+    address::Address,
     connection::{Cutter, OpenConnection},
     errors::ConnectError,
     nodes::Nodes,
-    observed::Shared,
     resolve::resolve,
     tap::Tap,
     tls::Tls,
-    transport::{LapinRuntime, Socket, TappedStream},
+    transport::{Socket, TappedStream, lapin_runtime},
 };
 use crate::{
     exit::Failure,
     report::{HumanDuration, Reminder, with_reminders},
 };
-use async_rs::Runtime;
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
     types::ShortString,
-    uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism},
+    uri::{AMQPAuthority, AMQPQueryString, AMQPUri, AMQPUserInfo},
 };
 use std::{
     io,
     net::SocketAddr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 use tokio::{
@@ -161,33 +159,38 @@ impl Broker {
         let socket = self.dial(address, &found).await?;
         let cutter = Cutter::new(&socket)
             .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
-        let socket = if address.tls {
+        let socket: Box<dyn Socket> = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {address}");
             let handshake = self.options.tls.handshake(socket, address);
-            Socket::Tls(Box::new(with_reminders(&self.stage, handshake).await?))
+            Box::new(with_reminders(&self.stage, handshake).await?)
         } else {
-            Socket::Plain(socket)
+            Box::new(socket)
         };
         self.stage = format!("waiting for the AMQP handshake with {address}");
-        let observed = Shared::default();
+        let observed = Arc::default();
         // The broker's greeting comes before a smaller limit is agreed on.
-        let tap = Tap::new(frame_max(address).max(FRAME_MAX), observed.clone());
-        let handshake = Connection::connector(
-            uri(address, heartbeat),
-            Runtime::new(LapinRuntime::current()),
-            hand_over(TappedStream::new(socket, tap)),
-            properties(&self.options.name),
-        );
-        let connection = with_reminders(&self.stage, handshake)
+        let tap = Tap::new(frame_max(address).max(FRAME_MAX), Arc::clone(&observed));
+        let stream = Mutex::new(Some(TappedStream { socket, tap }));
+        // lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
+        let hand_over = async move |_, _| {
+            let stream = stream.lock().expect("nobody panics with it").take();
+            stream
+                .map(AsyncTcpStream::Plain)
+                .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+        };
+        let (uri, properties) = (uri(address, heartbeat), properties(&self.options.name));
+        let handshake = Connection::connector(uri, lapin_runtime(), hand_over, properties);
+        let lapin = with_reminders(&self.stage, handshake)
             .await
-            .map_err(|error| ConnectError::in_handshake(&error, &observed.lock(), address))?;
+            .map_err(|error| {
+                let observed = observed.lock().expect("nobody panics with it");
+                ConnectError::in_handshake(&error, &observed, address)
+            })?;
         tracing::debug!("connected to {address}");
-        let events = Box::pin(connection.events_listener());
         Ok(OpenConnection {
-            connection,
-            events,
+            events: Box::pin(lapin.events_listener()),
+            lapin,
             observed,
-            username: address.username.clone(),
             last_channel: None,
             _cutter: cutter,
         })
@@ -218,13 +221,8 @@ impl Broker {
                 problems.push(problem);
             }
         }
-        let unnamed = if address.host_given {
-            ""
-        } else {
-            " (the URL names no host)"
-        };
         Err(ConnectError::transient(format!(
-            "can't connect{unnamed}: {}",
+            "can't connect: {}",
             problems.join("; ")
         )))
     }
@@ -300,44 +298,25 @@ fn no_answer(stage: &str) -> String {
     format!("no answer while {stage}")
 }
 
-/// lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
-fn hand_over(
-    stream: TappedStream,
-) -> impl AsyncFn(AMQPUri, Runtime<LapinRuntime>) -> lapin::Result<AsyncTcpStream<TappedStream>>
-+ Send
-+ Sync
-+ 'static {
-    let stream = Mutex::new(Some(stream));
-    async move |_, _| {
-        stream
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .map(AsyncTcpStream::Plain)
-            .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
-    }
-}
-
+/// What lapin has to know of an address: not where it is.
 fn uri(address: &Address, heartbeat: u16) -> AMQPUri {
-    let parameters = &address.parameters;
     AMQPUri {
-        scheme: AMQPScheme::AMQP,
         authority: AMQPAuthority {
             userinfo: AMQPUserInfo {
                 username: address.username.clone(),
                 password: address.password.expose().to_owned(),
             },
-            host: address.host.clone(),
-            port: address.port,
+            ..AMQPAuthority::default()
         },
         vhost: address.virtual_host.clone(),
         query: AMQPQueryString {
             frame_max: Some(frame_max(address)),
-            channel_max: parameters.channel_max,
+            channel_max: address.parameters.channel_max,
             heartbeat: Some(heartbeat),
-            connection_timeout: None,
-            auth_mechanism: parameters.auth_mechanism.map(mechanism),
+            auth_mechanism: address.parameters.auth_mechanism,
+            ..AMQPQueryString::default()
         },
+        ..AMQPUri::default()
     }
 }
 
@@ -346,14 +325,6 @@ fn frame_max(address: &Address) -> u32 {
     match address.parameters.frame_max {
         None | Some(0) => FRAME_MAX,
         Some(bytes) => bytes,
-    }
-}
-
-fn mechanism(wanted: AuthMechanism) -> SASLMechanism {
-    match wanted {
-        AuthMechanism::Plain => SASLMechanism::Plain,
-        AuthMechanism::AmqPlain => SASLMechanism::AMQPlain,
-        AuthMechanism::External => SASLMechanism::External,
     }
 }
 

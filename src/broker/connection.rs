@@ -1,13 +1,21 @@
 //! A connection that is open: what it was seen to say, and how it ends.
 
 use super::{
-    errors::described,
-    observed::{Observed, Shared, Version},
+    errors::{Meaning, Refusal, described},
+    tap::{Observed, Version},
 };
 use lapin::{Channel, Connection, Event};
-use std::{io, net::Shutdown, os::fd::AsFd, pin::Pin, sync::MutexGuard, time::Duration};
+use std::{
+    future::pending,
+    io,
+    net::Shutdown,
+    os::fd::AsFd,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
 use tokio::{net::TcpStream, time::timeout};
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt};
 
 /// Longest time that closing a connection politely may take: a broker that is frozen, or blocks publishers, doesn't
 /// answer, and the process ends all the same.
@@ -15,11 +23,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An open connection.
 pub struct OpenConnection {
-    pub(super) connection: Connection,
+    pub(super) lapin: Connection,
     /// There is one listener only, as lapin's listeners take from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
-    pub(super) observed: Shared,
-    pub(super) username: String,
+    pub(super) observed: Arc<Mutex<Observed>>,
     /// The channel of a consumer that is no more. Dropping it would send a channel.close that fails when it meets our
     /// connection.close, and lapin 4.12 then ends the connection without a close.
     pub(super) last_channel: Option<Channel>,
@@ -33,26 +40,31 @@ impl std::fmt::Debug for OpenConnection {
 }
 
 impl OpenConnection {
-    /// lapin's connection, for channels.
-    pub(super) fn connection(&self) -> &Connection {
-        &self.connection
-    }
-
     /// What the broker has sent so far.
     pub(super) fn observed(&self) -> MutexGuard<'_, Observed> {
-        self.observed.lock()
+        self.observed.lock().expect("nobody panics with it")
     }
 
     pub(super) fn version(&self) -> Option<Version> {
         self.observed().version
     }
 
-    pub(super) fn username(&self) -> &str {
-        &self.username
+    /// What a refusal means, if this is one.
+    pub(super) fn meaning(&self, error: &lapin::Error) -> Option<Meaning> {
+        Refusal::of(error, &self.observed()).map(|refusal| refusal.meaning())
     }
 
     pub(super) fn is_connected(&self) -> bool {
-        self.connection.status().connected()
+        self.lapin.status().connected()
+    }
+
+    /// The next event. Dropping the future loses none.
+    pub(super) async fn event(&mut self) -> Event {
+        match self.events.next().await {
+            Some(event) => event,
+            // lapin keeps a sender for as long as the connection is there, and we keep that.
+            None => pending().await,
+        }
     }
 
     /// Closes the connection politely (`connection.close`), within two seconds; whether the broker answers changes
@@ -61,7 +73,7 @@ impl OpenConnection {
         if !self.is_connected() {
             return;
         }
-        match timeout(CLOSE_TIMEOUT, self.connection.close(200, "OK".into())).await {
+        match timeout(CLOSE_TIMEOUT, self.lapin.close(200, "OK".into())).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!("closing the connection: {}", described(&error)),
             Err(_) => tracing::debug!("closing the connection: no answer within {CLOSE_TIMEOUT:?}"),

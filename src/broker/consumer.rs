@@ -6,8 +6,8 @@ use super::{
     errors::described,
     lost::DeliveryLost,
     message::Message,
-    registration::{Ask, Depth, NotRegistered, Registration},
-    topology::{Declare, Topology},
+    registration::{Depth, Registration},
+    topology::{Ask, Declare, NotRegistered, Topology},
 };
 use crate::{
     exit::{Exit, Failure},
@@ -51,7 +51,7 @@ pub(super) enum State {
     /// Not registered. The connection of one that was cancelled may be left.
     Idle(Option<OpenConnection>),
     /// `basic.consume` is under way: kept, as the broker may deliver a message before its reply is here.
-    Registering(JoinHandle<Result<Registration, (OpenConnection, NotRegistered)>>),
+    Registering(JoinHandle<Result<Registration, NotRegistered>>),
     /// Registered: the broker may deliver.
     Ready(Registration),
     /// A message was delivered and isn't settled.
@@ -133,61 +133,51 @@ impl Consumer {
                 Some(connection) => Ok(connection),
                 None => self.broker.attempt(&mut attempts).await?,
             };
-            let error = match opened {
-                Err(error) => error,
-                Ok(connection) => match self.ask(connection, ask, declared, &mut attempts).await? {
-                    None => return Ok(()),
-                    Some(NotRegistered::Create(create)) => {
-                        ask.create = create;
-                        continue;
-                    }
-                    Some(NotRegistered::NoAckTimeout) => {
-                        ask.ack_timeout = false;
-                        continue;
-                    }
-                    Some(NotRegistered::Failed(error)) => error,
-                },
+            let registered = match opened {
+                Ok(connection) => self.ask(connection, ask, declared, &mut attempts).await?,
+                Err(error) => Err(error.into()),
             };
-            self.survives(&error.failure.message)?;
-            attempts.failed(error).await?;
+            match registered {
+                Ok(()) => return Ok(()),
+                Err(NotRegistered::AskFor(instead)) => ask = instead,
+                Err(NotRegistered::Failed(error)) => {
+                    self.survives(&error.failure.message)?;
+                    attempts.failed(error).await?;
+                }
+            }
         }
     }
 
-    /// Asks the broker to register the consumer; gives why it hasn't.
+    /// Asks the broker to register the consumer.
     async fn ask(
         &mut self,
         connection: OpenConnection,
         ask: Ask,
         declared: Option<String>,
         attempts: &mut Attempts,
-    ) -> Result<Option<NotRegistered>, Failure> {
+    ) -> Result<Result<(), NotRegistered>, Failure> {
         const STAGE: &str = "waiting for the reply to basic.consume";
         let options = self.options.clone();
         let task = tokio::spawn(Registration::open(connection, options, ask, declared));
         self.state = State::Registering(task);
+        let answer = timeout_at(attempts.deadline, with_reminders(STAGE, self.registered())).await;
+        answer.map_err(|_| attempts.out_of_time(STAGE))
+    }
+
+    /// Waits for the registration that is under way. Dropping the future leaves it there.
+    async fn registered(&mut self) -> Result<(), NotRegistered> {
         let State::Registering(task) = &mut self.state else {
-            unreachable!("it was set in the line before");
+            return Ok(());
         };
-        let Ok(answer) = timeout_at(attempts.deadline, with_reminders(STAGE, task)).await else {
-            return Err(attempts.out_of_time(STAGE));
-        };
-        match answer.expect("registering doesn't panic") {
-            Ok(registration) => {
-                if self.known_as.is_none() && self.options.queue.is_empty() {
-                    tracing::info!("server provided queue name: {}", registration.queue);
-                }
-                self.known_as = Some(registration.queue.clone());
-                self.state = State::Ready(registration);
-                Ok(None)
-            }
-            Err((connection, why)) => {
-                self.state = State::Idle(None);
-                // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes
-                // a new connection.
-                connection.close().await;
-                Ok(Some(why))
-            }
+        let answer = task.await.expect("registering doesn't panic");
+        self.state = State::Idle(None);
+        let registration = answer?;
+        if self.known_as.is_none() && self.options.queue.is_empty() {
+            tracing::info!("server provided queue name: {}", registration.queue);
         }
+        self.known_as = Some(registration.queue.clone());
+        self.state = State::Ready(registration);
+        Ok(())
     }
 
     /// The next message. Dropping the future loses none.
@@ -243,13 +233,7 @@ impl Consumer {
     /// Releases whatever may have arrived, before an end without a command; takes two seconds at most.
     pub async fn release(&mut self) {
         let work = async {
-            if let State::Registering(task) = &mut self.state {
-                match task.await {
-                    Ok(Ok(registration)) => self.state = State::Ready(registration),
-                    Ok(Err((connection, _))) => self.state = State::Idle(Some(connection)),
-                    Err(_) => self.state = State::Idle(None),
-                }
-            }
+            let _ = self.registered().await;
             match &mut self.state {
                 State::Ready(registration) => registration.release(None).await,
                 State::Holding(registration, held) => registration.release(Some(held.tag)).await,

@@ -1,11 +1,6 @@
 //! What the broker's refusals mean: ONE table by reply code and the fixed parts of the text, and what to do about each.
 
-use super::{
-    address::{Address, AuthMechanism},
-    connection::OpenConnection,
-    observed::Observed,
-    tls,
-};
+use super::{address::Address, connection::OpenConnection, tap::Observed, tls};
 use crate::exit::{Exit, Failure};
 use lapin::ErrorKind;
 use std::{fmt, io};
@@ -22,8 +17,6 @@ const START_OK_REST: usize = 1024;
 pub(super) enum Meaning {
     /// A limit of connections, channels or queues is reached.
     Limit,
-    /// The broker has too little disk space left.
-    LowDisk,
     /// The queue is there, but none of its replicas answers.
     QueueDown,
     /// There is no such queue, exchange or virtual host.
@@ -64,7 +57,7 @@ const TABLE: &[(u16, Fixed, Meaning)] = &[
     (404, Fixed::Any, Meaning::Missing),
     (405, Fixed::Any, Meaning::ExclusiveQueue),
     (406, Fixed::Start("cannot declare queue '"), Meaning::Limit),
-    (406, Fixed::End("Server low on disk space"), Meaning::LowDisk),
+    (406, Fixed::End("Server low on disk space"), Meaning::Other),
     (406, Fixed::Start("delivery acknowledgement on channel "), Meaning::AckTimeout),
     (406, Fixed::Start("consumer timeout"), Meaning::AckTimeout),
     (406, Fixed::End("consumer timeout"), Meaning::AckTimeout),
@@ -89,16 +82,17 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
+    pub(super) fn new(code: u16, text: impl ToString) -> Self {
+        let text = text.to_string();
+        Self { code, text }
+    }
+
     /// The refusal behind an error, if it is one. Of a code that lapin doesn't know the tap has the text.
     pub(super) fn of(error: &lapin::Error, observed: &Observed) -> Option<Self> {
         match error.kind() {
-            ErrorKind::ProtocolError(error) => Some(Self {
-                code: error.get_id(),
-                text: error.get_message().to_string(),
-            }),
+            ErrorKind::ProtocolError(error) => Some(Self::new(error.get_id(), error.get_message())),
             ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
-                let (code, text) = observed.closed.clone()?;
-                Some(Self { code, text })
+                observed.closed.clone()
             }
             _ => None,
         }
@@ -132,6 +126,19 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// What the broker was asked for when it refused.
+#[derive(Clone, Copy)]
+pub(super) enum Asked<'a> {
+    /// To let us in, and into the virtual host.
+    Login(&'a Address),
+    /// For a queue, to do this with it: "consume from".
+    Queue(&'a str, &'a str),
+    /// To declare a queue of a given type.
+    Declare(&'a str),
+    /// To publish to this exchange.
+    Publish(&'a str),
+}
+
 /// An attempt that failed: whether another one may help, and how the run ends if none does.
 #[derive(Debug)]
 pub struct ConnectError {
@@ -141,28 +148,29 @@ pub struct ConnectError {
     pub failure: Failure,
 }
 
-impl ConnectError {
-    pub(super) fn transient(message: impl Into<String>) -> Self {
+/// Where the status says that the broker is not reachable, another attempt may help.
+impl From<Failure> for ConnectError {
+    fn from(failure: Failure) -> Self {
         Self {
-            transient: true,
-            failure: Failure::new(Exit::Unavailable, message),
+            transient: failure.exit == Exit::Unavailable,
+            failure,
         }
     }
+}
 
-    pub(super) fn permanent(exit: Exit, message: impl Into<String>) -> Self {
-        Self {
-            transient: false,
-            failure: Failure::new(exit, message),
-        }
+impl ConnectError {
+    pub(super) fn transient(message: impl Into<String>) -> Self {
+        Failure::new(Exit::Unavailable, message).into()
+    }
+
+    fn config(message: impl Into<String>) -> Self {
+        Failure::config(message).into()
     }
 
     /// What an error of a system call on the way to the broker means; a shortage here is none of the broker's.
     pub(super) fn of_system(what: impl fmt::Display, error: &io::Error) -> Self {
         if crate::exit::is_shortage(error) {
-            Self {
-                transient: false,
-                failure: Failure::system(what, error),
-            }
+            Failure::system(what, error).into()
         } else {
             Self::transient(format!("{what}: {error}"))
         }
@@ -175,69 +183,29 @@ impl ConnectError {
         address: &Address,
     ) -> Self {
         if let Some(refusal) = Refusal::of(error, observed) {
-            return Self::refused_login(&refusal, address);
+            return Self::answer(Asked::Login(address), &refusal, &address.username);
         }
-        let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
-        let offered = |name| move |names: &String| names.split(' ').any(|offered| offered == name);
+        let offered = observed.mechanisms.as_deref();
         match error.kind() {
             // Who asks for a mechanism that isn't offered is cut off without a word (seen with RabbitMQ 3.10 and 4.3).
-            _ if external
-                && observed
-                    .mechanisms
-                    .as_ref()
-                    .is_some_and(|names| !offered("EXTERNAL")(names)) =>
+            _ if address.logs_in_by_certificate()
+                && offered
+                    .is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
             {
-                Self::permanent(
-                    Exit::Config,
+                Self::config(
                     "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
                 )
             }
             ErrorKind::IOError(error) => Self::lost_in_handshake(error, observed, address),
-            ErrorKind::InvalidProtocolVersion(version) => Self::permanent(
-                Exit::Config,
-                format!("the broker speaks AMQP {version} here, not 0-9-1"),
-            ),
-            ErrorKind::ParsingError(_) if observed.mechanisms.is_none() => Self::permanent(
-                Exit::Config,
-                if address.tls {
-                    "what answers isn't AMQP: check the port"
-                } else {
-                    "what answers isn't AMQP: check the port; one for TLS needs amqps://"
-                },
-            ),
+            ErrorKind::InvalidProtocolVersion(version) => {
+                Self::config(format!("the broker speaks AMQP {version} here, not 0-9-1"))
+            }
+            ErrorKind::ParsingError(_) if offered.is_none() => Self::config(if address.tls {
+                "what answers isn't AMQP: check the port"
+            } else {
+                "what answers isn't AMQP: check the port; one for TLS needs amqps://"
+            }),
             _ => Self::transient(format!("the AMQP handshake failed: {}", described(error))),
-        }
-    }
-
-    fn refused_login(refusal: &Refusal, address: &Address) -> Self {
-        let (user, vhost) = (&address.username, &address.virtual_host);
-        let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
-        match (refusal.code, refusal.meaning()) {
-            (403, _) if external => Self::permanent(
-                Exit::NoPermission,
-                format!(
-                    "the broker refused the login by client certificate (EXTERNAL): {refusal}; create a user of the certificate's name, or give a password"
-                ),
-            ),
-            (403, _) => Self::permanent(
-                Exit::NoPermission,
-                format!(
-                    "the broker refused the login of user {user:?}: {refusal}; check the user and the password"
-                ),
-            ),
-            (_, Meaning::Missing) => Self::permanent(
-                Exit::Config,
-                format!(
-                    "the broker has no virtual host {vhost:?}: {refusal}; create it, or correct the URL's path"
-                ),
-            ),
-            (_, Meaning::NotPermitted) => Self::permanent(
-                Exit::NoPermission,
-                format!(
-                    "user {user:?} may not use virtual host {vhost:?}: {refusal}; grant it with rabbitmqctl set_permissions"
-                ),
-            ),
-            _ => Self::transient(format!("the broker closed the connection: {refusal}")),
         }
     }
 
@@ -249,19 +217,15 @@ impl ConnectError {
             return Self::of_system("the AMQP handshake failed", error);
         }
         let credentials = address.username.len() + address.password.expose().len();
-        let limit = if observed.version >= Some((4, 0)) {
-            HANDSHAKE_FRAME_MAX_SINCE_4
-        } else {
-            HANDSHAKE_FRAME_MAX
+        let limit = match observed.version {
+            Some((4.., _)) => HANDSHAKE_FRAME_MAX_SINCE_4,
+            _ => HANDSHAKE_FRAME_MAX,
         };
         let greeted = observed.mechanisms.is_some();
         if greeted && observed.heartbeat.is_none() && credentials + START_OK_REST > limit {
-            return Self::permanent(
-                Exit::Config,
-                format!(
-                    "the broker closed the connection when it got the credentials: user and password have {credentials} bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter token"
-                ),
-            );
+            return Self::config(format!(
+                "the broker closed the connection when it got the credentials: user and password have {credentials} bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter token"
+            ));
         }
         Self::transient(match (greeted, address.tls) {
             (true, _) => {
@@ -276,76 +240,74 @@ impl ConnectError {
         })
     }
 
-    /// What an error from `channel.open` on, up to `basic.consume`, means. `action` is what was tried: "consume from".
+    /// What an error from `channel.open` on means.
     pub(super) fn refused(
         error: &lapin::Error,
         connection: &OpenConnection,
-        action: &str,
-        queue: &str,
+        asked: Asked<'_>,
     ) -> Self {
         let observed = connection.observed();
-        if let Some(problem) = &observed.unreadable {
-            return Self {
-                transient: false,
-                failure: unreadable(queue, problem),
-            };
+        match (Refusal::of(error, &observed), observed.unreadable, asked) {
+            (_, Some(problem), Asked::Queue(_, queue)) => unreadable(queue, problem).into(),
+            (Some(refusal), ..) => {
+                Self::answer(asked, &refusal, &connection.lapin.status().username())
+            }
+            (None, _, Asked::Publish(_)) => Failure::new(Exit::Lost, described(error)).into(),
+            (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
         }
-        let Some(refusal) = Refusal::of(error, &observed) else {
-            return Self::transient(format!("the connection failed: {}", described(error)));
-        };
-        let user = connection.username();
-        match refusal.meaning() {
-            Meaning::Missing if refusal.code == 404 => Self {
-                transient: true,
-                failure: Failure::new(
-                    Exit::Config,
-                    format!(
-                        "there is no queue {queue:?} to {action}: {refusal}; declare it, or check QUEUE and the virtual host"
-                    ),
-                ),
+    }
+
+    /// What a refusal leads to, by what was asked for and what it means.
+    #[rustfmt::skip]
+    fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
+        use {Exit::{Config, Lost, NoPermission, Unavailable}, Meaning as M};
+        let meaning = refusal.meaning();
+        let (exit, message) = match asked {
+            Asked::Login(address) => match meaning {
+                _ if refusal.code == 403 && address.logs_in_by_certificate() => (NoPermission, format!(
+                    "the broker refused the login by client certificate (EXTERNAL): {refusal}; create a user of the certificate's name, or give a password")),
+                _ if refusal.code == 403 => (NoPermission, format!(
+                    "the broker refused the login of user {user:?}: {refusal}; check the user and the password")),
+                M::Missing => (Config, format!(
+                    "the broker has no virtual host {:?}: {refusal}; create it, or correct the URL's path", address.virtual_host)),
+                M::NotPermitted => (NoPermission, format!(
+                    "user {user:?} may not use virtual host {:?}: {refusal}; grant it with rabbitmqctl set_permissions", address.virtual_host)),
+                _ => (Unavailable, format!("the broker closed the connection: {refusal}")),
             },
-            Meaning::Missing => Self::permanent(
-                Exit::Config,
-                format!("can't {action} queue {queue:?}: {refusal}"),
-            ),
-            Meaning::QueueDown => {
-                Self::transient(format!("queue {queue:?} is not available now: {refusal}"))
-            }
-            Meaning::ExclusiveConsumer => Self::permanent(
-                Exit::Config,
-                format!(
-                    "queue {queue:?} has an exclusive consumer: {refusal}; stop it, or use another queue"
-                ),
-            ),
-            Meaning::ExclusiveQueue => Self::permanent(
-                Exit::Config,
-                format!(
-                    "queue {queue:?} is exclusive to another connection: {refusal}; use another queue"
-                ),
-            ),
-            Meaning::NotPermitted => Self::permanent(
-                Exit::NoPermission,
-                format!(
-                    "user {user:?} may not {action} queue {queue:?}: {refusal}; grant it with rabbitmqctl set_permissions"
-                ),
-            ),
-            Meaning::Limit if refusal.code == 406 => Self::permanent(
-                Exit::Config,
-                format!(
-                    "can't {action} queue {queue:?}: {refusal}; raise the limit, or delete queues"
-                ),
-            ),
-            Meaning::AckTimeout
-            | Meaning::TooLarge
-            | Meaning::Precondition
-            | Meaning::NotImplemented => Self::permanent(
-                Exit::Config,
-                format!("can't {action} queue {queue:?} like this: {refusal}"),
-            ),
-            Meaning::Limit | Meaning::LowDisk | Meaning::Other => {
-                Self::transient(format!("can't {action} queue {queue:?} now: {refusal}"))
-            }
-        }
+            Asked::Publish(exchange) => match meaning {
+                M::Missing => (Config, format!(
+                    "there is no exchange {exchange:?} in this virtual host: {refusal}; declare it, or check the name")),
+                M::NotPermitted => (NoPermission, format!(
+                    "user {user:?} may not publish here: {refusal}; grant it with rabbitmqctl set_permissions")),
+                M::TooLarge => (Config, format!(
+                    "too large for this broker: {refusal}; raise max_message_size in its rabbitmq.conf, or split it")),
+                M::Precondition | M::NotImplemented => (Config, format!("the broker doesn't take messages like this: {refusal}")),
+                _ => (Lost, format!("the broker stopped the publishing: {refusal}")),
+            },
+            Asked::Declare(queue) if meaning == M::Precondition => (Config, format!(
+                "queue {queue:?} exists and is another kind of queue: {refusal}; publish to it without --declare, or name another")),
+            Asked::Declare(queue) => return Self::answer(Asked::Queue("declare", queue), refusal, user),
+            Asked::Queue(action, queue) => match meaning {
+                M::Missing if refusal.code == 404 => {
+                    let failure = Failure::new(Config, format!(
+                        "there is no queue {queue:?} to {action}: {refusal}; declare it, or check QUEUE and the virtual host"));
+                    // Somebody may declare it yet.
+                    return Self { transient: true, failure };
+                }
+                M::QueueDown => (Unavailable, format!("queue {queue:?} is not available now: {refusal}")),
+                M::ExclusiveConsumer => (Config, format!(
+                    "queue {queue:?} has an exclusive consumer: {refusal}; stop it, or use another queue")),
+                M::ExclusiveQueue => (Config, format!(
+                    "queue {queue:?} is exclusive to another connection: {refusal}; use another queue")),
+                M::NotPermitted => (NoPermission, format!(
+                    "user {user:?} may not {action} queue {queue:?}: {refusal}; grant it with rabbitmqctl set_permissions")),
+                M::Limit if refusal.code == 406 => (Config, format!(
+                    "can't {action} queue {queue:?}: {refusal}; raise the limit, or delete queues")),
+                M::Limit | M::Other => (Unavailable, format!("can't {action} queue {queue:?} now: {refusal}")),
+                _ => (Config, format!("can't {action} queue {queue:?} like this: {refusal}")),
+            },
+        };
+        Failure::new(exit, message).into()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     errors::{Meaning, Refusal, described},
-    observed::{Observed, Version},
+    tap::{Observed, Version},
 };
 use lapin::ErrorKind;
 use std::fmt;
@@ -16,67 +16,56 @@ pub struct DeliveryLost {
 }
 
 impl DeliveryLost {
+    pub(super) fn because(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            unreadable: false,
+        }
+    }
+
     pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {
-        if let Some(problem) = &observed.unreadable {
+        if let Some(problem) = observed.unreadable {
             return Self {
-                text: problem.clone(),
+                text: problem.to_owned(),
                 unreadable: true,
             };
         }
-        let text = match Refusal::of(error, observed) {
-            Some(refusal) if refusal.meaning() == Meaning::AckTimeout => {
-                format!(
-                    "acknowledgement timeout: {refusal}; {}",
-                    what_to_raise(observed.version)
-                )
-            }
-            Some(refusal) if matches!(error.kind(), ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320) =>
-            {
-                format!("the broker closed the channel: {refusal}")
-            }
-            Some(refusal) => format!("the broker closed the connection: {refusal}"),
-            None => described(error),
+        let Some(refusal) = Refusal::of(error, observed) else {
+            return Self::because(described(error));
         };
-        Self {
-            text,
-            unreadable: false,
+        if refusal.meaning() == Meaning::AckTimeout {
+            let advice = what_to_raise(observed.version);
+            return Self::because(format!("acknowledgement timeout: {refusal}; {advice}"));
         }
+        let what = match error.kind() {
+            ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320 => {
+                "channel"
+            }
+            _ => "connection",
+        };
+        Self::because(format!("the broker closed the {what}: {refusal}"))
     }
 
     /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.
     pub(super) fn timed_out(version: Option<Version>) -> Self {
-        Self {
-            text: format!("acknowledgement timeout: {}", what_to_raise(version)),
-            unreadable: false,
-        }
+        let advice = what_to_raise(version);
+        Self::because(format!("acknowledgement timeout: {advice}"))
     }
 
-    /// The consumer's messages have ended without an error: lapin drops a close whose code it doesn't know.
+    /// The consumer's messages have ended without an error: it was cancelled, or lapin has dropped a close whose code it
+    /// doesn't know.
     pub(super) fn ended(observed: &Observed) -> Self {
-        match observed.closed.clone() {
-            Some((code, text)) if !observed.cancelled => {
-                let refusal = Refusal { code, text };
-                Self {
-                    text: format!("the broker closed the channel or the connection: {refusal}"),
-                    unreadable: false,
-                }
-            }
-            _ => Self::cancelled(observed.version),
-        }
-    }
-
-    /// The broker ended the consumer without saying why.
-    pub(super) fn cancelled(version: Option<Version>) -> Self {
-        let mut text =
-            "the broker cancelled the consumer: the queue was deleted or has moved".to_owned();
-        if version >= Some((4, 3)) {
-            text += ", or its acknowledgement timeout has passed (";
-            text += what_to_raise(version);
-            text += ")";
-        }
-        Self {
-            text,
-            unreadable: false,
+        match &observed.closed {
+            Some(refusal) if !observed.cancelled => Self::because(format!(
+                "the broker closed the channel or the connection: {refusal}"
+            )),
+            _ if observed.version >= Some((4, 3)) => Self::because(format!(
+                "the broker cancelled the consumer: the queue was deleted or has moved, or its acknowledgement timeout has passed ({})",
+                what_to_raise(observed.version)
+            )),
+            _ => Self::because(
+                "the broker cancelled the consumer: the queue was deleted or has moved",
+            ),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The nodes of the broker: given once, or in a file that is read again for each new connection.
 
-use super::address::{Address, AuthMechanism, parse_list};
+use super::address::{Address, parse_list};
 use crate::exit::{Exit, Failure};
+use lapin::uri::SASLMechanism;
 use std::path::PathBuf;
 
 /// The options for TLS, which go over the URL's own parameters.
@@ -57,7 +58,7 @@ impl TlsOptions {
         if parameters.certfile.is_some() && !address.password_given {
             parameters
                 .auth_mechanism
-                .get_or_insert(AuthMechanism::External);
+                .get_or_insert(SASLMechanism::External);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::{
     connection::OpenConnection,
-    errors::{ConnectError, Meaning, Refusal, described},
+    errors::{Asked, ConnectError, Refusal},
     properties::{Properties, QueueType, Route},
     topology,
 };
@@ -13,7 +13,7 @@ use crate::{
 use lapin::{
     BasicProperties, Channel, Confirmation, Event, PublisherConfirm,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable, LongString, ShortString},
+    types::{AMQPValue, FieldTable, ShortString},
 };
 use std::{
     collections::VecDeque,
@@ -22,7 +22,6 @@ use std::{
     time::Duration,
 };
 use tokio::time::timeout;
-use tokio_stream::StreamExt;
 
 /// The broker's answer to a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,23 +68,17 @@ pub struct PublishError {
 
 type Sending = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send>>;
 
-/// A message that is being sent, or has no answer yet.
-struct InFlight<T> {
-    waits_for: T,
-    /// Of its body, in bytes.
-    size: usize,
-    /// How many messages were answered when it was sent.
-    behind: u64,
-}
-
 /// Publishes persistent, mandatory messages with publisher confirms, many in flight.
 pub struct Publisher {
     connection: OpenConnection,
     channel: Channel,
     route: Route,
     properties: BasicProperties,
-    sending: Option<InFlight<Sending>>,
-    in_flight: VecDeque<InFlight<PublisherConfirm>>,
+    sending: Option<Sending>,
+    confirms: VecDeque<PublisherConfirm>,
+    /// Of each message without an answer, the one that is being sent included: the size of its body, in bytes, and how
+    /// many messages were answered when it was sent.
+    unanswered: VecDeque<(usize, u64)>,
     answered: u64,
 }
 
@@ -93,7 +86,7 @@ impl std::fmt::Debug for Publisher {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Publisher")
             .field("route", &self.route)
-            .field("in_flight", &self.in_flight.len())
+            .field("unanswered", &self.unanswered.len())
             .finish_non_exhaustive()
     }
 }
@@ -110,7 +103,7 @@ impl Publisher {
         limit: Duration,
     ) -> Result<Self, Failure> {
         let open = async {
-            let channel = connection.connection().create_channel().await?;
+            let channel = connection.lapin.create_channel().await?;
             let confirms = ConfirmSelectOptions::default();
             channel.confirm_select(confirms).await?;
             lapin::Result::Ok(channel)
@@ -122,11 +115,13 @@ impl Publisher {
                 route,
                 properties: properties.into_amqp(),
                 sending: None,
-                in_flight: VecDeque::new(),
+                confirms: VecDeque::new(),
+                unanswered: VecDeque::new(),
                 answered: 0,
             }),
             Err(error) => {
-                let failure = publish_failure(&error, &connection, &route);
+                let asked = Asked::Publish(&route.exchange);
+                let failure = ConnectError::refused(&error, &connection, asked).failure;
                 connection.close().await;
                 Err(failure)
             }
@@ -141,50 +136,43 @@ impl Publisher {
 
     /// Begins to send a message; [`Self::next`] goes on with it.
     pub fn publish(&mut self, body: Vec<u8>) {
-        let size = body.len();
+        self.unanswered.push_back((body.len(), self.answered));
         let channel = self.channel.clone();
         let exchange = ShortString::from(self.route.exchange.as_str());
-        let routing_key = ShortString::from(self.route.routing_key.as_str());
+        let key = ShortString::from(self.route.routing_key.as_str());
         let properties = self.properties.clone();
         let options = BasicPublishOptions {
             mandatory: true,
             ..BasicPublishOptions::default()
         };
-        self.sending = Some(InFlight {
-            waits_for: Box::pin(async move {
-                channel
-                    .basic_publish(exchange, routing_key, options, &body, properties)
-                    .await
-            }),
-            size,
-            behind: self.answered,
-        });
+        self.sending = Some(Box::pin(async move {
+            let sent = channel.basic_publish(exchange, key, options, &body, properties);
+            sent.await
+        }));
     }
 
     /// The next thing to happen. Dropping the future loses nothing.
     pub async fn next(&mut self) -> Heard {
         let answer = async {
-            match self.in_flight.front_mut() {
-                Some(first) => (&mut first.waits_for).await,
+            match self.confirms.front_mut() {
+                Some(first) => first.await,
                 None => pending().await,
             }
         };
         let sent = async {
             match &mut self.sending {
-                Some(sending) => sending.waits_for.as_mut().await,
+                Some(sending) => sending.await,
                 None => pending().await,
             }
         };
-        let events = &mut self.connection.events;
+        let connection = &mut self.connection;
         let event = async {
             loop {
-                match events.next().await {
-                    Some(Event::ConnectionBlocked(reason)) => return Ok(Heard::Blocked(reason)),
-                    Some(Event::ConnectionUnblocked) => return Ok(Heard::Unblocked),
-                    Some(Event::Error(error)) => return Err(error),
-                    Some(_) => {}
-                    // lapin keeps a sender for as long as the connection is there, and we keep that.
-                    None => pending().await,
+                match connection.event().await {
+                    Event::ConnectionBlocked(reason) => return Ok(Heard::Blocked(reason)),
+                    Event::ConnectionUnblocked => return Ok(Heard::Unblocked),
+                    Event::Error(error) => return Err(error),
+                    _ => {}
                 }
             }
         };
@@ -192,10 +180,8 @@ impl Publisher {
             biased;
             answer = answer => answer.map(|confirmation| Heard::Answer(self.note(&confirmation))),
             sent = sent => sent.map(|confirm| {
-                if let Some(sent) = self.sending.take() {
-                    let (size, behind) = (sent.size, sent.behind);
-                    self.in_flight.push_back(InFlight { waits_for: confirm, size, behind });
-                }
+                self.sending = None;
+                self.confirms.push_back(confirm);
                 Heard::Sent
             }),
             event = event => event,
@@ -204,7 +190,8 @@ impl Publisher {
     }
 
     fn note(&mut self, confirmation: &Confirmation) -> Answer {
-        let behind = self.in_flight.pop_front().map_or(0, |first| first.behind);
+        self.confirms.pop_front();
+        let behind = self.unanswered.pop_front().map_or(0, |(_, behind)| behind);
         self.answered += 1;
         match confirmation {
             Confirmation::Ack(Some(_)) => Answer::AckedWithReturn { behind },
@@ -225,11 +212,11 @@ impl Publisher {
         let refusal = Refusal::of(error, &self.connection.observed());
         // The one error that names its message, though only by its size.
         let size = refusal.and_then(|refusal| too_large(&refusal.text));
-        let sending = self.sending.iter().map(|sending| sending.size);
-        let mut sizes = self.in_flight.iter().map(|sent| sent.size).chain(sending);
+        let mut sizes = self.unanswered.iter().map(|(size, _)| *size);
         let place = size.and_then(|size| sizes.position(|other| other == size));
+        let asked = Asked::Publish(&self.route.exchange);
         PublishError {
-            failure: publish_failure(error, &self.connection, &self.route),
+            failure: ConnectError::refused(error, &self.connection, asked).failure,
             message: place.map(|place| self.answered + place as u64 + 1),
         }
     }
@@ -252,27 +239,20 @@ pub async fn declare(
         QueueType::Classic => Some("classic"),
     };
     if let Some(kind) = kind {
-        let value = AMQPValue::LongString(LongString::from(kind));
-        arguments.insert(ShortString::from("x-queue-type"), value);
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
     }
     let durable = QueueDeclareOptions {
         durable: true,
         ..QueueDeclareOptions::default()
     };
-    let declare = topology::declare(connection.connection(), queue, durable, arguments);
-    let Err(error) = within(limit, declare).await? else {
-        return Ok(());
-    };
-    let refusal = Refusal::of(&error, &connection.observed());
-    if let Some(refusal) = refusal.filter(|refusal| refusal.meaning() == Meaning::Precondition) {
-        return Err(Failure::new(
-            Exit::Config,
-            format!(
-                "queue {queue:?} exists and is another kind of queue: {refusal}; publish to it without --declare, or name another"
-            ),
-        ));
+    let declared = topology::declare(connection, queue, durable, arguments);
+    match within(limit, declared).await? {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let asked = Asked::Declare(queue);
+            Err(ConnectError::refused(&error, connection, asked).failure)
+        }
     }
-    Err(ConnectError::refused(&error, connection, "declare", queue).failure)
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Failure> {
@@ -285,43 +265,6 @@ async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, 
             ),
         )
     })
-}
-
-/// What an error to `basic.publish` means.
-fn publish_failure(error: &lapin::Error, connection: &OpenConnection, route: &Route) -> Failure {
-    let exchange = &route.exchange;
-    let user = connection.username();
-    let Some(refusal) = Refusal::of(error, &connection.observed()) else {
-        return Failure::new(Exit::Lost, described(error));
-    };
-    match refusal.meaning() {
-        Meaning::Missing => Failure::new(
-            Exit::Config,
-            format!(
-                "there is no exchange {exchange:?} in this virtual host: {refusal}; declare it, or check the name"
-            ),
-        ),
-        Meaning::NotPermitted => Failure::new(
-            Exit::NoPermission,
-            format!(
-                "user {user:?} may not publish here: {refusal}; grant it with rabbitmqctl set_permissions"
-            ),
-        ),
-        Meaning::TooLarge => Failure::new(
-            Exit::Config,
-            format!(
-                "too large for this broker: {refusal}; raise max_message_size in its rabbitmq.conf, or split it"
-            ),
-        ),
-        Meaning::Precondition | Meaning::NotImplemented => Failure::new(
-            Exit::Config,
-            format!("the broker doesn't take messages like this: {refusal}"),
-        ),
-        _ => Failure::new(
-            Exit::Lost,
-            format!("the broker stopped the publishing: {refusal}"),
-        ),
-    }
 }
 
 /// The size of the message that a refusal for its size is about.

@@ -3,9 +3,9 @@
 use super::{
     connection::OpenConnection,
     consumer::ConsumerOptions,
-    errors::{ConnectError, Meaning, Refusal},
+    errors::{Asked, ConnectError, Meaning},
     lost::DeliveryLost,
-    topology::Incomplete,
+    topology::{Ask, NotRegistered},
 };
 use lapin::{
     Channel, Event,
@@ -14,9 +14,9 @@ use lapin::{
         BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
         QueueDeclareOptions,
     },
-    types::{AMQPValue, DeliveryTag, FieldTable, ShortString},
+    types::{AMQPValue, DeliveryTag, FieldTable},
 };
-use std::time::Duration;
+use std::{future::pending, time::Duration};
 use tokio_stream::StreamExt;
 
 /// The consumer tag; one channel has one consumer.
@@ -24,6 +24,12 @@ const TAG: &str = "qconsume";
 
 /// From this version on a consumer may ask for an acknowledgement timeout of its own, and the queue watches it.
 pub(super) const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
+
+/// What gives a message back without raising its delivery count, where the queue makes that difference.
+pub(super) const RELEASE: BasicNackOptions = BasicNackOptions {
+    requeue: true,
+    multiple: false,
+};
 
 /// How full a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,23 +51,6 @@ pub(super) struct Registration {
     pub(super) queue: String,
 }
 
-/// Why a registration failed.
-#[derive(Debug)]
-pub(super) enum NotRegistered {
-    /// The queue is to be created first, or (`false`) is there after all.
-    Create(bool),
-    /// A classic queue has no acknowledgement timeout, and refuses to be asked for one.
-    NoAckTimeout,
-    Failed(ConnectError),
-}
-
-/// What is asked of the broker, which the refusals of earlier attempts may have changed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ask {
-    pub(super) create: bool,
-    pub(super) ack_timeout: bool,
-}
-
 impl std::fmt::Debug for Registration {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Registration")
@@ -77,56 +66,24 @@ impl Registration {
         options: ConsumerOptions,
         ask: Ask,
         declared: Option<String>,
-    ) -> Result<Self, (OpenConnection, NotRegistered)> {
+    ) -> Result<Self, NotRegistered> {
         if let Some(channel) = connection.last_channel.take() {
             // Should that fail, so does the next channel.
             let _ = channel.close(200, "OK".into()).await;
         }
-        let queue = match declared {
-            Some(queue) => Ok(queue),
-            None => {
-                let set_up = options
-                    .topology
-                    .set_up(&connection, &options.queue, ask.create);
-                set_up.await.map_err(|incomplete| match incomplete {
-                    Incomplete::NotThere => NotRegistered::Create(true),
-                    Incomplete::Raced => NotRegistered::Create(false),
-                    Incomplete::Failed(error) => NotRegistered::Failed(error),
-                })
-            }
-        };
-        let queue = match queue {
-            Ok(queue) => queue,
-            Err(why) => return Err((connection, why)),
-        };
-        let ack_timeout = options
-            .ack_timeout
-            .filter(|_| ask.ack_timeout && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE));
-        connection.observed().cancelled = false;
-        match consume(&connection, &queue, ack_timeout).await {
-            Ok((channel, consumer)) => Ok(Self {
+        match register(&connection, &options, ask, declared).await {
+            Ok((queue, ack_timeout, channel, consumer)) => Ok(Self {
                 connection,
                 channel,
                 consumer: Some(consumer),
                 ack_timeout,
                 queue,
             }),
-            Err(error) => {
-                let refusal = Refusal::of(&error, &connection.observed());
-                let refused_timeout = ack_timeout.is_some()
-                    && refusal.is_some_and(|it| it.meaning() == Meaning::Precondition);
-                let why = if refused_timeout {
-                    tracing::debug!("the queue takes no x-consumer-timeout: {error}");
-                    NotRegistered::NoAckTimeout
-                } else {
-                    NotRegistered::Failed(ConnectError::refused(
-                        &error,
-                        &connection,
-                        "consume from",
-                        &queue,
-                    ))
-                };
-                Err((connection, why))
+            Err(why) => {
+                // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes
+                // a new connection.
+                connection.close().await;
+                Err(why)
             }
         }
     }
@@ -143,18 +100,14 @@ impl Registration {
         let delivery = async {
             match &mut self.consumer {
                 Some(consumer) => consumer.next().await,
-                None => std::future::pending().await,
+                None => pending().await,
             }
         };
-        let events = self.connection.events.as_mut();
+        let connection = &mut self.connection;
         let connection_error = async {
-            let mut events = events;
             loop {
-                match events.next().await {
-                    Some(Event::Error(error)) => return error,
-                    Some(_) => {}
-                    // lapin keeps a sender for as long as the connection is there, and we keep that.
-                    None => std::future::pending().await,
+                if let Event::Error(error) = connection.event().await {
+                    return error;
                 }
             }
         };
@@ -164,8 +117,7 @@ impl Registration {
             error = connection_error => Some(Err(error)),
         };
         match next {
-            Some(Ok(delivery)) => Ok(delivery),
-            Some(Err(error)) => Err(self.delivery_lost(&error)),
+            Some(delivery) => delivery.map_err(|error| self.delivery_lost(&error)),
             None => Err(DeliveryLost::ended(&self.connection.observed())),
         }
     }
@@ -195,42 +147,79 @@ impl Registration {
         let Some(consumer) = &mut self.consumer else {
             return Ok(None);
         };
-        let cancelled = self
-            .channel
-            .basic_cancel(TAG.into(), BasicCancelOptions::default())
-            .await;
+        let cancel = BasicCancelOptions::default();
         // The reply ends the consumer's stream, behind what came before it.
-        let last = match cancelled {
+        let last = match self.channel.basic_cancel(TAG.into(), cancel).await {
             Ok(()) => consumer.next().await.transpose(),
             Err(error) => Err(error),
         };
         let last = last.map_err(|error| self.delivery_lost(&error))?;
         self.consumer = None;
-        if last.is_none() && self.connection.observed().cancelled {
-            return Err(DeliveryLost::cancelled(self.connection.version()));
+        let observed = self.connection.observed();
+        if last.is_none() && observed.cancelled {
+            return Err(DeliveryLost::ended(&observed));
         }
         Ok(last)
     }
 
     pub(super) async fn release(&mut self, held: Option<DeliveryTag>) -> lapin::Result<()> {
-        let requeue = BasicNackOptions {
-            requeue: true,
-            ..BasicNackOptions::default()
-        };
         if let Some(mut consumer) = self.consumer.take() {
-            self.channel
-                .basic_cancel(TAG.into(), BasicCancelOptions::default())
-                .await?;
+            let cancel = BasicCancelOptions::default();
+            self.channel.basic_cancel(TAG.into(), cancel).await?;
             while let Some(delivery) = consumer.next().await {
                 let tag = delivery?.delivery_tag;
-                self.channel.basic_nack(tag, requeue).await?;
+                self.channel.basic_nack(tag, RELEASE).await?;
             }
         }
         if let Some(tag) = held {
-            self.channel.basic_nack(tag, requeue).await?;
+            self.channel.basic_nack(tag, RELEASE).await?;
         }
-        // The reply shows that the channel has processed what was sent before.
+        self.barrier().await
+    }
+
+    /// A channel processes its methods in order, and unlike channel.close and connection.close, which are answered even
+    /// in a race with a channel error, qos is answered only when all went well before.
+    pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
+    }
+}
+
+/// The queue's name, the acknowledgement timeout that it has taken, and its consumer on a channel.
+type Registered = (String, Option<Duration>, Channel, lapin::Consumer);
+
+async fn register(
+    connection: &OpenConnection,
+    options: &ConsumerOptions,
+    ask: Ask,
+    declared: Option<String>,
+) -> Result<Registered, NotRegistered> {
+    let queue = match declared {
+        Some(queue) => queue,
+        None => {
+            let topology = &options.topology;
+            topology.set_up(connection, &options.queue, ask).await?
+        }
+    };
+    let may_ask = ask.ack_timeout && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE);
+    let ack_timeout = options.ack_timeout.filter(|_| may_ask);
+    connection.observed().cancelled = false;
+    match consume(connection, &queue, ack_timeout).await {
+        Ok((channel, consumer)) => Ok((queue, ack_timeout, channel, consumer)),
+        // A classic queue has no acknowledgement timeout, and refuses to be asked for one.
+        Err(error)
+            if ack_timeout.is_some()
+                && connection.meaning(&error) == Some(Meaning::Precondition) =>
+        {
+            tracing::debug!("the queue takes no x-consumer-timeout: {error}");
+            Err(NotRegistered::AskFor(Ask {
+                ack_timeout: false,
+                ..ask
+            }))
+        }
+        Err(error) => {
+            let asked = Asked::Queue("consume from", &queue);
+            Err(ConnectError::refused(&error, connection, asked).into())
+        }
     }
 }
 
@@ -240,24 +229,18 @@ async fn consume(
     queue: &str,
     ack_timeout: Option<Duration>,
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
-    let channel = connection.connection().create_channel().await?;
+    let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
     if let Some(limit) = ack_timeout {
         let milliseconds = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
-        arguments.insert(
-            ShortString::from("x-consumer-timeout"),
-            AMQPValue::LongLongInt(milliseconds),
-        );
+        let limit = AMQPValue::LongLongInt(milliseconds);
+        arguments.insert("x-consumer-timeout".into(), limit);
     }
+    let options = BasicConsumeOptions::default();
     let (prefetch, consumer) = tokio::join!(
         biased;
         channel.basic_qos(1, BasicQosOptions::default()),
-        channel.basic_consume(
-            queue.into(),
-            TAG.into(),
-            BasicConsumeOptions::default(),
-            arguments,
-        ),
+        channel.basic_consume(queue.into(), TAG.into(), options, arguments),
     );
     // The consumer's error says more: the channel's end answers both.
     let consumer = consumer?;

@@ -3,16 +3,17 @@
 use super::{
     consumer::{Consumer, Held, State},
     lost::DeliveryLost,
-    registration::{CONSUMER_TIMEOUT_SINCE, Registration},
+    registration::{CONSUMER_TIMEOUT_SINCE, RELEASE, Registration},
 };
 use crate::{
     report::{HumanDuration, with_reminders},
     verdict::Settlement,
 };
-use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
+use lapin::{
+    options::{BasicAckOptions, BasicCancelOptions, BasicRejectOptions},
+    types::DeliveryTag,
 };
-use std::{fmt, mem, time::Duration};
+use std::{mem, time::Duration};
 use tokio::time::{sleep, timeout};
 
 /// Longest wait for the broker to confirm a settlement: nodes of a cluster notice a frozen leader after 45 to 75 seconds
@@ -28,29 +29,13 @@ const SAFE_SHARE: f64 = 0.8;
 /// How long the queue is given to say that its timeout came first: some tens of milliseconds under load.
 const RECHECK_PAUSE: Duration = Duration::from_millis(100);
 
-/// Why a settlement isn't confirmed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unconfirmed(String);
-
-impl fmt::Display for Unconfirmed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl From<DeliveryLost> for Unconfirmed {
-    fn from(lost: DeliveryLost) -> Self {
-        Self(lost.to_string())
-    }
-}
-
 impl Consumer {
     /// Settles the message that is held; with `last`, the consumer is cancelled first, so that no message is delivered
     /// that nobody here would run.
     ///
     /// # Errors
     /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
-    pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), Unconfirmed> {
+    pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), DeliveryLost> {
         let State::Holding(mut registration, held) =
             mem::replace(&mut self.state, State::Idle(None))
         else {
@@ -62,7 +47,7 @@ impl Consumer {
             .await
             .unwrap_or_else(|_| {
                 let limit = HumanDuration(SETTLE_TIMEOUT);
-                Err(Unconfirmed(format!(
+                Err(DeliveryLost::because(format!(
                     "no reply from the broker within {limit}"
                 )))
             });
@@ -81,38 +66,10 @@ impl Registration {
         held: Held,
         settlement: Settlement,
         last: bool,
-    ) -> Result<(), Unconfirmed> {
+    ) -> Result<(), DeliveryLost> {
         let ran = held.since.elapsed();
-        if let Some(consumer) = self.consumer.take_if(|_| last) {
-            // Without waiting for its reply: it only has to be in front of the settlement.
-            let cancel = BasicCancelOptions { nowait: true };
-            let cancelled = self.channel.basic_cancel(consumer.tag(), cancel).await;
-            cancelled.map_err(|error| self.delivery_lost(&error))?;
-        }
-        // By the channel, not by lapin's acker, which says Ok(false) when the message is lost. It returns when the
-        // method is written: only then is the barrier asked for.
-        let settled = match settlement {
-            Settlement::Ack => {
-                let ack = BasicAckOptions::default();
-                self.channel.basic_ack(held.tag, ack).await
-            }
-            Settlement::Requeue | Settlement::DeadLetter => {
-                let requeue = settlement == Settlement::Requeue;
-                let reject = BasicRejectOptions { requeue };
-                self.channel.basic_reject(held.tag, reject).await
-            }
-            Settlement::Release => {
-                let nack = BasicNackOptions {
-                    requeue: true,
-                    ..BasicNackOptions::default()
-                };
-                self.channel.basic_nack(held.tag, nack).await
-            }
-        };
-        settled.map_err(|error| self.delivery_lost(&error))?;
-        self.barrier()
-            .await
-            .map_err(|error| self.delivery_lost(&error))?;
+        let sent = self.send(held.tag, settlement, last).await;
+        sent.map_err(|error| self.delivery_lost(&error))?;
         self.check_still_owned()?;
         if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
             self.recheck_after_consumer_timeout(ran).await?;
@@ -120,18 +77,39 @@ impl Registration {
         Ok(())
     }
 
-    /// A channel processes its methods in order, and unlike channel.close and connection.close, which are answered even
-    /// in a race with a channel error, qos is answered only when all went well before.
-    async fn barrier(&self) -> lapin::Result<()> {
-        self.channel.basic_qos(1, BasicQosOptions::default()).await
+    /// Cancels with `last`, settles, and waits for the broker to have processed both.
+    async fn send(
+        &mut self,
+        tag: DeliveryTag,
+        settlement: Settlement,
+        last: bool,
+    ) -> lapin::Result<()> {
+        let channel = &self.channel;
+        if let Some(consumer) = self.consumer.take_if(|_| last) {
+            // Without waiting for its reply: it only has to be in front of the settlement.
+            let cancel = BasicCancelOptions { nowait: true };
+            channel.basic_cancel(consumer.tag(), cancel).await?;
+        }
+        // By the channel, not by lapin's acker, which says Ok(false) when the message is lost. It returns when the
+        // method is written: only then is the barrier asked for.
+        let requeue = settlement == Settlement::Requeue;
+        match settlement {
+            Settlement::Ack => channel.basic_ack(tag, BasicAckOptions::default()).await?,
+            Settlement::Requeue | Settlement::DeadLetter => {
+                let reject = BasicRejectOptions { requeue };
+                channel.basic_reject(tag, reject).await?;
+            }
+            Settlement::Release => channel.basic_nack(tag, RELEASE).await?,
+        }
+        self.barrier().await
     }
 
     /// RabbitMQ 4.3's acknowledgement timeout only cancels the consumer; what comes after is answered as if nothing had
     /// happened, though the message is requeued.
-    fn check_still_owned(&self) -> Result<(), Unconfirmed> {
+    fn check_still_owned(&self) -> Result<(), DeliveryLost> {
         let observed = self.connection.observed();
         if observed.cancelled {
-            return Err(DeliveryLost::cancelled(observed.version).into());
+            return Err(DeliveryLost::ended(&observed));
         }
         Ok(())
     }
@@ -141,7 +119,7 @@ impl Registration {
     /// From that version on the queue, not the channel, watches the time. When it requeues the message while a settlement
     /// is on its way, the channel hears of that only after it has answered the barrier. It then cancels the consumer, or
     /// where we have done that already, ends the channel with 406 (seen with 4.3.6).
-    async fn recheck_after_consumer_timeout(&self, ran: Duration) -> Result<(), Unconfirmed> {
+    async fn recheck_after_consumer_timeout(&self, ran: Duration) -> Result<(), DeliveryLost> {
         let safe = match self.ack_timeout {
             Some(timeout) => timeout.mul_f64(SAFE_SHARE),
             None => RECHECK_FROM,
@@ -153,7 +131,7 @@ impl Registration {
         match self.barrier().await {
             // A connection that is lost now was good when the settlement was confirmed.
             Err(_) if self.connection.is_connected() => {
-                Err(DeliveryLost::timed_out(self.connection.version()).into())
+                Err(DeliveryLost::timed_out(self.connection.version()))
             }
             _ => self.check_still_owned(),
         }

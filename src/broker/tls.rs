@@ -3,58 +3,33 @@
 //! There is no way to leave the check of the broker's certificate out.
 
 use super::{
-    address::{Address, AuthMechanism},
+    address::{Address, Parameters},
     errors::ConnectError,
 };
-use crate::exit::{Exit, Failure};
-use rustls::{
-    AlertDescription, CertificateError, ClientConfig, InconsistentKeys, RootCertStore,
-    pki_types::{
-        CertificateDer, PrivateKeyDer, ServerName, UnixTime,
-        pem::{self, PemObject},
-    },
-};
+use crate::exit::Failure;
 use std::{
     fmt::Display,
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{
+        self, AlertDescription, CertificateError, ClientConfig, InconsistentKeys, RootCertStore,
+        pki_types::{
+            CertificateDer, PrivateKeyDer, ServerName, UnixTime,
+            pem::{self, PemObject},
+        },
+    },
+};
 
-/// What TLS needs, for each node that wants it: read before anything is connected.
+/// What TLS needs, for the parameters of each node that wants it: read before anything is connected.
 #[derive(Clone, Debug, Default)]
-pub struct Tls(Vec<(Files, Arc<ClientConfig>)>);
-
-/// The files that an address names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Files {
-    cacert: Option<PathBuf>,
-    cert: Option<PathBuf>,
-    key: Option<PathBuf>,
-}
-
-impl Files {
-    fn of(address: &Address) -> Self {
-        let parameters = &address.parameters;
-        Self {
-            cacert: parameters.cacertfile.clone(),
-            cert: parameters.certfile.clone(),
-            key: parameters.keyfile.clone(),
-        }
-    }
-
-    /// Where the CAs come from, for messages.
-    fn trusted(&self) -> String {
-        match (&self.cacert, std::env::var_os("SSL_CERT_FILE")) {
-            (Some(file), _) => file.display().to_string(),
-            (None, Some(file)) => format!("{} (SSL_CERT_FILE)", file.display()),
-            (None, None) => "the system's CA certificates".to_owned(),
-        }
-    }
-}
+pub struct Tls(Vec<(Parameters, Arc<ClientConfig>)>);
 
 impl Tls {
     /// Reads the files of all nodes that want TLS; the system's CAs only if one of them trusts those.
@@ -64,24 +39,27 @@ impl Tls {
     pub fn load(nodes: &[Address]) -> Result<Self, Failure> {
         let mut loaded = Self::default();
         for address in nodes {
-            let files = Files::of(address);
-            let external = address.parameters.auth_mechanism == Some(AuthMechanism::External);
-            if external && files.cert.is_none() {
-                return Err(Failure::new(
-                    Exit::Usage,
+            let parameters = &address.parameters;
+            if address.logs_in_by_certificate() && parameters.certfile.is_none() {
+                return Err(Failure::usage(
                     "auth_mechanism=external logs in by a client certificate: it needs amqps:// and --cert (certfile in the URL)",
                 ));
             }
             if !address.tls {
                 continue;
             }
-            server_name(address).map_err(|trouble| trouble.failure)?;
-            if !loaded.0.iter().any(|(known, _)| *known == files) {
-                let config = Arc::new(config(&files)?);
-                loaded.0.push((files, config));
+            server_name(address)?;
+            if loaded.config(parameters).is_none() {
+                let config = Arc::new(config(parameters)?);
+                loaded.0.push((parameters.clone(), config));
             }
         }
         Ok(loaded)
+    }
+
+    fn config(&self, parameters: &Parameters) -> Option<Arc<ClientConfig>> {
+        let found = self.0.iter().find(|(known, _)| known == parameters);
+        found.map(|(_, config)| Arc::clone(config))
     }
 
     /// Makes a connected socket a safe one.
@@ -90,91 +68,79 @@ impl Tls {
         socket: TcpStream,
         address: &Address,
     ) -> Result<TlsStream<TcpStream>, ConnectError> {
-        let files = Files::of(address);
-        let (_, config) = self
-            .0
-            .iter()
-            .find(|(known, _)| *known == files)
-            .ok_or_else(|| ConnectError::permanent(Exit::Software, "TLS was not loaded"))?;
-        TlsConnector::from(Arc::clone(config))
+        let config = self.config(&address.parameters).expect("it was loaded");
+        TlsConnector::from(config)
             .connect(server_name(address)?, socket)
             .await
-            .map_err(|error| in_handshake(&error, &files))
+            .map_err(|error| in_handshake(&error, &address.parameters))
     }
 }
 
 /// The name, or the IP address, that the broker's certificate has to be for.
-fn server_name(address: &Address) -> Result<ServerName<'static>, ConnectError> {
+fn server_name(address: &Address) -> Result<ServerName<'static>, Failure> {
     let given = address.parameters.server_name_indication.as_deref();
     let name = given.unwrap_or(&address.host);
     // No certificate has an IPv6 zone, nor the dot that keeps a resolver from trying search domains.
     let name = name.split_once('%').map_or(name, |(ip, _)| ip);
     let name = name.strip_suffix('.').unwrap_or(name);
     ServerName::try_from(name.to_owned()).map_err(|_| {
-        let what = if given.is_some() {
-            "the server name"
-        } else {
-            "the host"
-        };
-        ConnectError::permanent(
-            Exit::Usage,
-            format!("{what} {name:?} is neither a DNS name nor an IP address, so no certificate can be for it; see --server-name"),
-        )
+        Failure::usage(format!(
+            "{name:?} is neither a DNS name nor an IP address, so no certificate can be for it; see --server-name"
+        ))
     })
 }
 
-fn config(files: &Files) -> Result<ClientConfig, Failure> {
-    let roots = match &files.cacert {
+fn config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
+    let roots = match &parameters.cacertfile {
         Some(file) => roots(file)?,
         None => system_roots()?,
     };
     let builder = ClientConfig::builder().with_root_certificates(roots);
-    let cert = match (&files.cert, &files.key) {
-        (Some(cert), _) => cert,
-        (None, None) => return Ok(builder.with_no_client_auth()),
-        (None, Some(key)) => {
-            return Err(Failure::new(
-                Exit::Usage,
-                format!(
-                    "there is a key, {}, but no client certificate: --cert",
-                    key.display()
-                ),
-            ));
-        }
+    let Some(cert) = &parameters.certfile else {
+        return match &parameters.keyfile {
+            None => Ok(builder.with_no_client_auth()),
+            Some(key) => Err(Failure::usage(format!(
+                "there is a key, {}, but no client certificate: --cert",
+                key.display()
+            ))),
+        };
     };
     let chain = certificates(cert, "client certificate")?;
-    let key_file = files.key.as_ref().unwrap_or(cert);
-    let key = key(key_file, files.key.is_some())?;
-    builder.with_client_auth_cert(chain, key).map_err(|error| {
-        let (cert, key) = (cert.display(), key_file.display());
-        match error {
-            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => config_failure(
-                format!("the key in {key} is not the one of the client certificate in {cert}"),
-            ),
-            rustls::Error::InvalidCertificate(error) if is_webpki(&error, "UnsupportedCertVersion") => {
-                config_failure(format!(
-                    "the client certificate in {cert} is an X.509 version 1 certificate: issue a version 3 one (`openssl x509 -req` with -extfile)"
-                ))
-            }
-            rustls::Error::InvalidCertificate(error) => config_failure(format!(
-                "the client certificate in {cert} is damaged: {error}"
-            )),
-            _ => config_failure(format!(
-                "the key in {key} is none that can be used: it has to be RSA, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519"
-            )),
+    let key_file = parameters.keyfile.as_ref().unwrap_or(cert);
+    let key = key(key_file, parameters.keyfile.is_some())?;
+    let unusable = |error| match error {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => format!(
+            "the key in {} is not the one of the client certificate in {}",
+            key_file.display(),
+            cert.display()
+        ),
+        rustls::Error::InvalidCertificate(error) if is_webpki(&error, "UnsupportedCertVersion") => {
+            format!(
+                "the client certificate in {} is an X.509 version 1 certificate: issue a version 3 one (`openssl x509 -req` with -extfile)",
+                cert.display()
+            )
         }
-    })
+        rustls::Error::InvalidCertificate(error) => format!(
+            "the client certificate in {} is damaged: {error}",
+            cert.display()
+        ),
+        _ => format!(
+            "the key in {} is none that can be used: it has to be RSA, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
+            key_file.display()
+        ),
+    };
+    let config = builder.with_client_auth_cert(chain, key);
+    config.map_err(|error| Failure::config(unusable(error)))
 }
 
 /// The CAs of a file, and no others.
 fn roots(file: &Path) -> Result<RootCertStore, Failure> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(file, "CA certificate")? {
-        roots.add(certificate).map_err(|error| {
-            config_failure(format!(
-                "a CA certificate in {} is damaged: {error}",
-                file.display()
-            ))
+        let added = roots.add(certificate);
+        added.map_err(|error| {
+            let file = file.display();
+            Failure::config(format!("a CA certificate in {file} is damaged: {error}"))
         })?;
     }
     Ok(roots)
@@ -184,28 +150,21 @@ fn roots(file: &Path) -> Result<RootCertStore, Failure> {
 fn system_roots() -> Result<RootCertStore, Failure> {
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(found.certs);
-    if added > 0 {
+    if roots.add_parsable_certificates(found.certs).0 > 0 {
         return Ok(roots);
     }
     const HELP: &str = "name the broker's CA with --cacert FILE (QCONSUME_CACERT)";
-    let variables = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
-    let set: Vec<_> = variables
-        .iter()
-        .filter_map(|name| Some((name, std::env::var_os(name)?)))
-        .map(|(name, value)| format!("{name}={}", value.display()))
-        .collect();
-    Err(config_failure(if set.is_empty() {
-        format!(
+    let set = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
+        .into_iter()
+        .find_map(|name| Some((name, std::env::var_os(name)?)));
+    Err(Failure::config(match set {
+        None => format!(
             "there are no CA certificates on this system to check the broker's with: {HELP}, or install the package ca-certificates"
-        )
-    } else {
-        let why = found.errors.first().map(|error| format!(" ({error})"));
-        format!(
-            "there are no CA certificates in {}{}: correct that, or {HELP}",
-            set.join(", "),
-            why.unwrap_or_default()
-        )
+        ),
+        Some((name, value)) => format!(
+            "there are no CA certificates in {name}={}: correct that, or {HELP}",
+            value.display()
+        ),
     }))
 }
 
@@ -215,11 +174,7 @@ fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>,
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
-        Ok(_) => Err(config_failure(format!(
-            "there is no {what} in {}: {}",
-            file.display(),
-            what_is_there(&text)
-        ))),
+        Ok(_) => Err(not_in(file, what, &text)),
         Err(error) => Err(damaged(file, &error)),
     }
 }
@@ -227,41 +182,33 @@ fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>,
 /// The first key of a file: PKCS#8, PKCS#1 or SEC1.
 fn key(file: &Path, own_file: bool) -> Result<PrivateKeyDer<'static>, Failure> {
     let text = read(file, "key")?;
-    let contains = |words: &str| {
-        text.windows(words.len())
-            .any(|part| part == words.as_bytes())
-    };
-    if contains("BEGIN ENCRYPTED PRIVATE KEY") || contains("Proc-Type: 4,ENCRYPTED") {
-        return Err(config_failure(format!(
+    let shown = String::from_utf8_lossy(&text);
+    if shown.contains("BEGIN ENCRYPTED PRIVATE KEY") || shown.contains("Proc-Type: 4,ENCRYPTED") {
+        return Err(Failure::config(format!(
             "the key in {} is encrypted with a passphrase, which nobody could type in here: take the passphrase away with `openssl pkey`",
             file.display()
         )));
     }
-    match PrivateKeyDer::from_pem_slice(&text) {
-        Ok(key) => Ok(key),
-        Err(pem::Error::NoItemsFound) if !own_file => Err(config_failure(format!(
+    PrivateKeyDer::from_pem_slice(&text).map_err(|error| match error {
+        pem::Error::NoItemsFound if own_file => not_in(file, "key", &text),
+        pem::Error::NoItemsFound => Failure::config(format!(
             "there is no key beside the client certificate in {}: name its file with --key (QCONSUME_KEY)",
             file.display()
-        ))),
-        Err(pem::Error::NoItemsFound) => Err(config_failure(format!(
-            "there is no key in {}: {}",
-            file.display(),
-            what_is_there(&text)
-        ))),
-        Err(error) => Err(damaged(file, &error)),
-    }
+        )),
+        error => damaged(file, &error),
+    })
 }
 
 fn read(file: &Path, what: &str) -> Result<Vec<u8>, Failure> {
-    let text = std::fs::read(file).map_err(|error| {
+    let mut text = std::fs::read(file).map_err(|error| {
         let file = file.display();
-        config_failure(format!("the {what} {file} can't be read: {error}"))
+        Failure::config(format!("the {what} {file} can't be read: {error}"))
     })?;
     // Some editors begin a file with a byte order mark.
-    Ok(text
-        .strip_prefix("\u{feff}".as_bytes())
-        .map(<[u8]>::to_vec)
-        .unwrap_or(text))
+    if text.starts_with("\u{feff}".as_bytes()) {
+        text.drain(..'\u{feff}'.len_utf8());
+    }
+    Ok(text)
 }
 
 /// The error's details are left out: some of them contain pieces of the file, which may be a key.
@@ -271,40 +218,41 @@ fn damaged(file: &Path, error: &pem::Error) -> Failure {
         pem::Error::Base64Decode(_) => "its base64 can't be decoded",
         _ => "its form is wrong",
     };
-    config_failure(format!("{} is damaged PEM: {what}", file.display()))
+    Failure::config(format!("{} is damaged PEM: {what}", file.display()))
 }
 
-fn what_is_there(text: &[u8]) -> &'static str {
+/// What a file has instead.
+fn not_in(file: &Path, what: &str, text: &[u8]) -> Failure {
     /// An ASN.1 sequence, with which everything in DER begins.
     const SEQUENCE: u8 = 0x30;
-    if text.is_empty() {
-        "the file is empty"
-    } else if text.windows(11).any(|part| part == b"-----BEGIN ") {
-        "the PEM in it is of something else"
-    } else if text.first() == Some(&SEQUENCE) {
-        "it isn't PEM but looks like DER, which `openssl x509 -inform der` or `openssl pkey -inform der` turns into PEM"
-    } else {
-        "it isn't PEM (-----BEGIN …)"
-    }
-}
-
-fn config_failure(message: String) -> Failure {
-    Failure::new(Exit::Config, message)
+    let instead = match text {
+        [] => "the file is empty",
+        text if text.windows(11).any(|part| part == b"-----BEGIN ") => {
+            "the PEM in it is of something else"
+        }
+        [SEQUENCE, ..] => {
+            "it isn't PEM but looks like DER, which `openssl x509 -inform der` or `openssl pkey -inform der` turns into PEM"
+        }
+        _ => "it isn't PEM (-----BEGIN …)",
+    };
+    Failure::config(format!(
+        "there is no {what} in {}: {instead}",
+        file.display()
+    ))
 }
 
 /// What an error during the TLS handshake means.
-fn in_handshake(error: &io::Error, files: &Files) -> ConnectError {
-    let permanent = |message: String| ConnectError::permanent(Exit::Config, message);
+fn in_handshake(error: &io::Error, parameters: &Parameters) -> ConnectError {
     match tls_error(error) {
-        Some(rustls::Error::InvalidCertificate(error)) => permanent(untrusted(error, files)),
-        Some(rustls::Error::InvalidMessage(_)) => permanent(
-            "what answers isn't TLS: is the port right (5671 is usual), or should the URL begin with amqp://?".to_owned(),
-        ),
-        Some(rustls::Error::PeerIncompatible(why)) => {
-            permanent(format!("the broker and qconsume have no kind of TLS in common: {why:?}"))
+        Some(rustls::Error::InvalidCertificate(error)) => {
+            Failure::config(untrusted(error, parameters)).into()
         }
-        Some(rustls::Error::AlertReceived(alert)) => refused(*alert, files),
-        Some(error) => permanent(format!("the TLS handshake failed: {error}")),
+        Some(rustls::Error::InvalidMessage(_)) => Failure::config(
+            "what answers isn't TLS: is the port right (5671 is usual), or should the URL begin with amqp://?",
+        )
+        .into(),
+        Some(rustls::Error::AlertReceived(alert)) => refused(*alert, parameters),
+        Some(error) => Failure::config(format!("the TLS handshake failed: {error}")).into(),
         None if error.kind() == io::ErrorKind::UnexpectedEof => ConnectError::transient(
             "the connection was closed during the TLS handshake; is this a port for TLS?",
         ),
@@ -316,7 +264,7 @@ fn in_handshake(error: &io::Error, files: &Files) -> ConnectError {
 /// certificate comes when the handshake is over for us.
 pub(super) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
-        rustls::Error::AlertReceived(alert) => Some(refused(*alert, &Files::of(address))),
+        rustls::Error::AlertReceived(alert) => Some(refused(*alert, &address.parameters)),
         _ => None,
     }
 }
@@ -326,7 +274,7 @@ fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
 }
 
 /// Why the broker's certificate isn't good enough.
-fn untrusted(error: &CertificateError, files: &Files) -> String {
+fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
     use CertificateError as E;
     const NAME: &str = "the broker's certificate";
     match error {
@@ -340,28 +288,33 @@ fn untrusted(error: &CertificateError, files: &Files) -> String {
             date(*not_before),
             date(*time)
         ),
-        E::Expired => format!("{NAME}, or one that vouches for it, has expired"),
-        E::NotValidYet => format!("{NAME}, or one that vouches for it, is not valid yet"),
-        E::UnknownIssuer => format!(
-            "{NAME} is signed by an unknown issuer, none of {}: name the broker's CA with --cacert FILE (QCONSUME_CACERT)",
-            files.trusted()
-        ),
+        E::UnknownIssuer => {
+            let trusted = match (&parameters.cacertfile, std::env::var_os("SSL_CERT_FILE")) {
+                (Some(file), _) => file.display().to_string(),
+                (None, Some(file)) => format!("{} (SSL_CERT_FILE)", file.display()),
+                (None, None) => "the system's CA certificates".to_owned(),
+            };
+            format!(
+                "{NAME} is signed by an unknown issuer, none of {trusted}: name the broker's CA with --cacert FILE (QCONSUME_CACERT)"
+            )
+        }
         E::NotValidForNameContext {
             expected,
             presented,
         } => {
             let names: Vec<_> = presented.iter().map(|name| plain_name(name)).collect();
-            let names = if names.is_empty() {
-                "no name at all (a common name alone doesn't count)".to_owned()
-            } else {
-                names.join(", ")
+            let names = match names.join(", ") {
+                none if none.is_empty() => {
+                    "no name at all (a common name alone doesn't count)".to_owned()
+                }
+                names => names,
             };
             format!(
                 "{NAME} is for {names}, not for {}: use a name that it is for, or tell the one to check with --server-name (QCONSUME_SERVER_NAME)",
                 expected.to_str()
             )
         }
-        E::InvalidPurpose | E::InvalidPurposeContext { .. } => {
+        E::InvalidPurposeContext { .. } => {
             format!("{NAME} is not one for servers: its extended key usage lacks serverAuth")
         }
         error if is_webpki(error, "CaUsedAsEndEntity") => format!(
@@ -389,49 +342,30 @@ fn date(time: UnixTime) -> impl Display {
 }
 
 /// What the broker's refusal means.
-fn refused(alert: AlertDescription, files: &Files) -> ConnectError {
+fn refused(alert: AlertDescription, parameters: &Parameters) -> ConnectError {
     use AlertDescription as A;
-    let ours = match &files.cert {
+    let cert = parameters.certfile.as_ref();
+    let ours = match cert {
         Some(file) => format!("the client certificate in {}", file.display()),
         None => "a connection without a client certificate".to_owned(),
     };
-    let message = match (alert, &files.cert) {
-        (A::HandshakeFailure, _) => format!(
-            "the broker refused the TLS handshake of {ours}: it asks for another client certificate (--cert and --key), or has no cipher or curve in common with qconsume, which knows TLS 1.3, and TLS 1.2 with ECDHE and AES-GCM or ChaCha20, on X25519, P-256 and P-384"
-        ),
-        (A::CertificateRequired, _) | (A::BadCertificate, None) => {
-            format!(
-                "the broker refused {ours} ({alert:?}): if it asks for one, name it with --cert and --key"
-            )
+    let why = match alert {
+        A::HandshakeFailure => {
+            ": it asks for another client certificate (--cert and --key), or has no cipher or curve in common with qconsume, which knows TLS 1.3, and TLS 1.2 with ECDHE and AES-GCM or ChaCha20, on X25519, P-256 and P-384".to_owned()
         }
-        (A::CertificateExpired, _) => format!("the broker refused {ours}: it has expired"),
-        (A::UnknownCA, _) => {
-            format!(
-                "the broker refused {ours}: it is signed by none of the CAs that the broker trusts"
-            )
-        }
-        (A::UnrecognisedName, _) => {
-            "the broker doesn't know the server name that it was asked for; see --server-name"
-                .to_owned()
-        }
-        (A::ProtocolVersion, _) => {
-            "the broker and qconsume have no version of TLS in common (1.2 or 1.3)".to_owned()
-        }
-        (
-            A::BadCertificate
-            | A::UnsupportedCertificate
-            | A::CertificateRevoked
-            | A::CertificateUnknown
-            | A::AccessDenied
-            | A::DecryptError,
-            Some(_),
-        ) => format!("the broker refused {ours} ({alert:?}); its log says why"),
-        (A::InternalError | A::UserCanceled | A::CloseNotify, _) => {
+        A::CertificateExpired => ": it has expired".to_owned(),
+        A::UnknownCA => ": it is signed by none of the CAs that the broker trusts".to_owned(),
+        A::UnrecognisedName => ": it doesn't know the server name; see --server-name".to_owned(),
+        A::ProtocolVersion => ": they have no version of TLS in common (1.2 or 1.3)".to_owned(),
+        A::InternalError | A::UserCanceled | A::CloseNotify => {
             return ConnectError::transient(format!("the broker ended TLS ({alert:?})"));
         }
-        _ => format!("the broker refused TLS ({alert:?}); its log says why"),
+        A::CertificateRequired | A::BadCertificate if cert.is_none() => {
+            format!(" ({alert:?}): if it asks for one, name it with --cert and --key")
+        }
+        _ => format!(" ({alert:?}); its log says why"),
     };
-    ConnectError::permanent(Exit::Config, message)
+    Failure::config(format!("the broker refused {ours}{why}")).into()
 }
 
 #[cfg(test)]

@@ -2,10 +2,9 @@
 
 use super::{
     connection::OpenConnection,
-    errors::{ConnectError, Meaning, Refusal},
+    errors::{Asked, ConnectError, Meaning},
 };
 use lapin::{
-    Connection,
     options::{QueueBindOptions, QueueDeclareOptions},
     types::FieldTable,
 };
@@ -33,13 +32,26 @@ pub enum Declare {
     Exclusive,
 }
 
-/// Why a topology isn't there yet.
-pub(super) enum Incomplete {
-    /// A passive declare says that there is no such queue: it is to be created.
-    NotThere,
-    /// It was created with other properties in between: that one is good.
-    Raced,
+/// What is asked of the broker, which the refusals of earlier attempts may have changed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ask {
+    /// To create the queue, as it isn't there.
+    pub(super) create: bool,
+    pub(super) ack_timeout: bool,
+}
+
+/// Why a consumer isn't registered.
+#[derive(Debug)]
+pub(super) enum NotRegistered {
+    /// This is to be asked for instead.
+    AskFor(Ask),
     Failed(ConnectError),
+}
+
+impl From<ConnectError> for NotRegistered {
+    fn from(error: ConnectError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl Topology {
@@ -51,53 +63,40 @@ impl Topology {
         &self,
         connection: &OpenConnection,
         queue: &str,
-        create: bool,
-    ) -> Result<String, Incomplete> {
-        let options = match self.declare {
-            Declare::No => None,
-            Declare::Durable => Some(QueueDeclareOptions {
-                passive: !create,
-                durable: true,
-                ..QueueDeclareOptions::default()
-            }),
-            Declare::Exclusive => Some(QueueDeclareOptions {
-                exclusive: true,
-                ..QueueDeclareOptions::default()
-            }),
-        };
-        let name = match options {
-            None => queue.to_owned(),
-            Some(options) => {
-                match declare(
-                    connection.connection(),
-                    queue,
-                    options,
-                    FieldTable::default(),
-                )
-                .await
-                {
-                    Ok(name) => name,
-                    Err(error) => {
-                        let refusal = Refusal::of(&error, &connection.observed());
-                        return Err(match refusal.map(|refusal| refusal.meaning()) {
-                            Some(Meaning::Missing) if options.passive => Incomplete::NotThere,
-                            Some(Meaning::Precondition) if create => Incomplete::Raced,
-                            _ => Incomplete::Failed(ConnectError::refused(
-                                &error, connection, "declare", queue,
-                            )),
-                        });
-                    }
-                }
+        ask: Ask,
+    ) -> Result<String, NotRegistered> {
+        let declared = match self.declare {
+            Declare::No => Ok(queue.to_owned()),
+            kind => {
+                let options = QueueDeclareOptions {
+                    passive: kind == Declare::Durable && !ask.create,
+                    durable: kind == Declare::Durable,
+                    exclusive: kind == Declare::Exclusive,
+                    ..QueueDeclareOptions::default()
+                };
+                declare(connection, queue, options, FieldTable::default()).await
             }
         };
-        if create {
+        let name = declared.map_err(|error| {
+            let create = match connection.meaning(&error) {
+                Some(Meaning::Missing) if self.declare == Declare::Durable && !ask.create => true,
+                // It was created with other properties in between: that one is good.
+                Some(Meaning::Precondition) if ask.create => false,
+                _ => {
+                    let asked = Asked::Queue("declare", queue);
+                    return ConnectError::refused(&error, connection, asked).into();
+                }
+            };
+            NotRegistered::AskFor(Ask { create, ..ask })
+        })?;
+        if ask.create {
             tracing::info!("declared queue {queue:?}, which was not there");
         }
         if let Some(exchange) = &self.exchange {
-            let bound = self.bind(connection.connection(), &name, exchange).await;
+            let bound = self.bind(connection, &name, exchange).await;
             bound.map_err(|error| {
                 let action = format!("bind to exchange {exchange:?}");
-                Incomplete::Failed(ConnectError::refused(&error, connection, &action, &name))
+                ConnectError::refused(&error, connection, Asked::Queue(&action, &name))
             })?;
         }
         Ok(name)
@@ -105,20 +104,16 @@ impl Topology {
 
     async fn bind(
         &self,
-        connection: &Connection,
+        connection: &OpenConnection,
         queue: &str,
         exchange: &str,
     ) -> lapin::Result<()> {
-        let channel = connection.create_channel().await?;
+        let channel = connection.lapin.create_channel().await?;
         for key in &self.routing_keys {
+            let key = key.as_str().into();
+            let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
             channel
-                .queue_bind(
-                    queue.into(),
-                    exchange.into(),
-                    key.as_str().into(),
-                    QueueBindOptions::default(),
-                    FieldTable::default(),
-                )
+                .queue_bind(queue.into(), exchange.into(), key, options, arguments)
                 .await?;
         }
         channel.close(200, "OK".into()).await
@@ -127,12 +122,12 @@ impl Topology {
 
 /// Declares a queue on a channel of its own, as a refusal ends that; returns the queue's name.
 pub(super) async fn declare(
-    connection: &Connection,
+    connection: &OpenConnection,
     queue: &str,
     options: QueueDeclareOptions,
     arguments: FieldTable,
 ) -> lapin::Result<String> {
-    let channel = connection.create_channel().await?;
+    let channel = connection.lapin.create_channel().await?;
     let declared = channel
         .queue_declare(queue.into(), options, arguments)
         .await?;

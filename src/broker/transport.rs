@@ -3,49 +3,35 @@
 //! lapin's own dialling knows no time limit, no IPv6 literals and, without its TLS features, no error for `amqps`.
 
 use super::tap::Tap;
-use async_rs::{
-    Tokio,
-    traits::{Executor, Reactor, RuntimeKit},
-    util::Task,
-};
+use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
 use futures_io::{AsyncRead, AsyncWrite};
 use std::{
     future::{Future, ready},
-    io::{self, IoSlice, Read, Write},
+    io::{self, Read, Write},
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
-use tokio::{io::ReadBuf, net::TcpStream};
-use tokio_rustls::client::TlsStream;
+use tokio::io::ReadBuf;
+use tokio_stream::Stream;
 
-/// A connected socket.
-pub(super) enum Socket {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+/// A connected socket, plain or TLS.
+pub(super) trait Socket:
+    tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin
+{
 }
-
-trait Duplex: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
-impl Duplex for TcpStream {}
-impl Duplex for TlsStream<TcpStream> {}
+impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Socket for S {}
 
 /// A socket for lapin, and the tap that looks at what is read from it.
 pub(super) struct TappedStream {
-    socket: Socket,
-    tap: Tap,
+    pub(super) socket: Box<dyn Socket>,
+    pub(super) tap: Tap,
 }
 
 impl TappedStream {
-    pub(super) fn new(socket: Socket, tap: Tap) -> Self {
-        Self { socket, tap }
-    }
-
-    fn socket(&mut self) -> Pin<&mut dyn Duplex> {
-        match &mut self.socket {
-            Socket::Plain(socket) => Pin::new(socket),
-            Socket::Tls(socket) => Pin::new(socket.as_mut()),
-        }
+    fn socket(&mut self) -> Pin<&mut dyn Socket> {
+        Pin::new(self.socket.as_mut())
     }
 
     /// Why the peer has closed: a broker that refuses the client's certificate sends a TLS alert and closes, and our
@@ -82,15 +68,6 @@ impl AsyncWrite for TappedStream {
         written.map_err(|error| self.alert_or(cx, error))
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        pieces: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = self.socket().poll_write_vectored(cx, pieces);
-        written.map_err(|error| self.alert_or(cx, error))
-    }
-
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = self.socket().poll_flush(cx);
         flushed.map_err(|error| self.alert_or(cx, error))
@@ -101,42 +78,17 @@ impl AsyncWrite for TappedStream {
     }
 }
 
-/// tokio's executor and clock for lapin, with our [`TappedStream`] in place of its TCP stream.
+/// tokio's clock for lapin, with our [`TappedStream`] in place of its TCP stream: dialling is connect.rs's business.
 #[derive(Clone, Debug)]
-pub(super) struct LapinRuntime(Tokio);
+pub(super) struct LapinReactor(Tokio);
 
-impl LapinRuntime {
-    /// On the runtime that the caller runs on.
-    pub(super) fn current() -> Self {
-        Self(Tokio::current())
-    }
+/// tokio for lapin, on the runtime that the caller runs on.
+pub(super) fn lapin_runtime() -> Runtime<RuntimeParts<Tokio, LapinReactor>> {
+    let tokio = Tokio::current();
+    Runtime::new(RuntimeParts::new(tokio.clone(), LapinReactor(tokio)))
 }
 
-impl RuntimeKit for LapinRuntime {}
-
-impl Executor for LapinRuntime {
-    type Task<T: Send + 'static> = <Tokio as Executor>::Task<T>;
-
-    fn block_on<T, F: Future<Output = T>>(&self, future: F) -> T {
-        self.0.block_on(future)
-    }
-
-    fn spawn<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
-        &self,
-        future: F,
-    ) -> Task<Self::Task<T>> {
-        self.0.spawn(future)
-    }
-
-    fn spawn_blocking<T: Send + 'static, F: FnOnce() -> T + Send + 'static>(
-        &self,
-        work: F,
-    ) -> Task<Self::Task<T>> {
-        self.0.spawn_blocking(work)
-    }
-}
-
-impl Reactor for LapinRuntime {
+impl Reactor for LapinReactor {
     type TcpStream = TappedStream;
     type Sleep = <Tokio as Reactor>::Sleep;
 
@@ -144,7 +96,6 @@ impl Reactor for LapinRuntime {
         &self,
         _: H,
     ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
-        // lapin asks for this only when it dials by itself.
         Err::<TappedStream, _>(io::ErrorKind::Unsupported.into())
     }
 
@@ -152,10 +103,7 @@ impl Reactor for LapinRuntime {
         self.0.sleep(duration)
     }
 
-    fn interval(
-        &self,
-        duration: Duration,
-    ) -> impl tokio_stream::Stream<Item = Instant> + Send + 'static {
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
         self.0.interval(duration)
     }
 
@@ -163,7 +111,6 @@ impl Reactor for LapinRuntime {
         &self,
         _: SocketAddr,
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
-        // Dialling is connect.rs's business; lapin gets streams that are connected.
         ready(Err(io::ErrorKind::Unsupported.into()))
     }
 }

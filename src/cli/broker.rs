@@ -273,7 +273,7 @@ fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address,
     // In a URL the `%` before an IPv6 address's zone is encoded.
     let mut address = Address::parse(&format!("{scheme}://{}", host.replace('%', "%25")))
         .map_err(|error| Failure::usage(format!("--server: {error}")))?;
-    if !address.host_given {
+    if server.is_empty() || server.starts_with(':') && !bare_ipv6 {
         return Err(Failure::usage("--server names no host"));
     }
     if let Some(port) = port {

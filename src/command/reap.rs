@@ -2,6 +2,7 @@
 
 use crate::verdict::Ended;
 use nix::{
+    libc,
     sys::{
         prctl,
         wait::{WaitPidFlag, waitpid},

@@ -12,6 +12,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
+    libc,
     sys::{
         prctl::set_pdeathsig,
         signal::{SigSet, SigmaskHow, Signal, kill, killpg},

@@ -1,7 +1,7 @@
 //! What log lines and the summary say of a message, and of all of them.
 
 use crate::{
-    broker::{Message, Unconfirmed},
+    broker::{DeliveryLost, Message},
     cli::QconsumeOptions,
     report::{Outcome, RunSummary, Source, Subject},
     verdict::{CommandResult, Ended, Settlement, StopReason, Verdict},
@@ -90,7 +90,7 @@ impl Task {
         how: &str,
         verdict: &Verdict,
         settlement: Settlement,
-        unconfirmed: Option<Unconfirmed>,
+        unconfirmed: Option<DeliveryLost>,
     ) -> RunSummary {
         let (source, status) = match (&unconfirmed, settlement) {
             (None, _) => (source, verdict.exit_code),
@@ -122,7 +122,7 @@ impl Task {
 /// What became of the message, for machines and for people.
 pub(super) fn describe_settlement(
     settlement: Settlement,
-    unconfirmed: Option<Unconfirmed>,
+    unconfirmed: Option<DeliveryLost>,
 ) -> (Outcome, String) {
     if let Some(why) = unconfirmed {
         let text = match settlement {

@@ -1,6 +1,7 @@
 //! The query of an address.
 
 use super::{AddressError, decode, error};
+use lapin::uri::SASLMechanism;
 use std::{path::PathBuf, str::FromStr, time::Duration};
 
 /// The smallest limit on a frame that AMQP 0-9-1 allows (its `frame-min-size`), in bytes.
@@ -36,7 +37,7 @@ pub struct Parameters {
     /// The largest frame to agree on, in bytes, at least 4096; 0 is no limit.
     pub frame_max: Option<u32>,
     /// How to log in.
-    pub auth_mechanism: Option<AuthMechanism>,
+    pub auth_mechanism: Option<SASLMechanism>,
     /// Certificates to trust (PEM). Only with TLS, as are the next three.
     pub cacertfile: Option<PathBuf>,
     /// The client's certificate (PEM).
@@ -47,17 +48,6 @@ pub struct Parameters {
     pub server_name_indication: Option<String>,
     /// The names of those that are for other clients.
     pub ignored: Vec<String>,
-}
-
-/// How to log in: a SASL mechanism.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AuthMechanism {
-    /// User name and password.
-    Plain,
-    /// User name and password, in AMQP's own encoding.
-    AmqPlain,
-    /// The client's certificate.
-    External,
 }
 
 impl Parameters {
@@ -113,9 +103,9 @@ impl Parameters {
             },
             "auth_mechanism" => {
                 let mechanism = match value.to_ascii_lowercase().as_str() {
-                    "plain" => AuthMechanism::Plain,
-                    "amqplain" => AuthMechanism::AmqPlain,
-                    "external" => AuthMechanism::External,
+                    "plain" => SASLMechanism::Plain,
+                    "amqplain" => SASLMechanism::AMQPlain,
+                    "external" => SASLMechanism::External,
                     _ => return Err("must be plain, amqplain or external"),
                 };
                 self.auth_mechanism.get_or_insert(mechanism);

@@ -9,7 +9,6 @@ fn defaults() -> Address {
     Address {
         tls: false,
         host: "localhost".to_owned(),
-        host_given: false,
         port: 5672,
         username: "guest".to_owned(),
         password: Secret("guest".to_owned()),
@@ -31,7 +30,6 @@ impl Address {
     fn host(self, host: &str) -> Self {
         Self {
             host: host.to_owned(),
-            host_given: true,
             ..self
         }
     }
@@ -504,7 +502,7 @@ fn query_parameters() {
         connection_timeout: Some(Duration::from_millis(1500)),
         channel_max: Some(8),
         frame_max: Some(131_072),
-        auth_mechanism: Some(AuthMechanism::External),
+        auth_mechanism: Some(SASLMechanism::External),
         cacertfile: Some("/etc/ca file.pem".into()),
         certfile: Some("c/d.pem".into()),
         keyfile: Some("k?=.pem".into()),
@@ -541,16 +539,16 @@ fn query_parameters() {
         ),
         (
             "amqp://?auth_mechanism=PLAIN",
-            with(|p| p.auth_mechanism = Some(AuthMechanism::Plain)),
+            with(|p| p.auth_mechanism = Some(SASLMechanism::Plain)),
         ),
         // RabbitMQ's own clients take several; the first counts.
         (
             "amqp://?auth_mechanism=plain&auth_mechanism=amqplain",
-            with(|p| p.auth_mechanism = Some(AuthMechanism::Plain)),
+            with(|p| p.auth_mechanism = Some(SASLMechanism::Plain)),
         ),
         (
             "amqp://?auth_mechanism=AmqPlain",
-            with(|p| p.auth_mechanism = Some(AuthMechanism::AmqPlain)),
+            with(|p| p.auth_mechanism = Some(SASLMechanism::AMQPlain)),
         ),
     ]);
 }
@@ -853,7 +851,6 @@ proptest! {
         prop_assert_eq!(&address.username, &username);
         prop_assert_eq!(address.password_given, password.is_some());
         prop_assert_eq!(address.password.expose(), password.as_deref().unwrap_or("guest"));
-        prop_assert!(address.host_given);
         prop_assert_eq!(&address.host, &host);
         prop_assert_eq!(address.port, port.unwrap_or(if tls { 5671 } else { 5672 }));
         prop_assert_eq!(&address.virtual_host, &virtual_host);

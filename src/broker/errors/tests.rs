@@ -106,7 +106,7 @@ fn texts_of_rabbitmq_and_lavinmq() {
         (
             406,
             "PRECONDITION_FAILED - Server low on disk space",
-            Meaning::LowDisk,
+            Meaning::Other,
         ),
         (
             406,

@@ -29,14 +29,16 @@ fn nested(levels: usize, kind: u8) -> Vec<u8> {
     frame(CONTENT_HEADER, &payload)
 }
 
-fn observe(frames: &[Vec<u8>], piece: usize) -> (Shared, io::Result<()>) {
-    let observed = Shared::default();
-    let mut tap = Tap::new(131_072, observed.clone());
+fn observe(frames: &[Vec<u8>], piece: usize) -> (Observed, io::Result<()>) {
+    let observed = Arc::default();
+    let mut tap = Tap::new(131_072, Arc::clone(&observed));
     let result = frames
         .concat()
         .chunks(piece)
         .try_for_each(|piece| tap.observe(piece));
-    (observed, result)
+    drop(tap);
+    let observed = Arc::into_inner(observed).unwrap();
+    (observed.into_inner().unwrap(), result)
 }
 
 #[test]
@@ -50,13 +52,13 @@ fn what_the_broker_says_is_noted_however_it_is_cut() {
         frame(METHOD, b"\0\x3c\0\x1e\x01t\0"),
     ];
     for piece in [1, 2, 7, 8, 9, 1000, 100_000] {
-        let (observed, result) = observe(&frames, piece);
+        let (seen, result) = observe(&frames, piece);
         result.unwrap();
-        let seen = observed.lock().clone();
         assert_eq!(seen.version, Some((4, 3)));
         assert_eq!(seen.mechanisms.as_deref(), Some("PLAIN AMQPLAIN"));
         assert_eq!(seen.heartbeat, Some(60));
-        assert_eq!(seen.closed, Some((500, "oops".to_owned())));
+        let closed = seen.closed.as_ref().unwrap();
+        assert_eq!((closed.code, closed.text.as_str()), (500, "oops"));
         assert!(seen.cancelled && seen.unreadable.is_none(), "{seen:?}");
     }
 }
@@ -69,19 +71,29 @@ fn a_hundred_levels_are_read_and_no_more() {
         for levels in [102, 1000, 10_000] {
             let (observed, result) = observe(&[frame(METHOD, DELIVER), nested(levels, kind)], 64);
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidData);
-            let why = observed.lock().unreadable.clone().unwrap();
+            let why = observed.unreadable.unwrap();
             assert!(why.contains("nested more than 100 deep"), "{why}");
         }
     }
 }
 
 #[test]
+fn a_text_full_of_what_looks_like_nesting_is_no_nesting() {
+    let text = [&[1, b'h', b'S'][..], &2000_u32.to_be_bytes(), &[b'A'; 2000]].concat();
+    let mut payload = vec![0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 0];
+    payload.extend((text.len() as u32).to_be_bytes());
+    payload.extend(text);
+    let frames = [frame(METHOD, DELIVER), frame(CONTENT_HEADER, &payload)];
+    observe(&frames, 64).1.unwrap();
+}
+
+#[test]
 fn only_a_delivered_message_is_called_unreadable() {
     let (observed, result) = observe(&[frame(METHOD, RETURN), nested(1000, b'F')], 64);
-    assert!(result.is_err() && observed.lock().unreadable.is_none());
+    assert!(result.is_err() && observed.unreadable.is_none());
     let bad_key = b"\0\x3c\0\x3c\x01t\0\0\0\0\0\0\0\x01\0\0\x01\xff";
     let (observed, result) = observe(&[frame(METHOD, bad_key)], 64);
-    assert!(result.is_err() && observed.lock().unreadable.is_some());
+    assert!(result.is_err() && observed.unreadable.is_some());
 }
 
 #[test]
