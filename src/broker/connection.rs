@@ -33,12 +33,6 @@ pub struct OpenConnection {
     pub(super) _cutter: Cutter,
 }
 
-impl std::fmt::Debug for OpenConnection {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("OpenConnection").finish_non_exhaustive()
-    }
-}
-
 impl OpenConnection {
     /// What the broker has sent so far.
     pub(super) fn observed(&self) -> MutexGuard<'_, Observed> {

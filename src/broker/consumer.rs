@@ -36,7 +36,6 @@ pub struct ConsumerOptions {
 }
 
 /// Takes messages from one queue, one after the other, over as many connections as it needs.
-#[derive(Debug)]
 pub struct Consumer {
     broker: Broker,
     options: ConsumerOptions,
@@ -46,7 +45,6 @@ pub struct Consumer {
 }
 
 /// What the consumer is doing.
-#[derive(Debug)]
 pub(super) enum State {
     /// Not registered. The connection of one that was cancelled may be left.
     Idle(Option<OpenConnection>),
@@ -59,7 +57,7 @@ pub(super) enum State {
 }
 
 /// A delivery that isn't settled.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
     pub(super) since: Instant,

@@ -3,9 +3,9 @@
 use crate::command::Variable;
 use lapin::{
     message::Delivery,
-    types::{AMQPValue, FieldTable},
+    types::{AMQPValue, FieldTable, ShortString},
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::{ffi::OsString, os::unix::ffi::OsStringExt};
 
 /// A message that was delivered and not settled yet.
@@ -28,141 +28,100 @@ pub struct Message {
 impl Message {
     pub(super) fn new(delivery: Delivery, queue: &str) -> Self {
         let headers = delivery.properties.headers().clone().unwrap_or_default();
-        let counts = Counts::new(&headers, delivery.redelivered);
-        let variables = variables(&delivery, &headers, &counts, queue);
+        let (attempt, failures) = counts(&headers, delivery.redelivered);
+        let id = delivery.properties.message_id().as_ref();
         Self {
-            id: delivery
-                .properties
-                .message_id()
-                .as_ref()
-                .map(|id| id.to_string()),
+            id: id.map(ToString::to_string),
             redelivered: delivery.redelivered,
-            attempt: counts.attempt,
-            failures: counts.failures,
-            variables,
+            attempt,
+            failures,
+            variables: variables(&delivery, &headers, attempt, queue),
             body: delivery.data,
         }
     }
 }
 
-/// What the queue has counted.
+/// Which attempt this is, and how many failures the queue has counted.
 ///
 /// Quorum queues set `x-delivery-count` from the second delivery on, those of RabbitMQ 4.3 and newer
 /// `x-acquired-count` too, which rises with evictions as well. Classic queues only have the redelivered flag.
-struct Counts {
-    attempt: Option<u64>,
-    failures: Option<u64>,
-}
-
-impl Counts {
-    fn new(headers: &FieldTable, redelivered: bool) -> Self {
-        if !redelivered {
-            // A count on a first delivery is not this queue's: it was published along with a copied message, by a
-            // shovel for example.
-            return Self {
-                attempt: Some(1),
-                failures: Some(0),
-            };
-        }
-        let count = |name: &str| headers.inner().get(name).and_then(integer);
-        let (acquired, delivered) = (count("x-acquired-count"), count("x-delivery-count"));
-        Self {
-            attempt: acquired.or(delivered).map(|n| n.saturating_add(1)),
-            failures: match acquired {
-                // A queue that counts acquisitions counts deliveries too, and says nothing of zero; a count of more
-                // failures than acquisitions is one that was published along.
-                Some(acquired) => Some(delivered.filter(|n| *n <= acquired).unwrap_or(0)),
-                None => delivered,
-            },
-        }
+fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
+    if !redelivered {
+        // A count on a first delivery is not this queue's: it was published along with a copied message, by a
+        // shovel for example.
+        return (Some(1), Some(0));
     }
-}
-
-/// A count may have any of AMQP's integer types.
-fn integer(value: &AMQPValue) -> Option<u64> {
-    match *value {
-        AMQPValue::ShortShortInt(n) => u64::try_from(n).ok(),
-        AMQPValue::ShortShortUInt(n) => Some(n.into()),
-        AMQPValue::ShortInt(n) => u64::try_from(n).ok(),
-        AMQPValue::ShortUInt(n) => Some(n.into()),
-        AMQPValue::LongInt(n) => u64::try_from(n).ok(),
-        AMQPValue::LongUInt(n) => Some(n.into()),
-        AMQPValue::LongLongInt(n) => u64::try_from(n).ok(),
-        AMQPValue::Timestamp(n) => Some(n),
-        _ => None,
-    }
+    // It may have any of AMQP's integer types.
+    let count = |name: &str| headers.inner().get(name).and_then(|n| json(n).as_u64());
+    let (acquired, delivered) = (count("x-acquired-count"), count("x-delivery-count"));
+    let attempt = acquired.or(delivered).map(|n| n.saturating_add(1));
+    let failures = match acquired {
+        // A queue that counts acquisitions counts deliveries too, and says nothing of zero; a count of more
+        // failures than acquisitions is one that was published along.
+        Some(acquired) => Some(delivered.filter(|n| *n <= acquired).unwrap_or(0)),
+        None => delivered,
+    };
+    (attempt, failures)
 }
 
 /// Every variable is named, so that one inherited from outside never passes for the message's own.
 fn variables(
     delivery: &Delivery,
     headers: &FieldTable,
-    counts: &Counts,
+    attempt: Option<u64>,
     queue: &str,
 ) -> Vec<Variable> {
-    let properties = &delivery.properties;
-    let text = |value: &Option<lapin::types::ShortString>| {
-        value.as_ref().map(|value| OsString::from(value.as_str()))
-    };
-    let header = |name: &str| match headers.inner().get(name) {
-        Some(AMQPValue::LongString(value)) => Some(OsString::from_vec(value.as_bytes().to_vec())),
-        Some(AMQPValue::ShortString(value)) => Some(OsString::from(value.as_str())),
+    let message = &delivery.properties;
+    let text = |value: &Option<ShortString>| Some(value.as_ref()?.as_str().into());
+    let header = |name: &str| match headers.inner().get(name)? {
+        AMQPValue::LongString(value) => Some(OsString::from_vec(value.as_bytes().to_vec())),
+        AMQPValue::ShortString(value) => Some(value.as_str().into()),
         _ => None,
     };
-    let number = |value: Option<u64>| value.map(|value| OsString::from(value.to_string()));
+    let number = |value: Option<u64>| Some(value?.to_string().into());
+    let json = message.headers().as_ref().map(table);
     let list = [
-        ("MESSAGE_ID", text(properties.message_id())),
-        ("MESSAGE_CORRELATION_ID", text(properties.correlation_id())),
-        ("MESSAGE_REPLY_TO", text(properties.reply_to())),
-        ("MESSAGE_TYPE", text(properties.kind())),
-        ("MESSAGE_APP_ID", text(properties.app_id())),
-        ("MESSAGE_USER_ID", text(properties.user_id())),
-        ("MESSAGE_CONTENT_TYPE", text(properties.content_type())),
-        (
-            "MESSAGE_CONTENT_ENCODING",
-            text(properties.content_encoding()),
-        ),
-        ("MESSAGE_TIMESTAMP", number(*properties.timestamp())),
+        ("MESSAGE_ID", text(message.message_id())),
+        ("MESSAGE_CORRELATION_ID", text(message.correlation_id())),
+        ("MESSAGE_REPLY_TO", text(message.reply_to())),
+        ("MESSAGE_TYPE", text(message.kind())),
+        ("MESSAGE_APP_ID", text(message.app_id())),
+        ("MESSAGE_USER_ID", text(message.user_id())),
+        ("MESSAGE_CONTENT_TYPE", text(message.content_type())),
+        ("MESSAGE_CONTENT_ENCODING", text(message.content_encoding())),
+        ("MESSAGE_TIMESTAMP", number(*message.timestamp())),
         (
             "MESSAGE_PRIORITY",
-            number(properties.priority().map(u64::from)),
+            number(message.priority().map(u64::from)),
         ),
-        ("MESSAGE_EXPIRATION", text(properties.expiration())),
-        ("MESSAGE_EXCHANGE", text(&Some(delivery.exchange.clone()))),
+        ("MESSAGE_EXPIRATION", text(message.expiration())),
+        ("MESSAGE_EXCHANGE", Some(delivery.exchange.as_str().into())),
         (
             "MESSAGE_ROUTING_KEY",
-            text(&Some(delivery.routing_key.clone())),
+            Some(delivery.routing_key.as_str().into()),
         ),
         ("MESSAGE_QUEUE", Some(queue.into())),
         (
             "MESSAGE_REDELIVERED",
             Some(delivery.redelivered.to_string().into()),
         ),
-        ("MESSAGE_ATTEMPT", number(counts.attempt)),
-        (
-            "MESSAGE_HEADERS",
-            properties
-                .headers()
-                .as_ref()
-                .map(|headers| table(headers).to_string().into()),
-        ),
+        ("MESSAGE_ATTEMPT", number(attempt)),
+        ("MESSAGE_HEADERS", json.map(|json| json.to_string().into())),
         // OpenTelemetry's environment carriers.
         ("TRACEPARENT", header("traceparent")),
         ("TRACESTATE", header("tracestate")),
         ("BAGGAGE", header("baggage")),
     ];
-    list.into_iter()
-        .map(|(name, value)| Variable { name, value })
-        .collect()
+    let named = list
+        .into_iter()
+        .map(|(name, value)| Variable { name, value });
+    named.collect()
 }
 
 fn table(table: &FieldTable) -> Value {
-    let members: Map<String, Value> = table
-        .inner()
-        .iter()
-        .map(|(name, value)| (name.to_string(), json(value)))
-        .collect();
-    Value::Object(members)
+    let members = table.inner().iter();
+    let members = members.map(|(name, value)| (name.to_string(), json(value)));
+    Value::Object(members.collect())
 }
 
 /// JSON has no bytes, no decimals and no times: text, exact text and seconds stand for them.
@@ -192,10 +151,9 @@ fn json(value: &AMQPValue) -> Value {
 /// A decimal as AMQP has it, an integer and the number of its digits behind the point, as exact text.
 fn decimal(value: u32, scale: u8) -> String {
     let scale = usize::from(scale);
-    if scale == 0 {
-        return value.to_string();
+    let mut digits = format!("{value:0>width$}", width = scale + 1);
+    if scale > 0 {
+        digits.insert(digits.len() - scale, '.');
     }
-    let digits = format!("{value:0>width$}", width = scale + 1);
-    let (whole, fraction) = digits.split_at(digits.len() - scale);
-    format!("{whole}.{fraction}")
+    digits
 }

@@ -2,7 +2,7 @@
 
 use lapin::{
     BasicProperties,
-    types::{AMQPValue, FieldTable, LongString, ShortString},
+    types::{AMQPValue, FieldTable, ShortString},
 };
 use std::collections::BTreeMap;
 
@@ -47,28 +47,21 @@ pub enum QueueType {
     Classic,
 }
 
-/// What every message carries. Texts have 255 bytes at most, but for the values of headers.
+/// What every message carries, by AMQP's own names. Texts have 255 bytes at most, but for the values of headers.
 #[derive(Clone, Debug, Default)]
+#[allow(missing_docs, reason = "AMQP 0-9-1 has it")]
 pub struct Properties {
-    /// `content-type`
     pub content_type: Option<String>,
-    /// `content-encoding`
     pub content_encoding: Option<String>,
-    /// `reply-to`
     pub reply_to: Option<String>,
-    /// `message-id`
     pub message_id: Option<String>,
-    /// `correlation-id`
     pub correlation_id: Option<String>,
-    /// `priority`
     pub priority: Option<u8>,
-    /// `expiration`, in milliseconds
+    /// In milliseconds.
     pub expiration: Option<u32>,
     /// `type`
     pub kind: Option<String>,
-    /// `app-id`
     pub app_id: Option<String>,
-    /// `headers`
     pub headers: BTreeMap<String, String>,
 }
 
@@ -101,7 +94,7 @@ impl Properties {
         if !self.headers.is_empty() {
             let mut table = FieldTable::default();
             for (name, value) in self.headers {
-                table.insert(name.into(), AMQPValue::LongString(LongString::from(value)));
+                table.insert(name.into(), AMQPValue::LongString(value.into()));
             }
             properties = properties.with_headers(table);
         }

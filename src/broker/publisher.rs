@@ -82,15 +82,6 @@ pub struct Publisher {
     answered: u64,
 }
 
-impl std::fmt::Debug for Publisher {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Publisher")
-            .field("route", &self.route)
-            .field("unanswered", &self.unanswered.len())
-            .finish_non_exhaustive()
-    }
-}
-
 impl Publisher {
     /// Publishes on this connection.
     ///

@@ -51,14 +51,6 @@ pub(super) struct Registration {
     pub(super) queue: String,
 }
 
-impl std::fmt::Debug for Registration {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Registration")
-            .field("queue", &self.queue)
-            .finish_non_exhaustive()
-    }
-}
-
 impl Registration {
     /// `declared`: what the queue is called that was declared on this connection before.
     pub(super) async fn open(

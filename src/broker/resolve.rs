@@ -10,17 +10,10 @@ use std::{
 /// # Errors
 /// When the name can't be looked up or has no address.
 pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-    if let Some(address) = literal(host, port) {
-        return Ok(vec![address?]);
+    match literal(host, port) {
+        Some(address) => Ok(vec![address?]),
+        None => look_up(host, port).await,
     }
-    let found = look_up(host, port).await?;
-    if found.is_empty() {
-        return Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            "the name has no address",
-        ));
-    }
-    Ok(found)
 }
 
 /// An address rather than a name, IPv6 with or without the zone of RFC 6874.
