@@ -6,11 +6,10 @@ pub use parameters::Parameters;
 
 use lapin::uri::SASLMechanism;
 use parameters::number;
-use std::{error::Error, fmt, net::Ipv6Addr};
-
 use percent_encoding::{
     AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode,
 };
+use std::{error::Error, fmt, net::Ipv6Addr};
 
 /// What stays as it is when an address is printed: RFC 3986's unreserved characters.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
@@ -18,9 +17,6 @@ const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'.')
     .remove(b'_')
     .remove(b'~');
-
-/// The same between the brackets of an IPv6 address.
-const RESERVED_IN_IPV6: &AsciiSet = &RESERVED.remove(b':');
 
 /// Longest name that AMQP 0-9-1 has room for, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
@@ -98,10 +94,8 @@ impl Error for AddressError {}
 /// # Errors
 /// The first mistake, with the number of its URL if there are several.
 pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
-    let text = match text.strip_suffix('\n') {
-        Some(line) => line.strip_suffix('\r').unwrap_or(line),
-        None => text,
-    };
+    let line = text.strip_suffix('\n');
+    let text = line.map_or(text, |line| line.strip_suffix('\r').unwrap_or(line));
     let mut urls = Vec::new();
     let mut start = 0;
     for (comma, _) in text.match_indices(',') {
@@ -145,25 +139,24 @@ impl Address {
             );
         }
         let (userinfo, host_and_port) = match authority.rsplit_once('@') {
-            Some((userinfo, _)) if userinfo.contains('@') => {
-                return error(
-                    "there is more than one '@': in a user name or password write it as %40",
-                );
-            }
             Some((userinfo, host_and_port)) => (Some(userinfo), host_and_port),
             None => (None, authority),
         };
-        let (username, password) = match userinfo.map(|text| text.split_once(':')) {
-            Some(Some((username, password))) => (Some(username), Some(password)),
-            _ => (userinfo, None),
+        if userinfo.is_some_and(|text| text.contains('@')) {
+            return error("there is more than one '@': in a user name or password write it as %40");
+        }
+        let (username, password) = match userinfo.and_then(|text| text.split_once(':')) {
+            Some((username, password)) => (Some(username), Some(password)),
+            None => (userinfo, None),
         };
         let (host, port) = split_host_and_port(host_and_port)?;
         let (path, query) = after.split_once('?').unwrap_or((after, ""));
         Ok(Self {
             tls,
-            host: Some(host)
-                .filter(|host| !host.is_empty())
-                .unwrap_or_else(|| "localhost".to_owned()),
+            host: match host.as_str() {
+                "" => "localhost".to_owned(),
+                _ => host,
+            },
             port: match port {
                 None if tls => 5671,
                 None => 5672,
@@ -189,14 +182,16 @@ impl Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let scheme = if self.tls { "amqps" } else { "amqp" };
-        write!(f, "{scheme}://{}@", encode(&self.username))?;
-        if is_ipv6(&self.host) {
-            let address = utf8_percent_encode(&self.host, RESERVED_IN_IPV6);
-            write!(f, "[{address}]")?;
-        } else {
-            write!(f, "{}", encode(&self.host))?;
+        let mut host = encode(&self.host).to_string();
+        if ipv6(&self.host).is_some() {
+            host = format!("[{}]", host.replace("%3A", ":"));
         }
-        write!(f, ":{}/{}", self.port, encode(&self.virtual_host))
+        let (username, virtual_host) = (encode(&self.username), encode(&self.virtual_host));
+        write!(
+            f,
+            "{scheme}://{username}@{host}:{}/{virtual_host}",
+            self.port
+        )
     }
 }
 
@@ -211,10 +206,7 @@ fn check_characters(url: &str) -> Result<(), AddressError> {
     } else if url.ends_with(is_blank) {
         error("the URL ends with a blank, a newline or another invisible character: leave it out")
     } else if url.contains(is_blank) {
-        error(
-            "the URL contains a blank or another invisible character: write a blank as \
-             %20, and none between URLs",
-        )
+        error("the URL contains a blank or another invisible character: write a blank as %20")
     } else if url.contains('#') {
         error("the URL contains a '#': write it as %23")
     } else {
@@ -238,10 +230,9 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
         let Some((address, after)) = literal.split_once(']') else {
             return error(format!("the host's '[' has no ']': {IPV6_HINT}"));
         };
-        let host = canonical_host(&decode(address, "the host")?);
-        if !is_ipv6(&host) {
+        let Some(host) = ipv6(&decode(address, "the host")?) else {
             return error("the host in square brackets is not an IPv6 address");
-        }
+        };
         return match after.strip_prefix(':') {
             None if !after.is_empty() => {
                 error("only ':' and the port may follow the host's square brackets")
@@ -249,15 +240,14 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
             port => Ok((host, port)),
         };
     }
-    if text.contains(['[', ']']) {
-        return error(format!("the host contains a square bracket: {IPV6_HINT}"));
-    }
     let (host, port) = match text.split_once(':') {
         Some((host, port)) => (host, Some(port)),
         None => (text, None),
     };
-    if port.is_some_and(|port| port.contains(':')) {
-        return error(format!("the host contains a ':': {IPV6_HINT}"));
+    if text.contains(['[', ']']) || port.is_some_and(|port| port.contains(':')) {
+        return error(format!(
+            "the host contains a ':' or a square bracket: {IPV6_HINT}"
+        ));
     }
     // No host has one, but a list of hosts does, and so does one URL too few in a list.
     if host.contains(',') {
@@ -269,22 +259,12 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     Ok((decode(host, "the host")?, port))
 }
 
-/// The host, an IPv6 address in its canonical form: `0::1` is `::1`, wherever the two are compared.
-fn canonical_host(host: &str) -> String {
+/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form: `0::1` is `::1`, wherever
+/// the two are compared.
+fn ipv6(host: &str) -> Option<String> {
     let (address, zone) = host.split_at(host.find('%').unwrap_or(host.len()));
-    match address.parse::<Ipv6Addr>() {
-        Ok(address) => format!("{address}{zone}"),
-        Err(_) => host.to_owned(),
-    }
-}
-
-/// Whether a host is an IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874).
-fn is_ipv6(host: &str) -> bool {
-    let (address, zone) = match host.split_once('%') {
-        Some((address, zone)) => (address, Some(zone)),
-        None => (host, None),
-    };
-    zone != Some("") && address.parse::<Ipv6Addr>().is_ok()
+    let address: Ipv6Addr = address.parse().ok()?;
+    (zone != "%").then(|| format!("{address}{zone}"))
 }
 
 /// The virtual host that a path stands for. The specification reads `amqp://host/` as the virtual host with the empty
@@ -307,12 +287,10 @@ fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
 /// `part` without its percent-encoding; the error calls it `name`.
 fn decode(part: &str, name: &str) -> Result<String, AddressError> {
     // `percent_decode_str` would leave a stray `%` as it is.
-    let mut escapes = part.split('%').skip(1);
-    let is_escape = |text: &str| {
-        let digits = text.as_bytes().get(..2);
-        digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
-    };
-    if !escapes.all(is_escape) {
+    let mut escapes = part.as_bytes().split(|byte| *byte == b'%').skip(1);
+    if !escapes
+        .all(|text| matches!(text, [a, b, ..] if a.is_ascii_hexdigit() && b.is_ascii_hexdigit()))
+    {
         return error(format!(
             "{name} contains a '%' without two hexadecimal digits: write '%' as %25"
         ));

@@ -82,19 +82,18 @@ impl Parameters {
     /// Takes one parameter, or says what is wrong with it.
     fn set(&mut self, key: &str, value: String, tls: bool) -> Result<(), &'static str> {
         match key {
-            "heartbeat" => {
-                let seconds = number(&value);
-                self.heartbeat =
-                    Some(seconds.ok_or("must be a number of seconds from 0 (none) to 65535")?);
-            }
+            "heartbeat" => match number(&value) {
+                None => return Err("must be a number of seconds from 0 (none) to 65535"),
+                seconds => self.heartbeat = seconds,
+            },
             "connection_timeout" => match number(&value) {
                 None | Some(0) => return Err("must be a number of milliseconds from 1"),
                 limit => self.connection_timeout = limit.map(Duration::from_millis),
             },
-            "channel_max" => {
-                let max = number(&value);
-                self.channel_max = Some(max.ok_or("must be a number from 0 (no limit) to 65535")?);
-            }
+            "channel_max" => match number(&value) {
+                None => return Err("must be a number from 0 (no limit) to 65535"),
+                max => self.channel_max = max,
+            },
             "frame_max" => match number(&value) {
                 None | Some(1..FRAME_MIN_SIZE) => {
                     return Err("must be 0 (no limit) or a number of bytes from 4096");
@@ -127,9 +126,6 @@ impl Parameters {
             "verify" if value == "verify_peer" => {}
             "verify" => {
                 return Err("must be verify_peer: the broker's certificate is always checked");
-            }
-            "customize_hostname_check" | "depth" | "fail_if_no_peer_cert" | "password" => {
-                return Err("is not supported");
             }
             _ => return Err(UNKNOWN),
         }

@@ -280,17 +280,15 @@ fn hosts() {
         }),
     ]);
     let not_ipv6 = "the host in square brackets is not an IPv6 address";
-    let colon =
-        "the host contains a ':': an IPv6 address goes in square brackets, as in amqp://[::1]:5672";
-    let bracket = "the host contains a square bracket: an IPv6 address goes in square brackets, as in \
-                   amqp://[::1]:5672";
+    let colon = "the host contains a ':' or a square bracket: an IPv6 address goes in square brackets, as in \
+                 amqp://[::1]:5672";
     assert_refused(&[
         ("amqp://::1", colon),
         ("amqp://user:S3CRET@fe80::1:5672", colon),
         ("amqp://user:S3CRET:S3CRET", colon),
-        ("amqp://host:[::1]", bracket),
-        ("amqp://host[::1]", bracket),
-        ("amqp://::1]", bracket),
+        ("amqp://host:[::1]", colon),
+        ("amqp://host[::1]", colon),
+        ("amqp://::1]", colon),
         (
             "amqp://[::1",
             "the host's '[' has no ']': an IPv6 address goes in square brackets, as in amqp://[::1]:5672",
@@ -408,8 +406,7 @@ fn virtual_hosts() {
 fn blanks_and_invisible_characters() {
     let starts = "the URL starts with a blank or another invisible character: leave it out";
     let ends = "the URL ends with a blank, a newline or another invisible character: leave it out";
-    let contains = "the URL contains a blank or another invisible character: write a blank as %20, and none \
-                    between URLs";
+    let contains = "the URL contains a blank or another invisible character: write a blank as %20";
     assert_refused(&[
         (" amqp://user:S3CRET@host", starts),
         ("\namqp://user:S3CRET@host", starts),
@@ -631,20 +628,17 @@ fn wrong_query_parameters() {
             "the query parameter verify must be verify_peer: the broker's certificate is always checked",
         );
     }
-    for key in [
-        "customize_hostname_check",
-        "depth",
-        "fail_if_no_peer_cert",
-        "password",
-    ] {
-        refused(
-            &format!("{key}=S3CRET"),
-            &format!("the query parameter {key} is not supported"),
-        );
-    }
     let known = "(known: heartbeat, connection_timeout, channel_max, frame_max, auth_mechanism, cacertfile, \
                  certfile, keyfile, server_name_indication, verify)";
-    for key in ["heartbeats", "Heartbeat", "x", "a-b_C9", &"k".repeat(40)] {
+    for key in [
+        "depth",
+        "password",
+        "heartbeats",
+        "Heartbeat",
+        "x",
+        "a-b_C9",
+        &"k".repeat(40),
+    ] {
         refused(
             &format!("{key}=S3CRET"),
             &format!("the query parameter {key} is unknown {known}"),
