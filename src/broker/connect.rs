@@ -7,7 +7,6 @@ use super::{
     nodes::Nodes,
     resolve::resolve,
     tap::Tap,
-    tls::Tls,
     transport::{Socket, TappedStream, lapin_runtime},
 };
 use crate::{
@@ -27,7 +26,7 @@ use std::{
 };
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 /// Longest wait for one address to accept: a host that is gone without a word mustn't use up the time of the others.
@@ -55,17 +54,14 @@ pub struct ConnectOptions {
     pub heartbeat: Option<u16>,
     /// What RabbitMQ's management page shows.
     pub name: String,
-    /// For `amqps`.
-    pub tls: Tls,
 }
 
 /// The nodes of one cluster, tried in turn.
 #[derive(Debug)]
 pub struct Broker {
     nodes: Nodes,
-    /// Whether the addresses that were read at the start were used.
-    attempted: bool,
-    next: usize,
+    /// How many attempts there were.
+    attempts: usize,
     pub(super) options: ConnectOptions,
     /// What is under way, for the message when time runs out in the middle of it.
     stage: String,
@@ -77,8 +73,7 @@ impl Broker {
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
         Self {
             nodes,
-            attempted: false,
-            next: 0,
+            attempts: 0,
             options,
             stage: String::new(),
         }
@@ -91,7 +86,7 @@ impl Broker {
     pub async fn connect(&mut self) -> Result<OpenConnection, Failure> {
         let mut attempts = Attempts::new(self.options.timeout);
         loop {
-            match self.attempt(&mut attempts).await? {
+            match self.attempt(attempts.deadline).await {
                 Ok(connection) => return Ok(connection),
                 Err(error) => attempts.failed(error).await?,
             }
@@ -99,34 +94,26 @@ impl Broker {
     }
 
     /// One attempt at the next node.
-    ///
-    /// # Errors
-    /// The outer one when time is up, or the file with the URL isn't as it should be.
     pub(super) async fn attempt(
         &mut self,
-        attempts: &mut Attempts,
-    ) -> Result<Result<OpenConnection, ConnectError>, Failure> {
-        let deadline = attempts.deadline;
-        // Round-robin: the next attempt starts at the next node.
-        if self.attempted && self.nodes.may_change() {
-            self.nodes.known = self.nodes.read()?;
-            self.options.tls = Tls::load(&self.nodes.known)?;
+        deadline: Instant,
+    ) -> Result<OpenConnection, ConnectError> {
+        if self.attempts > 0 && self.nodes.may_change() {
+            self.nodes.read()?;
         }
-        self.attempted = true;
+        // Round-robin: the next attempt starts at the next node.
         let nodes = &self.nodes.known;
-        let address = nodes[self.next % nodes.len()].clone();
-        self.next = (self.next + 1) % nodes.len();
+        let address = nodes[self.attempts % nodes.len()].clone();
+        self.attempts += 1;
         // A node that accepts and stays silent gets half of the time, so that the next one gets the rest.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
         match timeout(share, self.open(&address)).await {
-            Ok(Err(mut error)) => {
+            Ok(opened) => opened.map_err(|mut error| {
                 error.failure.message = format!("{address}: {}", error.failure.message);
-                Ok(Err(error))
-            }
-            Ok(opened) => Ok(opened),
-            Err(_) if Instant::now() >= deadline => Err(attempts.out_of_time(&self.stage)),
-            Err(_) => Ok(Err(ConnectError::transient(no_answer(&self.stage)))),
+                error
+            }),
+            Err(_) => Err(ConnectError::no_answer(&self.stage)),
         }
     }
 
@@ -161,7 +148,7 @@ impl Broker {
             .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
         let socket: Box<dyn Socket> = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {address}");
-            let handshake = self.options.tls.handshake(socket, address);
+            let handshake = self.nodes.tls.handshake(socket, address);
             Box::new(with_reminders(&self.stage, handshake).await?)
         } else {
             Box::new(socket)
@@ -253,49 +240,36 @@ impl Attempts {
     /// # Errors
     /// The failure, when it is permanent or time is up.
     pub(super) async fn failed(&mut self, error: ConnectError) -> Result<(), Failure> {
+        let mut failure = error.failure;
         if !error.transient {
-            return Err(error.failure);
+            return Err(failure);
         }
-        if Instant::now() >= self.deadline {
-            self.last = Some(error.failure);
-            return Err(self.out_of_time("trying again"));
-        }
-        if self.said.is_due() {
-            tracing::warn!(
-                "{}; trying again for up to {}",
-                error.failure,
-                HumanDuration(self.deadline.saturating_duration_since(Instant::now()))
-            );
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            // What came before says more than an attempt that was cut short.
+            failure = self.last.take().unwrap_or(failure);
         } else {
-            tracing::debug!("{}; trying again", error.failure);
+            if self.said.is_due() {
+                let left = HumanDuration(left);
+                tracing::warn!("{failure}; trying again for up to {left}");
+            } else {
+                tracing::debug!("{failure}; trying again");
+            }
+            let pause = self.pause.mul_f64(1.0 - fastrand::f64() / 2.0);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+            sleep(pause.min(left)).await;
+            if pause < left {
+                self.last = Some(failure);
+                return Ok(());
+            }
         }
-        self.last = Some(error.failure);
-        let wake = Instant::now() + self.pause.mul_f64(1.0 - fastrand::f64() / 2.0);
-        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        sleep_until(wake.min(self.deadline)).await;
-        if Instant::now() >= self.deadline {
-            return Err(self.out_of_time("trying again"));
-        }
-        Ok(())
-    }
-
-    /// What the run ends with when the time is up while `stage` is under way.
-    pub(super) fn out_of_time(&mut self, stage: &str) -> Failure {
-        let mut failure = self
-            .last
-            .take()
-            .unwrap_or_else(|| ConnectError::transient(no_answer(stage)).failure);
         failure.message = format!(
             "gave up after {} (--connect-timeout): {}",
             HumanDuration(self.limit),
             failure.message
         );
-        failure
+        Err(failure)
     }
-}
-
-fn no_answer(stage: &str) -> String {
-    format!("no answer while {stage}")
 }
 
 /// What lapin has to know of an address: not where it is.

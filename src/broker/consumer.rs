@@ -3,7 +3,7 @@
 use super::{
     connect::{Attempts, Broker},
     connection::OpenConnection,
-    errors::described,
+    errors::{ConnectError, described},
     lost::DeliveryLost,
     message::Message,
     registration::{Depth, Registration},
@@ -129,10 +129,10 @@ impl Consumer {
             let declared = kept.as_ref().and(self.known_as.clone());
             let opened = match kept.take() {
                 Some(connection) => Ok(connection),
-                None => self.broker.attempt(&mut attempts).await?,
+                None => self.broker.attempt(attempts.deadline).await,
             };
             let registered = match opened {
-                Ok(connection) => self.ask(connection, ask, declared, &mut attempts).await?,
+                Ok(connection) => self.ask(connection, ask, declared, attempts.deadline).await,
                 Err(error) => Err(error.into()),
             };
             match registered {
@@ -152,14 +152,15 @@ impl Consumer {
         connection: OpenConnection,
         ask: Ask,
         declared: Option<String>,
-        attempts: &mut Attempts,
-    ) -> Result<Result<(), NotRegistered>, Failure> {
+        deadline: Instant,
+    ) -> Result<(), NotRegistered> {
         const STAGE: &str = "waiting for the reply to basic.consume";
         let options = self.options.clone();
         let task = tokio::spawn(Registration::open(connection, options, ask, declared));
         self.state = State::Registering(task);
-        let answer = timeout_at(attempts.deadline, with_reminders(STAGE, self.registered())).await;
-        answer.map_err(|_| attempts.out_of_time(STAGE))
+        let answer = timeout_at(deadline, with_reminders(STAGE, self.registered()));
+        let no_answer = |_| Err(ConnectError::no_answer(STAGE).into());
+        answer.await.unwrap_or_else(no_answer)
     }
 
     /// Waits for the registration that is under way. Dropping the future leaves it there.

@@ -163,6 +163,10 @@ impl ConnectError {
         Failure::new(Exit::Unavailable, message).into()
     }
 
+    pub(super) fn no_answer(stage: &str) -> Self {
+        Self::transient(format!("no answer while {stage}"))
+    }
+
     fn config(message: impl Into<String>) -> Self {
         Failure::config(message).into()
     }

@@ -1,7 +1,10 @@
 //! The nodes of the broker: given once, or in a file that is read again for each new connection.
 
-use super::address::{Address, parse_list};
-use crate::exit::{Exit, Failure};
+use super::{
+    address::{Address, parse_list},
+    tls::Tls,
+};
+use crate::exit::Failure;
 use lapin::uri::SASLMechanism;
 use std::path::PathBuf;
 
@@ -64,88 +67,66 @@ impl TlsOptions {
     }
 }
 
-/// Where the addresses of the nodes come from.
-#[derive(Clone, Debug)]
-pub enum Source {
-    /// They don't change.
-    Given(Vec<Address>),
-    /// A mounted secret, which may change: its path, and the option or variable that names it.
-    File(PathBuf, String),
-}
-
 /// The nodes of one cluster.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Nodes {
-    /// Where their addresses come from.
-    pub source: Source,
-    /// What goes for all of them.
-    pub tls: TlsOptions,
-    /// The addresses as they were when they were read last.
+    /// Their addresses, as they were when they were read last.
     pub known: Vec<Address>,
-}
-
-impl Default for Nodes {
-    fn default() -> Self {
-        Self {
-            source: Source::Given(Vec::new()),
-            tls: TlsOptions::default(),
-            known: Vec::new(),
-        }
-    }
+    /// The file that these are in, a mounted secret, which may change; and the option or variable that names it.
+    pub file: Option<(PathBuf, String)>,
+    /// What goes for all of them.
+    pub options: TlsOptions,
+    /// What TLS needs for them.
+    pub tls: Tls,
 }
 
 impl Nodes {
     /// Whether they are in a file that may have changed; a pipe, as of a shell's `<(…)`, can be read only once.
-    #[must_use]
-    pub fn may_change(&self) -> bool {
-        matches!(&self.source, Source::File(path, _) if path.is_file())
+    pub(super) fn may_change(&self) -> bool {
+        self.file.as_ref().is_some_and(|(path, _)| path.is_file())
     }
 
-    /// The addresses, at least one, as they are now.
+    /// Makes ready to connect to the nodes, at least one, as they are now.
     ///
     /// # Errors
-    /// 78 for a file that can't be read, 64 for a malformed address or one that contradicts the options.
-    pub fn read(&self) -> Result<Vec<Address>, Failure> {
-        let mut addresses = match &self.source {
-            Source::Given(addresses) => addresses.clone(),
-            Source::File(path, option) => {
-                let text = std::fs::read_to_string(path).map_err(|error| {
-                    let path = path.display();
-                    Failure::new(
-                        Exit::Config,
-                        format!("{option}: {path} can't be read: {error}"),
-                    )
-                })?;
-                // Some editors begin a file with a byte order mark.
-                parse_list(text.strip_prefix('\u{feff}').unwrap_or(&text))
-                    .map_err(|error| Failure::usage(format!("{option}: {error}")))?
-            }
-        };
-        for address in &mut addresses {
-            self.tls.apply(address)?;
+    /// 78 for a file that can't be read or used, 64 for a malformed address or one that contradicts the options.
+    pub fn read(&mut self) -> Result<(), Failure> {
+        if let Some((path, option)) = &self.file {
+            let text = std::fs::read_to_string(path).map_err(|error| {
+                let path = path.display();
+                Failure::config(format!("{option}: {path} can't be read: {error}"))
+            })?;
+            // Some editors begin a file with a byte order mark.
+            self.known = parse_list(text.strip_prefix('\u{feff}').unwrap_or(&text))
+                .map_err(|error| Failure::usage(format!("{option}: {error}")))?;
         }
-        Ok(addresses)
+        for address in &mut self.known {
+            self.options.apply(address)?;
+        }
+        self.tls = Tls::load(&self.known)?;
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::Exit;
 
     #[test]
     fn a_file_is_read_again_and_may_begin_with_a_byte_order_mark() {
         let path = std::env::temp_dir().join(format!("qconsume-nodes-{}", std::process::id()));
-        let nodes = Nodes {
-            source: Source::File(path.clone(), "--url-file".to_owned()),
-            tls: TlsOptions::default(),
-            known: Vec::new(),
+        let mut nodes = Nodes {
+            file: Some((path.clone(), "--url-file".to_owned())),
+            ..Nodes::default()
         };
         for (text, password) in [
             ("amqp://u:one@h\n", "one"),
             ("\u{feff}amqp://u:two@h", "two"),
         ] {
             std::fs::write(&path, text).unwrap();
-            assert_eq!(nodes.read().unwrap()[0].password.expose(), password);
+            nodes.read().unwrap();
+            assert_eq!(nodes.known[0].password.expose(), password);
         }
         std::fs::remove_file(&path).unwrap();
         assert_eq!(nodes.read().unwrap_err().exit, Exit::Config);

@@ -36,7 +36,7 @@ impl Tls {
     ///
     /// # Errors
     /// 78 for a file that isn't as it should be, 64 for what contradicts itself.
-    pub fn load(nodes: &[Address]) -> Result<Self, Failure> {
+    pub(super) fn load(nodes: &[Address]) -> Result<Self, Failure> {
         let mut loaded = Self::default();
         for address in nodes {
             let parameters = &address.parameters;

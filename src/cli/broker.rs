@@ -3,7 +3,7 @@
 use super::{AMQP_TOOLS, Given, duration_above_zero, name, switch};
 use crate::{
     broker::{
-        ConnectOptions, Nodes, Source, Tls, TlsOptions,
+        ConnectOptions, Nodes, TlsOptions,
         address::{Address, Secret, parse_list},
     },
     exit::{Exit, Failure},
@@ -94,10 +94,6 @@ pub struct BrokerOptions {
     #[arg(skip)]
     pub nodes: Nodes,
 
-    /// The files that TLS needs, likewise.
-    #[arg(skip)]
-    loaded: Tls,
-
     /// The parameters of the URLs that are for other clients, likewise.
     #[arg(skip)]
     ignored: Vec<String>,
@@ -114,7 +110,6 @@ impl BrokerOptions {
             timeout: self.connect_timeout,
             heartbeat: self.heartbeat,
             name,
-            tls: self.loaded.clone(),
         }
     }
 
@@ -124,14 +119,9 @@ impl BrokerOptions {
     /// # Errors
     /// 64 for what isn't as it should be, 78 for a file that can't be read or used.
     pub(crate) fn find_nodes(&mut self, given: &Given<'_>) -> Result<(), Failure> {
-        let source = self.source(given)?;
-        self.nodes = Nodes {
-            source,
-            tls: self.tls.clone(),
-            known: Vec::new(),
-        };
-        self.nodes.known = self.nodes.read()?;
-        self.loaded = Tls::load(&self.nodes.known)?;
+        self.nodes = self.source(given)?;
+        self.nodes.options = self.tls.clone();
+        self.nodes.read()?;
         for mut address in self.nodes.known.clone() {
             self.ignored.append(&mut address.parameters.ignored);
             if self.ssl && !address.tls {
@@ -149,10 +139,14 @@ impl BrokerOptions {
         Ok(())
     }
 
-    fn source(&self, given: &Given<'_>) -> Result<Source, Failure> {
+    fn source(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
+        let nodes = |known| Nodes {
+            known,
+            ..Nodes::default()
+        };
         let (url, file) = (given.level("url"), given.level("url_file"));
         if given.level("server") > url.max(file) {
-            return Ok(Source::Given(vec![self.server_address(given)?]));
+            return Ok(nodes(vec![self.server_address(given)?]));
         }
         if url > 0 && url == file {
             return Err(Failure::usage(format!(
@@ -164,12 +158,16 @@ impl BrokerOptions {
         let (option, source) = match (&self.url, &self.url_file) {
             (Some(url_given), _) if url > file => {
                 let name = given.name("url");
-                let nodes = parse_list(url_given.expose());
-                (name, nodes.map(Source::Given))
+                (name, parse_list(url_given.expose()).map(nodes))
             }
             (_, Some(path)) => {
                 let name = given.name("url_file");
-                (name.clone(), Ok(Source::File(path.clone(), name)))
+                let file = Some((path.clone(), name.clone()));
+                let nodes = Nodes {
+                    file,
+                    ..Nodes::default()
+                };
+                (name, Ok(nodes))
             }
             _ => {
                 let Some(text) = std::env::var_os(AMQP_URL).filter(|url| !url.is_empty()) else {
@@ -180,7 +178,7 @@ impl BrokerOptions {
                 let text = text
                     .to_str()
                     .ok_or_else(|| Failure::usage(format!("{AMQP_URL} isn't UTF-8")))?;
-                (AMQP_URL.to_owned(), parse_list(text).map(Source::Given))
+                (AMQP_URL.to_owned(), parse_list(text).map(nodes))
             }
         };
         for part in [
