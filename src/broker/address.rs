@@ -9,7 +9,7 @@ use parameters::number;
 use percent_encoding::{
     AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode,
 };
-use std::{error::Error, fmt, net::Ipv6Addr};
+use std::{fmt, net::Ipv6Addr};
 
 /// What stays as it is when an address is printed: RFC 3986's unreserved characters.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
@@ -24,7 +24,7 @@ pub const NAME_MAX: usize = 255;
 /// What each IPv6 mistake is answered with.
 const IPV6_HINT: &str = "an IPv6 address goes in square brackets, as in amqp://[::1]:5672";
 
-/// A password: printing it, in whatever way, gives `***`.
+/// A password: it has no `Display`, and `Debug` gives `***`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -42,12 +42,6 @@ impl From<String> for Secret {
 }
 
 impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl fmt::Display for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("***")
     }
@@ -76,16 +70,7 @@ pub struct Address {
 }
 
 /// What is wrong with an address and what to do about it, in one line that never repeats a piece of a password.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AddressError(String);
-
-impl fmt::Display for AddressError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for AddressError {}
+pub type AddressError = String;
 
 /// The nodes of one cluster, at least one: URLs separated by commas, perhaps a newline at the end.
 ///
@@ -109,7 +94,7 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
     let parsed = urls.iter().enumerate().map(|(index, url)| {
         Address::parse(url).map_err(|error| match urls.len() {
             1 => error,
-            count => AddressError(format!("URL {} of {count}: {error}", index + 1)),
+            count => format!("URL {} of {count}: {error}", index + 1),
         })
     });
     parsed.collect()
@@ -306,7 +291,7 @@ fn encode(text: &str) -> PercentEncode<'_> {
 }
 
 fn error<T>(message: impl Into<String>) -> Result<T, AddressError> {
-    Err(AddressError(message.into()))
+    Err(message.into())
 }
 
 #[cfg(test)]

@@ -6,14 +6,18 @@ use super::{
     errors::{ConnectError, described},
     lost::DeliveryLost,
     message::Message,
-    registration::{Depth, Registration},
+    registration::Registration,
     topology::{Ask, Declare, NotRegistered, Topology},
 };
 use crate::{
     exit::{Exit, Failure},
     report::with_reminders,
 };
-use lapin::{message::Delivery, types::DeliveryTag};
+use lapin::{
+    message::Delivery,
+    options::QueueDeclareOptions,
+    types::{DeliveryTag, FieldTable},
+};
 use std::{mem, time::Duration};
 use tokio::{
     task::JoinHandle,
@@ -33,6 +37,15 @@ pub struct ConsumerOptions {
     pub topology: Topology,
     /// `--ack-timeout`: how long the broker is asked to wait for the acknowledgement.
     pub ack_timeout: Option<Duration>,
+}
+
+/// How full a queue is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// So many messages are ready for a consumer.
+    Ready(u32),
+    /// The broker knows of no consumer, though there is one here: its figures come from no queue that answers.
+    Unknown,
 }
 
 /// Takes messages from one queue, one after the other, over as many connections as it needs.
@@ -206,9 +219,22 @@ impl Consumer {
     /// # Errors
     /// Why the consumer is no longer registered.
     pub async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
-        match self.registration().depth().await {
-            Ok(depth) => Ok(depth),
-            Err(lost) => Err(self.end(lost).await),
+        let passive = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let registration = self.registration();
+        let queue = registration.queue.as_str().into();
+        let declare = registration
+            .channel
+            .queue_declare(queue, passive, FieldTable::default());
+        match declare.await {
+            Ok(declared) if declared.consumer_count() == 0 => Ok(Depth::Unknown),
+            Ok(declared) => Ok(Depth::Ready(declared.message_count())),
+            Err(error) => {
+                let lost = registration.delivery_lost(&error);
+                Err(self.end(lost).await)
+            }
         }
     }
 
@@ -240,9 +266,10 @@ impl Consumer {
             }
         };
         match timeout(RELEASE_TIMEOUT, work).await {
-            Ok(Ok(())) => self.idle(),
-            Ok(Err(error)) => {
-                tracing::debug!("releasing: {}", described(&error));
+            Ok(released) => {
+                if let Err(error) = released {
+                    tracing::debug!("releasing: {}", described(&error));
+                }
                 self.idle();
             }
             Err(_) => {

@@ -1,4 +1,4 @@
-//! What the broker's refusals mean: ONE table by reply code and the fixed parts of the text, and what to do about each.
+//! What the broker's refusals mean, by reply code and the fixed parts of the text, and what each leads to: two tables.
 
 use super::{address::Address, connection::OpenConnection, tap::Observed, tls};
 use crate::exit::{Exit, Failure};
@@ -39,41 +39,6 @@ pub(super) enum Meaning {
     Other,
 }
 
-/// The part of a text that no user chooses: names stand in its middle, in quotes.
-enum Fixed {
-    Start(&'static str),
-    End(&'static str),
-    Any,
-}
-
-/// By reply code (AMQP 0-9-1, 1.2), first match. A beginning is better than an end, as a text has 255 bytes at most and
-/// long names push the end out of it; as seen from RabbitMQ 3.10, 4.0 and 4.3, and LavinMQ 2.9.
-#[rustfmt::skip]
-const TABLE: &[(u16, Fixed, Meaning)] = &[
-    (403, Fixed::End("' in exclusive use"), Meaning::ExclusiveConsumer),
-    (403, Fixed::Any, Meaning::NotPermitted),
-    (404, Fixed::End(" is down or inaccessible"), Meaning::QueueDown),
-    (404, Fixed::End(" process is stopped by supervisor"), Meaning::QueueDown),
-    (404, Fixed::Any, Meaning::Missing),
-    (405, Fixed::Any, Meaning::ExclusiveQueue),
-    (406, Fixed::Start("cannot declare queue '"), Meaning::Limit),
-    (406, Fixed::End("Server low on disk space"), Meaning::Other),
-    (406, Fixed::Start("delivery acknowledgement on channel "), Meaning::AckTimeout),
-    (406, Fixed::Start("consumer timeout"), Meaning::AckTimeout),
-    (406, Fixed::End("consumer timeout"), Meaning::AckTimeout),
-    (406, Fixed::Start("message size "), Meaning::TooLarge),
-    (406, Fixed::Any, Meaning::Precondition),
-    (311, Fixed::Any, Meaning::TooLarge),
-    (530, Fixed::Start("number of channels opened"), Meaning::Limit),
-    (530, Fixed::Start("Connection refused for user '"), Meaning::Limit),
-    (530, Fixed::Start("vhost "), Meaning::Missing),
-    (530, Fixed::End(") is reached"), Meaning::Limit),
-    (530, Fixed::End("not found"), Meaning::Missing),
-    (530, Fixed::End("doesn't exist"), Meaning::Missing),
-    (530, Fixed::Any, Meaning::NotPermitted),
-    (540, Fixed::Any, Meaning::NotImplemented),
-];
-
 /// What the broker said as it closed a channel or the connection.
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
@@ -98,21 +63,41 @@ impl Refusal {
         }
     }
 
+    /// By the reply code (AMQP 0-9-1, 1.2) and the part of the text that no user chooses, as seen from RabbitMQ 3.10, 4.0
+    /// and 4.3, and LavinMQ 2.9: names stand in its middle, in quotes. A beginning is better than an end, as a text has
+    /// 255 bytes at most and long names push the end out of it.
     pub(super) fn meaning(&self) -> Meaning {
+        use Meaning as M;
         // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
         let text = match self.text.split_once(" - ") {
             Some((name, rest)) if name.bytes().all(|c| c.is_ascii_uppercase() || c == b'_') => rest,
             _ => &self.text,
         };
-        let row = TABLE.iter().find(|(code, fixed, _)| {
-            *code == self.code
-                && match fixed {
-                    Fixed::Start(start) => text.starts_with(start),
-                    Fixed::End(end) => text.ends_with(end),
-                    Fixed::Any => true,
-                }
-        });
-        row.map_or(Meaning::Other, |(_, _, meaning)| *meaning)
+        let starts = |with: &str| text.starts_with(with);
+        let ends = |with: &str| text.ends_with(with);
+        match self.code {
+            403 if ends("' in exclusive use") => M::ExclusiveConsumer,
+            403 => M::NotPermitted,
+            404 if ends(" is down or inaccessible") => M::QueueDown,
+            404 if ends(" process is stopped by supervisor") => M::QueueDown,
+            404 => M::Missing,
+            405 => M::ExclusiveQueue,
+            406 if starts("cannot declare queue '") => M::Limit,
+            406 if ends("Server low on disk space") => M::Other,
+            406 if starts("delivery acknowledgement on channel ") => M::AckTimeout,
+            406 if starts("consumer timeout") || ends("consumer timeout") => M::AckTimeout,
+            406 if starts("message size ") => M::TooLarge,
+            406 => M::Precondition,
+            311 => M::TooLarge,
+            530 if starts("number of channels opened") => M::Limit,
+            530 if starts("Connection refused for user '") => M::Limit,
+            530 if starts("vhost ") => M::Missing,
+            530 if ends(") is reached") => M::Limit,
+            530 if ends("not found") || ends("doesn't exist") => M::Missing,
+            530 => M::NotPermitted,
+            540 => M::NotImplemented,
+            _ => M::Other,
+        }
     }
 }
 

@@ -20,12 +20,11 @@ mod transport;
 
 pub use connect::{Broker, ConnectOptions};
 pub use connection::OpenConnection;
-pub use consumer::{Consumer, ConsumerOptions};
+pub use consumer::{Consumer, ConsumerOptions, Depth};
 pub use errors::{ConnectError, unreadable};
 pub use lost::DeliveryLost;
 pub use message::Message;
 pub use nodes::{Nodes, TlsOptions};
 pub use properties::{Properties, QueueType, Route};
 pub use publisher::{Answer, Heard, PublishError, Publisher, declare};
-pub use registration::Depth;
 pub use topology::{Declare, Topology};

@@ -10,10 +10,7 @@ use super::{
 use lapin::{
     Channel, Event,
     message::Delivery,
-    options::{
-        BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
-        QueueDeclareOptions,
-    },
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
     types::{AMQPValue, DeliveryTag, FieldTable},
 };
 use std::{future::pending, time::Duration};
@@ -30,15 +27,6 @@ pub(super) const RELEASE: BasicNackOptions = BasicNackOptions {
     requeue: true,
     multiple: false,
 };
-
-/// How full a queue is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Depth {
-    /// So many messages are ready for a consumer.
-    Ready(u32),
-    /// The broker knows of no consumer, though there is one here: its figures come from no queue that answers.
-    Unknown,
-}
 
 /// A consumer on a channel of its own.
 pub(super) struct Registration {
@@ -116,22 +104,6 @@ impl Registration {
 
     pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
         DeliveryLost::new(error, &self.connection.observed())
-    }
-
-    pub(super) async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
-        let passive = QueueDeclareOptions {
-            passive: true,
-            ..QueueDeclareOptions::default()
-        };
-        let declared = self
-            .channel
-            .queue_declare(self.queue.as_str().into(), passive, FieldTable::default())
-            .await
-            .map_err(|error| self.delivery_lost(&error))?;
-        Ok(match declared.consumer_count() {
-            0 => Depth::Unknown,
-            _ => Depth::Ready(declared.message_count()),
-        })
     }
 
     pub(super) async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {

@@ -448,9 +448,7 @@ fn lists() {
     assert_eq!(parse_list("amqp://a\n"), Ok(vec![a.clone()]));
     assert_eq!(
         parse_list("amqp://u:p,q,amqp@a/x,y,amqps://b?heartbeat=x,amqp://"),
-        Err(AddressError(
-            "URL 2 of 3: the query parameter heartbeat must be a number of seconds from 0 (none) to 65535".to_owned()
-        )),
+        Err("URL 2 of 3: the query parameter heartbeat must be a number of seconds from 0 (none) to 65535".to_owned()),
     );
     assert_eq!(
         parse_list("amqp://u:p,q,amqp@a/x,y,amqps://b,amqp://"),
@@ -708,7 +706,7 @@ fn an_address_prints_without_its_password() {
         let address = Address::parse(url).unwrap();
         assert_eq!(address.to_string(), printed);
         assert_no_secret(&address);
-        assert_no_secret(&address.password);
+        assert_eq!(format!("{:?}", address.password), "***");
         assert!(format!("{address:?}").contains("password: ***"));
     }
     assert_eq!(Secret("S3CRET".to_owned()).expose(), "S3CRET");
