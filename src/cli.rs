@@ -7,16 +7,17 @@ mod values;
 
 pub use broker::BrokerOptions;
 pub use output::OutputOptions;
-pub(crate) use parse::{AMQP_TOOLS, Given, VERSION, help_of_statuses, read};
-pub use parse::{Request, command_line};
-pub(crate) use values::{duration, duration_above_zero, name, queue_name, statuses, switch};
+pub(crate) use parse::{AMQP_TOOLS, VERSION, help_of_statuses};
+pub use parse::{Given, Options, Request, command_line, parse};
+pub(crate) use values::{name, queue_name, switch};
 
 use crate::{
     broker::{Declare, Topology},
-    command::{Limits, OnLost},
+    clock::{duration, duration_above_zero},
+    command::Limits,
     exit::{Exit, Failure},
     program::Program,
-    verdict::{Policy, Statuses},
+    verdict::Policy,
 };
 use clap::Parser;
 use std::{ffi::OsString, time::Duration};
@@ -71,57 +72,17 @@ pub struct QconsumeOptions {
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_ACK_TIMEOUT", value_parser = duration_above_zero, help_heading = "Taking")]
     pub ack_timeout: Option<Duration>,
 
-    /// Stop the command after this time
-    ///
-    /// Send SIGTERM, and SIGKILL after --kill-after. The message is treated as after a failure, and the exit status is 124.
-    #[arg(long, value_name = "DURATION", env = "QCONSUME_TIMEOUT", value_parser = duration_above_zero, help_heading = "Running")]
-    timeout: Option<Duration>,
-
-    /// Send SIGKILL this long after qconsume's own SIGTERM
-    ///
-    /// qconsume sends SIGTERM after --timeout, and when the delivery is lost. Processes that a successful command has left behind may run this long, too. For forwarded signals see --grace.
-    #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_KILL_AFTER", default_value = "10s", value_parser = duration, help_heading = "Running")]
-    kill_after: Duration,
-
-    /// Send SIGKILL this long after a forwarded signal
-    ///
-    /// Without this option qconsume sends no SIGKILL; Kubernetes does, after terminationGracePeriodSeconds.
-    #[arg(long, value_name = "DURATION", env = "QCONSUME_GRACE", value_parser = duration, help_heading = "Running")]
-    grace: Option<Duration>,
-
-    /// Stop the command, or let it finish, when its delivery is lost
-    ///
-    /// Another consumer may already have the message. The exit status is 75 in both cases.
-    #[arg(long, hide_short_help = true, value_name = "WHAT", env = "QCONSUME_ON_LOST", value_enum, default_value_t, help_heading = "Running")]
-    on_lost: OnLost,
+    /// How long the command may take.
+    #[command(flatten)]
+    pub limits: Limits,
 
     /// Keep the broker's address and passwords out of the command's environment
     #[arg(long, hide_short_help = true, env = "QCONSUME_HIDE_URL", value_parser = switch, help_heading = "Running")]
     hide_url: bool,
 
-    /// Dead-letter the message when the command exits with one of these
-    ///
-    /// Separate statuses and ranges by commas, as in 65,100-120. A queue without a dead-letter exchange drops the message.
-    #[arg(long, value_name = "CODES", env = "QCONSUME_REJECT_ON", value_parser = statuses, help_heading = "Settling")]
-    reject_on: Option<Statuses>,
-
-    /// Dead-letter the message at its Nth failure
-    ///
-    /// A quorum queue counts the failures. A classic queue doesn't, so only 1 has an effect there.
-    #[arg(long, value_name = "N", env = "QCONSUME_MAX_ATTEMPTS", value_parser = clap::value_parser!(u64).range(1..), help_heading = "Settling")]
-    max_attempts: Option<u64>,
-
-    /// Exit with this status when the message was dead-lettered [default: the command's status]
-    ///
-    /// With 0, a Job counts such a message as a completion.
-    #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_REJECT_EXIT_CODE", help_heading = "Settling")]
-    reject_exit_code: Option<u8>,
-
-    /// Exit with this status for every failure of the command
-    ///
-    /// A podFailurePolicy can then tell the command's failures from qconsume's own.
-    #[arg(long, value_name = "N", env = "QCONSUME_FAILURE_EXIT_CODE", value_parser = clap::value_parser!(u8).range(1..), help_heading = "Settling")]
-    failure_exit_code: Option<u8>,
+    /// What decides about failures.
+    #[command(flatten)]
+    pub policy: Policy,
 
     /// What to say, how, and where.
     #[command(flatten)]
@@ -137,13 +98,13 @@ pub struct QconsumeOptions {
     #[command(flatten)]
     pub broker: BrokerOptions,
 
-    /// Bind the queue, or without --queue a new exclusive queue, to this exchange
-    #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, help_heading = AMQP_TOOLS)]
+    /// Bind the queue to this exchange; without --queue, a new exclusive queue
+    #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, requires = "routing_key", help_heading = AMQP_TOOLS)]
     exchange: Option<String>,
 
     /// Bind with these routing keys, separated by commas
-    #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", help_heading = AMQP_TOOLS)]
-    routing_key: Option<String>,
+    #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", value_delimiter = ',', value_parser = name, requires = "exchange", help_heading = AMQP_TOOLS)]
+    routing_key: Vec<String>,
 
     /// Declare the queue as durable, if it doesn't exist
     #[arg(short, long, hide_short_help = true, env = "QCONSUME_DECLARE", value_parser = switch, help_heading = AMQP_TOOLS)]
@@ -162,80 +123,38 @@ pub struct QconsumeOptions {
     pub prefetch_count: Option<u32>,
 }
 
-/// qconsume's command line, for those who write its documentation.
-#[must_use]
-pub fn command() -> clap::Command {
-    command_line::<QconsumeOptions>()
-}
-
-/// Reads the command line and the environment.
-///
-/// # Errors
-/// 64 for anything that isn't as it should be, 78 for a file that can't be read.
-pub fn parse(arguments: &[OsString]) -> Result<Request<QconsumeOptions>, Failure> {
-    read(arguments, QconsumeOptions::check)
-}
-
-impl QconsumeOptions {
-    /// Checks what one option can't know of another.
-    fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
-        self.broker.find_nodes(given)?;
-        self.check_queue(given)?;
-        let dead_letters = [
-            (self.reject_on.is_some(), "--reject-on"),
-            (self.max_attempts.is_some(), "--max-attempts"),
-            (self.reject_exit_code.is_some(), "--reject-exit-code"),
-        ];
-        if let Some((_, option)) = dead_letters.iter().find(|(set, _)| *set && self.no_ack) {
-            return Err(Failure::usage(format!(
-                "{option} can't be used with --no-ack: no message is left to requeue or dead-letter"
-            )));
-        }
-        if self.keep_going && !self.drain && self.count.is_none() {
-            return Err(Failure::usage(
-                "--keep-going is only for --drain and --count",
-            ));
-        }
-        if self.keep_going && self.max_attempts.is_none() && self.reject_on.is_none() {
-            return Err(Failure::usage(
-                "--keep-going needs --max-attempts or --reject-on: otherwise a message that always fails is consumed for ever",
-            ));
-        }
-        // A URL that lacks its option must not be looked for as a command, and printed.
-        if self.command.first().is_some_and(parse::is_address) {
-            return Err(Failure::usage(
-                "there is an amqp:// address where the command should be: it goes to --url",
-            ));
-        }
-        Ok(())
+impl Options for QconsumeOptions {
+    fn output(&self) -> &OutputOptions {
+        &self.output
     }
 
-    fn check_queue(&self, given: &Given<'_>) -> Result<(), Failure> {
-        let mistake = match (&self.exchange, &self.routing_key) {
-            (Some(exchange), _) if exchange.is_empty() => {
-                "--exchange is empty: every queue is bound to the default exchange, by its name"
-            }
-            (Some(_), None) => {
-                "--exchange needs --routing-key; for an exchange that ignores it: --routing-key ''"
-            }
-            (None, Some(_)) => "--routing-key needs --exchange",
-            _ if given.level("queue") > 0 && self.queue.is_empty() => {
-                "the queue's name is empty: QUEUE (or --queue) needs one"
-            }
-            _ if self.queue.is_empty() && !self.declares() => {
-                "no queue: set QUEUE, or use --queue NAME"
-            }
-            _ => {
-                let too_long = |key: &String| name(key).err();
-                return match self.topology().routing_keys.iter().find_map(too_long) {
-                    Some(problem) => Err(Failure::usage(format!("--routing-key {problem}"))),
-                    None => Ok(()),
-                };
-            }
+    fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
+        self.broker.find_nodes(given)?;
+        let policy = &self.policy;
+        let dead_letters = policy.reject_on.is_some() || policy.max_attempts.is_some();
+        let mistake = if self.exchange.as_deref() == Some("") {
+            "--exchange is empty: every queue is bound to the default exchange, by its name"
+        } else if self.queue.is_empty() && given.level("queue") > 0 {
+            "the queue's name is empty: QUEUE (or --queue) needs one"
+        } else if self.queue.is_empty() && !self.declares() {
+            "no queue: set QUEUE, or use --queue NAME"
+        } else if self.no_ack && (dead_letters || policy.reject_exit_code.is_some()) {
+            "--reject-on, --max-attempts and --reject-exit-code can't be used with --no-ack: no message is left to requeue or dead-letter"
+        } else if self.keep_going && !self.drain && self.count.is_none() {
+            "--keep-going is only for --drain and --count"
+        } else if self.keep_going && !dead_letters {
+            "--keep-going needs --max-attempts or --reject-on: otherwise a message that always fails is consumed for ever"
+        // A URL that lacks its option must not be looked for as a command, and printed.
+        } else if self.command.first().is_some_and(parse::is_address) {
+            "there is an amqp:// address where the command should be: it goes to --url"
+        } else {
+            return Ok(());
         };
         Err(Failure::usage(mistake))
     }
+}
 
+impl QconsumeOptions {
     /// Whether a queue that doesn't exist is declared: amqp-consume's `-e` does that too.
     const fn declares(&self) -> bool {
         self.declare || self.exclusive || self.exchange.is_some()
@@ -251,18 +170,10 @@ impl QconsumeOptions {
         } else {
             Declare::Durable
         };
-        let keys = self.routing_key.as_deref().unwrap_or_default().split(',');
-        let mut routing_keys: Vec<_> = keys
-            .filter(|key| !key.is_empty())
-            .map(str::to_owned)
-            .collect();
-        if routing_keys.is_empty() && self.exchange.is_some() {
-            routing_keys.push(String::new());
-        }
         Topology {
             declare,
             exchange: self.exchange.clone(),
-            routing_keys,
+            routing_keys: self.routing_key.clone(),
         }
     }
 
@@ -280,28 +191,6 @@ impl QconsumeOptions {
     #[must_use]
     pub const fn hidden_variables(&self) -> &'static [&'static str] {
         if self.hide_url { &broker::SECRETS } else { &[] }
-    }
-
-    /// How long the command may take.
-    #[must_use]
-    pub const fn limits(&self) -> Limits {
-        Limits {
-            timeout: self.timeout,
-            kill_after: self.kill_after,
-            grace: self.grace,
-            on_lost: self.on_lost,
-        }
-    }
-
-    /// What decides about failures.
-    #[must_use]
-    pub fn policy(&self) -> Policy {
-        Policy {
-            reject_on: self.reject_on.clone().unwrap_or_default(),
-            max_attempts: self.max_attempts,
-            reject_exit_code: self.reject_exit_code,
-            failure_exit_code: self.failure_exit_code,
-        }
     }
 }
 

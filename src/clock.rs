@@ -1,6 +1,32 @@
-//! Deadlines that may not be there.
+//! Durations as people write them, and deadlines that may not be there.
 
+use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
+
+/// Longest time that an option may name: ten years. More than that is a slip of the finger, and overflows clocks.
+const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// `500ms`, `10s`, `5m`, `1h30m`, or plain seconds, with a fraction if need be.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let plain = text.parse::<f64>().ok().map(Duration::try_from_secs_f64);
+    let duration = match plain {
+        Some(plain) => plain.map_err(|error| error.to_string()),
+        None => humantime::parse_duration(text)
+            .map_err(|_| "not a duration such as 500ms, 10s, 5m, 1h30m, or seconds".to_owned()),
+    }?;
+    if duration > LONGEST {
+        return Err("longer than ten years".to_owned());
+    }
+    Ok(duration)
+}
+
+/// A duration where none at all makes no sense.
+pub(crate) fn duration_above_zero(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("must be more than nothing".to_owned()),
+        duration => Ok(duration),
+    }
+}
 
 /// Sleeps until `deadline`, or for ever where there is none.
 pub async fn sleep_until_or_never(deadline: Option<Instant>) {

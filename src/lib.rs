@@ -19,7 +19,7 @@ pub mod signals;
 pub mod verdict;
 pub mod worker;
 
-use cli::Request;
+use cli::{Options, Request};
 use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
@@ -32,65 +32,54 @@ pub fn main(program: Program) -> ! {
     report::set_program_name(program.name());
     exit_on_panic();
     let arguments: Vec<_> = std::env::args_os().collect();
-    let status = match program {
-        Program::Qconsume => run(&arguments),
-        Program::Qpublish => publish::run(&arguments),
+    let ended = match program {
+        Program::Qconsume => run(&arguments, worker::work),
+        Program::Qpublish => run(&arguments, publish::publish),
     };
+    let status = ended.unwrap_or_else(|failure| {
+        let status = failure.exit.status();
+        report::failure(failure);
+        status
+    });
     // Not by returning: see `block_on`.
-    std::process::exit(status.unwrap_or_else(|error| fail(&error)).into())
+    std::process::exit(status.into())
 }
 
-/// Runs qconsume with this command line, and returns the exit status.
-fn run(arguments: &[OsString]) -> anyhow::Result<u8> {
-    match cli::parse(arguments)? {
-        Request::Run(options) => work(*options),
+fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
+    arguments: &[OsString],
+    story: impl FnOnce(O, signals::Signals) -> F,
+) -> Result<u8, Failure> {
+    match cli::parse::<O>(arguments)? {
+        Request::Run(options) => {
+            options.output().start();
+            block_on(|signals| story(*options, signals))
+        }
         Request::Show(text) => {
-            show(&text);
+            // It may be closed.
+            let _ = std::io::stdout().write_all(text.as_bytes());
             Ok(0)
         }
     }
 }
 
+/// Drives a story on this thread alone: a command dies with the thread that started it.
 // Its future is large, and so is what clap needs: they needn't be on the stack together.
 #[inline(never)]
-fn work(options: cli::QconsumeOptions) -> anyhow::Result<u8> {
-    options.output.start();
-    Ok(block_on(|signals| worker::work(options, signals))??)
-}
-
-/// Drives a future on this thread alone: a command dies with the thread that started it.
-///
-/// # Errors
-/// When the system has no more to give.
-pub fn block_on<F: Future>(
+fn block_on<F: Future<Output = Result<u8, Failure>>>(
     story: impl FnOnce(signals::Signals) -> F,
-) -> Result<F::Output, Failure> {
+) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::system("can't start", &error))?;
-    let output = runtime.block_on(async {
+    let status = runtime.block_on(async {
         let signals = signals::Signals::install()
             .map_err(|error| Failure::system("can't handle signals", &error))?;
-        Ok(story(signals).await)
+        story(signals).await
     });
     // Dropping it would wait for a name look-up that nobody needs any more; the process ends soon.
     std::mem::forget(runtime);
-    output
-}
-
-/// The status that this error ends the process with, after it was printed.
-fn fail(error: &anyhow::Error) -> u8 {
-    let exit = error
-        .downcast_ref::<Failure>()
-        .map_or(Exit::Software, |failure| failure.exit);
-    report::failure(format!("{error:#}"), exit);
-    exit.status()
-}
-
-/// Writes to standard output, which may be closed.
-fn show(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    status
 }
 
 /// A panic ends the process wherever it happens, so that nothing goes on half done. It is a defect, unless the system had
@@ -101,7 +90,8 @@ fn exit_on_panic() {
             Some(error) => Failure::system("can't go on", &error),
             None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
         };
-        report::failure(failure.message, failure.exit);
-        std::process::exit(failure.exit.status().into());
+        let status = failure.exit.status();
+        report::failure(failure);
+        std::process::exit(status.into());
     }));
 }

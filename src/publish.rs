@@ -5,34 +5,24 @@
 //! so that what amqp-publish loses without a word, a message that no queue takes, is an error here.
 
 mod options;
-mod progress;
 mod source;
 mod tally;
 
+pub use options::QpublishOptions;
+
 use crate::{
-    block_on,
-    broker::{Broker, Heard, PublishError, Publisher, declare},
-    cli::Request,
+    broker::{Broker, Heard, Publisher, declare},
     clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
-    report::{RunSummary, Span},
-    show,
+    report::{FIRST_REMINDER, HumanDuration, Reminder, RunSummary},
     signals::{Signals, next_stop},
 };
 use nix::sys::signal::Signal;
-use options::QpublishOptions;
-use progress::Progress;
 use source::{Messages, Source};
 use std::{
     collections::VecDeque,
-    ffi::OsString,
-    fs::File,
     io::{self, IsTerminal},
-    os::fd::AsFd,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 use tally::{Gap, Tally};
@@ -41,30 +31,11 @@ use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 /// How long a signal leaves the broker to answer for what is in flight.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Runs qpublish with this command line, and returns the exit status.
+/// Publishes as the options say, and returns the exit status.
 ///
 /// # Errors
-/// Why not every message is confirmed: a [`Failure`], or else a defect.
-pub fn run(arguments: &[OsString]) -> anyhow::Result<u8> {
-    match options::parse(arguments)? {
-        Request::Run(options) => {
-            options.output.start();
-            block_on(|signals| publish(*options, signals))?
-        }
-        Request::Show(text) => {
-            show(&text);
-            Ok(0)
-        }
-    }
-}
-
-/// qpublish's command line, for those who write its documentation.
-#[must_use]
-pub fn command() -> clap::Command {
-    options::command()
-}
-
-async fn publish(options: QpublishOptions, mut signals: Signals) -> anyhow::Result<u8> {
+/// Why not every message is confirmed.
+pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
     if let Some(source) = &options.source {
         source.check()?;
     }
@@ -80,25 +51,42 @@ async fn publish(options: QpublishOptions, mut signals: Signals) -> anyhow::Resu
         return Ok(0);
     };
     let source = Arc::new(source);
-    let bytes = Arc::new(AtomicU64::new(0));
     if matches!(*source, Source::Input) && io::stdin().is_terminal() {
         tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
     }
-    let messages = source
-        .start(&bytes)
+    let messages = Arc::clone(&source)
+        .start()
         .map_err(|error| Failure::system("can't start to read", &error))?;
-    let run = Run {
+    let mut run = Run {
         publisher,
         shares: VecDeque::new(),
         tally: Tally::default(),
         messages: Some(messages),
-        progress: Progress::new(),
-        extent: Extent::of(&source, bytes),
         source,
         timeout: options.timeout,
         missing: options.route.missing(),
     };
-    run.run(&mut signals).await
+    let stop = run.publish(&mut signals).await;
+    // What was answered is answered: a signal only cuts the goodbye short.
+    tokio::select! {
+        biased;
+        () = run.publisher.close() => {}
+        _ = next_stop(&mut signals) => {}
+    }
+    match stop {
+        None => {
+            tracing::info!("{} confirmed", messages_in_words(run.tally.total()));
+            Ok(0)
+        }
+        Some(Stop::Signal { signal, .. }) => {
+            let text = format!("stopped by {signal}; {}", run.summary());
+            Ok(stopped(signal, text))
+        }
+        Some(Stop::Failed(failure)) => {
+            let text = format!("{failure}; {}", run.summary());
+            Err(Failure::new(failure.exit, text))
+        }
+    }
 }
 
 /// Connects, declares and makes ready to publish; nothing when there is only something to declare.
@@ -128,14 +116,9 @@ async fn open(options: &QpublishOptions) -> Result<Option<Publisher>, Failure> {
         .map(Some)
 }
 
-/// Why publishing ended before everything was sent and answered.
-enum Cause {
-    /// The channel or the connection is gone.
-    Lost(PublishError),
-    /// The broker has confirmed nothing for too long.
-    Stalled,
-    /// The rest can't be read.
-    Input(Failure),
+/// Why not every message is confirmed.
+enum Stop {
+    Failed(Failure),
     Signal {
         signal: Signal,
         /// It came before everything was sent.
@@ -151,40 +134,23 @@ struct Run {
     /// `None` when there are no more, or no more are wanted.
     messages: Option<Messages>,
     source: Arc<Source>,
-    progress: Progress,
-    extent: Extent,
     timeout: Duration,
     /// What is missing where a message is returned.
     missing: String,
 }
 
 impl Run {
-    async fn run(mut self, signals: &mut Signals) -> anyhow::Result<u8> {
+    /// Publishes until everything is answered, or nothing more is to be expected.
+    async fn publish(&mut self, signals: &mut Signals) -> Option<Stop> {
+        let mut stop = None;
         let mut blocked = None;
-        let cause = self.publish(signals, &mut blocked).await;
-        self.progress.clear();
-        let ended = self.conclude(cause, blocked.as_deref());
-        // What was answered is answered: a signal only cuts the goodbye short.
-        tokio::select! {
-            biased;
-            () = self.publisher.close() => {}
-            _ = next_stop(signals) => {}
-        }
-        ended
-    }
-
-    /// Publishes until everything is answered, or nothing more is to be expected; gives what ended it early.
-    async fn publish(
-        &mut self,
-        signals: &mut Signals,
-        blocked: &mut Option<String>,
-    ) -> Option<Cause> {
-        let mut cause = None;
         let mut moved = Instant::now();
         let mut grace = None;
-        loop {
+        let mut reminder = Reminder::new(FIRST_REMINDER);
+        let stalled = loop {
             if self.messages.is_none() && self.tally.outstanding() == 0 {
-                return cause;
+                // Everything was sent, and is answered: the signal was too late to stop anything.
+                break stop.take_if(|stop| !matches!(stop, Stop::Signal { early: false, .. }));
             }
             let deadline = (self.tally.outstanding() > 0).then(|| {
                 let stalled = moved + self.timeout;
@@ -194,11 +160,11 @@ impl Run {
                 biased;
                 signal = next_stop(signals) => {
                     if grace.is_some() {
-                        return cause;
+                        break stop;
                     }
                     let early = self.messages.take().is_some();
                     grace = Some(Instant::now() + GRACE);
-                    cause.get_or_insert(Cause::Signal { signal, early });
+                    stop.get_or_insert(Stop::Signal { signal, early });
                 }
                 heard = self.publisher.next() => match heard {
                     Heard::Sent => {}
@@ -211,19 +177,23 @@ impl Run {
                         }
                     }
                     Heard::Blocked(reason) => {
-                        self.progress.clear();
                         tracing::warn!(
                             "the broker blocks publishers: {reason}; waiting for up to {} (--timeout)",
-                            Span(self.timeout)
+                            HumanDuration(self.timeout)
                         );
-                        *blocked = Some(reason);
+                        blocked = Some(reason);
                     }
                     Heard::Unblocked => {
-                        self.progress.clear();
                         tracing::info!("the broker takes messages again");
-                        *blocked = None;
+                        blocked = None;
                     }
-                    Heard::Lost(stop) => return Some(Cause::Lost(stop)),
+                    Heard::Lost(lost) => {
+                        let mut failure = lost.failure;
+                        if let Some(message) = lost.message {
+                            failure.message = format!("{} is {failure}", self.source.name(message));
+                        }
+                        return Some(Stop::Failed(failure));
+                    }
                 },
                 read = next(&mut self.messages), if !self.publisher.is_sending() => {
                     if self.tally.outstanding() == 0 {
@@ -237,54 +207,34 @@ impl Run {
                         }
                         Some(Err(failure)) => {
                             self.messages = None;
-                            cause.get_or_insert(Cause::Input(failure));
+                            stop.get_or_insert(Stop::Failed(failure));
                         }
                         None => self.messages = None,
                     }
                 }
-                () = sleep_until_or_never(deadline) => return cause.or(Some(Cause::Stalled)),
-                () = self.progress.due() => {
-                    let confirmed = self.tally.confirmed();
-                    self.progress.show(confirmed, self.extent.share(confirmed));
+                () = sleep_until_or_never(deadline) => {
+                    break stop.or_else(|| Some(Stop::Failed(self.stalled(blocked))));
                 }
-            }
-        }
-    }
-
-    /// The end of the story: what to tell, and with which status.
-    fn conclude(&self, cause: Option<Cause>, blocked: Option<&str>) -> anyhow::Result<u8> {
-        let failure = match (self.refusal(), cause) {
-            (_, Some(Cause::Lost(stop))) => match stop.message {
-                Some(message) => Failure::new(
-                    stop.failure.exit,
-                    format!("{} is {}", self.source.name(message), stop.failure),
+                since = reminder.due() => tracing::info!(
+                    "still publishing, for {} now: {} confirmed",
+                    HumanDuration(since),
+                    messages_in_words(self.tally.confirmed())
                 ),
-                None => stop.failure,
-            },
-            (Some(refusal), _) => refusal,
-            (None, Some(Cause::Stalled)) => {
-                let why = match blocked {
-                    Some(reason) => format!("the broker blocks publishers: {reason}"),
-                    None => "the broker has confirmed nothing for so long".to_owned(),
-                };
-                Failure::new(
-                    Exit::Lost,
-                    format!("gave up after {} (--timeout): {why}", Span(self.timeout)),
-                )
-            }
-            (None, Some(Cause::Input(failure))) => failure,
-            (None, Some(Cause::Signal { signal, early }))
-                if early || self.tally.without_gap().1.is_some() =>
-            {
-                let text = format!("stopped by {signal}; {}", self.summary());
-                return Ok(stopped(signal, text));
-            }
-            (None, None | Some(Cause::Signal { .. })) => {
-                tracing::info!("{} confirmed", messages(self.tally.total()));
-                return Ok(0);
             }
         };
-        Err(Failure::new(failure.exit, format!("{failure}; {}", self.summary())).into())
+        self.refusal().map(Stop::Failed).or(stalled)
+    }
+
+    fn stalled(&self, blocked: Option<String>) -> Failure {
+        let why = match blocked {
+            Some(reason) => format!("the broker blocks publishers: {reason}"),
+            None => "the broker has confirmed nothing for so long".to_owned(),
+        };
+        let limit = HumanDuration(self.timeout);
+        Failure::new(
+            Exit::Lost,
+            format!("gave up after {limit} (--timeout): {why}"),
+        )
     }
 
     /// The failure that a returned or refused message is.
@@ -319,7 +269,7 @@ impl Run {
         }
         let mut text = format!(
             "confirmed: {confirmed} of {} sent, {without_gap} from the start without a gap",
-            messages(sent)
+            messages_in_words(sent)
         );
         if !matches!(*self.source, Source::Input) {
             let next = self.source.name(without_gap + 1);
@@ -339,38 +289,7 @@ fn stopped(signal: Signal, text: String) -> u8 {
     status
 }
 
-/// How much there is to publish, as far as that is known: messages, or bytes of standard input.
-struct Extent {
-    messages: Option<u64>,
-    bytes: Option<u64>,
-    read: Arc<AtomicU64>,
-}
-
-impl Extent {
-    fn of(source: &Source, read: Arc<AtomicU64>) -> Self {
-        let file = || {
-            let input: File = io::stdin().as_fd().try_clone_to_owned().ok()?.into();
-            let found = input.metadata().ok()?;
-            found.is_file().then_some(found.len())
-        };
-        Self {
-            messages: source.messages(),
-            bytes: file(),
-            read,
-        }
-    }
-
-    fn share(&self, confirmed: u64) -> Option<f64> {
-        let (done, all) = match (self.messages, self.bytes) {
-            (Some(messages), _) => (confirmed, messages),
-            (None, Some(bytes)) => (self.read.load(Ordering::Relaxed), bytes),
-            (None, None) => return None,
-        };
-        (all > 0).then(|| done as f64 / all as f64)
-    }
-}
-
-fn messages(count: u64) -> String {
+fn messages_in_words(count: u64) -> String {
     match count {
         1 => "1 message".to_owned(),
         _ => format!("{count} messages"),

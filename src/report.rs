@@ -5,11 +5,8 @@ mod reminder;
 
 pub use log::LogFormat;
 pub use reminder::{FIRST_REMINDER, HumanDuration, Reminder, with_reminders};
-// The names of before, until their last users are gone.
-#[rustfmt::skip]
-pub use reminder::{FIRST_REMINDER as FIRST_MENTION, HumanDuration as Span, Reminder as Patience, with_reminders as mentioned};
 
-use crate::exit::Exit;
+use crate::exit::Failure;
 use log::one_line;
 use std::{
     fmt::Write as _,
@@ -206,12 +203,12 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
 
 /// The one printer of what ends a run before a command could. Should it be before the log's start, too, it goes
 /// straight to standard error.
-pub fn failure(text: String, exit: Exit) {
+pub fn failure(failure: Failure) {
     if !tracing::enabled!(Level::ERROR) {
-        let line = format!("{}: error: {}\n", program(), one_line(&text));
+        let line = format!("{}: error: {}\n", program(), one_line(&failure.message));
         let _ = io::stderr().write_all(line.as_bytes());
     }
-    RunSummary::without_message(exit.status(), text).report();
+    RunSummary::without_message(failure.exit.status(), failure.message).report();
 }
 
 #[cfg(test)]

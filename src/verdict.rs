@@ -1,7 +1,7 @@
 //! What becomes of the message, and what qconsume exits with: pure, so that every case can be tested.
 
 use crate::exit::{Exit, status_of_signal};
-use std::ops::RangeInclusive;
+use std::{ops::RangeInclusive, str::FromStr};
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,25 +58,62 @@ pub enum Settlement {
 }
 
 /// A list of statuses such as `65,100-120`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Statuses(pub Vec<RangeInclusive<u8>>);
 
-impl Statuses {
-    fn contains(&self, status: u8) -> bool {
-        self.0.iter().any(|range| range.contains(&status))
+impl FromStr for Statuses {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| match text.trim().parse::<u8>() {
+            Ok(0) => Err("0 is no failure".to_owned()),
+            Ok(number) => Ok(number),
+            Err(_) => Err(format!("{text:?} is no status from 1 to 255")),
+        };
+        let range = |part: &str| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let range = number(first)?..=number(last)?;
+            if range.is_empty() {
+                return Err(format!(
+                    "{part:?} is no range: its end comes before its start"
+                ));
+            }
+            Ok(range)
+        };
+        text.split(',')
+            .map(range)
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 }
 
 /// The options that decide about failures.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Settling")]
+#[rustfmt::skip]
 pub struct Policy {
-    /// `--reject-on`
-    pub reject_on: Statuses,
-    /// `--max-attempts`; at least 1.
+    /// Dead-letter the message when the command exits with one of these
+    ///
+    /// Statuses and ranges, as in 65,100-120. Without a dead-letter exchange the message is dropped.
+    #[arg(long, value_name = "CODES", env = "QCONSUME_REJECT_ON")]
+    pub reject_on: Option<Statuses>,
+
+    /// Dead-letter the message at its Nth failure
+    ///
+    /// Counted by a quorum queue. A classic queue doesn't count, so only 1 has an effect there.
+    #[arg(long, value_name = "N", env = "QCONSUME_MAX_ATTEMPTS", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_attempts: Option<u64>,
-    /// `--reject-exit-code`
+
+    /// Exit with this status when the message was dead-lettered [default: the command's status]
+    ///
+    /// With 0 a Job counts such a message as done.
+    #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_REJECT_EXIT_CODE")]
     pub reject_exit_code: Option<u8>,
-    /// `--failure-exit-code`
+
+    /// Exit with this status for every failure of the command
+    ///
+    /// So that a podFailurePolicy can tell the command's failures from qconsume's.
+    #[arg(long, value_name = "N", env = "QCONSUME_FAILURE_EXIT_CODE", value_parser = clap::value_parser!(u8).range(1..))]
     pub failure_exit_code: Option<u8>,
 }
 
@@ -153,15 +190,16 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
 }
 
 fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
-    let last_attempt = match (policy.max_attempts, failures_before) {
-        (None, _) => false,
-        // The first failure is the last whatever the queue counts.
-        (Some(max), _) if max <= 1 => true,
-        (Some(max), Some(before)) => before.saturating_add(1) >= max,
-        // Guessing from the redelivered flag would dead-letter healthy messages after a restart of the broker.
-        (Some(_), None) => false,
+    let is_listed =
+        |Statuses(ranges): &Statuses| ranges.iter().any(|range| range.contains(&status));
+    let is_last_attempt = |max| match failures_before {
+        Some(before) => before.saturating_add(1) >= max,
+        // The first failure is the last whatever the queue counts. Otherwise guessing from the redelivered flag would
+        // dead-letter healthy messages after a restart of the broker.
+        None => max <= 1,
     };
-    policy.reject_on.contains(status) || last_attempt
+    policy.reject_on.as_ref().is_some_and(is_listed)
+        || policy.max_attempts.is_some_and(is_last_attempt)
 }
 
 #[cfg(test)]

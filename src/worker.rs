@@ -124,7 +124,7 @@ impl Worker {
                 self.consumer.lost().await
             }
         };
-        let limits = self.options.limits();
+        let limits = self.options.limits.clone();
         let run = supervise(&mut command, &limits, signals, lost);
         let outcome = warn_before_ack_timeout(self.options.ack_timeout, run).await;
         let result = CommandResult {
@@ -133,7 +133,7 @@ impl Worker {
             still_owned: outcome.lost.is_none(),
             failures_before: task.failures,
         };
-        let verdict = decide(result, &self.options.policy());
+        let verdict = decide(result, &self.options.policy);
         let how = describe_end(result);
         match (verdict.settlement, outcome.lost) {
             (Some(settlement), _) => self.settle(&task, result, verdict, settlement, &how).await,
@@ -268,7 +268,7 @@ impl Worker {
             what
         };
         let status = match self.tally.dead_lettered {
-            1.. if self.options.keep_going => self.options.policy().reject_exit_code.unwrap_or(1),
+            1.. if self.options.keep_going => self.options.policy.reject_exit_code.unwrap_or(1),
             _ => 0,
         };
         RunSummary::without_message(status, text)
@@ -277,7 +277,7 @@ impl Worker {
     /// With `--keep-going`, a message that was dead-lettered on the way decides the status, however the run ends: the next
     /// worker would find an empty queue, and nobody would hear of it.
     fn with_dead_letters(&self, summary: RunSummary) -> RunSummary {
-        let status = self.options.policy().reject_exit_code.unwrap_or(1);
+        let status = self.options.policy.reject_exit_code.unwrap_or(1);
         if !self.options.keep_going
             || self.tally.dead_lettered == 0
             || status == 0

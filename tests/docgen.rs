@@ -4,7 +4,12 @@
 use anyhow::{Context, Result};
 use clap::{Arg, ArgAction, Command};
 use clap_complete::Shell;
-use qconsume::{Program, exit};
+use qconsume::{
+    Program,
+    cli::{QconsumeOptions, command_line},
+    exit,
+    publish::QpublishOptions,
+};
 use std::{
     collections::HashSet,
     fmt::Write as _,
@@ -86,7 +91,10 @@ fn code(word: &str) -> String {
 }
 
 fn programs() -> [Command; 2] {
-    [qconsume::cli::command(), qconsume::publish::command()]
+    [
+        command_line::<QconsumeOptions>(),
+        command_line::<QpublishOptions>(),
+    ]
 }
 
 /// `man/*.1` and `completions/*` in this folder.
@@ -305,7 +313,7 @@ mod tests {
     #[test]
     fn every_option_but_the_port_has_a_variable_of_its_own() {
         let mut variables = HashSet::new();
-        for arg in qconsume::cli::command().get_arguments() {
+        for arg in command_line::<QconsumeOptions>().get_arguments() {
             let no_run = matches!(
                 arg.get_action(),
                 ArgAction::Help | ArgAction::HelpShort | ArgAction::Version

@@ -57,18 +57,13 @@ pub struct Properties {
     pub message_id: Option<String>,
     pub correlation_id: Option<String>,
     pub priority: Option<u8>,
-    /// In milliseconds.
-    pub expiration: Option<u32>,
-    /// `type`
-    pub kind: Option<String>,
-    pub app_id: Option<String>,
     pub headers: BTreeMap<String, String>,
 }
 
 impl Properties {
     pub(super) fn into_amqp(self) -> BasicProperties {
         let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-        let texts: [(_, fn(_, _) -> _); 7] = [
+        let texts: [(_, fn(_, _) -> _); 5] = [
             (self.content_type, BasicProperties::with_content_type),
             (
                 self.content_encoding,
@@ -77,8 +72,6 @@ impl Properties {
             (self.reply_to, BasicProperties::with_reply_to),
             (self.message_id, BasicProperties::with_message_id),
             (self.correlation_id, BasicProperties::with_correlation_id),
-            (self.kind, BasicProperties::with_type),
-            (self.app_id, BasicProperties::with_app_id),
         ];
         for (value, with) in texts {
             if let Some(value) = value {
@@ -87,9 +80,6 @@ impl Properties {
         }
         if let Some(priority) = self.priority {
             properties = properties.with_priority(priority);
-        }
-        if let Some(expiration) = self.expiration {
-            properties = properties.with_expiration(expiration.to_string().into());
         }
         if !self.headers.is_empty() {
             let mut table = FieldTable::default();

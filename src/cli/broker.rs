@@ -1,11 +1,12 @@
 //! The options that say where the broker is and how to reach it: the same for qconsume and qpublish.
 
-use super::{AMQP_TOOLS, Given, duration_above_zero, name, switch};
+use super::{AMQP_TOOLS, Given, name, switch};
 use crate::{
     broker::{
         ConnectOptions, Nodes, TlsOptions,
         address::{Address, Secret, parse_list},
     },
+    clock::duration_above_zero,
     exit::{Exit, Failure},
 };
 use clap::{ArgAction, Args};

@@ -33,8 +33,21 @@ pub enum Request<T> {
     Show(String),
 }
 
+/// A program's options.
+pub trait Options: Parser {
+    /// Checks what one option can't know of another.
+    ///
+    /// # Errors
+    /// 64 for anything that isn't as it should be, 78 for a file that can't be read.
+    fn check(&mut self, given: &Given<'_>) -> Result<(), Failure>;
+
+    /// What to say, how, and where.
+    fn output(&self) -> &OutputOptions;
+}
+
 /// What was given, and how.
-pub(crate) struct Given<'a> {
+#[derive(Debug)]
+pub struct Given<'a> {
     command: &'a Command,
     matches: &'a ArgMatches,
 }
@@ -126,19 +139,16 @@ fn short_help<C: Parser>() -> String {
 
 /// Reads a program's command line and environment, and checks its options. When they aren't as they should be, that is
 /// said in the form that they ask for, so the log is started here then.
-pub(crate) fn read<C: Parser>(
-    arguments: &[OsString],
-    check: impl FnOnce(&mut C, &Given<'_>) -> Result<(), Failure>,
-) -> Result<Request<C>, Failure> {
-    understand(arguments, check).inspect_err(|_| OutputOptions::start_as_understood(arguments))
+///
+/// # Errors
+/// 64 for anything that isn't as it should be, 78 for a file that can't be read.
+pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
+    understand(arguments).inspect_err(|_| OutputOptions::start_as_understood(arguments))
 }
 
-fn understand<C: Parser>(
-    arguments: &[OsString],
-    check: impl FnOnce(&mut C, &Given<'_>) -> Result<(), Failure>,
-) -> Result<Request<C>, Failure> {
+fn understand<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
     // Once: with its dozens of options it costs more than anything else before the connection.
-    let mut command = command_line::<C>();
+    let mut command = command_line::<O>();
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
         Err(error) if error.kind() == ErrorKind::DisplayVersion => {
@@ -150,7 +160,7 @@ fn understand<C: Parser>(
             return Ok(Request::Show(if in_full {
                 text
             } else {
-                short_help::<C>()
+                short_help::<O>()
             }));
         }
         Err(error) => return Err(usage(&error, &command)),
@@ -160,8 +170,8 @@ fn understand<C: Parser>(
         matches: &matches,
     };
     given.check_addresses()?;
-    let mut options = C::from_arg_matches(&matches).map_err(|error| usage(&error, &command))?;
-    check(&mut options, &given)?;
+    let mut options = O::from_arg_matches(&matches).map_err(|error| usage(&error, &command))?;
+    options.check(&given)?;
     Ok(Request::Run(Box::new(options)))
 }
 

@@ -1,13 +1,14 @@
 //! The command line. What depends on the environment is tested with the binary: here it belongs to all threads.
 
 use super::*;
+use crate::{command::OnLost, verdict::Statuses};
 
 /// Parses these words behind an address and a queue, which go over whatever the environment says.
 fn parsed(words: &[&str]) -> Result<QconsumeOptions, Failure> {
     let given = ["qconsume", "--url", "amqp://127.0.0.1", "--queue", "q"];
     let words = given.iter().chain(words).map(OsString::from);
     let words: Vec<_> = words.collect();
-    parse(&words).map(|request| match request {
+    parse::<QconsumeOptions>(&words).map(|request| match request {
         Request::Run(options) => *options,
         Request::Show(text) => panic!("it shows {text}"),
     })
@@ -76,14 +77,15 @@ fn durations_are_read_as_people_write_them() {
 #[test]
 fn lists_of_statuses_have_numbers_and_ranges() {
     let list = |ranges: &[(u8, u8)]| Ok(Statuses(ranges.iter().map(|(a, b)| *a..=*b).collect()));
-    assert_eq!(statuses("65"), list(&[(65, 65)]));
-    assert_eq!(statuses("65,100-120"), list(&[(65, 65), (100, 120)]));
-    assert_eq!(statuses(" 1 , 2 - 255 "), list(&[(1, 1), (2, 255)]));
-    assert_eq!(statuses("7-7"), list(&[(7, 7)]));
+    assert_eq!("65".parse(), list(&[(65, 65)]));
+    assert_eq!("65,100-120".parse(), list(&[(65, 65), (100, 120)]));
+    assert_eq!(" 1 , 2 - 255 ".parse(), list(&[(1, 1), (2, 255)]));
+    assert_eq!("7-7".parse(), list(&[(7, 7)]));
     for text in [
         "", ",", "1,", "0", "0-5", "256", "-1", "5-", "9-3", "1-2-3", "a", "1;2",
     ] {
-        assert!(statuses(text).is_err(), "{text:?} is {:?}", statuses(text));
+        let parsed = text.parse::<Statuses>();
+        assert!(parsed.is_err(), "{text:?} is {parsed:?}");
     }
 }
 
@@ -124,7 +126,7 @@ fn a_commands_words_need_not_be_utf_8() {
     let odd = OsString::from_vec(b"\xff\xfe".to_vec());
     let words = ["qconsume", "-u", "amqp://h", "-q", "q", "cat"].map(OsString::from);
     let Ok(Request::Run(options)) =
-        parse(&words.into_iter().chain([odd.clone()]).collect::<Vec<_>>())
+        parse::<QconsumeOptions>(&words.into_iter().chain([odd.clone()]).collect::<Vec<_>>())
     else {
         panic!("refused");
     };
@@ -138,15 +140,15 @@ fn the_defaults_are_those_of_the_documentation() {
         options.broker.connect(String::new()).timeout,
         Duration::from_secs(60)
     );
-    assert_eq!(options.limits().kill_after, Duration::from_secs(10));
-    assert_eq!(options.limits().timeout, None);
-    assert_eq!(options.limits().grace, None);
-    assert_eq!(options.limits().on_lost, OnLost::Terminate);
+    assert_eq!(options.limits.kill_after, Duration::from_secs(10));
+    assert_eq!(options.limits.timeout, None);
+    assert_eq!(options.limits.grace, None);
+    assert_eq!(options.limits.on_lost, OnLost::Terminate);
     assert_eq!(options.wait, None);
     assert_eq!(options.empty_exit_code, 66);
     assert_eq!(options.count(), Some(1));
     assert!(!options.drain);
-    assert_eq!(options.policy().reject_exit_code, None);
+    assert_eq!(options.policy.reject_exit_code, None);
 }
 
 #[test]
@@ -189,7 +191,7 @@ fn an_address_behind_the_wrong_option_is_not_quoted() {
 #[test]
 fn help_and_version_are_shown_and_are_no_run() {
     for word in ["--help", "-h", "--version", "-V"] {
-        let request = parse(&["qconsume", word].map(OsString::from));
+        let request = parse::<QconsumeOptions>(&["qconsume", word].map(OsString::from));
         assert!(
             matches!(request, Ok(Request::Show(text)) if text.contains("qconsume")),
             "{word}"

@@ -1,8 +1,8 @@
 //! Waits for the command's end, passes signals on, and asks it to stop when it has to: TERM, then KILL.
 
 use crate::{
-    clock::sleep_until_or_never,
-    report::{FIRST_MENTION, Patience, Span},
+    clock::{duration, duration_above_zero, sleep_until_or_never},
+    report::{FIRST_REMINDER, HumanDuration, Reminder},
     signals::{Received, is_stop},
     verdict::{Ended, StopReason},
 };
@@ -59,15 +59,32 @@ pub enum OnLost {
 }
 
 /// How long the command may take.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Running")]
+#[rustfmt::skip]
 pub struct Limits {
-    /// `--timeout`: from its start.
+    /// Stop the command after this time
+    ///
+    /// Send SIGTERM, and SIGKILL after --kill-after. That is a failure, with status 124.
+    #[arg(long, value_name = "DURATION", env = "QCONSUME_TIMEOUT", value_parser = duration_above_zero)]
     pub timeout: Option<Duration>,
-    /// `--kill-after`: from a TERM of qconsume's own to the KILL.
+
+    /// Send SIGKILL this long after qconsume's own SIGTERM
+    ///
+    /// After --timeout, and when the delivery was lost. What a successful command has left behind may run this long, too. Forwarded signals have --grace.
+    #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_KILL_AFTER", default_value = "10s", value_parser = duration)]
     pub kill_after: Duration,
-    /// `--grace`: from a forwarded signal to the KILL; without it the platform's own KILL ends it.
+
+    /// Send SIGKILL this long after a forwarded signal
+    ///
+    /// By default only the platform kills the command: terminationGracePeriodSeconds.
+    #[arg(long, value_name = "DURATION", env = "QCONSUME_GRACE", value_parser = duration)]
     pub grace: Option<Duration>,
-    /// `--on-lost`
+
+    /// Stop the command, or let it finish, when its delivery was lost
+    ///
+    /// Another consumer may have the message by then. The exit status is 75 either way.
+    #[arg(long, hide_short_help = true, value_name = "WHAT", env = "QCONSUME_ON_LOST", value_enum, default_value_t)]
     pub on_lost: OnLost,
 }
 
@@ -96,7 +113,7 @@ pub async fn supervise<L: std::fmt::Display>(
     let mut stop = None;
     let mut time_limit = limits.timeout.map(|timeout| Instant::now() + timeout);
     let mut kill_at: Option<Instant> = None;
-    let mut told: Option<Patience> = None;
+    let mut told: Option<Reminder> = None;
 
     let ended = loop {
         tokio::select! {
@@ -153,11 +170,11 @@ pub async fn supervise<L: std::fmt::Display>(
             }
             since = due(&mut told) => {
                 let then = match (kill_at, time_limit) {
-                    (Some(at), _) => format!("it is killed in {}", Span(at - Instant::now())),
-                    (None, Some(at)) => format!("its time limit is in {}", Span(at - Instant::now())),
+                    (Some(at), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
+                    (None, Some(at)) => format!("its time limit is in {}", HumanDuration(at - Instant::now())),
                     (None, None) => "without --grace it isn't killed".to_owned(),
                 };
-                tracing::info!("the command was told to stop {} ago and still runs; {then}", Span(since));
+                tracing::info!("the command was told to stop {} ago and still runs; {then}", HumanDuration(since));
             }
         }
     };
@@ -223,7 +240,7 @@ async fn let_finish<L: std::fmt::Display>(
                         1 => "1 process".to_owned(),
                         left => format!("{left} processes"),
                     },
-                    Span(waited)
+                    HumanDuration(waited)
                 );
                 return;
             }
@@ -258,8 +275,8 @@ fn terminate(process: &impl Process, signal: Signal) {
     process.signal(Target::Group, Signal::SIGCONT);
 }
 
-fn patience() -> Patience {
-    Patience::new(FIRST_MENTION)
+fn patience() -> Reminder {
+    Reminder::new(FIRST_REMINDER)
 }
 
 fn sooner(planned: Option<Instant>, after: Duration) -> Option<Instant> {
@@ -268,7 +285,7 @@ fn sooner(planned: Option<Instant>, after: Duration) -> Option<Instant> {
 }
 
 /// Waits until it is time to mention that the command hasn't stopped, if it was told to.
-async fn due(told: &mut Option<Patience>) -> Duration {
+async fn due(told: &mut Option<Reminder>) -> Duration {
     match told {
         Some(patience) => patience.due().await,
         None => std::future::pending().await,

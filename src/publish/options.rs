@@ -4,9 +4,9 @@ use super::source::Source;
 use crate::{
     broker::{Properties, QueueType, Route},
     cli::{
-        self, BrokerOptions, Given, OutputOptions, Request, VERSION, duration, duration_above_zero,
-        help_of_statuses, name, queue_name,
+        BrokerOptions, Given, Options, OutputOptions, VERSION, help_of_statuses, name, queue_name,
     },
+    clock::duration_above_zero,
     exit::Failure,
     program::Program,
 };
@@ -32,8 +32,8 @@ const PROPERTIES: &str = "Properties of every message";
     group = ArgGroup::new("input").args(["messages", "body", "file", "lines", "null"]),
 )]
 #[rustfmt::skip]
-pub(super) struct QpublishOptions {
-    /// Publish to this queue, through the default exchange
+pub struct QpublishOptions {
+    /// Publish to this queue, by way of the default exchange
     #[arg(short, long, value_name = "NAME", env = "QUEUE", default_value = "", hide_default_value = true, value_parser = queue_name, help_heading = "Destination")]
     queue: String,
 
@@ -109,29 +109,17 @@ pub(super) struct QpublishOptions {
     #[arg(long, value_name = "0-255", help_heading = PROPERTIES)]
     priority: Option<u8>,
 
-    /// Expire after this time in the queue
-    ///
-    /// The queue then drops the message, or dead-letters it if it has a dead-letter exchange.
-    #[arg(long, hide_short_help = true, value_name = "DURATION", value_parser = expiration, help_heading = PROPERTIES)]
-    expiration: Option<u32>,
-
-    /// Type of message
-    #[arg(long = "type", hide_short_help = true, value_name = "NAME", value_parser = name, help_heading = PROPERTIES)]
-    kind: Option<String>,
-
-    /// Application that publishes the message
-    #[arg(long, hide_short_help = true, value_name = "NAME", value_parser = name, help_heading = PROPERTIES)]
-    app_id: Option<String>,
-
     /// Wait this long for the next confirmation
     ///
     /// The time runs while a message is unconfirmed, also while the broker blocks publishers. When it has passed, exit with 75.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration_above_zero, help_heading = "Publishing")]
     pub(super) timeout: Duration,
 
+    /// What to say, how, and where.
     #[command(flatten)]
     pub(super) output: OutputOptions,
 
+    /// Where the broker is, and how to reach it.
     #[command(flatten)]
     pub(super) broker: BrokerOptions,
 
@@ -156,17 +144,11 @@ Examples:
   find . -name '*.png' -print0 | qpublish -q images --null
   qpublish -q job1 -f tasks/*.json";
 
-/// qpublish's command line, for those who write its documentation.
-pub(super) fn command() -> clap::Command {
-    cli::command_line::<QpublishOptions>()
-}
+impl Options for QpublishOptions {
+    fn output(&self) -> &OutputOptions {
+        &self.output
+    }
 
-/// Reads the command line and the environment.
-pub(super) fn parse(arguments: &[OsString]) -> Result<Request<QpublishOptions>, Failure> {
-    cli::read(arguments, QpublishOptions::check)
-}
-
-impl QpublishOptions {
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
         self.route = self.find_route(given)?;
         self.broker.find_nodes(given)?;
@@ -178,9 +160,6 @@ impl QpublishOptions {
             message_id: self.message_id.take(),
             correlation_id: self.correlation_id.take(),
             priority: self.priority,
-            expiration: self.expiration,
-            kind: self.kind.take(),
-            app_id: self.app_id.take(),
             ..Properties::default()
         };
         for (name, value) in take(&mut self.headers) {
@@ -191,7 +170,9 @@ impl QpublishOptions {
         }
         Ok(())
     }
+}
 
+impl QpublishOptions {
     fn find_source(&mut self) -> Option<Source> {
         let is_input = |path: &PathBuf| path.as_os_str() == "-";
         if self.lines {
@@ -252,19 +233,14 @@ fn header(text: &str) -> Result<(String, String), String> {
     Ok((name(key)?, value.trim_start().to_owned()))
 }
 
-/// In milliseconds; RabbitMQ's timers end at 2³² of them.
-fn expiration(text: &str) -> Result<u32, String> {
-    u32::try_from(duration(text)?.as_millis())
-        .map_err(|_| "longer than RabbitMQ allows, which is 49 days".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::{Request, command_line, parse};
 
     #[test]
     fn the_options_are_consistent() {
-        command().debug_assert();
+        command_line::<QpublishOptions>().debug_assert();
     }
 
     #[test]
@@ -279,20 +255,11 @@ mod tests {
     }
 
     #[test]
-    fn an_expiration_is_a_duration_that_rabbitmq_has_room_for() {
-        assert_eq!(expiration("5m"), Ok(300_000));
-        assert_eq!(expiration("1.5"), Ok(1500));
-        assert_eq!(expiration("0s"), Ok(0));
-        assert!(expiration("50days").is_err());
-        assert!(expiration("soon").is_err());
-    }
-
-    #[test]
     fn a_dash_is_standard_input() {
         let source = |files: &[&str]| {
             let words = ["qpublish", "-u", "amqp://h", "-q", "q", "-f"].iter();
             let words: Vec<_> = words.chain(files).map(OsString::from).collect();
-            match parse(&words) {
+            match parse::<QpublishOptions>(&words) {
                 Ok(Request::Run(options)) => options.source.unwrap(),
                 other => panic!("{other:?}"),
             }

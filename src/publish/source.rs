@@ -4,14 +4,13 @@ use crate::exit::{Exit, Failure};
 use nix::unistd::{AccessFlags, access};
 use std::{
     ffi::OsString,
+    fmt,
     fs::File,
     io::{self, BufRead, BufReader, Read},
+    iter,
     os::{fd::AsFd, unix::ffi::OsStringExt},
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    path::PathBuf,
+    sync::Arc,
     thread,
 };
 use tokio::{
@@ -28,9 +27,6 @@ const BESIDE: u32 = 8;
 
 /// Largest message that any RabbitMQ can be made to take, in bytes. What is longer isn't read to its end.
 const LARGEST: u64 = 512 << 20;
-
-/// U+FEFF in UTF-8.
-const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Where messages come from.
 #[derive(Debug)]
@@ -68,7 +64,7 @@ impl Source {
                 }
                 access(file, AccessFlags::R_OK).map_err(io::Error::from)
             });
-            readable.map_err(|error| unreadable(file, &error))?;
+            readable.map_err(|error| unreadable(format!("{file:?}"), &error))?;
         }
         Ok(())
     }
@@ -87,105 +83,61 @@ impl Source {
         }
     }
 
-    /// How many messages there are, where that is known beforehand.
-    pub(super) fn messages(&self) -> Option<u64> {
-        match self {
-            Self::Arguments(arguments) => Some(arguments.len() as u64),
-            Self::Files(files) => Some(files.len() as u64),
-            Self::Input => Some(1),
-            Self::Records(_) => None,
-        }
-    }
-
-    /// Begins to read; `bytes` counts what was taken from standard input.
-    pub(super) fn start(self: &Arc<Self>, bytes: &Arc<AtomicU64>) -> io::Result<Messages> {
+    /// Begins to read.
+    pub(super) fn start(self: Arc<Self>) -> io::Result<Messages> {
         // The window is what bounds it.
         let (sender, messages) = mpsc::channel(1024);
-        let mut reader = Reader {
-            sender,
-            window: Arc::new(Semaphore::new(WINDOW as usize)),
-            runtime: Handle::current(),
-            bytes: Arc::clone(bytes),
+        let window = Arc::new(Semaphore::new(WINDOW as usize));
+        let runtime = Handle::current();
+        let read = move || {
+            for body in self.bodies() {
+                let message = body.and_then(|body| {
+                    let size = u32::try_from(body.len() / 1024).unwrap_or(WINDOW);
+                    let size = size.saturating_add(BESIDE).min(WINDOW);
+                    let share = Arc::clone(&window).acquire_many_owned(size);
+                    let share = runtime.block_on(share).expect("nobody closes the window");
+                    Ok(Message { body, share })
+                });
+                if sender.blocking_send(message).is_err() {
+                    // Nobody wants any more.
+                    return;
+                }
+            }
         };
-        let source = Arc::clone(self);
         thread::Builder::new()
             .name("reader".to_owned())
-            .spawn(move || {
-                if let Err(End::Failed(failure)) = reader.read(&source) {
-                    let _ = reader.sender.blocking_send(Err(failure));
-                }
-            })?;
+            .spawn(read)?;
         Ok(messages)
     }
-}
 
-/// Why reading ends before the end.
-enum End {
-    Failed(Failure),
-    /// Nobody wants any more.
-    Unwanted,
-}
-
-struct Reader {
-    sender: mpsc::Sender<Result<Message, Failure>>,
-    window: Arc<Semaphore>,
-    runtime: Handle,
-    bytes: Arc<AtomicU64>,
-}
-
-impl Reader {
-    fn read(&mut self, source: &Source) -> Result<(), End> {
-        match source {
-            Source::Arguments(arguments) => {
-                for argument in arguments {
-                    self.send(argument.clone().into_vec())?;
-                }
-            }
-            Source::Files(files) => {
-                for path in files {
-                    let body = File::open(path).and_then(whole);
-                    self.send(body.map_err(|error| End::Failed(unreadable(path, &error)))?)?;
-                }
-            }
-            Source::Input => {
+    fn bodies(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, Failure>> + '_> {
+        let no_input = |error: io::Error| unreadable("standard input", &error);
+        match self {
+            Self::Arguments(arguments) => Box::new(
+                arguments
+                    .iter()
+                    .map(|argument| Ok(argument.clone().into_vec())),
+            ),
+            Self::Files(files) => Box::new(files.iter().map(|path| {
+                let body = File::open(path).and_then(whole);
+                body.map_err(|error| unreadable(format!("{path:?}"), &error))
+            })),
+            Self::Input => Box::new(iter::once_with(move || {
                 let body = standard_input().and_then(whole).map_err(no_input)?;
                 if body.is_empty() {
                     tracing::warn!("standard input is empty: publishing one empty message");
                 }
-                self.send(body)?;
-            }
-            Source::Records(separator) => {
-                let mut input =
-                    BufReader::with_capacity(64 * 1024, standard_input().map_err(no_input)?);
-                let mut first = true;
-                while let Some(mut record) = record(&mut input, *separator).map_err(no_input)? {
-                    // Some editors begin a file with it; it is no part of the first line.
-                    if std::mem::take(&mut first)
-                        && *separator == b'\n'
-                        && record.starts_with(BYTE_ORDER_MARK)
-                    {
-                        tracing::warn!(
-                            "standard input begins with a byte order mark: left out of the first message"
-                        );
-                        record.drain(..BYTE_ORDER_MARK.len());
-                    }
-                    self.bytes
-                        .fetch_add(record.len() as u64 + 1, Ordering::Relaxed);
-                    self.send(record)?;
+                Ok(body)
+            })),
+            Self::Records(separator) => match standard_input() {
+                Err(error) => Box::new(iter::once(Err(no_input(error)))),
+                Ok(input) => {
+                    let mut input = BufReader::with_capacity(64 * 1024, input);
+                    let next = move || record(&mut input, *separator).transpose();
+                    Box::new(iter::from_fn(next).map(move |body| body.map_err(no_input)))
                 }
-            }
+            },
         }
-        Ok(())
-    }
-
-    fn send(&mut self, body: Vec<u8>) -> Result<(), End> {
-        let size = u32::try_from(body.len() / 1024).unwrap_or(WINDOW);
-        let share =
-            Arc::clone(&self.window).acquire_many_owned(size.saturating_add(BESIDE).min(WINDOW));
-        let share = self.runtime.block_on(share).map_err(|_| End::Unwanted)?;
-        self.sender
-            .blocking_send(Ok(Message { body, share }))
-            .map_err(|_| End::Unwanted)
     }
 }
 
@@ -227,15 +179,8 @@ fn check_size(body: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn unreadable(file: &Path, error: &io::Error) -> Failure {
-    Failure::new(Exit::Empty, format!("{file:?} can't be read: {error}"))
-}
-
-fn no_input(error: io::Error) -> End {
-    End::Failed(Failure::new(
-        Exit::Empty,
-        format!("standard input can't be read: {error}"),
-    ))
+fn unreadable(what: impl fmt::Display, error: &io::Error) -> Failure {
+    Failure::new(Exit::Empty, format!("{what} can't be read: {error}"))
 }
 
 #[cfg(test)]

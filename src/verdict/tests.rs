@@ -90,7 +90,7 @@ fn with_options() {
         ..Policy::default()
     };
     let reject_on = || Policy {
-        reject_on: Statuses(vec![65..=65, 100..=124]),
+        reject_on: Some(Statuses(vec![65..=65, 100..=124])),
         ..Policy::default()
     };
     let at_most = |max| Policy {

@@ -106,7 +106,7 @@ impl Task {
         if settlement != Settlement::Requeue || self.failures.is_some() {
             return;
         }
-        if let Some(max) = options.policy().max_attempts {
+        if let Some(max) = options.policy.max_attempts {
             tracing::warn!(
                 "--max-attempts {max} has no effect: this queue doesn't count deliveries; use a quorum queue"
             );

@@ -272,8 +272,7 @@ fn the_properties_are_those_that_were_asked_for() {
         .args(["-p", "-C", "text/plain", "-E", "gzip", "-t", "answers"])
         .args(["-H", "one:  1 ", "-H", "x:y:z", "--header", "empty:"])
         .args(["--message-id", "m1", "--correlation-id", "c1"])
-        .args(["--priority", "7", "--expiration", "10m"])
-        .args(["--type", "job", "--app-id", "tests", "-b", "body"])
+        .args(["--priority", "7", "-b", "body"])
         .run();
     says_confirmed(&ended, "1 message confirmed");
     let got = queue.wait_get();
@@ -286,9 +285,6 @@ fn the_properties_are_those_that_were_asked_for() {
         (properties.reply_to(), "answers"),
         (properties.message_id(), "m1"),
         (properties.correlation_id(), "c1"),
-        (properties.expiration(), "600000"),
-        (properties.kind(), "job"),
-        (properties.app_id(), "tests"),
     ] {
         assert_eq!(text(value).as_deref(), Some(expected));
     }
@@ -631,7 +627,6 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["-q", "a", "-H", "none", "x"], "no colon"),
         (&["-q", "a", "-H", "n:1", "-H", "n:2", "x"], "given twice"),
         (&["-q", "a", "--timeout", "0", "x"], "more than nothing"),
-        (&["-q", "a", "--expiration", "50days", "x"], "49 days"),
         (&["-q", "a", "--declare=stream", "x"], "stream"),
     ] {
         let ended = qpublish().url(url).args(arguments).run();
@@ -650,41 +645,4 @@ fn options_that_contradict_each_other_are_usage_errors() {
         .run()
         .assert_status(64)
         .assert_stderr("BROKER_URL");
-}
-
-#[test]
-fn a_terminal_sees_how_far_it_is_and_a_pipe_does_not() {
-    let queue = Broker::shared().queue("progress");
-    let line = |more: &str| {
-        let script = format!(
-            "(seq 50; exec sleep 1) | '{}' -l{more}",
-            crate::common::qpublish_path().display()
-        );
-        Program::new("script")
-            .url(&Broker::shared().url())
-            .queue(queue.name())
-            .args(["-qec", &script, "/dev/null"])
-    };
-    if std::process::Command::new("script")
-        .arg("--version")
-        .output()
-        .is_err()
-    {
-        return testbed::missing("script(1)");
-    }
-    let shown = line("").run();
-    shown.assert_status(0);
-    let shown = shown.stdout_text();
-    assert!(shown.contains("\r\u{1b}[K50 confirmed, "), "{shown:?}");
-    // Gone again before the last word.
-    assert!(
-        shown.ends_with("\r\u{1b}[Kqpublish: 50 messages confirmed\r\n"),
-        "{shown:?}"
-    );
-    let piped = line(" 2>&1 | cat").run();
-    let piped = piped.stdout_text();
-    assert!(
-        piped.contains("50 messages confirmed") && !piped.contains('\u{1b}'),
-        "{piped:?}"
-    );
 }
