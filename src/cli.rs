@@ -99,11 +99,11 @@ pub struct QconsumeOptions {
     pub broker: BrokerOptions,
 
     /// Bind the queue to this exchange; without --queue, a new exclusive queue
-    #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, requires = "routing_key", help_heading = AMQP_TOOLS)]
+    #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, help_heading = AMQP_TOOLS)]
     exchange: Option<String>,
 
     /// Bind with these routing keys, separated by commas
-    #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", value_delimiter = ',', value_parser = name, requires = "exchange", help_heading = AMQP_TOOLS)]
+    #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", value_delimiter = ',', value_parser = name, help_heading = AMQP_TOOLS)]
     routing_key: Vec<String>,
 
     /// Declare the queue as durable, if it doesn't exist
@@ -134,6 +134,10 @@ impl Options for QconsumeOptions {
         let dead_letters = policy.reject_on.is_some() || policy.max_attempts.is_some();
         let mistake = if self.exchange.as_deref() == Some("") {
             "--exchange is empty: every queue is bound to the default exchange, by its name"
+        } else if self.exchange.is_some() && self.routing_key.is_empty() {
+            "--exchange needs --routing-key; for an exchange that ignores it: --routing-key ''"
+        } else if self.exchange.is_none() && !self.routing_key.is_empty() {
+            "--routing-key needs --exchange"
         } else if self.queue.is_empty() && given.level("queue") > 0 {
             "the queue's name is empty: QUEUE (or --queue) needs one"
         } else if self.queue.is_empty() && !self.declares() {

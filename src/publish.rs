@@ -15,7 +15,7 @@ use crate::{
     clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
     report::{FIRST_REMINDER, HumanDuration, Reminder, RunSummary},
-    signals::{Signals, next_stop},
+    signals::{Signals, next_stop, unless_stopped},
 };
 use nix::sys::signal::Signal;
 use source::{Messages, Source};
@@ -39,13 +39,12 @@ pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u
     if let Some(source) = &options.source {
         source.check()?;
     }
-    let opened = tokio::select! {
-        biased;
-        signal = next_stop(&mut signals) => {
+    let opened = match unless_stopped(&mut signals, open(&options)).await {
+        Ok(opened) => opened?,
+        Err(signal) => {
             let text = format!("stopped by {signal} before anything was published");
             return Ok(stopped(signal, text));
         }
-        opened = open(&options) => opened?,
     };
     let (Some(publisher), Some(source)) = (opened, options.source) else {
         return Ok(0);
@@ -68,11 +67,7 @@ pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u
     };
     let stop = run.publish(&mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
-    tokio::select! {
-        biased;
-        () = run.publisher.close() => {}
-        _ = next_stop(&mut signals) => {}
-    }
+    let _ = unless_stopped(&mut signals, run.publisher.close()).await;
     match stop {
         None => {
             tracing::info!("{} confirmed", messages_in_words(run.tally.total()));

@@ -14,6 +14,7 @@ use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::Instant,
 };
 use tracing::Level;
 
@@ -64,51 +65,17 @@ impl Source {
     }
 }
 
-/// What became of a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The broker confirmed the acknowledgement.
-    Acknowledged,
-    /// `basic.reject` with requeue: back in the queue, counted as a failure.
-    Requeued,
-    /// `basic.nack` with requeue: back in the queue, not counted from RabbitMQ 4.3 on.
-    Released,
-    /// `basic.reject` without requeue; dropped where the queue has no dead-letter exchange.
-    DeadLettered,
-    /// Settled, but the broker hasn't confirmed it.
-    Unconfirmed,
-    /// The delivery was lost before the command had ended.
-    Lost,
-}
-
-impl Outcome {
-    /// As the field `outcome` has it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Acknowledged => "acknowledged",
-            Self::Requeued => "requeued",
-            Self::Released => "released",
-            Self::DeadLettered => "dead-lettered",
-            Self::Unconfirmed => "unconfirmed",
-            Self::Lost => "lost",
-        }
-    }
-}
-
 /// What is known of the message that a line is about.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Subject {
     /// Its `message-id`.
     pub id: Option<String>,
     /// Which attempt it is, where the queue counts.
     pub attempt: Option<u64>,
     /// The body's size in bytes.
-    pub size: Option<usize>,
-    /// How long it has been here, in seconds.
-    pub seconds: Option<f64>,
-    /// What became of it.
-    pub outcome: Option<Outcome>,
+    pub size: usize,
+    /// When it came.
+    pub since: Instant,
 }
 
 /// The end of a run: its last log line, and the termination message.
@@ -120,8 +87,10 @@ pub struct RunSummary {
     pub status: u8,
     /// Why, and what became of the message.
     pub text: String,
+    /// What became of the message: one of the words of docs/logs.md.
+    pub outcome: Option<&'static str>,
     /// The message, if one was taken.
-    pub subject: Subject,
+    pub subject: Option<Subject>,
 }
 
 impl RunSummary {
@@ -132,7 +101,8 @@ impl RunSummary {
             source: Source::Qconsume,
             status,
             text,
-            subject: Subject::default(),
+            outcome: None,
+            subject: None,
         }
     }
 
@@ -151,21 +121,20 @@ impl RunSummary {
     /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
     pub fn log(&self) {
         let (status, source) = (self.status, self.source.name());
-        let Subject {
-            id,
-            attempt,
-            size,
-            seconds,
-            outcome,
-        } = &self.subject;
-        let outcome = outcome.map(Outcome::name);
+        let (text, outcome) = (&self.text, self.outcome);
+        let subject = self.subject.as_ref();
+        let id = subject.and_then(|subject| subject.id.as_deref());
+        let attempt = subject.and_then(|subject| subject.attempt);
+        let size = subject.map(|subject| subject.size);
+        // To the millisecond.
+        let seconds = subject.map(|subject| subject.since.elapsed().as_millis() as f64 / 1000.0);
         if status == 0 {
             tracing::info!(
-                id, attempt, size, seconds, outcome, status, source, "{}", self.text
+                id, attempt, size, seconds, outcome, status, source, "{text}"
             );
         } else {
             tracing::error!(
-                id, attempt, size, seconds, outcome, status, source, "{}", self.text
+                id, attempt, size, seconds, outcome, status, source, "{text}"
             );
         }
     }
@@ -173,11 +142,13 @@ impl RunSummary {
     /// What the termination message ends with, however long its text is: fields as in the log.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source.name());
-        if let Some(id) = &self.subject.id {
-            let _ = write!(fields, " id={id:?}");
-        }
-        if let Some(attempt) = self.subject.attempt {
-            let _ = write!(fields, " attempt={attempt}");
+        if let Some(subject) = &self.subject {
+            if let Some(id) = &subject.id {
+                let _ = write!(fields, " id={id:?}");
+            }
+            if let Some(attempt) = subject.attempt {
+                let _ = write!(fields, " attempt={attempt}");
+            }
         }
         fields + ")"
     }

@@ -129,3 +129,18 @@ pub async fn next_stop(signals: &mut (impl Stream<Item = Received> + Unpin)) -> 
         }
     }
 }
+
+/// Does this, unless a signal asks for the end before it is done.
+///
+/// # Errors
+/// The signal.
+pub async fn unless_stopped<T>(
+    signals: &mut Signals,
+    work: impl Future<Output = T>,
+) -> Result<T, Signal> {
+    tokio::select! {
+        biased;
+        signal = next_stop(signals) => Err(signal),
+        done = work => Ok(done),
+    }
+}

@@ -4,18 +4,18 @@ mod take;
 mod task;
 
 use crate::{
-    broker::{Broker, Consumer, ConsumerOptions, Message},
+    broker::{Broker, Consumer, ConsumerOptions, DeliveryLost},
     cli::QconsumeOptions,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{HumanDuration, Outcome, RunSummary, Source},
-    signals::{Signals, next_stop},
+    report::{HumanDuration, RunSummary, Source, Subject},
+    signals::{Signals, unless_stopped},
     verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
 };
 use nix::sys::signal::Signal;
-use std::{mem, time::Duration};
-use task::{Tally, Task, describe_end, describe_settlement};
-use tokio::time::sleep;
+use std::future::pending;
+use task::{Tally, describe_end, describe_settlement, subject, summary};
+use tokio::time::timeout;
 
 /// What became of the message with `--no-ack`.
 const ACKNOWLEDGED_BEFORE: &str = "message was acknowledged before the command (--no-ack)";
@@ -47,31 +47,20 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
         consumer,
         tally: Tally::default(),
     };
-    let ended = match worker.run(&mut signals).await {
-        Ok(summary) => Ok(worker.with_dead_letters(summary)),
-        Err(failure) if worker.tally.dead_lettered > 0 => Ok(worker.with_dead_letters(
-            RunSummary::without_message(failure.exit.status(), failure.message),
-        )),
-        Err(failure) => Err(failure),
+    let summary = loop {
+        match worker.one(&mut signals).await {
+            Ok(None) => {}
+            Ok(Some(summary)) => break summary,
+            Err(Failure { exit, message }) => {
+                break RunSummary::without_message(exit.status(), message);
+            }
+        }
     };
-    if let Ok(summary) = &ended {
-        summary.report();
-    }
+    let summary = worker.with_dead_letters(summary);
+    summary.report();
     // All is settled: a signal only cuts the polite close short.
-    tokio::select! {
-        biased;
-        () = worker.consumer.close() => {}
-        _ = next_stop(&mut signals) => {}
-    }
-    ended.map(|summary| summary.status)
-}
-
-/// What a round leads to.
-enum Step {
-    /// The message is settled; there is another to take.
-    Next,
-    /// The run is over.
-    End(RunSummary),
+    let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
+    Ok(summary.status)
 }
 
 struct Worker {
@@ -83,84 +72,78 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(&mut self, signals: &mut Signals) -> Result<RunSummary, Failure> {
-        loop {
-            if let Step::End(summary) = self.one(signals).await? {
-                return Ok(summary);
-            }
-        }
-    }
-
-    /// One message, from the wait for it until it is settled.
-    async fn one(&mut self, signals: &mut Signals) -> Result<Step, Failure> {
-        let taken = tokio::select! {
-            biased;
-            signal = next_stop(signals) => return Ok(Step::End(self.stopped(signal).await)),
-            taken = self.take() => taken?,
+    /// One message, from the wait for it until it is settled; how the run ends, if it does.
+    async fn one(&mut self, signals: &mut Signals) -> Result<Option<RunSummary>, Failure> {
+        let taken = match unless_stopped(signals, self.take()).await {
+            Ok(taken) => taken?,
+            Err(signal) => return Ok(Some(self.stopped(signal).await)),
         };
-        let Some(mut message) = taken else {
-            return Ok(Step::End(self.nothing_left()));
+        let Some(message) = taken else {
+            return Ok(Some(self.nothing_left()));
         };
-        let task = Task::new(&message);
-        task.log_taken(self.consumer.queue());
+        let subject = subject(&message, self.consumer.queue());
 
         if self.options.no_ack
-            && let Some(summary) = self.acknowledge_beforehand(&task).await
+            && let Some(summary) = self.acknowledge_beforehand(&subject).await
         {
-            return Ok(Step::End(summary));
+            return Ok(Some(summary));
         }
 
-        let body = mem::take(&mut message.body);
-        let variables = self.variables(message);
+        let (body, mut variables) = (message.body, message.variables);
+        let hidden = self.options.hidden_variables().iter();
+        variables.extend(hidden.map(|name| Variable { name, value: None }));
         let mut command = match Command::spawn(&self.executable, &variables, body, &self.reaper) {
             Ok(command) => command,
-            Err(failure) => return Ok(Step::End(self.not_started(&failure, &task).await)),
-        };
-        let lost = async {
-            if self.options.no_ack {
-                // There is nothing left to lose.
-                std::future::pending().await
-            } else {
-                self.consumer.lost().await
-            }
+            Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
         };
         let limits = self.options.limits.clone();
-        let run = supervise(&mut command, &limits, signals, lost);
-        let outcome = warn_before_ack_timeout(self.options.ack_timeout, run).await;
+        let outcome = supervise(&mut command, &limits, signals, self.lost()).await;
         let result = CommandResult {
             ended: outcome.ended,
             stop: outcome.stop,
             still_owned: outcome.lost.is_none(),
-            failures_before: task.failures,
+            failures_before: message.failures,
         };
         let verdict = decide(result, &self.options.policy);
-        let how = describe_end(result);
-        match (verdict.settlement, outcome.lost) {
-            (Some(settlement), _) => self.settle(&task, result, verdict, settlement, &how).await,
-            (None, lost) => {
-                let why = lost.map(|lost| lost.to_string()).unwrap_or_default();
-                let text = format!(
-                    "delivery lost while the command ran, another worker may have it: {why}; {how}"
-                );
-                Ok(Step::End(task.summary(
-                    Source::Qconsume,
-                    verdict.exit_code,
-                    Outcome::Lost,
-                    text,
-                )))
-            }
-        }
+        let Some(settlement) = verdict.settlement else {
+            let why = outcome.lost.map(|lost| lost.to_string());
+            let text = format!(
+                "delivery lost while the command ran, another worker may have it: {}; {}",
+                why.unwrap_or_default(),
+                describe_end(result)
+            );
+            let (source, status) = (Source::Qconsume, verdict.exit_code);
+            return Ok(Some(summary(&subject, source, status, "lost", text)));
+        };
+        Ok(self.settle(&subject, result, verdict, settlement).await)
     }
 
-    /// Tells the broker what the verdict says, and goes on or ends.
+    /// Waits until the delivery is lost; warns when the broker is about to take it back.
+    async fn lost(&mut self) -> DeliveryLost {
+        if self.options.no_ack {
+            // There is nothing left to lose.
+            return pending().await;
+        }
+        if let Some(limit) = self.options.ack_timeout {
+            match timeout(limit.mul_f64(ACK_WARNING), self.consumer.lost()).await {
+                Ok(lost) => return lost,
+                Err(_) => tracing::warn!(
+                    "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker requeues the message",
+                    HumanDuration(limit)
+                ),
+            }
+        }
+        self.consumer.lost().await
+    }
+
+    /// Tells the broker what the verdict says; how the run ends, if it does.
     async fn settle(
         &mut self,
-        task: &Task,
+        subject: &Subject,
         result: CommandResult,
         verdict: Verdict,
         settlement: Settlement,
-        how: &str,
-    ) -> Result<Step, Failure> {
+    ) -> Option<RunSummary> {
         let signal = result.stop.and_then(StopReason::signal);
         let failed = verdict.exit_code != 0;
         let done = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
@@ -169,40 +152,50 @@ impl Worker {
             .count()
             .is_some_and(|count| self.tally.done() + u64::from(done) >= count);
         // A classic queue would deliver the same message again at once, for ever.
-        let counted = settlement != Settlement::Requeue || task.failures.is_some();
-        let keeps_going = self.options.keep_going && counted && signal.is_none();
+        let uncounted = settlement == Settlement::Requeue && result.failures_before.is_none();
+        let keeps_going = self.options.keep_going && !uncounted && signal.is_none();
         let last = all || signal.is_some() || (failed && !keeps_going);
-        task.warn_if_uncounted(&self.options, settlement);
-
-        let source = match result.stop {
-            Some(StopReason::TimeLimit) => Source::Qconsume,
-            _ => Source::Command,
-        };
-        let summary = if self.options.no_ack {
-            let text = format!("{how}; {ACKNOWLEDGED_BEFORE}");
-            task.summary(source, verdict.exit_code, Outcome::Acknowledged, text)
-        } else {
-            let settled = self.consumer.settle(settlement, last).await;
-            task.settled(source, how, &verdict, settlement, settled.err())
-        };
-        match summary.subject.outcome {
-            Some(Outcome::Acknowledged) => self.tally.acknowledged += 1,
-            Some(Outcome::Requeued) => self.tally.requeued += 1,
-            Some(Outcome::DeadLettered) => self.tally.dead_lettered += 1,
-            _ => return Ok(Step::End(summary)),
+        if uncounted {
+            self.warn_of_uncounted();
         }
-        Ok(match signal {
-            _ if summary.status != 0 && !keeps_going => Step::End(summary),
+
+        let (outcome, became, unconfirmed) = if self.options.no_ack {
+            ("acknowledged", ACKNOWLEDGED_BEFORE.to_owned(), None)
+        } else {
+            let unconfirmed = self.consumer.settle(settlement, last).await.err();
+            let (outcome, became) = describe_settlement(settlement, unconfirmed.as_ref());
+            (outcome, became, unconfirmed)
+        };
+        let status = match unconfirmed {
+            Some(_) => verdict.exit_code_if_unconfirmed,
+            None => verdict.exit_code,
+        };
+        let timed_out = result.stop == Some(StopReason::TimeLimit);
+        let source = if timed_out || (unconfirmed.is_some() && settlement == Settlement::Ack) {
+            Source::Qconsume
+        } else {
+            Source::Command
+        };
+        let text = format!("{}; {became}", describe_end(result));
+        let summary = summary(subject, source, status, outcome, text);
+        match outcome {
+            "acknowledged" => self.tally.acknowledged += 1,
+            "requeued" => self.tally.requeued += 1,
+            "dead-lettered" => self.tally.dead_lettered += 1,
+            _ => return Some(summary),
+        }
+        match signal {
+            _ if status != 0 && !keeps_going => Some(summary),
             None if !all => {
                 summary.log();
-                Step::Next
+                None
             }
             None if self.options.keep_going => {
                 summary.log();
-                Step::End(self.all_done())
+                Some(self.all_done())
             }
             // This message is done, but a stop before all are is no completion.
-            Some(signal) if !all => Step::End(RunSummary {
+            Some(signal) if !all => Some(RunSummary {
                 source: Source::Qconsume,
                 status: status_of_signal(signal),
                 text: format!(
@@ -211,34 +204,36 @@ impl Worker {
                 ),
                 ..summary
             }),
-            _ => Step::End(summary),
-        })
+            _ => Some(summary),
+        }
     }
 
-    /// What the command's environment gets of the message, and what it doesn't get of ours.
-    fn variables(&self, message: Message) -> Vec<Variable> {
-        let hidden = self.options.hidden_variables().iter();
-        let mut variables = message.variables;
-        variables.extend(hidden.map(|name| Variable { name, value: None }));
-        variables
+    /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
+    fn warn_of_uncounted(&self) {
+        if let Some(max) = self.options.policy.max_attempts {
+            tracing::warn!(
+                "--max-attempts {max} has no effect: this queue doesn't count deliveries; use a quorum queue"
+            );
+        }
+        if self.options.keep_going {
+            tracing::warn!(
+                "--keep-going ends here: this queue doesn't count deliveries, so it would deliver the failed message again and again; use a quorum queue"
+            );
+        }
     }
 
     /// `--no-ack`: the message is settled before the command starts.
     ///
     /// Returns how the run ends, if the acknowledgement isn't confirmed: then the command mustn't start.
-    async fn acknowledge_beforehand(&mut self, task: &Task) -> Option<RunSummary> {
+    async fn acknowledge_beforehand(&mut self, subject: &Subject) -> Option<RunSummary> {
         // As if it were the last one: the next is for whoever has time for it, not for a worker that is busy.
         let settled = self.consumer.settle(Settlement::Ack, true).await;
         let why = settled.err()?;
         let text = format!(
             "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
         );
-        Some(task.summary(
-            Source::Qconsume,
-            Exit::Lost.status(),
-            Outcome::Unconfirmed,
-            text,
-        ))
+        let (source, status) = (Source::Qconsume, Exit::Lost.status());
+        Some(summary(subject, source, status, "unconfirmed", text))
     }
 
     /// The end of a run that found nothing more to do.
@@ -303,31 +298,17 @@ impl Worker {
     }
 
     /// Nobody has run the message, so it is released, which RabbitMQ 4.3 doesn't count.
-    async fn not_started(&mut self, failure: &Failure, task: &Task) -> RunSummary {
+    async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
         let (outcome, became) = if self.options.no_ack {
-            (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned())
+            ("acknowledged", ACKNOWLEDGED_BEFORE.to_owned())
         } else {
             let settled = self.consumer.settle(Settlement::Release, true).await;
-            describe_settlement(Settlement::Release, settled.err())
+            describe_settlement(Settlement::Release, settled.err().as_ref())
         };
         let text = format!("{failure}; {became}");
-        task.summary(Source::Qconsume, failure.exit.status(), outcome, text)
+        let (source, status) = (Source::Qconsume, failure.exit.status());
+        summary(subject, source, status, outcome, text)
     }
-}
-
-async fn warn_before_ack_timeout<T>(limit: Option<Duration>, run: impl Future<Output = T>) -> T {
-    let mut run = std::pin::pin!(run);
-    if let Some(limit) = limit {
-        tokio::select! {
-            biased;
-            done = &mut run => return done,
-            () = sleep(limit.mul_f64(ACK_WARNING)) => tracing::warn!(
-                "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker requeues the message",
-                HumanDuration(limit)
-            ),
-        }
-    }
-    run.await
 }
 
 /// For RabbitMQ's management page: which pod, which queue.

@@ -46,86 +46,50 @@ pub fn find(command: &[OsString], path: Option<&OsStr>) -> Result<Executable, Fa
 }
 
 fn look_up(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
-    let shown = name.display();
     if name.is_empty() {
         return Err(Failure::new(Exit::NotFound, "the command is an empty word"));
     }
     if name.as_bytes().contains(&b'/') {
         let file = PathBuf::from(name);
-        return match executable(&file) {
-            Ok(()) => Ok(file),
-            Err(problem) => Err(problem.failure(&format!("{shown}"))),
-        };
+        return executable(&file).map(|()| file);
     }
     let mut refused = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
         // An empty entry of PATH is the current directory, which the file name alone would be looked up in again.
-        let folder = if folder.as_os_str().is_empty() {
-            PathBuf::from(".")
-        } else {
-            folder
-        };
-        let file = folder.join(name);
+        let file = Path::new(".").join(folder).join(name);
         match executable(&file) {
             Ok(()) => return Ok(file),
-            Err(Problem::Missing) => {}
-            Err(problem) => {
-                refused.get_or_insert((file, problem));
-            }
+            Err(failure) if failure.exit == Exit::NotFound => {}
+            Err(failure) => refused = refused.or(Some(failure)),
         }
     }
-    Err(match refused {
-        Some((file, problem)) => problem.failure(&format!("{}", file.display())),
-        None => Failure::new(
+    Err(refused.unwrap_or_else(|| {
+        let name = name.display();
+        Failure::new(
             Exit::NotFound,
-            format!("command not found: {shown} is in none of the folders of PATH"),
-        ),
-    })
+            format!("command not found: {name} is in none of the folders of PATH"),
+        )
+    }))
 }
 
-enum Problem {
-    Missing,
-    Folder,
-    Special,
-    Denied(nix::Error),
-}
-
-impl Problem {
-    fn failure(&self, file: &str) -> Failure {
-        match self {
-            Self::Missing => {
-                Failure::new(Exit::NotFound, format!("command not found: no file {file}"))
-            }
-            Self::Folder => Failure::new(
-                Exit::NotExecutable,
-                format!("command not executable: {file} is a folder"),
-            ),
-            Self::Special => Failure::new(
-                Exit::NotExecutable,
-                format!("command not executable: {file} is no regular file"),
-            ),
-            Self::Denied(error) => Failure::new(
-                Exit::NotExecutable,
-                format!(
-                    "command not executable: {file}: {}; set its execute bit (chmod +x)",
-                    error.desc()
-                ),
-            ),
-        }
-    }
-}
-
-fn executable(file: &Path) -> Result<(), Problem> {
-    match std::fs::metadata(file) {
-        Ok(found) if found.is_dir() => Err(Problem::Folder),
+fn executable(file: &Path) -> Result<(), Failure> {
+    let shown = file.display();
+    let why = match std::fs::metadata(file) {
+        Ok(found) if found.is_dir() => " is a folder".to_owned(),
         // The kernel executes none, and to read the first line of a FIFO would take for ever.
-        Ok(found) if !found.is_file() => Err(Problem::Special),
-        Ok(_) => access(file, AccessFlags::X_OK).map_err(Problem::Denied),
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            Err(Problem::Denied(nix::Error::EACCES))
+        Ok(found) if !found.is_file() => " is no regular file".to_owned(),
+        Err(error) if error.kind() != ErrorKind::PermissionDenied => {
+            let text = format!("command not found: no file {shown}");
+            return Err(Failure::new(Exit::NotFound, text));
         }
-        Err(_) => Err(Problem::Missing),
-    }
+        // Whoever may not look into its folder may not execute it either.
+        _ => match access(file, AccessFlags::X_OK) {
+            Ok(()) => return Ok(()),
+            Err(error) => format!(": {}; set its execute bit (chmod +x)", error.desc()),
+        },
+    };
+    let text = format!("command not executable: {shown}{why}");
+    Err(Failure::new(Exit::NotExecutable, text))
 }
 
 /// A script whose interpreter is missing fails with the same "no such file" as a missing script; say which it is.
@@ -133,24 +97,21 @@ fn check_interpreter(file: &Path) -> Result<(), Failure> {
     let Some(interpreter) = interpreter(file) else {
         return Ok(());
     };
-    let hint = if interpreter.as_os_str().as_bytes().ends_with(b"\r") {
-        "; the file has Windows line ends"
-    } else {
-        ""
+    let Err(Failure { exit, .. }) = executable(&interpreter) else {
+        return Ok(());
     };
-    let shown = interpreter.as_os_str().as_bytes().escape_ascii();
-    let file = file.display();
-    match executable(&interpreter) {
-        Ok(()) => Ok(()),
-        Err(Problem::Missing) => Err(Failure::new(
-            Exit::NotFound,
-            format!("{file} asks for the interpreter {shown}, which isn't there{hint}"),
-        )),
-        Err(_) => Err(Failure::new(
-            Exit::NotExecutable,
-            format!("{file} asks for the interpreter {shown}, which can't be executed{hint}"),
-        )),
-    }
+    let why = match exit {
+        Exit::NotFound => "isn't there",
+        _ => "can't be executed",
+    };
+    let shown = interpreter.as_os_str().as_bytes();
+    let hint = match shown.last() {
+        Some(b'\r') => "; the file has Windows line ends",
+        _ => "",
+    };
+    let (file, shown) = (file.display(), shown.escape_ascii());
+    let text = format!("{file} asks for the interpreter {shown}, which {why}{hint}");
+    Err(Failure::new(exit, text))
 }
 
 /// What the `#!` line names; none for a binary, or for a file that may be executed but not read.
