@@ -22,6 +22,7 @@ use source::{Messages, Source};
 use std::{
     collections::VecDeque,
     io::{self, IsTerminal},
+    mem,
     sync::Arc,
     time::Duration,
 };
@@ -35,7 +36,7 @@ const GRACE: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// Why not every message is confirmed.
-pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
+pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
     if let Some(source) = &options.source {
         source.check()?;
     }
@@ -46,7 +47,7 @@ pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u
             return Ok(stopped(signal, text));
         }
     };
-    let (Some(publisher), Some(source)) = (opened, options.source) else {
+    let (Some(publisher), Some(source)) = (opened, options.source.take()) else {
         return Ok(0);
     };
     let source = Arc::new(source);
@@ -60,10 +61,10 @@ pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u
         publisher,
         shares: VecDeque::new(),
         tally: Tally::default(),
-        messages: Some(messages),
+        messages,
+        reading: true,
         source,
-        timeout: options.timeout,
-        missing: options.route.missing(),
+        options,
     };
     let stop = run.publish(&mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
@@ -126,12 +127,11 @@ struct Run {
     /// The window's shares of the messages in flight, in their order.
     shares: VecDeque<OwnedSemaphorePermit>,
     tally: Tally,
-    /// `None` when there are no more, or no more are wanted.
-    messages: Option<Messages>,
+    messages: Messages,
+    /// Whether there are more, and more are wanted.
+    reading: bool,
     source: Arc<Source>,
-    timeout: Duration,
-    /// What is missing where a message is returned.
-    missing: String,
+    options: QpublishOptions,
 }
 
 impl Run {
@@ -143,12 +143,12 @@ impl Run {
         let mut grace = None;
         let mut reminder = Reminder::new(FIRST_REMINDER);
         let stalled = loop {
-            if self.messages.is_none() && self.tally.outstanding() == 0 {
+            if !self.reading && self.tally.outstanding() == 0 {
                 // Everything was sent, and is answered: the signal was too late to stop anything.
                 break stop.take_if(|stop| !matches!(stop, Stop::Signal { early: false, .. }));
             }
             let deadline = (self.tally.outstanding() > 0).then(|| {
-                let stalled = moved + self.timeout;
+                let stalled = moved + self.options.timeout;
                 grace.map_or(stalled, |grace: Instant| grace.min(stalled))
             });
             tokio::select! {
@@ -157,7 +157,7 @@ impl Run {
                     if grace.is_some() {
                         break stop;
                     }
-                    let early = self.messages.take().is_some();
+                    let early = mem::take(&mut self.reading);
                     grace = Some(Instant::now() + GRACE);
                     stop.get_or_insert(Stop::Signal { signal, early });
                 }
@@ -168,13 +168,13 @@ impl Run {
                         self.shares.pop_front();
                         self.tally.note(answer);
                         if self.tally.has_failed() {
-                            self.messages = None;
+                            self.reading = false;
                         }
                     }
                     Heard::Blocked(reason) => {
                         tracing::warn!(
                             "the broker blocks publishers: {reason}; waiting for up to {} (--timeout)",
-                            HumanDuration(self.timeout)
+                            HumanDuration(self.options.timeout)
                         );
                         blocked = Some(reason);
                     }
@@ -190,7 +190,7 @@ impl Run {
                         return Some(Stop::Failed(failure));
                     }
                 },
-                read = next(&mut self.messages), if !self.publisher.is_sending() => {
+                read = self.messages.recv(), if self.reading && !self.publisher.is_sending() => {
                     if self.tally.outstanding() == 0 {
                         moved = Instant::now();
                     }
@@ -201,10 +201,10 @@ impl Run {
                             self.publisher.publish(message.body);
                         }
                         Some(Err(failure)) => {
-                            self.messages = None;
+                            self.reading = false;
                             stop.get_or_insert(Stop::Failed(failure));
                         }
-                        None => self.messages = None,
+                        None => self.reading = false,
                     }
                 }
                 () = sleep_until_or_never(deadline) => {
@@ -225,7 +225,7 @@ impl Run {
             Some(reason) => format!("the broker blocks publishers: {reason}"),
             None => "the broker has confirmed nothing for so long".to_owned(),
         };
-        let limit = HumanDuration(self.timeout);
+        let limit = HumanDuration(self.options.timeout);
         Failure::new(
             Exit::Lost,
             format!("gave up after {limit} (--timeout): {why}"),
@@ -242,7 +242,7 @@ impl Run {
                     1 => name,
                     _ => format!("{name} or one of the {} behind it", among - 1),
                 };
-                let text = format!("{which} came back: {}", self.missing);
+                let text = format!("{which} came back: {}", self.options.route.missing());
                 Some(Failure::new(Exit::Config, text))
             }
             Gap::Refused => Some(Failure::new(
@@ -288,13 +288,5 @@ fn messages_in_words(count: u64) -> String {
     match count {
         1 => "1 message".to_owned(),
         _ => format!("{count} messages"),
-    }
-}
-
-/// The next message; none at the end.
-async fn next(messages: &mut Option<Messages>) -> Option<Result<source::Message, Failure>> {
-    match messages {
-        Some(messages) => messages.recv().await,
-        None => std::future::pending().await,
     }
 }

@@ -47,24 +47,6 @@ pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     log::start(level, format);
 }
 
-/// Who the exit status comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// The command, whose status (or what an option maps it to) is the exit status.
-    Command,
-    /// qconsume, whose exit statuses are documented.
-    Qconsume,
-}
-
-impl Source {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Command => "command",
-            Self::Qconsume => program(),
-        }
-    }
-}
-
 /// What is known of the message that a line is about.
 #[derive(Clone, Debug)]
 pub struct Subject {
@@ -81,8 +63,8 @@ pub struct Subject {
 /// The end of a run: its last log line, and the termination message.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
-    /// Who the exit status comes from.
-    pub source: Source,
+    /// Who the exit status comes from: `command`, or the program, whose own statuses are documented.
+    pub source: &'static str,
     /// The exit status.
     pub status: u8,
     /// Why, and what became of the message.
@@ -98,7 +80,7 @@ impl RunSummary {
     #[must_use]
     pub fn without_message(status: u8, text: String) -> Self {
         Self {
-            source: Source::Qconsume,
+            source: program(),
             status,
             text,
             outcome: None,
@@ -108,10 +90,10 @@ impl RunSummary {
 
     /// Says it, in the log and where Kubernetes looks for it.
     pub fn report(&self) {
-        let path = TERMINATION_LOG_PATH
-            .get()
-            .map_or(Path::new(TERMINATION_LOG), PathBuf::as_path);
-        if let Err(error) = write_termination_message(path, &self.text, &self.fields()) {
+        let path = TERMINATION_LOG_PATH.get();
+        if let Some(path) = path
+            && let Err(error) = write_termination_message(path, &self.text, &self.fields())
+        {
             tracing::debug!("no termination message: {}: {error}", path.display());
         }
         // Behind that, as the last line is what `FallbackToLogsOnError` shows.
@@ -120,7 +102,7 @@ impl RunSummary {
 
     /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
     pub fn log(&self) {
-        let (status, source) = (self.status, self.source.name());
+        let (status, source) = (self.status, self.source);
         let (text, outcome) = (&self.text, self.outcome);
         let subject = self.subject.as_ref();
         let id = subject.and_then(|subject| subject.id.as_deref());
@@ -141,7 +123,7 @@ impl RunSummary {
 
     /// What the termination message ends with, however long its text is: fields as in the log.
     fn fields(&self) -> String {
-        let mut fields = format!(" (status={} source={}", self.status, self.source.name());
+        let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {
             if let Some(id) = &subject.id {
                 let _ = write!(fields, " id={id:?}");
@@ -172,13 +154,9 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// The one printer of what ends a run before a command could. Should it be before the log's start, too, it goes
-/// straight to standard error.
+/// The one printer of what ends a run before a command could; should it be before the log's start, it starts it.
 pub fn failure(failure: Failure) {
-    if !tracing::enabled!(Level::ERROR) {
-        let line = format!("{}: error: {}\n", program(), one_line(&failure.message));
-        let _ = io::stderr().write_all(line.as_bytes());
-    }
+    start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
     RunSummary::without_message(failure.exit.status(), failure.message).report();
 }
 

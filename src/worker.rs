@@ -8,7 +8,7 @@ use crate::{
     cli::QconsumeOptions,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{HumanDuration, RunSummary, Source, Subject},
+    report::{HumanDuration, RunSummary, Subject, program},
     signals::{Signals, unless_stopped},
     verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
 };
@@ -112,7 +112,7 @@ impl Worker {
                 why.unwrap_or_default(),
                 describe_end(result)
             );
-            let (source, status) = (Source::Qconsume, verdict.exit_code);
+            let (source, status) = (program(), verdict.exit_code);
             return Ok(Some(summary(&subject, source, status, "lost", text)));
         };
         Ok(self.settle(&subject, result, verdict, settlement).await)
@@ -172,9 +172,9 @@ impl Worker {
         };
         let timed_out = result.stop == Some(StopReason::TimeLimit);
         let source = if timed_out || (unconfirmed.is_some() && settlement == Settlement::Ack) {
-            Source::Qconsume
+            program()
         } else {
-            Source::Command
+            "command"
         };
         let text = format!("{}; {became}", describe_end(result));
         let summary = summary(subject, source, status, outcome, text);
@@ -196,7 +196,7 @@ impl Worker {
             }
             // This message is done, but a stop before all are is no completion.
             Some(signal) if !all => Some(RunSummary {
-                source: Source::Qconsume,
+                source: program(),
                 status: status_of_signal(signal),
                 text: format!(
                     "{}; stopped by a signal before everything was done",
@@ -232,7 +232,7 @@ impl Worker {
         let text = format!(
             "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
         );
-        let (source, status) = (Source::Qconsume, Exit::Lost.status());
+        let (source, status) = (program(), Exit::Lost.status());
         Some(summary(subject, source, status, "unconfirmed", text))
     }
 
@@ -281,7 +281,7 @@ impl Worker {
             return summary;
         }
         RunSummary {
-            source: Source::Qconsume,
+            source: program(),
             status,
             text: format!("{}; before that: {}", summary.text, self.tally),
             ..summary
@@ -306,7 +306,7 @@ impl Worker {
             describe_settlement(Settlement::Release, settled.err().as_ref())
         };
         let text = format!("{failure}; {became}");
-        let (source, status) = (Source::Qconsume, failure.exit.status());
+        let (source, status) = (program(), failure.exit.status());
         summary(subject, source, status, outcome, text)
     }
 }

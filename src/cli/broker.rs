@@ -95,16 +95,14 @@ pub struct BrokerOptions {
     #[arg(skip)]
     pub nodes: Nodes,
 
-    /// The parameters of the URLs that are for other clients, likewise.
-    #[arg(skip)]
-    ignored: Vec<String>,
 }
 
 impl BrokerOptions {
     /// How to connect, and under which name; names what the URLs have for other clients only.
     #[must_use]
     pub fn connect(&self, name: String) -> ConnectOptions {
-        for parameter in &self.ignored {
+        let nodes = self.nodes.known.iter();
+        for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
         ConnectOptions {
@@ -123,8 +121,7 @@ impl BrokerOptions {
         self.nodes = self.source(given)?;
         self.nodes.options = self.tls.clone();
         self.nodes.read()?;
-        for mut address in self.nodes.known.clone() {
-            self.ignored.append(&mut address.parameters.ignored);
+        for address in &self.nodes.known {
             if self.ssl && !address.tls {
                 return Err(Failure::usage(
                     "--ssl asks for TLS, but the URL says amqp://, which is without: make it amqps://",

@@ -74,28 +74,18 @@ impl Given<'_> {
     /// No name of a file or of something on the broker looks like an address. One that has slipped in there would be
     /// printed, with its password.
     fn check_addresses(&self) -> Result<(), Failure> {
-        #[rustfmt::skip]
-        const NAMES: [&str; 13] = [
-            "url_file", "queue", "exchange", "routing_key", "server", "server_name", "vhost", "authfile", "cacert",
-            "cert", "key", "file", "termination_log",
-        ];
-        let holds_address = |arg: &&clap::Arg| {
+        const MAY_BE: [&str; 6] = ["url", "password", "command", "messages", "body", "headers"];
+        for arg in self.command.get_arguments() {
             let id = arg.get_id().as_str();
-            NAMES.contains(&id)
-                && self
-                    .matches
-                    .get_raw(id)
-                    .into_iter()
-                    .flatten()
-                    .any(is_address)
-        };
-        match self.command.get_arguments().find(holds_address) {
-            None => Ok(()),
-            Some(arg) => Err(Failure::usage(format!(
-                "{} is an amqp:// address, which goes to BROKER_URL or --url",
-                self.name(arg.get_id().as_str())
-            ))),
+            let mut given = self.matches.get_raw(id).into_iter().flatten();
+            if !MAY_BE.contains(&id) && given.any(is_address) {
+                return Err(Failure::usage(format!(
+                    "{} is an amqp:// address, which goes to BROKER_URL or --url",
+                    self.name(id)
+                )));
+            }
         }
+        Ok(())
     }
 }
 

@@ -21,9 +21,7 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 pub struct Executable {
     /// The file.
     pub path: PathBuf,
-    /// The name that it was called by, for its `argv[0]`.
-    pub name: OsString,
-    /// The arguments after the name.
+    /// The arguments, from `argv[0]` on, the name that it was called by.
     pub arguments: Vec<OsString>,
 }
 
@@ -35,13 +33,11 @@ pub struct Executable {
 /// # Panics
 /// When `command` is empty, which the command line doesn't allow.
 pub fn find(command: &[OsString], path: Option<&OsStr>) -> Result<Executable, Failure> {
-    let (name, arguments) = command.split_first().expect("a command has a first word");
-    let file = look_up(name, path)?;
+    let file = look_up(&command[0], path)?;
     check_interpreter(&file)?;
     Ok(Executable {
         path: file,
-        name: name.clone(),
-        arguments: arguments.to_vec(),
+        arguments: command.to_vec(),
     })
 }
 
@@ -210,7 +206,6 @@ mod tests {
         let path = std::env::join_paths([&first.0, &second.0]).unwrap();
         let program = find(&["tool".into(), "-x".into()], Some(&path)).unwrap();
         assert_eq!(program.path, good);
-        assert_eq!(program.name, "tool");
-        assert_eq!(program.arguments, ["-x"]);
+        assert_eq!(program.arguments, ["tool", "-x"]);
     }
 }

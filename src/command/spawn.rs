@@ -20,6 +20,7 @@ use nix::{
     unistd::{Pid, getpid, getppid},
 };
 use std::{
+    collections::BTreeMap,
     ffi::{CString, OsStr, OsString},
     io,
     os::unix::{ffi::OsStrExt, process::CommandExt},
@@ -132,34 +133,29 @@ impl Command {
         descendants(|child| !self.reaper.is_stranger(child))
     }
 
-    /// Signals each of them, and warns if that isn't allowed; how many got it.
-    fn signal_each(&self, processes: impl IntoIterator<Item = Stat>, signal: Signal) -> usize {
-        let mut refused = None;
-        let mut reached = 0;
-        for process in processes {
-            match kill(process.pid, signal) {
-                Ok(()) => reached += 1,
-                Err(Errno::ESRCH) => {}
-                Err(error) => refused = Some((process.pid, error)),
-            }
-        }
-        if let Some((pid, error)) = refused {
-            warn_refused(signal, pid, error);
-        }
-        reached
+    /// Signals each of them; how many got it.
+    fn signal_each(&self, processes: Vec<Stat>, signal: Signal) -> usize {
+        let pids = processes.into_iter().map(|process| process.pid);
+        pids.filter(|pid| is_sent(signal, *pid, kill(*pid, signal)))
+            .count()
     }
 }
 
 /// What is gone already needs no signal; but one that may not be sent is somebody's problem.
-fn warn_refused(signal: Signal, pid: Pid, error: Errno) {
-    let hint = match error {
-        Errno::EPERM => "; the process runs as another user, and qconsume lacks CAP_KILL",
-        _ => "",
-    };
-    tracing::warn!(
-        "{signal} can't be sent to the command (process {pid}): {}{hint}",
-        error.desc()
-    );
+fn is_sent(signal: Signal, pid: Pid, sent: nix::Result<()>) -> bool {
+    if let Err(error) = sent
+        && error != Errno::ESRCH
+    {
+        let hint = match error {
+            Errno::EPERM => "; the process runs as another user, and qconsume lacks CAP_KILL",
+            _ => "",
+        };
+        tracing::warn!(
+            "{signal} can't be sent to the command (process {pid}): {}{hint}",
+            error.desc()
+        );
+    }
+    sent.is_ok()
 }
 
 impl Process for Command {
@@ -180,9 +176,13 @@ impl Process for Command {
         if target != Target::Left && !self.ended.is_empty() {
             return;
         }
-        let sent = match target {
-            Target::Leader => kill(self.leader, signal),
-            Target::Group if !self.shares_group => killpg(self.leader, signal),
+        match target {
+            Target::Leader => {
+                is_sent(signal, self.leader, kill(self.leader, signal));
+            }
+            Target::Group if !self.shares_group => {
+                is_sent(signal, self.leader, killpg(self.leader, signal));
+            }
             Target::Group => {
                 // Our group has ourselves in it, and the rest of a shell's pipeline.
                 let mut group = self.descendants();
@@ -190,16 +190,10 @@ impl Process for Command {
                 let ours = leader.map(|leader| leader.group);
                 group.retain(|process| Some(process.group) == ours);
                 self.signal_each(group, signal);
-                return;
             }
             Target::Left => {
                 self.signal_each(self.descendants(), signal);
-                return;
             }
-        };
-        match sent {
-            Ok(()) | Err(Errno::ESRCH) => {}
-            Err(error) => warn_refused(signal, self.leader, error),
         }
     }
 
@@ -253,33 +247,29 @@ unsafe impl Sync for Image {}
 
 impl Image {
     fn new(executable: &Executable, variables: &[Variable]) -> io::Result<Self> {
-        let arguments = [&executable.name].into_iter().chain(&executable.arguments);
+        let arguments = executable.arguments.iter();
         let mut strings = arguments
             .map(|argument| CString::new(argument.as_bytes()))
             .collect::<Result<Vec<_>, _>>()?;
         let count = strings.len();
-        let entry = |name: &OsStr, value: &OsStr| {
-            CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())
-        };
+        let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
         // The termination message is the outermost program's: a qpublish or qconsume that the command calls leaves none.
-        let variables = variables.iter().cloned().chain([Variable {
-            name: TERMINATION_LOG_VARIABLE,
-            value: Some(OsString::new()),
-        }]);
-        let variables: Vec<Variable> = variables.collect();
-        for (name, value) in std::env::vars_os() {
-            if !variables.iter().any(|variable| name == variable.name) {
-                strings.push(entry(&name, &value)?);
-            }
-        }
-        for Variable { name, value } in &variables {
-            match value.as_deref() {
-                Some(value) if fits(name, value) => strings.push(entry(name.as_ref(), value)?),
+        environment.insert(TERMINATION_LOG_VARIABLE.into(), OsString::new());
+        for Variable { name, value } in variables {
+            environment.remove(OsStr::new(name));
+            match value {
+                Some(value) if fits(name, value) => {
+                    environment.insert(name.into(), value.clone());
+                }
                 Some(_) => tracing::warn!(
                     "{name} is left out of the command's environment: its value contains a NUL or is over 128 KiB"
                 ),
                 None => {}
             }
+        }
+        for (name, value) in environment {
+            let entry = [name.as_bytes(), b"=", value.as_bytes()].concat();
+            strings.push(CString::new(entry)?);
         }
         let pointers = |strings: &[CString]| {
             let pointers = strings.iter().map(|string| string.as_ptr());

@@ -12,7 +12,7 @@ use std::{
     pin::{Pin, pin},
     time::Duration,
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::{Stream, StreamExt};
 
 /// How soon what is killed is looked at again: a process may have forked in between.
@@ -231,16 +231,14 @@ async fn let_finish<L: std::fmt::Display>(
                     end = end.min(Instant::now() + grace);
                 }
             }
-            () = sleep_until_or_never(Some(end)) => {
-                // Rounded, as it is for people.
-                let waited = Duration::from_millis(started.elapsed().as_millis() as u64);
+            () = sleep_until(end) => {
                 tracing::warn!(
                     "the command has left {} behind that still ran {} after its success (--kill-after): killing them",
                     match process.left() {
                         1 => "1 process".to_owned(),
                         left => format!("{left} processes"),
                     },
-                    HumanDuration(waited)
+                    HumanDuration(started.elapsed())
                 );
                 return;
             }

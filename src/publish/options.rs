@@ -196,26 +196,22 @@ impl QpublishOptions {
     }
 
     /// Where to: `--exchange` and `--routing-key`, or else the queue.
-    fn find_route(&self, given: &Given<'_>) -> Result<Route, Failure> {
-        let has_other = self.exchange.is_some() || self.routing_key.is_some();
-        let mistake = if has_other && self.declare.is_some() {
+    fn find_route(&mut self, given: &Given<'_>) -> Result<Route, Failure> {
+        let by_queue = self.exchange.is_none() && self.routing_key.is_none();
+        let mistake = if !by_queue && self.declare.is_some() {
             "--declare is for a --queue to publish to, not for --exchange or --routing-key"
         // A variable that is there for others gives way.
-        } else if has_other && given.level("queue") == 2 {
+        } else if !by_queue && given.level("queue") == 2 {
             "--queue and --exchange or --routing-key are both set; only one of them can count"
-        } else if has_other {
-            return Ok(Route {
-                exchange: self.exchange.clone().unwrap_or_default(),
-                routing_key: self.routing_key.clone().unwrap_or_default(),
-            });
-        } else if given.level("queue") == 0 {
+        } else if by_queue && given.level("queue") == 0 {
             "nowhere to publish to: set QUEUE, or use --queue NAME, or --exchange and --routing-key"
-        } else if self.queue.is_empty() {
+        } else if by_queue && self.queue.is_empty() {
             "the queue's name is empty: QUEUE (or --queue) needs one"
         } else {
+            let key = by_queue.then(|| take(&mut self.queue));
             return Ok(Route {
-                exchange: String::new(),
-                routing_key: self.queue.clone(),
+                exchange: self.exchange.take().unwrap_or_default(),
+                routing_key: key.or(self.routing_key.take()).unwrap_or_default(),
             });
         };
         Err(Failure::usage(mistake))

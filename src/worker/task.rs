@@ -2,7 +2,7 @@
 
 use crate::{
     broker::{DeliveryLost, Message},
-    report::{RunSummary, Source, Subject},
+    report::{RunSummary, Subject},
     verdict::{CommandResult, Ended, Settlement, StopReason},
 };
 use nix::sys::signal::Signal;
@@ -47,7 +47,7 @@ pub(super) fn subject(message: &Message, queue: &str) -> Subject {
 /// How the run ends with a message, if it ends with it.
 pub(super) fn summary(
     subject: &Subject,
-    source: Source,
+    source: &'static str,
     status: u8,
     outcome: &'static str,
     text: String,
@@ -64,7 +64,7 @@ pub(super) fn summary(
 /// What became of the message, for machines and for people.
 pub(super) fn describe_settlement(
     settlement: Settlement,
-    unconfirmed: Option<&Unconfirmed>,
+    unconfirmed: Option<&DeliveryLost>,
 ) -> (&'static str, String) {
     let (outcome, confirmed, not_confirmed) = match settlement {
         Settlement::Ack => (
