@@ -165,7 +165,6 @@ impl QconsumeOptions {
     }
 
     /// What is declared before the consumer is registered.
-    #[must_use]
     pub fn topology(&self) -> Topology {
         let declare = if !self.declares() {
             Declare::No
@@ -182,7 +181,6 @@ impl QconsumeOptions {
     }
 
     /// How many messages to consume; `None` is without limit.
-    #[must_use]
     pub const fn count(&self) -> Option<u64> {
         match (self.count, self.drain) {
             (Some(0), _) | (None, true) => None,
@@ -192,7 +190,6 @@ impl QconsumeOptions {
     }
 
     /// Variables that the command doesn't get.
-    #[must_use]
     pub const fn hidden_variables(&self) -> &'static [&'static str] {
         if self.hide_url { &broker::SECRETS } else { &[] }
     }

@@ -64,14 +64,12 @@ const QPUBLISH: [Row; 8] = [
 
 impl Exit {
     /// The number that the process exits with.
-    #[must_use]
     pub const fn status(self) -> u8 {
         self as u8
     }
 }
 
 /// Every exit status of a program: the number, what it means, and whether a retry helps.
-#[must_use]
 pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
     let (own, success, signal) = match program {
         Program::Qconsume => (
@@ -95,7 +93,6 @@ pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
 }
 
 /// The status of something that ended on a signal, as shells report it.
-#[must_use]
 pub const fn status_of_signal(signal: i32) -> u8 {
     // Real-time signals end at 64 on Linux, so this can't overflow.
     128 + signal as u8
@@ -111,7 +108,6 @@ const SHORTAGE: [i32; 5] = [
 ];
 
 /// Whether the system is short of processes, memory or descriptors, or a program's file is being written.
-#[must_use]
 pub fn is_shortage(error: &io::Error) -> bool {
     error
         .raw_os_error()
@@ -119,7 +115,6 @@ pub fn is_shortage(error: &io::Error) -> bool {
 }
 
 /// The shortage that a panic's message tells of: tokio and std panic where they get no thread or descriptor.
-#[must_use]
 pub fn shortage_behind(panic: &str) -> Option<io::Error> {
     let shown = |code| [format!("(os error {code})"), format!("Os {{ code: {code},")];
     let is_named = |code: &i32| shown(*code).iter().any(|text| panic.contains(text));
@@ -158,7 +153,6 @@ impl Failure {
     }
 
     /// A system call of ours that failed: 71 where the system is short of something, otherwise a defect.
-    #[must_use]
     pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
         if is_shortage(error) {
             Self::new(

@@ -13,7 +13,6 @@ pub enum Program {
 
 impl Program {
     /// The one of this name, with or without the path to it; qconsume unless it is qpublish's.
-    #[must_use]
     pub fn called(name: Option<&OsStr>) -> Self {
         match name.and_then(|name| Path::new(name).file_name()) {
             Some(name) if name == "qpublish" => Self::Qpublish,
@@ -22,7 +21,6 @@ impl Program {
     }
 
     /// Its name.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Qconsume => "qconsume",

@@ -11,7 +11,7 @@ mod tally;
 pub use options::QpublishOptions;
 
 use crate::{
-    broker::{Broker, Heard, Publisher, declare},
+    broker::{Heard, Publisher, declare},
     clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
     report::{FIRST_REMINDER, HumanDuration, Reminder, RunSummary},
@@ -37,17 +37,18 @@ const GRACE: Duration = Duration::from_secs(3);
 /// # Errors
 /// Why not every message is confirmed.
 pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
-    if let Some(source) = &options.source {
+    let source = options.find_source();
+    if let Some(source) = &source {
         source.check()?;
     }
-    let opened = match unless_stopped(&mut signals, open(&options)).await {
+    let opened = match unless_stopped(&mut signals, open(&options, source.is_some())).await {
         Ok(opened) => opened?,
         Err(signal) => {
             let text = format!("stopped by {signal} before anything was published");
             return Ok(stopped(signal, text));
         }
     };
-    let (Some(publisher), Some(source)) = (opened, options.source.take()) else {
+    let (Some(publisher), Some(source)) = (opened, source) else {
         return Ok(0);
     };
     let source = Arc::new(source);
@@ -86,19 +87,17 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
 }
 
 /// Connects, declares and makes ready to publish; nothing when there is only something to declare.
-async fn open(options: &QpublishOptions) -> Result<Option<Publisher>, Failure> {
+async fn open(options: &QpublishOptions, publishes: bool) -> Result<Option<Publisher>, Failure> {
     let queue = &options.route.routing_key;
-    let connect = options.broker.connect(format!("qpublish {queue}"));
-    let connection = Broker::new(options.broker.nodes.clone(), connect)
-        .connect()
-        .await?;
+    let mut broker = options.broker.broker(format!("qpublish {queue}"));
+    let connection = broker.connect().await?;
     if let Some(kind) = options.declare
         && let Err(failure) = declare(&connection, queue, kind, options.timeout).await
     {
         connection.close().await;
         return Err(failure);
     }
-    if options.source.is_none() {
+    if !publishes {
         tracing::info!(
             "queue {queue:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)"
         );

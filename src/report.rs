@@ -77,7 +77,6 @@ pub struct RunSummary {
 
 impl RunSummary {
     /// The end of a run without a message, which is always qconsume's doing.
-    #[must_use]
     pub fn without_message(status: u8, text: String) -> Self {
         Self {
             source: program(),

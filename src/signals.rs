@@ -27,7 +27,6 @@ const STOPPING: [Signal; 4] = [
 const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
 
 /// Whether this signal asks for the end, rather than being something to forward.
-#[must_use]
 pub fn is_stop(signal: Signal) -> bool {
     STOPPING.contains(&signal)
 }

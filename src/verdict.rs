@@ -14,7 +14,6 @@ pub enum Ended {
 
 impl Ended {
     /// The status that a shell would report.
-    #[must_use]
     pub const fn status(self) -> u8 {
         match self {
             Self::Exited(status) => status,
@@ -34,7 +33,6 @@ pub enum StopReason {
 
 impl StopReason {
     /// The signal, if it was one.
-    #[must_use]
     pub fn signal(self) -> Option<i32> {
         match self {
             Self::Signal(signal) => Some(signal),
@@ -142,7 +140,6 @@ pub struct Verdict {
 }
 
 /// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
-#[must_use]
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     let lost = Exit::Lost.status();
     if !result.still_owned {

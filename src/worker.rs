@@ -4,7 +4,7 @@ mod take;
 mod task;
 
 use crate::{
-    broker::{Broker, Consumer, ConsumerOptions, DeliveryLost},
+    broker::{Consumer, ConsumerOptions, DeliveryLost},
     cli::QconsumeOptions,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
@@ -31,9 +31,8 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     let executable = find(&options.command, std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start()
         .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
-    let connect = options.broker.connect(connection_name(&options.queue));
     let consumer = Consumer::new(
-        Broker::new(options.broker.nodes.clone(), connect),
+        options.broker.broker(connection_name(&options.queue)),
         ConsumerOptions {
             queue: options.queue.clone(),
             topology: options.topology(),
@@ -56,7 +55,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
             }
         }
     };
-    let summary = worker.with_dead_letters(summary);
+    let summary = worker.with_tally(summary);
     summary.report();
     // All is settled: a signal only cuts the polite close short.
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
@@ -106,14 +105,12 @@ impl Worker {
         };
         let verdict = decide(result, &self.options.policy);
         let Some(settlement) = verdict.settlement else {
-            let why = outcome.lost.map(|lost| lost.to_string());
+            let why = outcome.lost.map_or(String::new(), |lost| lost.to_string());
             let text = format!(
-                "delivery lost while the command ran, another worker may have it: {}; {}",
-                why.unwrap_or_default(),
+                "delivery lost while the command ran, another worker may have it: {why}; {}",
                 describe_end(result)
             );
-            let (source, status) = (program(), verdict.exit_code);
-            return Ok(Some(summary(&subject, source, status, "lost", text)));
+            return Ok(Some(summary(&subject, verdict.exit_code, "lost", text)));
         };
         Ok(self.settle(&subject, result, verdict, settlement).await)
     }
@@ -170,14 +167,12 @@ impl Worker {
             Some(_) => verdict.exit_code_if_unconfirmed,
             None => verdict.exit_code,
         };
-        let timed_out = result.stop == Some(StopReason::TimeLimit);
-        let source = if timed_out || (unconfirmed.is_some() && settlement == Settlement::Ack) {
-            program()
-        } else {
-            "command"
-        };
         let text = format!("{}; {became}", describe_end(result));
-        let summary = summary(subject, source, status, outcome, text);
+        let mut summary = summary(subject, status, outcome, text);
+        let timed_out = result.stop == Some(StopReason::TimeLimit);
+        if !timed_out && (unconfirmed.is_none() || settlement != Settlement::Ack) {
+            summary.source = "command";
+        }
         match outcome {
             "acknowledged" => self.tally.acknowledged += 1,
             "requeued" => self.tally.requeued += 1,
@@ -232,8 +227,8 @@ impl Worker {
         let text = format!(
             "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
         );
-        let (source, status) = (program(), Exit::Lost.status());
-        Some(summary(subject, source, status, "unconfirmed", text))
+        let status = Exit::Lost.status();
+        Some(summary(subject, status, "unconfirmed", text))
     }
 
     /// The end of a run that found nothing more to do.
@@ -241,10 +236,8 @@ impl Worker {
         if self.options.drain {
             return self.all_done();
         }
-        let (queue, waited) = (
-            self.consumer.queue(),
-            HumanDuration(self.options.wait.unwrap_or_default()),
-        );
+        let queue = self.consumer.queue();
+        let waited = HumanDuration(self.options.wait.unwrap_or_default());
         let text = format!("no message in queue {queue:?} within {waited} (--wait)");
         RunSummary::without_message(self.options.empty_exit_code, text)
     }
@@ -252,40 +245,25 @@ impl Worker {
     /// The end of a run that has done all it was asked for.
     fn all_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
-        let what = if self.options.drain {
+        let text = if self.options.drain {
             format!("queue {queue:?} is empty")
         } else {
             format!("all messages are done that --count asked for, of queue {queue:?}")
         };
-        let text = if self.options.keep_going {
-            format!("{what}: {}", self.tally)
-        } else {
-            what
-        };
-        let status = match self.tally.dead_lettered {
-            1.. if self.options.keep_going => self.options.policy.reject_exit_code.unwrap_or(1),
-            _ => 0,
-        };
-        RunSummary::without_message(status, text)
+        RunSummary::without_message(0, text)
     }
 
-    /// With `--keep-going`, a message that was dead-lettered on the way decides the status, however the run ends: the next
+    /// With `--keep-going` a message that was dead-lettered on the way decides the status, however the run ends: the next
     /// worker would find an empty queue, and nobody would hear of it.
-    fn with_dead_letters(&self, summary: RunSummary) -> RunSummary {
-        let status = self.options.policy.reject_exit_code.unwrap_or(1);
-        if !self.options.keep_going
-            || self.tally.dead_lettered == 0
-            || status == 0
-            || summary.status == status
-        {
-            return summary;
+    fn with_tally(&self, mut summary: RunSummary) -> RunSummary {
+        if self.options.keep_going {
+            summary.text += &format!("; in all: {}", self.tally);
+            let status = self.options.policy.reject_exit_code.unwrap_or(1);
+            if self.tally.dead_lettered > 0 && status != 0 && summary.status != status {
+                (summary.source, summary.status) = (program(), status);
+            }
         }
-        RunSummary {
-            source: program(),
-            status,
-            text: format!("{}; before that: {}", summary.text, self.tally),
-            ..summary
-        }
+        summary
     }
 
     /// The end of a run that was told to stop while no command ran.
@@ -306,8 +284,7 @@ impl Worker {
             describe_settlement(Settlement::Release, settled.err().as_ref())
         };
         let text = format!("{failure}; {became}");
-        let (source, status) = (program(), failure.exit.status());
-        summary(subject, source, status, outcome, text)
+        summary(subject, failure.exit.status(), outcome, text)
     }
 }
 

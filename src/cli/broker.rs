@@ -3,14 +3,14 @@
 use super::{AMQP_TOOLS, Given, name, switch};
 use crate::{
     broker::{
-        ConnectOptions, Nodes, TlsOptions,
+        Broker, ConnectOptions, Nodes, TlsOptions,
         address::{Address, Secret, parse_list},
     },
     clock::duration_above_zero,
     exit::{Exit, Failure},
 };
 use clap::{ArgAction, Args};
-use std::{convert::Infallible, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 /// What rabbitmq-c's own newer tools call the address; it counts where nobody says otherwise.
 const AMQP_URL: &str = "AMQP_URL";
@@ -27,8 +27,8 @@ pub(super) const SECRETS: [&str; 6] =
 pub struct BrokerOptions {
     /// Connect to amqp://user:password@host/vhost, or amqps:// for TLS
     ///
-    /// Separate the nodes of a cluster by commas. The variable AMQP_URL is used when no other address is given.
-    #[arg(short, long, value_name = "URL", env = "BROKER_URL", value_parser = secret)]
+    /// The nodes of a cluster are separated by commas. AMQP_URL counts where neither this nor another address is given.
+    #[arg(short, long, value_name = "URL", env = "BROKER_URL")]
     url: Option<Secret>,
 
     /// Read the URL from this file, such as a mounted secret
@@ -71,8 +71,8 @@ pub struct BrokerOptions {
 
     /// Log in with this password [default: guest]
     ///
-    /// On the command line, every user of the machine can see it. Set the variable instead.
-    #[arg(long, hide_short_help = true, value_name = "PASSWORD", env = "QCONSUME_PASSWORD", value_parser = secret, help_heading = AMQP_TOOLS)]
+    /// On the command line every user of the machine can see it: set the variable instead.
+    #[arg(long, hide_short_help = true, value_name = "PASSWORD", env = "QCONSUME_PASSWORD", help_heading = AMQP_TOOLS)]
     password: Option<Secret>,
 
     /// Read two lines, username:USER and password:PASSWORD, from this file
@@ -93,23 +93,22 @@ pub struct BrokerOptions {
 
     /// The nodes, once the options are checked.
     #[arg(skip)]
-    pub nodes: Nodes,
-
+    nodes: Nodes,
 }
 
 impl BrokerOptions {
-    /// How to connect, and under which name; names what the URLs have for other clients only.
-    #[must_use]
-    pub fn connect(&self, name: String) -> ConnectOptions {
+    /// The broker, for connections of this name; tells what the URLs have for other clients only.
+    pub fn broker(&self, name: String) -> Broker {
         let nodes = self.nodes.known.iter();
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
-        ConnectOptions {
+        let options = ConnectOptions {
             timeout: self.connect_timeout,
             heartbeat: self.heartbeat,
             name,
-        }
+        };
+        Broker::new(self.nodes.clone(), options)
     }
 
     /// Finds the nodes, and reads the files that they need: a flag goes over a variable; a URL and the parts of one
@@ -244,11 +243,6 @@ impl BrokerOptions {
             ))),
         }
     }
-}
-
-/// Unlike a `String`, it never shows in anything that is printed.
-fn secret(text: &str) -> Result<Secret, Infallible> {
-    Ok(text.to_owned().into())
 }
 
 /// The address of a host, or an IPv6 address with or without brackets, perhaps with a port.

@@ -96,7 +96,6 @@ pub(super) fn is_address(text: impl AsRef<OsStr>) -> bool {
 }
 
 /// A program's command line.
-#[must_use]
 pub fn command_line<C: Parser>() -> Command {
     with_environment(C::command())
 }
@@ -141,16 +140,14 @@ fn understand<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure>
     let mut command = command_line::<O>();
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
-        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
-            return Ok(Request::Show(error.render().to_string()));
-        }
-        Err(error) if error.kind() == ErrorKind::DisplayHelp => {
+        Err(error) if !error.use_stderr() => {
             let text = error.render().to_string();
-            let in_full = text.contains("see a summary with '-h'");
-            return Ok(Request::Show(if in_full {
-                text
-            } else {
+            let is_full = text.contains("see a summary with '-h'");
+            let is_short = error.kind() == ErrorKind::DisplayHelp && !is_full;
+            return Ok(Request::Show(if is_short {
                 short_help::<O>()
+            } else {
+                text
             }));
         }
         Err(error) => return Err(usage(&error, &command)),

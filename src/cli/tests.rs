@@ -136,10 +136,7 @@ fn a_commands_words_need_not_be_utf_8() {
 #[test]
 fn the_defaults_are_those_of_the_documentation() {
     let options = options(&["cat"]);
-    assert_eq!(
-        options.broker.connect(String::new()).timeout,
-        Duration::from_secs(60)
-    );
+    assert_eq!(options.broker.connect_timeout, Duration::from_secs(60));
     assert_eq!(options.limits.kill_after, Duration::from_secs(10));
     assert_eq!(options.limits.timeout, None);
     assert_eq!(options.limits.grace, None);

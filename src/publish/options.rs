@@ -127,10 +127,6 @@ pub struct QpublishOptions {
     #[arg(skip = Route { exchange: String::new(), routing_key: String::new() })]
     pub(super) route: Route,
 
-    /// Where messages come from, once the options are checked; `None` is when there is only a queue to declare.
-    #[arg(skip)]
-    pub(super) source: Option<Source>,
-
     /// What every message carries, once the options are checked.
     #[arg(skip)]
     pub(super) properties: Properties,
@@ -152,7 +148,6 @@ impl Options for QpublishOptions {
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
         self.route = self.find_route(given)?;
         self.broker.find_nodes(given)?;
-        self.source = self.find_source();
         self.properties = Properties {
             content_type: self.content_type.take(),
             content_encoding: self.content_encoding.take(),
@@ -173,7 +168,8 @@ impl Options for QpublishOptions {
 }
 
 impl QpublishOptions {
-    fn find_source(&mut self) -> Option<Source> {
+    /// Where messages come from; `None` is when there is only a queue to declare.
+    pub(super) fn find_source(&mut self) -> Option<Source> {
         let is_input = |path: &PathBuf| path.as_os_str() == "-";
         if self.lines {
             Some(Source::Records(b'\n'))
@@ -256,7 +252,7 @@ mod tests {
             let words = ["qpublish", "-u", "amqp://h", "-q", "q", "-f"].iter();
             let words: Vec<_> = words.chain(files).map(OsString::from).collect();
             match parse::<QpublishOptions>(&words) {
-                Ok(Request::Run(options)) => options.source.unwrap(),
+                Ok(Request::Run(mut options)) => options.find_source().unwrap(),
                 other => panic!("{other:?}"),
             }
         };

@@ -58,12 +58,11 @@ impl Source {
             return Ok(());
         };
         for file in files {
-            let readable = file.metadata().and_then(|found| {
-                if found.is_dir() {
-                    return Err(io::ErrorKind::IsADirectory.into());
-                }
+            let readable = if file.is_dir() {
+                Err(io::ErrorKind::IsADirectory.into())
+            } else {
                 access(file, AccessFlags::R_OK).map_err(io::Error::from)
-            });
+            };
             readable.map_err(|error| unreadable(format!("{file:?}"), &error))?;
         }
         Ok(())
@@ -71,15 +70,13 @@ impl Source {
 
     /// What people call a message, counted from 1.
     pub(super) fn name(&self, message: u64) -> String {
-        let file = |files: &[PathBuf]| {
-            let index = usize::try_from(message - 1).ok()?;
-            files.get(index).map(|file| format!("file {:?}", file))
-        };
         match self {
-            Self::Files(files) => file(files).unwrap_or_else(|| format!("message {message}")),
+            Self::Files(files) if message <= files.len() as u64 => {
+                format!("file {:?}", files[message as usize - 1])
+            }
             Self::Records(b'\n') => format!("line {message}"),
             Self::Input => "the message on standard input".to_owned(),
-            Self::Arguments(_) | Self::Records(_) => format!("message {message}"),
+            _ => format!("message {message}"),
         }
     }
 
@@ -91,12 +88,12 @@ impl Source {
         let runtime = Handle::current();
         let read = move || {
             for body in self.bodies() {
-                let message = body.and_then(|body| {
+                let message = body.map(|body| {
                     let size = u32::try_from(body.len() / 1024).unwrap_or(WINDOW);
                     let size = size.saturating_add(BESIDE).min(WINDOW);
                     let share = Arc::clone(&window).acquire_many_owned(size);
                     let share = runtime.block_on(share).expect("nobody closes the window");
-                    Ok(Message { body, share })
+                    Message { body, share }
                 });
                 if sender.blocking_send(message).is_err() {
                     // Nobody wants any more.

@@ -31,7 +31,6 @@ pub struct Reminder {
 
 impl Reminder {
     /// First due after `first`.
-    #[must_use]
     pub fn new(first: Duration) -> Self {
         Self {
             since: Instant::now(),

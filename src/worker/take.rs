@@ -23,11 +23,8 @@ impl Worker {
     /// `None` is: there was none for as long as the options want to wait.
     pub(super) async fn take(&mut self) -> Result<Option<Message>, Failure> {
         // `--drain` without `--wait` asks at once how full the queue is.
-        let limit = if self.options.drain {
-            Some(self.options.wait.unwrap_or_default())
-        } else {
-            self.options.wait
-        };
+        let at_once = self.options.drain.then_some(Duration::ZERO);
+        let limit = self.options.wait.or(at_once);
         let mut waited = Duration::ZERO;
         let (mut pause, mut failing_since) = (LOOK_AGAIN, Instant::now());
         loop {

@@ -44,20 +44,17 @@ pub(super) fn subject(message: &Message, queue: &str) -> Subject {
     }
 }
 
-/// How the run ends with a message, if it ends with it.
+/// How the run ends with a message, if it ends with it; the status is qconsume's own.
 pub(super) fn summary(
     subject: &Subject,
-    source: &'static str,
     status: u8,
     outcome: &'static str,
     text: String,
 ) -> RunSummary {
     RunSummary {
-        source,
-        status,
-        text,
         outcome: Some(outcome),
         subject: Some(subject.clone()),
+        ..RunSummary::without_message(status, text)
     }
 }
 
@@ -66,6 +63,7 @@ pub(super) fn describe_settlement(
     settlement: Settlement,
     unconfirmed: Option<&DeliveryLost>,
 ) -> (&'static str, String) {
+    let requeued = "message is requeued, though the broker has not confirmed it";
     let (outcome, confirmed, not_confirmed) = match settlement {
         Settlement::Ack => (
             "acknowledged",
@@ -77,16 +75,14 @@ pub(super) fn describe_settlement(
             "message dead-lettered, or dropped where the queue has no dead-letter exchange",
             "rejection not confirmed, so the message may be delivered again",
         ),
-        Settlement::Requeue => ("requeued", "message requeued", UNCONFIRMED_REQUEUE),
-        Settlement::Release => ("released", "message released", UNCONFIRMED_REQUEUE),
+        Settlement::Requeue => ("requeued", "message requeued", requeued),
+        Settlement::Release => ("released", "message released", requeued),
     };
     match unconfirmed {
         None => (outcome, confirmed.to_owned()),
         Some(why) => ("unconfirmed", format!("{not_confirmed}: {why}")),
     }
 }
-
-const UNCONFIRMED_REQUEUE: &str = "message is requeued, though the broker has not confirmed it";
 
 /// How the command ended.
 pub(super) fn describe_end(result: CommandResult) -> String {

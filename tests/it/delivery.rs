@@ -877,7 +877,7 @@ fn with_keep_going_a_failure_does_not_end_the_run() {
     late.publish_all(four_late);
     run(&late, &["--drain"])
         .assert_status(0)
-        .assert_stderr("is empty: 8 acknowledged, 4 failed and requeued, 0 dead-lettered");
+        .assert_stderr("is empty; in all: 8 acknowledged, 4 failed and requeued, 0 dead-lettered");
     assert_eq!((late.ready(), dead.ready()), (0, 0));
 
     for (options, status) in [
