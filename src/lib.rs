@@ -73,8 +73,8 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(
         .build()
         .map_err(|error| Failure::system("can't start", &error))?;
     let status = runtime.block_on(async {
-        let signals = signals::Signals::install()
-            .map_err(|error| Failure::system("can't handle signals", &error))?;
+        let signals =
+            signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
         story(signals).await
     });
     // Dropping it would wait for a name look-up that nobody needs any more; the process ends soon.

@@ -7,13 +7,11 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
     },
 };
-use std::{
-    io,
-    pin::Pin,
-    task::{Context, Poll, ready},
+use std::io;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::mpsc,
 };
-use tokio::io::unix::AsyncFd;
-use tokio_stream::Stream;
 
 /// The signals that ask qconsume to stop.
 const STOPPING: [Signal; 4] = [
@@ -35,7 +33,7 @@ fn handled() -> SigSet {
     STOPPING.into_iter().chain(FORWARDED).collect()
 }
 
-/// Holds the signals back until [`Signals::install`].
+/// Holds the signals back until [`install`].
 ///
 /// A process with the number 1 never sees a signal for which it has no handler yet; a blocked one
 /// stays pending even there (`sig_ignored` in Linux's kernel/signal.c).
@@ -55,35 +53,48 @@ pub struct Received {
     pub from_terminal: bool,
 }
 
-/// The signals sent to this process, as a stream that never ends.
-#[derive(Debug)]
-pub struct Signals(AsyncFd<SignalFd>);
+/// The signals sent to this process; there is always another one to come.
+pub type Signals = mpsc::UnboundedReceiver<Received>;
 
-impl Signals {
-    /// Begins to hand out signals, with what [`hold`] has held back.
-    ///
-    /// They stay blocked and are read from a signalfd(2), which tells, unlike a handler of tokio's, who sent them. What was
-    /// ignored when the process started stays ignored: nohup(1) asks for that with HUP, a shell without job control with
-    /// INT and QUIT for what it starts in the background.
-    ///
-    /// # Errors
-    /// When the system has no descriptor left.
-    pub fn install() -> io::Result<Self> {
-        let ignored = ignored();
-        let mut taken = SigSet::empty();
-        for signal in &handled() {
-            if ignored & 1 << (signal as u64 - 1) == 0 {
-                taken.add(signal);
+/// Begins to hand out signals, with what [`hold`] has held back.
+///
+/// They stay blocked and are read from a signalfd(2), which tells, unlike a handler of tokio's, who sent them. What was
+/// ignored when the process started stays ignored: nohup(1) asks for that with HUP, a shell without job control with
+/// INT and QUIT for what it starts in the background.
+///
+/// # Errors
+/// When the system has no descriptor left.
+pub fn install() -> io::Result<Signals> {
+    let ignored = ignored();
+    let mut taken = SigSet::empty();
+    for signal in &handled() {
+        if ignored & 1 << (signal as u64 - 1) == 0 {
+            taken.add(signal);
+        }
+    }
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    // Its successor `register` is unsafe, for types that may hand out another descriptor; a `SignalFd` owns its one.
+    #[allow(deprecated)]
+    let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
+    // No others: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&taken), None)?;
+    let (sender, signals) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let next = |source: &SignalFd| {
+            source
+                .read_signal()?
+                .ok_or(io::ErrorKind::WouldBlock.into())
+        };
+        while let Ok(info) = source.async_io(Interest::READABLE, next).await {
+            if let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) {
+                let _ = sender.send(Received {
+                    signal,
+                    from_terminal: info.ssi_code == libc::SI_KERNEL,
+                });
             }
         }
-        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-        // Its successor `register` is unsafe, for types that may hand out another descriptor; a `SignalFd` owns its one.
-        #[allow(deprecated)]
-        let signals = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
-        // No others: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&taken), None)?;
-        Ok(Self(signals))
-    }
+    });
+    Ok(signals)
 }
 
 /// The signals that are ignored, as bits; none where there is no /proc.
@@ -94,37 +105,13 @@ fn ignored() -> u64 {
         .unwrap_or_default()
 }
 
-impl Stream for Signals {
-    type Item = Received;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Received>> {
-        loop {
-            let Ok(mut guard) = ready!(self.0.poll_read_ready(cx)) else {
-                // The runtime is on its way out.
-                return Poll::Pending;
-            };
-            let Ok(Some(info)) = self.0.get_ref().read_signal() else {
-                guard.clear_ready();
-                continue;
-            };
-            if let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) {
-                return Poll::Ready(Some(Received {
-                    signal,
-                    from_terminal: info.ssi_code == libc::SI_KERNEL,
-                }));
-            }
-        }
-    }
-}
-
 /// The next signal that asks for the end; what would only be forwarded is dropped, as there is no command.
-pub async fn next_stop(signals: &mut (impl Stream<Item = Received> + Unpin)) -> Signal {
-    use tokio_stream::StreamExt;
+pub async fn next_stop(signals: &mut Signals) -> Signal {
     loop {
-        match signals.next().await {
+        match signals.recv().await {
             Some(Received { signal, .. }) if is_stop(signal) => return signal,
             Some(_) => {}
-            None => std::future::pending::<()>().await,
+            None => std::future::pending().await,
         }
     }
 }

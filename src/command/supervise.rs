@@ -3,7 +3,7 @@
 use crate::{
     clock::{duration, duration_above_zero, sleep_until_or_never},
     report::{FIRST_REMINDER, HumanDuration, Reminder},
-    signals::{Received, is_stop},
+    signals::{Received, Signals, is_stop},
     verdict::{Ended, StopReason},
 };
 use nix::sys::signal::Signal;
@@ -13,7 +13,6 @@ use std::{
     time::Duration,
 };
 use tokio::time::{Instant, sleep_until, timeout};
-use tokio_stream::{Stream, StreamExt};
 
 /// How soon what is killed is looked at again: a process may have forked in between.
 const KILL_AGAIN: Duration = Duration::from_millis(5);
@@ -105,7 +104,7 @@ pub struct Outcome<L> {
 pub async fn supervise<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
-    signals: &mut (impl Stream<Item = Received> + Unpin),
+    signals: &mut Signals,
     lost: impl Future<Output = L>,
 ) -> Outcome<L> {
     let mut lost_future = pin!(lost);
@@ -134,7 +133,7 @@ pub async fn supervise<L: std::fmt::Display>(
                 }
                 lost = Some(why);
             }
-            Some(Received { signal, from_terminal }) = signals.next() => {
+            Some(Received { signal, from_terminal }) = signals.recv() => {
                 // It went to the terminal's whole foreground group.
                 let has_it = from_terminal && process.shares_group();
                 if is_stop(signal) {
@@ -200,7 +199,7 @@ fn terminates<L>(outcome: &Outcome<L>, limits: &Limits) -> bool {
 async fn let_finish<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
-    signals: &mut (impl Stream<Item = Received> + Unpin),
+    signals: &mut Signals,
     mut lost: Pin<&mut impl Future<Output = L>>,
     mut end: Instant,
     outcome: &mut Outcome<L>,
@@ -217,7 +216,7 @@ async fn let_finish<L: std::fmt::Display>(
                 }
             }
             () = process.none_left() => return,
-            Some(Received { signal, from_terminal }) = signals.next() => {
+            Some(Received { signal, from_terminal }) = signals.recv() => {
                 if !is_stop(signal) {
                     continue;
                 }

@@ -134,14 +134,11 @@ fn limits() -> Limits {
 }
 
 /// Signals that arrive at these times.
-fn signals(at: &[(u64, Signal)]) -> impl Stream<Item = Received> + Unpin + use<> {
+fn signals(at: &[(u64, Signal)]) -> Signals {
     signals_from(false, at)
 }
 
-fn signals_from(
-    from_terminal: bool,
-    at: &[(u64, Signal)],
-) -> impl Stream<Item = Received> + Unpin + use<> {
+fn signals_from(from_terminal: bool, at: &[(u64, Signal)]) -> Signals {
     let (sender, receiver) = mpsc::unbounded_channel();
     let at = at.to_vec();
     tokio::spawn(async move {
@@ -155,19 +152,7 @@ fn signals_from(
         }
         pending::<()>().await;
     });
-    Injected(receiver)
-}
-
-struct Injected(mpsc::UnboundedReceiver<Received>);
-
-impl Stream for Injected {
-    type Item = Received;
-    fn poll_next(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Received>> {
-        self.0.poll_recv(cx)
-    }
+    receiver
 }
 
 async fn lost_after(seconds: u32) -> &'static str {
@@ -339,13 +324,13 @@ async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
 #[tokio::test(start_paused = true)]
 async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(3));
-    let (sender, receiver) = mpsc::unbounded_channel();
+    let (sender, mut receiver) = mpsc::unbounded_channel();
     let received = Received {
         signal: Signal::SIGTERM,
         from_terminal: false,
     };
     sender.send(received).unwrap();
-    let outcome = supervise(&mut process, &limits(), &mut Injected(receiver), never()).await;
+    let outcome = supervise(&mut process, &limits(), &mut receiver, never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(outcome.ended, Ended::Exited(3));
 }
