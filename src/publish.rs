@@ -14,7 +14,7 @@ use crate::{
     broker::{Heard, Publisher, declare},
     clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
-    report::{FIRST_REMINDER, HumanDuration, Reminder, RunSummary},
+    report::{HumanDuration, Reminder, RunSummary, counted},
     signals::{Signals, next_stop, unless_stopped},
 };
 use nix::sys::signal::Signal;
@@ -72,7 +72,10 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     let _ = unless_stopped(&mut signals, run.publisher.close()).await;
     match stop {
         None => {
-            tracing::info!("{} confirmed", messages_in_words(run.tally.total()));
+            tracing::info!(
+                "{} confirmed",
+                counted(run.tally.total(), "message", "messages")
+            );
             Ok(0)
         }
         Some(Stop::Signal { signal, .. }) => {
@@ -140,7 +143,7 @@ impl Run {
         let mut blocked = None;
         let mut moved = Instant::now();
         let mut grace = None;
-        let mut reminder = Reminder::new(FIRST_REMINDER);
+        let mut reminder = Reminder::default();
         let stalled = loop {
             if !self.reading && self.tally.outstanding() == 0 {
                 // Everything was sent, and is answered: the signal was too late to stop anything.
@@ -212,7 +215,7 @@ impl Run {
                 since = reminder.due() => tracing::info!(
                     "still publishing, for {} now: {} confirmed",
                     HumanDuration(since),
-                    messages_in_words(self.tally.confirmed())
+                    counted(self.tally.confirmed(), "message", "messages")
                 ),
             }
         };
@@ -263,7 +266,7 @@ impl Run {
         }
         let mut text = format!(
             "confirmed: {confirmed} of {} sent, {without_gap} from the start without a gap",
-            messages_in_words(sent)
+            counted(sent, "message", "messages")
         );
         if !matches!(*self.source, Source::Input) {
             let next = self.source.name(without_gap + 1);
@@ -281,11 +284,4 @@ fn stopped(signal: Signal, text: String) -> u8 {
     let status = status_of_signal(signal as i32);
     RunSummary::without_message(status, text).report();
     status
-}
-
-fn messages_in_words(count: u64) -> String {
-    match count {
-        1 => "1 message".to_owned(),
-        _ => format!("{count} messages"),
-    }
 }

@@ -4,7 +4,7 @@ mod log;
 mod reminder;
 
 pub use log::LogFormat;
-pub use reminder::{FIRST_REMINDER, HumanDuration, Reminder, with_reminders};
+pub use reminder::{HumanDuration, Reminder, counted, with_reminders};
 
 use crate::exit::Failure;
 use log::one_line;

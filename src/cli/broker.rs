@@ -167,15 +167,12 @@ impl BrokerOptions {
                 (name, Ok(nodes))
             }
             _ => {
-                let Some(text) = std::env::var_os(AMQP_URL).filter(|url| !url.is_empty()) else {
+                let Some(text) = std::env::var(AMQP_URL).ok().filter(|url| !url.is_empty()) else {
                     return Err(Failure::usage(
                         "no broker: set BROKER_URL (amqp://user:password@host/vhost) or BROKER_URL_FILE, or use --url, or --server",
                     ));
                 };
-                let text = text
-                    .to_str()
-                    .ok_or_else(|| Failure::usage(format!("{AMQP_URL} isn't UTF-8")))?;
-                (AMQP_URL.to_owned(), parse_list(text).map(nodes))
+                (AMQP_URL.to_owned(), parse_list(&text).map(nodes))
             }
         };
         for part in [
@@ -259,22 +256,18 @@ fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address,
     } else {
         server.to_owned()
     };
+    let mut after = host.rsplit(']');
+    if port.is_some() && after.next().is_some_and(|after| after.contains(':')) {
+        return Err(Failure::usage("--server and --port both name the port"));
+    }
     let scheme = if tls { "amqps" } else { "amqp" };
+    let port = port.map_or(String::new(), |port| format!(":{port}"));
     // In a URL the `%` before an IPv6 address's zone is encoded.
-    let mut address = Address::parse(&format!("{scheme}://{}", host.replace('%', "%25")))
+    let host = host.replace('%', "%25");
+    let address = Address::parse(&format!("{scheme}://{host}{port}"))
         .map_err(|error| Failure::usage(format!("--server: {error}")))?;
     if server.is_empty() || server.starts_with(':') && !bare_ipv6 {
         return Err(Failure::usage("--server names no host"));
-    }
-    if let Some(port) = port {
-        if host
-            .rsplit(']')
-            .next()
-            .is_some_and(|after| after.contains(':'))
-        {
-            return Err(Failure::usage("--server and --port both name the port"));
-        }
-        address.port = port;
     }
     Ok(address)
 }

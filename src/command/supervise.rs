@@ -2,7 +2,7 @@
 
 use crate::{
     clock::{duration, duration_above_zero, sleep_until_or_never},
-    report::{FIRST_REMINDER, HumanDuration, Reminder},
+    report::{HumanDuration, Reminder, counted},
     signals::{Received, Signals, is_stop},
     verdict::{Ended, StopReason},
 };
@@ -120,16 +120,15 @@ pub async fn supervise<L: std::fmt::Display>(
             // a whole service ends both at once, and that is no failure of the command.
             biased;
             why = &mut lost_future, if lost.is_none() => {
-                match limits.on_lost {
-                    OnLost::Terminate => {
-                        tracing::warn!("delivery lost while the command runs: {why}; terminating the command");
-                        terminate(process, Signal::SIGTERM);
-                        told.get_or_insert_with(patience);
-                        kill_at = sooner(kill_at, limits.kill_after);
-                    }
-                    OnLost::Finish => {
-                        tracing::warn!("delivery lost while the command runs: {why}; letting the command finish");
-                    }
+                let then = match limits.on_lost {
+                    OnLost::Terminate => "terminating the command",
+                    OnLost::Finish => "letting the command finish",
+                };
+                tracing::warn!("delivery lost while the command runs: {why}; {then}");
+                if limits.on_lost == OnLost::Terminate {
+                    terminate(process, Target::Group, Signal::SIGTERM);
+                    told.get_or_insert_default();
+                    kill_at = sooner(kill_at, limits.kill_after);
                 }
                 lost = Some(why);
             }
@@ -139,12 +138,10 @@ pub async fn supervise<L: std::fmt::Display>(
                 if is_stop(signal) {
                     if !has_it {
                         tracing::debug!("forwarding {signal} to the command's process group");
-                        terminate(process, signal);
+                        terminate(process, Target::Group, signal);
                     }
-                    told.get_or_insert_with(patience);
-                    if stop.is_none() {
-                        stop = Some(StopReason::Signal(signal as i32));
-                    }
+                    told.get_or_insert_default();
+                    stop.get_or_insert(StopReason::Signal(signal as i32));
                     if let Some(grace) = limits.grace {
                         kill_at = sooner(kill_at, grace);
                     }
@@ -161,8 +158,8 @@ pub async fn supervise<L: std::fmt::Display>(
             }
             () = sleep_until_or_never(time_limit) => {
                 tracing::warn!("the command has reached its time limit: terminating it");
-                terminate(process, Signal::SIGTERM);
-                told.get_or_insert_with(patience);
+                terminate(process, Target::Group, Signal::SIGTERM);
+                told.get_or_insert_default();
                 kill_at = sooner(kill_at, limits.kill_after);
                 time_limit = None;
                 stop.get_or_insert(StopReason::TimeLimit);
@@ -222,8 +219,7 @@ async fn let_finish<L: std::fmt::Display>(
                 }
                 if !(from_terminal && process.shares_group()) {
                     tracing::debug!("forwarding {signal} to what the command has left behind");
-                    process.signal(Target::Left, signal);
-                    process.signal(Target::Left, Signal::SIGCONT);
+                    terminate(process, Target::Left, signal);
                 }
                 outcome.stop.get_or_insert(StopReason::Signal(signal as i32));
                 if let Some(grace) = limits.grace {
@@ -233,10 +229,7 @@ async fn let_finish<L: std::fmt::Display>(
             () = sleep_until(end) => {
                 tracing::warn!(
                     "the command has left {} behind that still ran {} after its success (--kill-after): killing them",
-                    match process.left() {
-                        1 => "1 process".to_owned(),
-                        left => format!("{left} processes"),
-                    },
+                    counted(process.left() as u64, "process", "processes"),
                     HumanDuration(started.elapsed())
                 );
                 return;
@@ -249,11 +242,10 @@ async fn let_finish<L: std::fmt::Display>(
 async fn kill_left(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
     // Asks for an end first: mostly nothing is left, and nothing is waited for.
-    while timeout(Duration::ZERO, process.none_left()).await.is_err() {
+    let mut wait = Duration::ZERO;
+    while timeout(wait, process.none_left()).await.is_err() {
+        wait = KILL_AGAIN;
         if !process.kill_left() {
-            return;
-        }
-        if timeout(KILL_AGAIN, process.none_left()).await.is_ok() {
             return;
         }
         if Instant::now() >= deadline {
@@ -267,13 +259,9 @@ async fn kill_left(process: &mut impl Process) {
 }
 
 /// A stopped process sees no signal before it goes on, so it is told to, as timeout(1) does.
-fn terminate(process: &impl Process, signal: Signal) {
-    process.signal(Target::Group, signal);
-    process.signal(Target::Group, Signal::SIGCONT);
-}
-
-fn patience() -> Reminder {
-    Reminder::new(FIRST_REMINDER)
+fn terminate(process: &impl Process, target: Target, signal: Signal) {
+    process.signal(target, signal);
+    process.signal(target, Signal::SIGCONT);
 }
 
 fn sooner(planned: Option<Instant>, after: Duration) -> Option<Instant> {
@@ -284,7 +272,7 @@ fn sooner(planned: Option<Instant>, after: Duration) -> Option<Instant> {
 /// Waits until it is time to mention that the command hasn't stopped, if it was told to.
 async fn due(told: &mut Option<Reminder>) -> Duration {
     match told {
-        Some(patience) => patience.due().await,
+        Some(reminder) => reminder.due().await,
         None => std::future::pending().await,
     }
 }

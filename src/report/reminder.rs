@@ -19,14 +19,25 @@ impl fmt::Display for HumanDuration {
     }
 }
 
+/// So many of these.
+pub fn counted(number: u64, one: &str, several: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { several })
+}
+
 /// The first interval between two reminders; it doubles.
-pub const FIRST_REMINDER: Duration = Duration::from_secs(10);
+const FIRST_REMINDER: Duration = Duration::from_secs(10);
 
 /// When to say again that something takes long: at first after some time, then at growing intervals.
 #[derive(Debug)]
 pub struct Reminder {
     since: Instant,
     next: Duration,
+}
+
+impl Default for Reminder {
+    fn default() -> Self {
+        Self::new(FIRST_REMINDER)
+    }
 }
 
 impl Reminder {
@@ -58,7 +69,7 @@ impl Reminder {
 /// Waits for what should take no time, and says so at growing intervals where it does.
 pub async fn with_reminders<T>(what: impl fmt::Display, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
-    let mut reminder = Reminder::new(FIRST_REMINDER);
+    let mut reminder = Reminder::default();
     loop {
         tokio::select! {
             biased;

@@ -5,7 +5,7 @@ use crate::{
     broker::{DeliveryLost, Depth, Message, unreadable},
     clock::sleep_until_or_never,
     exit::{Exit, Failure},
-    report::{FIRST_REMINDER, HumanDuration, Reminder},
+    report::{HumanDuration, Reminder},
 };
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -68,7 +68,7 @@ impl Worker {
         let mut look = limit.map(|limit| Instant::now() + limit);
         let mut pause = LOOK_AGAIN;
         let mut mention = Reminder::new(MENTION_WAIT);
-        let mut held_up = Reminder::new(FIRST_REMINDER);
+        let mut held_up = Reminder::default();
         loop {
             tokio::select! {
                 biased;
