@@ -63,24 +63,24 @@ pub(super) fn describe_settlement(
     settlement: Settlement,
     unconfirmed: Option<&DeliveryLost>,
 ) -> (&'static str, String) {
-    let requeued = "message is requeued, though the broker has not confirmed it";
+    let requeued = "message is requeued, though the broker has not confirmed it: ";
     let (outcome, confirmed, not_confirmed) = match settlement {
         Settlement::Ack => (
             "acknowledged",
             "message acknowledged",
-            "acknowledgement not confirmed, so the message may be delivered again",
+            "acknowledgement not confirmed, so the message may be delivered again: ",
         ),
         Settlement::DeadLetter => (
             "dead-lettered",
             "message dead-lettered, or dropped where the queue has no dead-letter exchange",
-            "rejection not confirmed, so the message may be delivered again",
+            "rejection not confirmed, so the message may be delivered again: ",
         ),
         Settlement::Requeue => ("requeued", "message requeued", requeued),
         Settlement::Release => ("released", "message released", requeued),
     };
     match unconfirmed {
         None => (outcome, confirmed.to_owned()),
-        Some(why) => ("unconfirmed", format!("{not_confirmed}: {why}")),
+        Some(why) => ("unconfirmed", format!("{not_confirmed}{why}")),
     }
 }
 
