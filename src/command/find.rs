@@ -96,17 +96,18 @@ fn check_interpreter(file: &Path) -> Result<(), Failure> {
     let Err(Failure { exit, .. }) = executable(&interpreter) else {
         return Ok(());
     };
-    let why = match exit {
-        Exit::NotFound => "isn't there",
-        _ => "can't be executed",
-    };
     let shown = interpreter.as_os_str().as_bytes();
     let hint = match shown.last() {
         Some(b'\r') => "; the file has Windows line ends",
         _ => "",
     };
     let (file, shown) = (file.display(), shown.escape_ascii());
-    let text = format!("{file} asks for the interpreter {shown}, which {why}{hint}");
+    let text = match exit {
+        Exit::NotFound => {
+            format!("{file} asks for the interpreter {shown}, which isn't there{hint}")
+        }
+        _ => format!("{file} asks for the interpreter {shown}, which can't be executed{hint}"),
+    };
     Err(Failure::new(exit, text))
 }
 
