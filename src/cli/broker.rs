@@ -167,12 +167,16 @@ impl BrokerOptions {
                 (name, Ok(nodes))
             }
             _ => {
-                let Some(text) = std::env::var(AMQP_URL).ok().filter(|url| !url.is_empty()) else {
+                let text = std::env::var_os(AMQP_URL).unwrap_or_default();
+                let text = text
+                    .to_str()
+                    .ok_or_else(|| Failure::usage("AMQP_URL isn't UTF-8"))?;
+                if text.is_empty() {
                     return Err(Failure::usage(
                         "no broker: set BROKER_URL (amqp://user:password@host/vhost) or BROKER_URL_FILE, or use --url, or --server",
                     ));
-                };
-                (AMQP_URL.to_owned(), parse_list(&text).map(nodes))
+                }
+                (AMQP_URL.to_owned(), parse_list(text).map(nodes))
             }
         };
         for part in [
