@@ -98,7 +98,7 @@ pub struct QconsumeOptions {
     #[command(flatten)]
     pub broker: BrokerOptions,
 
-    /// Bind the queue to this exchange; without --queue, a new exclusive queue
+    /// Bind the queue, or without --queue a new exclusive queue, to this exchange
     #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, help_heading = AMQP_TOOLS)]
     exchange: Option<String>,
 

@@ -92,25 +92,25 @@ impl FromStr for Statuses {
 pub struct Policy {
     /// Dead-letter the message when the command exits with one of these
     ///
-    /// Statuses and ranges, as in 65,100-120. Without a dead-letter exchange the message is dropped.
+    /// Separate statuses and ranges by commas, as in 65,100-120. A queue without a dead-letter exchange drops the message.
     #[arg(long, value_name = "CODES", env = "QCONSUME_REJECT_ON")]
     pub reject_on: Option<Statuses>,
 
     /// Dead-letter the message at its Nth failure
     ///
-    /// Counted by a quorum queue. A classic queue doesn't count, so only 1 has an effect there.
+    /// A quorum queue counts the failures. A classic queue doesn't, so only 1 has an effect there.
     #[arg(long, value_name = "N", env = "QCONSUME_MAX_ATTEMPTS", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_attempts: Option<u64>,
 
     /// Exit with this status when the message was dead-lettered [default: the command's status]
     ///
-    /// With 0 a Job counts such a message as done.
+    /// With 0, a Job counts such a message as a completion.
     #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_REJECT_EXIT_CODE")]
     pub reject_exit_code: Option<u8>,
 
     /// Exit with this status for every failure of the command
     ///
-    /// So that a podFailurePolicy can tell the command's failures from qconsume's.
+    /// A podFailurePolicy can then tell the command's failures from qconsume's own.
     #[arg(long, value_name = "N", env = "QCONSUME_FAILURE_EXIT_CODE", value_parser = clap::value_parser!(u8).range(1..))]
     pub failure_exit_code: Option<u8>,
 }

@@ -27,7 +27,7 @@ pub(super) const SECRETS: [&str; 6] =
 pub struct BrokerOptions {
     /// Connect to amqp://user:password@host/vhost, or amqps:// for TLS
     ///
-    /// The nodes of a cluster are separated by commas. AMQP_URL counts where neither this nor another address is given.
+    /// Separate the nodes of a cluster by commas. The variable AMQP_URL is used when no other address is given.
     #[arg(short, long, value_name = "URL", env = "BROKER_URL")]
     url: Option<Secret>,
 
@@ -71,7 +71,7 @@ pub struct BrokerOptions {
 
     /// Log in with this password [default: guest]
     ///
-    /// On the command line every user of the machine can see it: set the variable instead.
+    /// On the command line, every user of the machine can see it. Set the variable instead.
     #[arg(long, hide_short_help = true, value_name = "PASSWORD", env = "QCONSUME_PASSWORD", help_heading = AMQP_TOOLS)]
     password: Option<Secret>,
 

@@ -64,25 +64,25 @@ pub enum OnLost {
 pub struct Limits {
     /// Stop the command after this time
     ///
-    /// Send SIGTERM, and SIGKILL after --kill-after. That is a failure, with status 124.
+    /// Send SIGTERM, and SIGKILL after --kill-after. The message is treated as after a failure, and the exit status is 124.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_TIMEOUT", value_parser = duration_above_zero)]
     pub timeout: Option<Duration>,
 
     /// Send SIGKILL this long after qconsume's own SIGTERM
     ///
-    /// After --timeout, and when the delivery was lost. What a successful command has left behind may run this long, too. Forwarded signals have --grace.
+    /// qconsume sends SIGTERM after --timeout, and when the delivery is lost. Processes that a successful command has left behind may run this long, too. For forwarded signals see --grace.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_KILL_AFTER", default_value = "10s", value_parser = duration)]
     pub kill_after: Duration,
 
     /// Send SIGKILL this long after a forwarded signal
     ///
-    /// By default only the platform kills the command: terminationGracePeriodSeconds.
+    /// Without this option qconsume sends no SIGKILL; Kubernetes does, after terminationGracePeriodSeconds.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_GRACE", value_parser = duration)]
     pub grace: Option<Duration>,
 
-    /// Stop the command, or let it finish, when its delivery was lost
+    /// Stop the command, or let it finish, when its delivery is lost
     ///
-    /// Another consumer may have the message by then. The exit status is 75 either way.
+    /// Another consumer may already have the message. The exit status is 75 in both cases.
     #[arg(long, hide_short_help = true, value_name = "WHAT", env = "QCONSUME_ON_LOST", value_enum, default_value_t)]
     pub on_lost: OnLost,
 }

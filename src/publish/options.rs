@@ -33,7 +33,7 @@ const PROPERTIES: &str = "Properties of every message";
 )]
 #[rustfmt::skip]
 pub struct QpublishOptions {
-    /// Publish to this queue, by way of the default exchange
+    /// Publish to this queue, through the default exchange
     #[arg(short, long, value_name = "NAME", env = "QUEUE", default_value = "", hide_default_value = true, value_parser = queue_name, help_heading = "Destination")]
     queue: String,
 
