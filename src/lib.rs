@@ -36,7 +36,11 @@ pub fn main(program: Program) -> ! {
         Program::Qconsume => run(&arguments, worker::work),
         Program::Qpublish => run(&arguments, publish::publish),
     };
-    let status = ended.unwrap_or_else(|failure| {
+    let status = ended.unwrap_or_else(|error| {
+        // What nobody has given a status to is a defect.
+        let failure = error
+            .downcast::<Failure>()
+            .unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
         let status = failure.exit.status();
         report::failure(failure);
         status
@@ -48,11 +52,11 @@ pub fn main(program: Program) -> ! {
 fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     arguments: &[OsString],
     story: impl FnOnce(O, signals::Signals) -> F,
-) -> Result<u8, Failure> {
+) -> anyhow::Result<u8> {
     match cli::parse::<O>(arguments)? {
         Request::Run(options) => {
             options.output().start();
-            block_on(|signals| story(*options, signals))
+            Ok(block_on(|signals| story(*options, signals))?)
         }
         Request::Show(text) => {
             // It may be closed.

@@ -7,7 +7,7 @@ use std::{
     fmt,
     fs::File,
     io::{self, BufRead, BufReader, Read},
-    iter,
+    iter, mem,
     os::{fd::AsFd, unix::ffi::OsStringExt},
     path::PathBuf,
     sync::Arc,
@@ -27,6 +27,9 @@ const BESIDE: u32 = 8;
 
 /// Largest message that any RabbitMQ can be made to take, in bytes. What is longer isn't read to its end.
 const LARGEST: u64 = 512 << 20;
+
+/// U+FEFF in UTF-8: some editors begin a file with it.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Where messages come from.
 #[derive(Debug)]
@@ -130,7 +133,20 @@ impl Source {
                 Err(error) => Box::new(iter::once(Err(no_input(error)))),
                 Ok(input) => {
                     let mut input = BufReader::with_capacity(64 * 1024, input);
-                    let next = move || record(&mut input, *separator).transpose();
+                    let mut is_first = true;
+                    let next = move || {
+                        let mut body = record(&mut input, *separator).transpose()?;
+                        if mem::take(&mut is_first)
+                            && let Ok(body) = &mut body
+                            && body.starts_with(BYTE_ORDER_MARK)
+                        {
+                            tracing::warn!(
+                                "standard input begins with a byte order mark: left out of the first message"
+                            );
+                            body.drain(..BYTE_ORDER_MARK.len());
+                        }
+                        Some(body)
+                    };
                     Box::new(iter::from_fn(next).map(move |body| body.map_err(no_input)))
                 }
             },

@@ -646,3 +646,27 @@ fn options_that_contradict_each_other_are_usage_errors() {
         .assert_status(64)
         .assert_stderr("BROKER_URL");
 }
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_first_line() {
+    let queue = Broker::shared().queue("mark");
+    let lines = "\u{feff}apple\n\u{feff}banana\n".to_owned();
+    let ended = to(&queue).arg("--lines").stdin(lines).run();
+    says_confirmed(&ended, "2 messages confirmed");
+    ended.assert_stderr("begins with a byte order mark");
+    assert_eq!(queue.wait_get().text(), "apple");
+    assert_eq!(queue.wait_get().text(), "\u{feff}banana");
+}
+
+#[test]
+fn a_long_run_says_how_far_it_is() {
+    let queue = Broker::shared().queue("long");
+    let (mut input, running) = Fifo::feed("long", to(&queue).arg("--lines"));
+    input.write("1\n2\n");
+    running.wait_for_stderr(
+        "still publishing, for 10s now: 2 messages confirmed",
+        PATIENCE,
+    );
+    drop(input);
+    says_confirmed(&running.wait(PATIENCE), "2 messages confirmed");
+}
