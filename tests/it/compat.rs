@@ -402,7 +402,7 @@ fn no_ack_takes_one_message_and_settles_it_before_the_command_starts() {
         .assert_stderr("message was acknowledged before the command (--no-ack)");
     assert_eq!(queue.ready(), 1);
     let got = queue.get().unwrap();
-    assert_eq!(got.body, b"3");
+    assert_eq!(got.data, b"3");
     assert!(!got.redelivered);
 }
 
@@ -425,7 +425,7 @@ fn no_ack_goes_on_until_the_count_or_a_failure() {
     assert_eq!(ended.stdout_text(), "3");
     // The next one was not taken, not even for a moment.
     let got = queue.get().unwrap();
-    assert_eq!((got.body.as_slice(), got.redelivered), (&b"4"[..], false));
+    assert_eq!((got.data.as_slice(), got.redelivered), (&b"4"[..], false));
     // A queue of the worker's own is bound once for all messages.
     let running = worker()
         .args([

@@ -8,7 +8,7 @@ use testbed::owner::temp_folder;
 use testbed::{
     Action, BasicProperties, Broker, Direction, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
     Running, Signal, eventually, frames,
-    types::{AMQPValue, FieldTable},
+    types::{AMQPValue, FieldTable, LongString},
 };
 
 /// qconsume for this queue.
@@ -813,7 +813,7 @@ fn many_workers_burn_nobodys_attempts() {
         let queue = broker
             .declare("many")
             .quorum()
-            .delivery_limit(2)
+            .arg("x-delivery-limit", 2)
             .dead_letter_to(&dead)
             .create();
         queue.publish_all((0..MESSAGES).map(|n| n.to_string()));
@@ -975,7 +975,9 @@ fn a_wait_is_a_bound_whatever_the_queue_says_of_itself() {
     let _active = standby.consume(false);
     standby.publish_all(["held by the active consumer", "ready"]);
     standby.wait_ready(1);
-    let stream = broker.declare("stream").arg("x-queue-type", "stream");
+    let stream = broker
+        .declare("stream")
+        .arg("x-queue-type", LongString::from("stream"));
     let stream = stream.create();
     stream.publish("kept");
     for queue in [&standby, &stream] {

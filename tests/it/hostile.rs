@@ -141,7 +141,7 @@ fn hostile(seed: u64, request: &Request) -> Answer {
     if request.method == Method::BASIC_CONSUME {
         bytes.extend(peer::deliver(request.channel, 1, b"q"));
         bytes.extend(peer::content_header(request.channel, 5, &[0, 0]));
-        bytes.extend(peer::frame(3, request.channel, b"lemon"));
+        bytes.extend(frames::frame(3, request.channel, b"lemon"));
     }
     if request.method != moment || request.nth != nth {
         return if request.method == Method::CONNECTION_CLOSE {
@@ -190,7 +190,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
             [method_frame(channel, method, &arguments), bytes].concat()
         }
         6 => {
-            let body = peer::frame(3, channel, &junk(random, 100));
+            let body = frames::frame(3, channel, &junk(random, 100));
             [body, bytes].concat()
         }
         7 => {
@@ -200,7 +200,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
                 .unwrap_or(&0);
             let deliver = peer::deliver(channel, tag, b"q");
             let header = peer::content_header(channel, size, &[0, 0]);
-            let body = peer::frame(3, channel, b"more than three");
+            let body = frames::frame(3, channel, b"more than three");
             [bytes, deliver, header, body].concat()
         }
         8 => {
@@ -216,7 +216,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
             [deliver, header, bytes].concat()
         }
         10 => {
-            let text = peer::short(&junk(random, 255));
+            let text = frames::short(&junk(random, 255));
             let code = random.u16(..).to_be_bytes();
             let arguments = [&code[..], &text, &[0; 4]].concat();
             let (channel, method) = if random.bool() {
@@ -237,7 +237,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
         }
         14 => {
             let headers = &peer::nested_headers(1000, b'F')[2..];
-            let mechanisms = [&peer::long(b"PLAIN")[..], &peer::long(b"en_US")].concat();
+            let mechanisms = [&frames::long(b"PLAIN")[..], &frames::long(b"en_US")].concat();
             let arguments = [&[0, 9][..], headers, &mechanisms].concat();
             method_frame(0, Method::CONNECTION_START, &arguments)
         }
@@ -246,7 +246,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
             let early = [
                 frames::basic_cancel(channel, "qconsume"),
                 peer::tune(1),
-                method_frame(channel, Method::BASIC_CANCEL_OK, &peer::short(b"other")),
+                method_frame(channel, Method::BASIC_CANCEL_OK, &frames::short(b"other")),
                 method_frame(channel, Method::BASIC_ACK, &[255; 9]),
                 peer::returned(channel),
             ];

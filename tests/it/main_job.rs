@@ -28,16 +28,16 @@ fn assert_empty(queue: &Queue) {
     queue.publish("the test's own");
     let got = queue.wait_get();
     assert_eq!(got.text(), "the test's own", "a message has come back");
-    assert_eq!(got.remaining, 0);
+    assert_eq!(got.remaining(), 0);
 }
 
 /// Checks that exactly this message is back, marked as delivered before.
 #[track_caller]
 fn assert_returned(queue: &Queue, body: impl AsRef<[u8]>) {
     let got = queue.wait_get();
-    assert!(got.body == body.as_ref(), "another message is there");
+    assert!(got.data == body.as_ref(), "another message is there");
     assert!(got.redelivered, "the message isn't marked as redelivered");
-    assert_eq!(got.remaining, 0);
+    assert_eq!(got.remaining(), 0);
 }
 
 /// Checks that the message is gone, or back and marked as delivered before; not twice, and nothing else.
@@ -45,13 +45,13 @@ fn assert_returned(queue: &Queue, body: impl AsRef<[u8]>) {
 fn assert_in_one_place(queue: &Queue, body: impl AsRef<[u8]>) {
     queue.publish("the test's own");
     let mut got = queue.wait_get();
-    if got.body == body.as_ref() {
+    if got.data == body.as_ref() {
         assert!(got.redelivered, "the message isn't marked as redelivered");
         got = queue.wait_get();
     }
     // One that comes back late stands behind the test's own.
     assert_eq!(got.text(), "the test's own", "another message is there");
-    assert!(got.remaining <= 1, "{} more are there", got.remaining);
+    assert!(got.remaining() <= 1, "{} more are there", got.remaining());
 }
 
 /// Bytes of every value, without a period that a frame or a buffer could hide.

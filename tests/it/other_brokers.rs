@@ -23,7 +23,7 @@ fn with_a_message(request: &Request) -> Answer {
         peer::usual(request),
         peer::deliver(channel, 1, b"x"),
         peer::content_header(channel, 5, &[0, 0]),
-        peer::frame(3, channel, b"lemon"),
+        frames::frame(3, channel, b"lemon"),
     ];
     Answer::Bytes(bytes.concat())
 }

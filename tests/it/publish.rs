@@ -9,7 +9,8 @@ use std::{
 };
 use testbed::{
     Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
-    Signal, types::AMQPValue,
+    Signal,
+    types::{AMQPValue, LongString},
 };
 
 /// Shorter than the tests' patience, longer than a busy machine stumbles.
@@ -134,7 +135,7 @@ fn without_arguments_all_of_standard_input_is_one_message_byte_for_byte() {
     let queue = Broker::shared().queue("stdin");
     for body in [&b"two\nlines\n"[..], b"\0\xff\0", b""] {
         says_confirmed(&to(&queue).stdin(body).run(), "1 message confirmed");
-        assert_eq!(queue.wait_get().body, body);
+        assert_eq!(queue.wait_get().data, body);
     }
 }
 
@@ -180,8 +181,8 @@ fn every_file_is_a_message() {
     let two = file("two", &[0, 255]);
     let ended = to(&queue).arg("-f").args([&one, &two]).run();
     says_confirmed(&ended, "2 messages confirmed");
-    assert_eq!(queue.wait_get().body, b"1\n");
-    assert_eq!(queue.wait_get().body, [0, 255]);
+    assert_eq!(queue.wait_get().data, b"1\n");
+    assert_eq!(queue.wait_get().data, [0, 255]);
 }
 
 #[test]
@@ -414,7 +415,7 @@ fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
     let queue = Broker::shared()
         .declare("full")
         .arg("x-max-length", 3)
-        .arg("x-overflow", "reject-publish")
+        .arg("x-overflow", LongString::from("reject-publish"))
         .create();
     let ended = to(&queue).arg("-l").stdin("1\n2\n3\n4\n5\n6\n").run();
     ended

@@ -55,9 +55,9 @@ impl Site {
         let server = identity(&ca, &NAMES, |_| {});
         let (tls, mutual) = (reserve_port().unwrap(), reserve_port().unwrap());
         let broker = Broker::options()
+            .config(&format!("listeners.ssl.1 = 127.0.0.1:{}", tls.number()))
             .config(
-                "listeners.ssl.1 = 127.0.0.1:{tls_port}\n\
-                 ssl_options.cacertfile = $folder/ca.pem\n\
+                "ssl_options.cacertfile = $folder/ca.pem\n\
                  ssl_options.certfile = $folder/server.pem\n\
                  ssl_options.keyfile = $folder/server.key\n\
                  ssl_options.verify = verify_peer\n\
@@ -67,7 +67,6 @@ impl Site {
                  auth_mechanisms.2 = AMQPLAIN\n\
                  auth_mechanisms.3 = EXTERNAL\n",
             )
-            .port("tls_port", tls.number())
             .plugin("rabbitmq_auth_mechanism_ssl")
             .file("ca.pem", &ca.as_ref().pem())
             .file("server.pem", &server.cert)

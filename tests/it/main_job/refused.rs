@@ -11,9 +11,7 @@ use std::{
 use testbed::{
     Action, Broker,
     Direction::{ToBroker, ToClient},
-    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, Signal, frames,
-    lapin::options::QueueDeclareOptions,
-    missing, reserve_port,
+    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, Signal, frames, missing, reserve_port,
 };
 
 /// How long qconsume tries in the tests that see it give up.
@@ -201,14 +199,7 @@ fn missing_permissions_are_77_at_once() {
 
 #[test]
 fn a_queue_of_another_connection_only_is_78_at_once() {
-    let exclusive = QueueDeclareOptions {
-        exclusive: true,
-        ..QueueDeclareOptions::default()
-    };
-    let queue = Broker::shared()
-        .declare("exclusive")
-        .options(exclusive)
-        .create();
+    let queue = Broker::shared().declare("exclusive").exclusive().create();
     ends_at_once(worker(&queue), 78, "exclusive to another connection");
 }
 
@@ -288,7 +279,7 @@ fn a_server_that_closes_at_once_is_69_at_the_connect_timeout() {
 #[test]
 fn an_address_that_swallows_packets_is_69_at_the_connect_timeout() {
     gives_up(
-        at(FullBacklog::new().addr()),
+        at(FullBacklog::start().addr()),
         69,
         "no answer while connecting to",
     );
@@ -320,7 +311,7 @@ fn where_one_node_is_gone_another_serves() {
     let good = Broker::shared().url();
     let refusing = reserve_port().unwrap();
     let refusing = format!("amqp://guest:guest@127.0.0.1:{}", refusing.number());
-    let full = FullBacklog::new();
+    let full = FullBacklog::start();
     let swallowing = format!("{}?connection_timeout=200", full.url());
     for nodes in [
         vec![&refusing, &good],

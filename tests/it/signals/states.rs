@@ -113,7 +113,7 @@ fn a_signal_ends_a_name_look_up() {
 
 #[test]
 fn a_signal_ends_a_dial() {
-    let hole = FullBacklog::new();
+    let hole = FullBacklog::start();
     for (signal, status) in STOPS {
         let running = never_runs(qconsume().url(&hole.url()).queue("any")).spawn();
         let dials = || dials(running.pid(), hole.addr().port());
@@ -291,7 +291,7 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
                 assert_settled(&proxy, Method::BASIC_NACK);
             }
             drop(proxy);
-            assert_eq!(queue.wait_get().body, body);
+            assert_eq!(queue.wait_get().data, body);
             assert!(queue.get().is_none());
         }
     }

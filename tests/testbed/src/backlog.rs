@@ -1,7 +1,7 @@
 //! An address on loopback that swallows packets, without root.
 
 use crate::runtime;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -12,57 +12,39 @@ const UNANSWERED: Duration = Duration::from_millis(300);
 
 /// A listener that never accepts and whose backlog is full: the kernel drops every further SYN, as a firewall would.
 pub struct FullBacklog {
-    addr: SocketAddr,
-    _listener: TcpListener,
-    _filling: Vec<TcpStream>,
+    listener: TcpListener,
+    filling: Vec<TcpStream>,
 }
 
 impl FullBacklog {
     /// Listens and fills the backlog.
-    ///
-    /// # Panics
-    /// When that doesn't work.
-    pub fn new() -> Self {
+    pub fn start() -> Self {
         runtime::block_on(Self::fill()).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     async fn fill() -> Result<Self> {
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-        let listener = socket.listen(1).context("cannot listen on 127.0.0.1")?;
-        let addr = listener.local_addr()?;
-        let mut filling = Vec::new();
-        for _ in 0..16 {
-            match tokio::time::timeout(UNANSWERED, TcpStream::connect(addr)).await {
-                Ok(stream) => filling.push(stream?),
-                Err(_) => {
-                    return Ok(Self {
-                        addr,
-                        _listener: listener,
-                        _filling: filling,
-                    });
-                }
+        let mut full = Self {
+            listener: socket.listen(1)?,
+            filling: Vec::new(),
+        };
+        while full.filling.len() < 16 {
+            match tokio::time::timeout(UNANSWERED, TcpStream::connect(full.addr())).await {
+                Ok(stream) => full.filling.push(stream?),
+                Err(_) => return Ok(full),
             }
         }
-        bail!(
-            "a backlog of one still took connections after {} of them",
-            filling.len()
-        )
+        bail!("a backlog of one still took connections after 16 of them")
     }
 
     /// Its address.
     pub fn addr(&self) -> SocketAddr {
-        self.addr
+        self.listener.local_addr().expect("it is bound")
     }
 
     /// Its address for `BROKER_URL`.
     pub fn url(&self) -> String {
-        format!("amqp://guest:guest@{}", self.addr)
-    }
-}
-
-impl Default for FullBacklog {
-    fn default() -> Self {
-        Self::new()
+        format!("amqp://guest:guest@{}", self.addr())
     }
 }

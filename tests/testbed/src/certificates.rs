@@ -12,9 +12,6 @@ pub struct Identity {
 }
 
 /// A CA of this name.
-///
-/// # Panics
-/// When there is no randomness to be had.
 pub fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -24,9 +21,6 @@ pub fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
 }
 
 /// For these names and addresses, signed by `ca`, with what `change` makes of it.
-///
-/// # Panics
-/// When a name isn't one.
 pub fn identity(
     ca: &CertifiedIssuer<'static, KeyPair>,
     names: &[&str],

@@ -6,14 +6,14 @@
 use crate::ports::random;
 use crate::{PATIENCE, block_on, eventually};
 use anyhow::{Context, Result, bail};
+use lapin::message::{BasicGetMessage, Delivery};
 use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions,
-    BasicQosOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
-    QueuePurgeOptions,
+    BasicConsumeOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions,
 };
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::{AMQPValue, FieldTable, LongString};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
@@ -38,27 +38,27 @@ struct Inner {
     connection: Mutex<Option<Connection>>,
 }
 
-/// What became of a message, as the broker tells it with the next delivery.
-#[derive(Debug, Clone)]
-pub struct Got {
-    /// The message itself.
-    pub body: Vec<u8>,
-    /// Whether it has been delivered before.
-    pub redelivered: bool,
-    /// The exchange it was published to.
-    pub exchange: String,
-    /// The routing key it was published with.
-    pub routing_key: String,
-    /// Properties and headers.
-    pub properties: BasicProperties,
-    /// How many were ready behind it.
-    pub remaining: u32,
+/// A message, and what became of it, as the broker tells it with the next delivery.
+#[derive(Debug)]
+pub struct Got(BasicGetMessage);
+
+impl Deref for Got {
+    type Target = Delivery;
+
+    fn deref(&self) -> &Delivery {
+        &self.0.delivery
+    }
 }
 
 impl Got {
     /// The body as text.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
+        String::from_utf8_lossy(&self.data).into_owned()
+    }
+
+    /// How many were ready behind it.
+    pub fn remaining(&self) -> u32 {
+        self.0.message_count
     }
 
     /// A header's value.
@@ -145,9 +145,6 @@ impl Client {
     }
 
     /// Declares a durable classic queue with a name of its own, which starts with `name`.
-    ///
-    /// # Panics
-    /// When the broker doesn't.
     #[track_caller]
     pub fn queue(&self, name: &str) -> Queue {
         self.declare(name).create()
@@ -173,9 +170,8 @@ impl Client {
                 passive: true,
                 ..Default::default()
             };
-            Ok(channel
-                .queue_declare(queue.into(), options, FieldTable::default())
-                .await?)
+            let declared = channel.queue_declare(queue.into(), options, Default::default());
+            Ok(declared.await?)
         })
         .map(|queue| Some((queue.message_count(), queue.consumer_count())))
         .or_else(|error| match error.downcast_ref() {
@@ -192,25 +188,17 @@ impl Client {
         properties: BasicProperties,
     ) -> Result<()> {
         self.operate(async |channel| {
-            channel
-                .confirm_select(ConfirmSelectOptions::default())
-                .await?;
+            channel.confirm_select(Default::default()).await?;
             let options = BasicPublishOptions {
                 mandatory: true,
                 ..Default::default()
             };
             let mut confirms = Vec::new();
             for body in bodies {
-                let confirm = channel
-                    .basic_publish(
-                        "".into(),
-                        queue.into(),
-                        options,
-                        body.as_ref(),
-                        properties.clone(),
-                    )
-                    .await?;
-                confirms.push(confirm);
+                let (body, properties) = (body.as_ref(), properties.clone());
+                let publish =
+                    channel.basic_publish("".into(), queue.into(), options, body, properties);
+                confirms.push(publish.await?);
             }
             for confirm in confirms {
                 let confirmation = confirm.await?;
@@ -225,21 +213,12 @@ impl Client {
     /// Takes the next ready message out of a queue for good.
     pub fn get(&self, queue: &str) -> Result<Option<Got>> {
         self.operate(async |channel| {
-            let Some((tag, got)) = basic_get(channel, queue).await? else {
-                return Ok(None);
-            };
-            channel.basic_ack(tag, BasicAckOptions::default()).await?;
-            Ok(Some(got))
-        })
-    }
-
-    /// Deletes a queue, with everything in it; one that isn't there is no error.
-    pub fn delete(&self, queue: &str) -> Result<()> {
-        self.operate(async |channel| {
-            channel
-                .queue_delete(queue.into(), QueueDeleteOptions::default())
-                .await?;
-            Ok(())
+            let got = channel.basic_get(queue.into(), Default::default()).await?;
+            if let Some(got) = &got {
+                let tag = got.delivery.delivery_tag;
+                channel.basic_ack(tag, Default::default()).await?;
+            }
+            Ok(got.map(Got))
         })
     }
 
@@ -252,28 +231,6 @@ impl Client {
             Ok(())
         });
     }
-}
-
-async fn basic_get(channel: &Channel, queue: &str) -> Result<Option<(u64, Got)>> {
-    let Some(message) = channel
-        .basic_get(queue.into(), BasicGetOptions::default())
-        .await?
-    else {
-        return Ok(None);
-    };
-    let remaining = message.message_count;
-    let delivery = message.delivery;
-    Ok(Some((
-        delivery.delivery_tag,
-        Got {
-            body: delivery.data,
-            redelivered: delivery.redelivered,
-            exchange: delivery.exchange.to_string(),
-            routing_key: delivery.routing_key.to_string(),
-            properties: delivery.properties,
-            remaining,
-        },
-    )))
 }
 
 async fn limited<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
@@ -302,7 +259,7 @@ fn is_not_found(error: &lapin::Error) -> bool {
 }
 
 /// The type of a queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum QueueKind {
     /// On one node; tells about earlier deliveries only by `redelivered`.
     Classic,
@@ -335,7 +292,7 @@ pub struct QueueBuilder {
 impl QueueBuilder {
     /// Its type; classic unless set.
     pub fn kind(self, kind: QueueKind) -> Self {
-        self.arg("x-queue-type", kind.as_str())
+        self.arg("x-queue-type", LongString::from(kind.as_str()))
     }
 
     /// A quorum queue.
@@ -344,21 +301,15 @@ impl QueueBuilder {
     }
 
     /// Any argument: `x-delivery-limit`, `x-single-active-consumer`, `x-max-priority`, …
-    pub fn arg(mut self, name: &str, value: impl Into<Argument>) -> Self {
-        self.arguments.insert(name.into(), value.into().0);
+    pub fn arg(mut self, name: &str, value: impl Into<AMQPValue>) -> Self {
+        self.arguments.insert(name.into(), value.into());
         self
     }
 
     /// Where a rejected message goes: another queue of the test's.
     pub fn dead_letter_to(self, queue: &Queue) -> Self {
-        let name = queue.name().to_owned();
-        self.arg("x-dead-letter-exchange", "")
-            .arg("x-dead-letter-routing-key", name)
-    }
-
-    /// After so many returns a message is dropped or dead-lettered (quorum queues).
-    pub fn delivery_limit(self, limit: i32) -> Self {
-        self.arg("x-delivery-limit", limit)
+        self.arg("x-dead-letter-exchange", LongString::from(""))
+            .arg("x-dead-letter-routing-key", LongString::from(queue.name()))
     }
 
     /// Exactly this name instead of one that is made unique.
@@ -367,16 +318,13 @@ impl QueueBuilder {
         self
     }
 
-    /// The flags of the declaration: durable, exclusive, auto-delete.
-    pub fn options(mut self, options: QueueDeclareOptions) -> Self {
-        self.options = options;
+    /// Only for the connection that declares it.
+    pub fn exclusive(mut self) -> Self {
+        self.options.exclusive = true;
         self
     }
 
     /// Declares it.
-    ///
-    /// # Panics
-    /// When the broker doesn't.
     #[track_caller]
     pub fn create(self) -> Queue {
         self.try_create()
@@ -411,39 +359,6 @@ impl QueueBuilder {
             })
             .with_context(|| format!("cannot declare queue {name}"))?;
         Ok(Queue { client, name })
-    }
-}
-
-/// The value of a queue's argument.
-pub struct Argument(AMQPValue);
-
-impl From<&str> for Argument {
-    fn from(text: &str) -> Self {
-        Self(AMQPValue::LongString(text.into()))
-    }
-}
-
-impl From<String> for Argument {
-    fn from(text: String) -> Self {
-        Self(AMQPValue::LongString(text.into()))
-    }
-}
-
-impl From<i32> for Argument {
-    fn from(number: i32) -> Self {
-        Self(AMQPValue::LongInt(number))
-    }
-}
-
-impl From<bool> for Argument {
-    fn from(flag: bool) -> Self {
-        Self(AMQPValue::Boolean(flag))
-    }
-}
-
-impl From<AMQPValue> for Argument {
-    fn from(value: AMQPValue) -> Self {
-        Self(value)
     }
 }
 
@@ -546,22 +461,17 @@ impl Queue {
         got.expect("it came")
     }
 
-    /// Looks at the next ready message and puts it back, which marks it as redelivered and raises its counts.
-    #[track_caller]
-    pub fn peek(&self) -> Option<Got> {
-        let held = self.hold()?;
-        let got = held.got.clone();
-        self.must("put back into", held.requeue());
-        Some(got)
-    }
-
     /// Takes the next ready message and keeps it unacknowledged until told otherwise.
     #[track_caller]
     pub fn hold(&self) -> Option<Held> {
         let held = block_on(limited(async {
             let channel = self.client.open_channel().await?;
-            let got = basic_get(&channel, &self.name).await?;
-            Ok(got.map(|(tag, got)| Held { got, tag, channel }))
+            let queue = self.name.as_str().into();
+            let got = channel.basic_get(queue, Default::default()).await?;
+            Ok(got.map(|got| Held {
+                got: Got(got),
+                channel,
+            }))
         }));
         self.must("get from", held)
     }
@@ -571,14 +481,13 @@ impl Queue {
     pub fn consume(&self, exclusive: bool) -> Consumer {
         let consumer = block_on(limited(async {
             let channel = self.client.open_channel().await?;
-            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            channel.basic_qos(1, Default::default()).await?;
             let options = BasicConsumeOptions {
                 exclusive,
                 ..Default::default()
             };
-            let arguments = FieldTable::default();
             let queue = self.name.as_str().into();
-            let deliveries = channel.basic_consume(queue, "".into(), options, arguments);
+            let deliveries = channel.basic_consume(queue, "".into(), options, Default::default());
             Ok(Consumer {
                 _deliveries: deliveries.await?,
                 channel,
@@ -592,9 +501,7 @@ impl Queue {
     pub fn purge(&self) {
         let purged = self.client.operate(async |channel| {
             let queue = self.name.as_str().into();
-            Ok(channel
-                .queue_purge(queue, QueuePurgeOptions::default())
-                .await?)
+            Ok(channel.queue_purge(queue, Default::default()).await?)
         });
         self.must("purge", purged);
     }
@@ -602,7 +509,11 @@ impl Queue {
     /// Deletes it under its consumers' feet.
     #[track_caller]
     pub fn delete(&self) {
-        self.must("delete", self.client.delete(&self.name));
+        let deleted = self.client.operate(async |channel| {
+            let queue = self.name.as_str().into();
+            Ok(channel.queue_delete(queue, Default::default()).await?)
+        });
+        self.must("delete", deleted);
     }
 
     /// Whether the broker has it.
@@ -625,10 +536,8 @@ impl Drop for Queue {
     fn drop(&mut self) {
         last_wish(async {
             let channel = self.client.open_channel().await?;
-            let options = QueueDeleteOptions::default();
-            channel
-                .queue_delete(self.name.as_str().into(), options)
-                .await?;
+            let queue = self.name.as_str().into();
+            channel.queue_delete(queue, Default::default()).await?;
             Ok(channel.close(200, "".into()).await?)
         });
     }
@@ -638,7 +547,6 @@ impl Drop for Queue {
 pub struct Held {
     /// The message.
     pub got: Got,
-    tag: u64,
     channel: Channel,
 }
 
@@ -650,7 +558,7 @@ impl Held {
             ..Default::default()
         };
         block_on(limited(async {
-            self.channel.basic_nack(self.tag, options).await?;
+            self.got.nack(options).await?;
             Ok(self.channel.close(200, "".into()).await?)
         }))
     }

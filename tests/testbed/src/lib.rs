@@ -11,6 +11,7 @@
 //! - [`FullBacklog`] is an address that swallows packets.
 //!
 //! Everything blocks, so a test is a plain function; what is asynchronous inside runs on one thread of the testbed's own.
+//! What gives no `Result` panics where it fails, or where what it waits for doesn't come within its limit.
 //! Nothing outlives the process that started it, not even when that process is killed: see [`owner`].
 
 #![forbid(unsafe_code)]
@@ -39,10 +40,11 @@ pub use nix::sys::signal::Signal;
 
 pub use ports::{Port, reserve_port};
 pub use program::{Finished, Program, Running};
-pub use proxy::{Action, Direction, Fate, Method, Proxy, Rewrite, Seen, frames};
+pub use proxy::{Action, Direction, Method, Proxy, frames};
 pub use rcgen;
 pub use runtime::block_on;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long a test waits for something that should take milliseconds. Generous, because two cores may be starting
@@ -50,23 +52,23 @@ use std::time::{Duration, Instant};
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Reports that a test's optional ingredient (Docker, an image, root, tini) is absent; the test should then return.
-///
-/// # Panics
-/// Where `CI=true`: a pipeline must have everything, or else a test would be skipped there for ever without anybody noticing.
 pub fn missing(what: &str) {
-    let test = std::thread::current().name().unwrap_or("test").to_owned();
     assert!(
         std::env::var("CI").as_deref() != Ok("true"),
-        "{test} needs {what}, and with CI=true nothing may be skipped"
+        "this needs {what}, and with CI=true nothing may be skipped"
     );
-    eprintln!("{test} skipped: needs {what}");
+    skipped(&format!("needs {what}"));
 }
 
 /// Reports that this version of the broker lacks what a test is about; the test should then return. Unlike with
 /// [`missing`], that is no gap in a pipeline, which has the other versions, too.
 pub fn version_lacks(what: &str) {
-    let test = std::thread::current().name().unwrap_or("test").to_owned();
-    eprintln!("{test} skipped: this version of the broker lacks {what}");
+    skipped(&format!("this version of the broker lacks {what}"));
+}
+
+fn skipped(why: &str) {
+    let thread = std::thread::current();
+    eprintln!("{} skipped: {why}", thread.name().unwrap_or("test"));
 }
 
 /// Polls `condition` until it holds or `deadline` has passed; says whether it held.
@@ -81,4 +83,10 @@ pub fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool) -> bo
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// A program that cargo has put where this one is.
+fn beside_this_program(name: &str) -> PathBuf {
+    let this = std::env::current_exe().expect("this program has a path");
+    this.with_file_name(name)
 }

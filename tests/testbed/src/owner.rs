@@ -11,18 +11,19 @@
 
 use crate::ports::random;
 use anyhow::{Context, Result};
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::LazyLock;
 
 /// The environment variable that marks what this process started.
 pub const MARK: &str = "QCONSUME_TESTBED_OWNER";
 
 /// The label of this process's containers.
-pub(crate) const LABEL: &str = "qconsume.testbed.owner";
+const LABEL: &str = "qconsume.testbed.owner";
 
 /// A temporary policy against starting services names its owner, so that only that owner's watchdog removes it.
 pub(crate) const POLICY: &str = "/usr/sbin/policy-rc.d";
@@ -67,12 +68,29 @@ pub(crate) struct Owner {
 }
 
 /// This process's identity, with its watchdog running.
-pub(crate) fn get() -> Result<&'static Owner> {
-    static OWNER: OnceLock<Result<Owner, String>> = OnceLock::new();
-    OWNER
-        .get_or_init(|| Owner::start().map_err(|error| format!("{error:#}")))
-        .as_ref()
-        .map_err(|error| anyhow::anyhow!("{error}"))
+pub(crate) fn get() -> &'static Owner {
+    static OWNER: LazyLock<Owner> =
+        LazyLock::new(|| Owner::start().unwrap_or_else(|error| panic!("{error:#}")));
+    &OWNER
+}
+
+/// This process's mark: the value of [`MARK`] in what it starts.
+pub fn id() -> &'static str {
+    &get().id
+}
+
+/// A program with an environment of nothing but `PATH` and the mark, no input and no output, in a process group of its own.
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .env(MARK, id())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0);
+    command
 }
 
 impl Owner {
@@ -108,39 +126,27 @@ impl Owner {
         })
     }
 
-    /// A new, empty folder of this process's.
-    pub(crate) fn create_folder(&self, name: &str) -> Result<PathBuf> {
-        let folder = tempfile::Builder::new()
-            .prefix(&format!("{name}-"))
-            // The user rabbitmq must get at a node's folder.
-            .permissions(fs::Permissions::from_mode(0o755))
-            .tempdir_in(&self.folder)
-            .with_context(|| format!("cannot create a folder in {}", self.folder.display()))?;
-        // The watchdog removes it with the others.
-        Ok(folder.keep())
-    }
-
-    /// Tells the watchdog that it must ask Docker too.
-    pub(crate) fn uses_docker(&self) -> Result<()> {
+    /// The label of its containers and networks; from now on its watchdog asks Docker, too.
+    pub(crate) fn label(&self) -> Result<String> {
         let path = self.folder.join("docker");
-        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))
+        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(format!("{LABEL}={}", self.id))
     }
 }
 
-/// A folder for a test's own files, gone when this process ends.
-///
-/// # Panics
-/// When it can't be created.
+/// A new, empty folder, gone when this process ends: the watchdog removes it with the others.
 pub fn temp_folder(name: &str) -> PathBuf {
-    get()
-        .and_then(|owner| owner.create_folder(name))
-        .unwrap_or_else(|error| panic!("{error:#}"))
+    let folder = tempfile::Builder::new()
+        .prefix(&format!("{name}-"))
+        // The user rabbitmq must get at a node's folder.
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir_in(&get().folder);
+    folder.expect("a folder for the tests").keep()
 }
 
-/// Whether this process has the rights of root (its effective user id is 0).
+/// Whether this process has the rights of root.
 pub fn is_root() -> bool {
-    use std::os::unix::fs::MetadataExt;
-    fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
+    nix::unistd::geteuid().is_root()
 }
 
 /// The pids of the living processes that have `NAME=VALUE` in the environment they were started with.
@@ -175,15 +181,4 @@ pub fn find_in_path(name: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|folder| folder.join(name))
         .find(|path| executable(path))
-}
-
-/// This process's mark: the value of [`MARK`] in what it starts.
-///
-/// # Panics
-/// When the watchdog can't be started.
-pub fn id() -> &'static str {
-    match get() {
-        Ok(owner) => &owner.id,
-        Err(error) => panic!("{error:#}"),
-    }
 }

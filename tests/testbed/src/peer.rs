@@ -2,13 +2,11 @@
 //! other side of it: a client that sends what no library would.
 
 use crate::Broker;
-use crate::proxy::frames::{Method, method_frame};
+use crate::proxy::frames::{self, Method, frame, long, method_frame, short};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, Ordering::Relaxed},
-};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -50,9 +48,6 @@ pub struct Peer {
 
 impl Peer {
     /// Answers every connection by this script.
-    ///
-    /// # Panics
-    /// When it can't listen.
     pub fn new(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port to listen on");
         let addr = listener.local_addr().expect("the port's number");
@@ -91,10 +86,8 @@ impl Peer {
         seen.iter().filter(|seen| seen.method == method).count()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Request>> {
-        self.seen
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn lock(&self) -> MutexGuard<'_, Vec<Request>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -120,7 +113,7 @@ fn serve(
     loop {
         let (channel, method, arguments) = next?;
         let request = {
-            let mut seen = seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             let earlier = seen
                 .iter()
                 .filter(|seen| seen.connection == connection && seen.method == method);
@@ -143,26 +136,8 @@ fn serve(
         if ends {
             return stream.shutdown(Shutdown::Both);
         }
-        next = read_frame(&mut stream);
+        next = frames::read(&mut stream);
     }
-}
-
-/// The next frame: its channel, its method, and what stands behind.
-fn read_frame(stream: &mut TcpStream) -> io::Result<(u16, Method, Vec<u8>)> {
-    let mut header = [0; 7];
-    stream.read_exact(&mut header)?;
-    let [kind, c0, c1, size @ ..] = header;
-    let mut payload = vec![0; u32::from_be_bytes(size) as usize + 1];
-    stream.read_exact(&mut payload)?;
-    payload.pop();
-    let channel = u16::from_be_bytes([c0, c1]);
-    Ok(match (kind, payload.as_slice()) {
-        (1, &[a, b, c, d, ref rest @ ..]) => {
-            let method = Method(u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-            (channel, method, rest.to_vec())
-        }
-        _ => (channel, Method(0, kind.into()), payload),
-    })
 }
 
 /// What a broker with one queue, and no message in it, answers.
@@ -236,27 +211,6 @@ pub fn content_header(channel: u16, size: u64, properties: &[u8]) -> Vec<u8> {
     frame(2, channel, &payload)
 }
 
-/// A frame of any type.
-pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![kind];
-    frame.extend(channel.to_be_bytes());
-    frame.extend((payload.len() as u32).to_be_bytes());
-    frame.extend(payload);
-    frame.push(0xCE);
-    frame
-}
-
-/// A short string; what is beyond 255 bytes is left out.
-pub fn short(text: &[u8]) -> Vec<u8> {
-    let text = &text[..text.len().min(255)];
-    [&[text.len() as u8], text].concat()
-}
-
-/// A long string, or a table's or an array's content with its size.
-pub fn long(text: &[u8]) -> Vec<u8> {
-    [&(text.len() as u32).to_be_bytes(), text].concat()
-}
-
 /// Properties with only headers: tables (`F`) or arrays (`A`) within each other, so many levels with the headers' own.
 pub fn nested_headers(levels: usize, kind: u8) -> Vec<u8> {
     // From the inside: a builder that calls itself would overflow its own stack.
@@ -277,17 +231,14 @@ fn short_at(arguments: &[u8], at: usize) -> &[u8] {
 
 /// Publishes to virtual host `/` as guest, with properties and a routing key of any bytes, and waits until the broker has
 /// the message.
-///
-/// # Panics
-/// When the broker doesn't take it, and says so by closing.
 pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properties: &[u8]) {
     let publish = || -> io::Result<()> {
         let mut stream = TcpStream::connect(broker.addr())?;
         stream.set_read_timeout(Some(crate::PATIENCE))?;
-        let mut call = |bytes: Vec<u8>, wanted: Method| {
-            stream.write_all(&bytes)?;
+        let mut call = |bytes: &[u8], wanted: Method| {
+            stream.write_all(bytes)?;
             loop {
-                match read_frame(&mut stream)?.1 {
+                match frames::read(&mut stream)?.1 {
                     method if method == wanted => return Ok(()),
                     Method::CONNECTION_CLOSE | Method::CHANNEL_CLOSE => {
                         return Err(io::Error::other("the broker closed the channel"));
@@ -296,47 +247,31 @@ pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properti
                 }
             }
         };
-        call(b"AMQP\0\0\x09\x01".to_vec(), Method::CONNECTION_START)?;
+        call(b"AMQP\0\0\x09\x01", Method::CONNECTION_START)?;
         let login = long(b"\0guest\0guest");
         let start_ok = [&long(b"")[..], &short(b"PLAIN"), &login, &short(b"en_US")].concat();
-        call(
-            method_frame(0, Method::CONNECTION_START_OK, &start_ok),
-            Method::CONNECTION_TUNE,
-        )?;
+        let start_ok = method_frame(0, Method::CONNECTION_START_OK, &start_ok);
+        call(&start_ok, Method::CONNECTION_TUNE)?;
+        let vhost = [&short(b"/")[..], &[0, 0]].concat();
         let open = [
             method_frame(0, Method::CONNECTION_TUNE_OK, &[7, 255, 0, 2, 0, 0, 0, 0]),
-            method_frame(
-                0,
-                Method::CONNECTION_OPEN,
-                &[&short(b"/")[..], &[0, 0]].concat(),
-            ),
+            method_frame(0, Method::CONNECTION_OPEN, &vhost),
         ];
-        call(open.concat(), Method::CONNECTION_OPEN_OK)?;
-        call(
-            method_frame(1, Method::CHANNEL_OPEN, &[0]),
-            Method::CHANNEL_OPEN_OK,
-        )?;
-        call(
-            method_frame(1, Method::CONFIRM_SELECT, &[0]),
-            Method::CONFIRM_SELECT_OK,
-        )?;
-        let target = [
-            &[0, 0][..],
-            &short(exchange.as_bytes()),
-            &short(routing_key),
-            &[0],
-        ];
+        call(&open.concat(), Method::CONNECTION_OPEN_OK)?;
+        let channel = method_frame(1, Method::CHANNEL_OPEN, &[0]);
+        call(&channel, Method::CHANNEL_OPEN_OK)?;
+        let confirm = method_frame(1, Method::CONFIRM_SELECT, &[0]);
+        call(&confirm, Method::CONFIRM_SELECT_OK)?;
+        let (exchange, key) = (short(exchange.as_bytes()), short(routing_key));
+        let target = [&[0, 0][..], &exchange, &key, &[0]].concat();
         let message = [
-            method_frame(1, Method::BASIC_PUBLISH, &target.concat()),
+            method_frame(1, Method::BASIC_PUBLISH, &target),
             content_header(1, 5, properties),
             frame(3, 1, b"lemon"),
         ];
-        call(message.concat(), Method::BASIC_ACK)?;
-        let close = [&200_u16.to_be_bytes()[..], &[0], &[0; 4]].concat();
-        call(
-            method_frame(0, Method::CONNECTION_CLOSE, &close),
-            Method::CONNECTION_CLOSE_OK,
-        )
+        call(&message.concat(), Method::BASIC_ACK)?;
+        let close = frames::connection_close(200, "");
+        call(&close, Method::CONNECTION_CLOSE_OK)
     };
     publish().unwrap_or_else(|error| panic!("the broker took no such message: {error}"));
 }

@@ -3,19 +3,18 @@
 use crate::owner;
 use crate::ports::random;
 use crate::{PATIENCE, Signal, eventually};
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
-use wait4::{ResUse, Wait4};
 
 /// The environment variable that marks one run and everything it has started.
 const RUN_MARK: &str = "QCONSUME_TESTBED_RUN";
@@ -27,9 +26,6 @@ const OWN_VARIABLES: [&str; 4] = ["BROKER_URL", "BROKER_URL_FILE", "AMQP_URL", "
 /// ignored). A test that wants one ignored says so in [`Program::through`].
 const USUAL_SIGNALS: [&str; 2] = ["/usr/bin/env", "--default-signal=HUP,INT,QUIT,PIPE,TERM"];
 
-/// How often a reader looks whether the program has ended, while nothing arrives.
-const LOOK: u16 = 20;
-
 /// A program about to be run.
 #[derive(Clone, Debug)]
 #[must_use]
@@ -38,7 +34,6 @@ pub struct Program {
     prefix: Vec<OsString>,
     args: Vec<OsString>,
     env: Vec<(OsString, Option<OsString>)>,
-    clear: bool,
     folder: Option<PathBuf>,
     stdin: Option<Vec<u8>>,
 }
@@ -51,7 +46,6 @@ impl Program {
             prefix: Vec::new(),
             args: Vec::new(),
             env: Vec::new(),
-            clear: false,
             folder: None,
             stdin: None,
         }
@@ -98,12 +92,6 @@ impl Program {
         self
     }
 
-    /// Starts from an empty environment (but for the testbed's marks) instead of this process's.
-    pub fn env_clear(mut self) -> Self {
-        self.clear = true;
-        self
-    }
-
     /// Runs it in this folder.
     pub fn current_dir(mut self, folder: impl AsRef<Path>) -> Self {
         self.folder = Some(folder.as_ref().to_owned());
@@ -124,24 +112,19 @@ impl Program {
     }
 
     /// Starts it, in a process group of its own.
-    ///
-    /// # Panics
-    /// When it can't be started.
     #[track_caller]
     pub fn spawn(self) -> Running {
-        let owner = owner::get().unwrap_or_else(|error| panic!("{error:#}"));
         let run = format!("{:016x}", random());
+        // Files rather than pipes: what the program leaves behind holds up no reader.
+        let [stdout, stderr] = [(); 2].map(|()| tempfile::tempfile().expect("a temporary file"));
+        let output = |file: &File| file.try_clone().expect("a second handle");
         let mut command = Command::new(USUAL_SIGNALS[0]);
         command.arg(USUAL_SIGNALS[1]).args(&self.prefix);
         command.arg(&self.path).args(&self.args);
-        if self.clear {
-            command.env_clear();
-        } else {
-            for (name, _) in std::env::vars_os() {
-                let text = name.to_string_lossy();
-                if OWN_VARIABLES.contains(&&*text) || text.starts_with("QCONSUME_") {
-                    command.env_remove(&name);
-                }
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if OWN_VARIABLES.contains(&&*text) || text.starts_with("QCONSUME_") {
+                command.env_remove(&name);
             }
         }
         for (name, value) in &self.env {
@@ -150,16 +133,17 @@ impl Program {
                 None => command.env_remove(name),
             };
         }
+        let stdin = if self.stdin.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        };
         command
-            .env(owner::MARK, &owner.id)
+            .env(owner::MARK, owner::id())
             .env(RUN_MARK, &run)
-            .stdin(if self.stdin.is_some() {
-                Stdio::piped()
-            } else {
-                Stdio::null()
-            })
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdin(stdin)
+            .stdout(output(&stdout))
+            .stderr(output(&stderr))
             .process_group(0);
         if let Some(folder) = &self.folder {
             command.current_dir(folder);
@@ -168,112 +152,30 @@ impl Program {
         let mut child = command
             .spawn()
             .unwrap_or_else(|error| panic!("cannot run {}: {error}", self.path.display()));
-        let pid = child.id() as i32;
+        let running = Running {
+            name: self.path.display().to_string(),
+            pid: child.id().cast_signed(),
+            run,
+            stdout,
+            stderr,
+            ended: Arc::default(),
+        };
         if let (Some(mut pipe), Some(bytes)) = (child.stdin.take(), self.stdin) {
             // A program that doesn't read all of it is that program's business.
             thread::spawn(move || drop(pipe.write_all(&bytes)));
         }
-        let shared = Arc::new(Shared::default());
-        if let Some(pipe) = child.stdout.take() {
-            shared.read(pipe, |state| &mut state.stdout);
-        }
-        if let Some(pipe) = child.stderr.take() {
-            shared.read(pipe, |state| &mut state.stderr);
-        }
-        let waiter = shared.clone();
+        let ended = running.ended.clone();
         thread::spawn(move || {
-            let ended = child.wait4();
-            let wall = started.elapsed();
-            waiter.change(|state| state.ended = ended.ok().map(|ended| (ended, wall)));
+            let status = child.wait().expect("nobody else waits for it");
+            let _ = ended.set((status, started.elapsed()));
         });
-        Running {
-            name: self.path.display().to_string(),
-            pid,
-            run,
-            shared,
-        }
+        running
     }
 
     /// Starts it and waits for its end; [`PATIENCE`] is the limit.
-    ///
-    /// # Panics
-    /// When it can't be started or hangs.
     #[track_caller]
     pub fn run(self) -> Finished {
         self.spawn().wait(PATIENCE)
-    }
-}
-
-/// What the threads that watch a program have seen so far.
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    /// Pipes that have come to their end.
-    closed: usize,
-    /// Pipes of which everything was read that the program itself has written; what it has left behind may hold them open.
-    drained: usize,
-    ended: Option<(ResUse, Duration)>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.lock());
-        self.changed.notify_all();
-    }
-
-    fn read(
-        self: &Arc<Self>,
-        mut pipe: impl Read + AsFd + Send + 'static,
-        buffer: fn(&mut State) -> &mut Vec<u8>,
-    ) {
-        let shared = self.clone();
-        thread::spawn(move || {
-            let mut chunk = vec![0; 64 * 1024];
-            let mut drained = false;
-            loop {
-                let ended = shared.lock().ended.is_some();
-                let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-                if poll(&mut fds, LOOK) == Ok(0) {
-                    if ended && !drained {
-                        drained = true;
-                        shared.change(|state| state.drained += 1);
-                    }
-                    continue;
-                }
-                match pipe.read(&mut chunk) {
-                    Ok(count @ 1..) => {
-                        shared.change(|state| buffer(state).extend_from_slice(&chunk[..count]));
-                    }
-                    _ => break,
-                }
-            }
-            shared.change(|state| {
-                state.closed += 1;
-                state.drained += usize::from(!drained);
-            });
-        });
-    }
-
-    /// Waits until the condition holds; says whether it did within the limit.
-    fn wait(&self, limit: Duration, condition: impl Fn(&State) -> bool) -> bool {
-        let (_state, result) = self
-            .changed
-            .wait_timeout_while(self.lock(), limit, |state| !condition(state))
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        !result.timed_out()
     }
 }
 
@@ -282,7 +184,10 @@ pub struct Running {
     name: String,
     pid: i32,
     run: String,
-    shared: Arc<Shared>,
+    stdout: File,
+    stderr: File,
+    /// How it ended, and how long after its start.
+    ended: Arc<OnceLock<(ExitStatus, Duration)>>,
 }
 
 impl Running {
@@ -293,53 +198,45 @@ impl Running {
 
     /// Sends it a signal; one that has ended already is left alone.
     pub fn signal(&self, signal: Signal) {
-        if self.shared.lock().ended.is_none() {
+        if !self.has_ended() {
             let _ = kill(Pid::from_raw(self.pid), signal);
         }
     }
 
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
-        self.shared.lock().ended.is_some()
+        self.ended.get().is_some()
     }
 
     /// What it has written to standard error so far.
     pub fn stderr(&self) -> String {
-        String::from_utf8_lossy(&self.shared.lock().stderr).into_owned()
+        String::from_utf8_lossy(&content(&self.stderr)).into_owned()
     }
 
     /// What it has written to standard output so far.
     pub fn stdout(&self) -> Vec<u8> {
-        self.shared.lock().stdout.clone()
+        content(&self.stdout)
     }
 
     /// Waits until the text has appeared on its standard error.
-    ///
-    /// # Panics
-    /// When it doesn't within the limit, or when the program ends without it.
     #[track_caller]
     pub fn wait_for_stderr(&self, text: &str, limit: Duration) {
-        self.wait_for(text, "standard error", |state| &state.stderr, limit);
+        self.wait_for(text, "standard error", &self.stderr, limit);
     }
 
     /// Waits until the text has appeared on its standard output.
-    ///
-    /// # Panics
-    /// When it doesn't within the limit, or when the program ends without it.
     #[track_caller]
     pub fn wait_for_stdout(&self, text: &str, limit: Duration) {
-        self.wait_for(text, "standard output", |state| &state.stdout, limit);
+        self.wait_for(text, "standard output", &self.stdout, limit);
     }
 
     #[track_caller]
-    fn wait_for(&self, text: &str, stream: &str, buffer: fn(&State) -> &Vec<u8>, limit: Duration) {
-        let appeared = |state: &State| contains(buffer(state), text.as_bytes());
-        self.shared.wait(limit, |state| {
-            appeared(state) || (state.ended.is_some() && state.closed == 2)
-        });
-        let found = appeared(&self.shared.lock());
+    fn wait_for(&self, text: &str, stream: &str, file: &File, limit: Duration) {
+        let appeared = || String::from_utf8_lossy(&content(file)).contains(text);
+        let over = || self.has_ended() && self.leftovers().is_empty();
+        eventually(limit, || appeared() || over());
         assert!(
-            found,
+            appeared(),
             "{} didn't write {text:?} to {stream} within {limit:?} (ended: {}); its standard error:\n{}",
             self.name,
             self.has_ended(),
@@ -356,9 +253,6 @@ impl Running {
     }
 
     /// Waits until nothing that it has started is left.
-    ///
-    /// # Panics
-    /// When something is.
     #[track_caller]
     pub fn wait_no_leftovers(&self, limit: Duration) {
         let gone = eventually(limit, || self.leftovers().is_empty());
@@ -370,40 +264,29 @@ impl Running {
         );
     }
 
-    /// Waits for its end and gives everything about it.
-    ///
-    /// # Panics
-    /// When it hasn't ended within the limit: that is a hang. It is killed then.
+    /// Waits for its end and gives everything about it; one that hasn't ended within the limit hangs, and is killed.
     #[track_caller]
     pub fn wait(self, limit: Duration) -> Finished {
         self.finish(limit)
     }
 
     /// The same, and keeps the handle, to ask for [`Running::leftovers`] afterwards.
-    ///
-    /// # Panics
-    /// When it hasn't ended within the limit.
     #[track_caller]
     pub fn finish(&self, limit: Duration) -> Finished {
-        let ended = self.shared.wait(limit, |state| state.ended.is_some());
-        if !ended {
+        eventually(limit, || self.has_ended());
+        let Some((status, wall)) = self.ended.get() else {
             let stderr = self.stderr();
             self.kill_all();
             panic!(
                 "{} hung for {limit:?} and was killed; its standard error:\n{stderr}",
                 self.name
             );
-        }
-        let drained = self.shared.wait(PATIENCE, |state| state.drained == 2);
-        assert!(drained, "the output of {} never pauses", self.name);
-        let state = self.shared.lock();
-        let (ended, wall) = state.ended.as_ref().expect("it has ended");
+        };
         Finished {
-            code: ended.status.code(),
-            signal: ended.status.signal(),
-            peak_memory: ended.rusage.maxrss,
-            stdout: state.stdout.clone(),
-            stderr: String::from_utf8_lossy(&state.stderr).into_owned(),
+            code: status.code(),
+            signal: status.signal(),
+            stdout: self.stdout(),
+            stderr: self.stderr(),
             wall: *wall,
         }
     }
@@ -429,11 +312,12 @@ impl Drop for Running {
     }
 }
 
-fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    needle.is_empty()
-        || haystack
-            .windows(needle.len())
-            .any(|window| window == needle)
+/// All of a file, whatever the position that its writers share.
+fn content(file: &File) -> Vec<u8> {
+    let size = file.metadata().expect("the file's size").len();
+    let mut bytes = vec![0; size as usize];
+    file.read_exact_at(&mut bytes, 0).expect("the file's bytes");
+    bytes
 }
 
 /// How a program ended.
@@ -447,9 +331,6 @@ pub struct Finished {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: String,
-    /// The most memory that it had resident, in bytes. Never less than what this process had when it started it: the
-    /// kernel counts from there.
-    pub peak_memory: u64,
     /// From before its start until its end.
     pub wall: Duration,
 }
@@ -467,9 +348,6 @@ impl Finished {
     }
 
     /// Checks the status, and shows standard error when it is another.
-    ///
-    /// # Panics
-    /// When it is.
     #[track_caller]
     pub fn assert_status(&self, expected: i32) -> &Self {
         assert!(
@@ -483,9 +361,6 @@ impl Finished {
     }
 
     /// Checks that standard error contains the text.
-    ///
-    /// # Panics
-    /// When it doesn't.
     #[track_caller]
     pub fn assert_stderr(&self, text: &str) -> &Self {
         assert!(

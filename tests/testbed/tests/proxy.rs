@@ -230,7 +230,7 @@ fn large_messages_pass_in_pieces() {
             .get(queue.name())
             .expect("an answer")
             .expect("a message")
-            .body
+            .data
             == body
     );
     assert!(proxy.count(Direction::ToClient, Method::BODY) > 1);
@@ -238,7 +238,7 @@ fn large_messages_pass_in_pieces() {
 
 #[test]
 fn a_full_backlog_swallows_packets() {
-    let backlog = FullBacklog::new();
+    let backlog = FullBacklog::start();
     let limit = Duration::from_millis(700);
     let error =
         std::net::TcpStream::connect_timeout(&backlog.addr(), limit).expect_err("no answer");

@@ -6,21 +6,19 @@ mod process;
 mod table;
 
 use crate::certificates::{authority, identity};
-use crate::owner::{find_in_path, temp_folder};
-use crate::{Broker, Direction, Port, Proxy, Queue, eventually, exec, reserve_port};
-use anyhow::{Context, Result, bail, ensure};
+use crate::owner::{self, find_in_path, temp_folder};
+use crate::{
+    Broker, Direction, Port, Proxy, Queue, beside_this_program, eventually, exec, reserve_port,
+};
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use process::Cost;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use table::{Unit, row};
-
-const USAGE: &str = "usage: bench [OPTIONS]
-  --qconsume PATH  the binary to measure [the one beside this program]
-  --quick          a few rounds of everything, to see that it works; leaves the page alone
-  --only PART      one part of it: small, far, tls, large, series or crowd; leaves the page alone
-  --page PATH      put the table and the line below it there in place of the ones it has";
+use table::Table;
+use table::Unit::{Memory, Time};
 
 /// On the way to a broker in the next region, half of the round trip of 20 ms.
 const ONE_WAY: Duration = Duration::from_millis(10);
@@ -34,40 +32,39 @@ const NOTICED: Duration = Duration::from_secs(120);
 /// How the line below the table begins.
 const MEASURED: &str = "Measured on ";
 
-/// What the benchmark shall do.
-#[derive(Clone, Debug)]
+/// Measures qconsume beside amqp-consume
+#[derive(clap::Parser, Clone, Debug)]
+#[command(name = "bench")]
 pub struct Options {
+    /// The binary to measure
+    #[arg(long, default_value_os_t = beside_this_program("qconsume"))]
     qconsume: PathBuf,
+    /// A few rounds of everything, to see that it works; leaves the page alone
+    #[arg(long)]
     quick: bool,
-    only: Option<String>,
+    /// One part of it; leaves the page alone
+    #[arg(long)]
+    only: Option<Part>,
+    /// Put the table and the line below it there in place of the ones it has
+    #[arg(long)]
     page: Option<PathBuf>,
 }
 
-impl Options {
-    /// Reads the command line.
-    ///
-    /// # Errors
-    /// The usage.
-    pub fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self {
-            qconsume: std::env::current_exe()?.with_file_name("qconsume"),
-            quick: false,
-            only: None,
-            page: None,
-        };
-        let mut args = args.iter();
-        while let Some(name) = args.next() {
-            let mut value = || args.next().context(USAGE);
-            match name.as_str() {
-                "--qconsume" => options.qconsume = value()?.into(),
-                "--page" => options.page = Some(value()?.into()),
-                "--only" => options.only = Some(value()?.clone()),
-                "--quick" => options.quick = true,
-                _ => bail!("{USAGE}"),
-            }
-        }
-        Ok(options)
-    }
+/// What is measured, in this order.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
+enum Part {
+    /// One message.
+    Small,
+    /// The same, 20 ms away.
+    Far,
+    /// The same, encrypted.
+    Tls,
+    /// The same, of 12 MiB.
+    Large,
+    /// Many messages in one process.
+    Series,
+    /// Many processes at once.
+    Crowd,
 }
 
 /// Something of amqp-consume's, and the same of qconsume's.
@@ -78,9 +75,6 @@ struct Pair<T> {
 }
 
 /// Measures everything, prints the table, and puts it into the page if there is one.
-///
-/// # Errors
-/// When something is missing, or a run didn't do its work.
 pub fn run(options: &Options) -> Result<()> {
     let programs = Pair {
         amqp_consume: find_in_path("amqp-consume")
@@ -90,21 +84,20 @@ pub fn run(options: &Options) -> Result<()> {
     };
     process::end_if_hung();
     let bench = Bench::start(options.quick, programs)?;
-    let mut results = table::head();
-    type Part = fn(&Bench) -> Result<String>;
-    let parts: [(&str, Part); 6] = [
-        ("small", Bench::one_message),
-        ("far", Bench::far_away),
-        ("tls", Bench::tls),
-        ("large", Bench::large),
-        ("series", Bench::series),
-        ("crowd", Bench::crowd),
-    ];
-    let wanted = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
-    ensure!(parts.iter().any(|(name, _)| wanted(name)), "{USAGE}");
-    for (_, measure) in parts.iter().filter(|(name, _)| wanted(name)) {
-        results += &measure(&bench)?;
+    let mut table = Table::new();
+    for part in Part::value_variants() {
+        if options.only.is_none_or(|only| only == *part) {
+            match part {
+                Part::Small => bench.one_message(&mut table)?,
+                Part::Far => bench.far_away(&mut table)?,
+                Part::Tls => bench.tls(&mut table)?,
+                Part::Large => bench.large(&mut table)?,
+                Part::Series => bench.series(&mut table)?,
+                Part::Crowd => bench.crowd(&mut table)?,
+            }
+        }
     }
+    let mut results = table.text;
     results += &format!("\n{}\n", bench.circumstances()?);
     println!("\n{results}");
     match &options.page {
@@ -139,13 +132,12 @@ impl Bench {
         let server = identity(&authority, &["localhost"], |_| {});
         let tls = reserve_port()?;
         let broker = Broker::options()
+            .config(&format!("listeners.ssl.1 = 127.0.0.1:{}", tls.number()))
             .config(
-                "listeners.ssl.1 = 127.0.0.1:{tls_port}\n\
-                 ssl_options.cacertfile = $folder/ca.pem\n\
+                "ssl_options.cacertfile = $folder/ca.pem\n\
                  ssl_options.certfile = $folder/server.pem\n\
                  ssl_options.keyfile = $folder/server.key\n",
             )
-            .port("tls_port", tls.number())
             .file("ca.pem", &authority.as_ref().pem())
             .file("server.pem", &server.cert)
             .file("server.key", &server.key)
@@ -196,27 +188,24 @@ impl Bench {
         }
     }
 
-    fn one_message(&self) -> Result<String> {
+    fn one_message(&self, table: &mut Table) -> Result<()> {
         let rounds = self.rounds(150);
         let costs = self.costs("one message", &self.near(), rounds)?;
         let peaks = self.peaks("one message", &self.near())?;
         // The kernel doesn't tell the two apart afterwards; by itself the command costs the same.
         let command = (0..rounds)
-            .map(|_| Ok(process::cost(Command::new("cat"))?.cpu))
+            .map(|_| Ok(process::cost(owner::command("cat"))?.cpu))
             .collect::<Result<Vec<_>>>()?;
         let command = table::median(&command);
-        Ok([
-            row("one small message: time", Unit::Time, &costs, |it| it.wall),
-            row("… processor", Unit::Time, &costs, |it| it.cpu),
-            row("… processor, less `cat`'s", Unit::Time, &costs, |it| {
-                it.cpu - command
-            }),
-            row("… memory", Unit::Memory, &peaks, |it| *it),
-        ]
-        .concat())
+        table.row("one small message: time", Time, &costs, |it| it.wall);
+        table.row("… processor", Time, &costs, |it| it.cpu);
+        let less = "… processor, less `cat`'s";
+        table.row(less, Time, &costs, |it| it.cpu - command);
+        table.row("… memory", Memory, &peaks, |it| *it);
+        Ok(())
     }
 
-    fn far_away(&self) -> Result<String> {
+    fn far_away(&self, table: &mut Table) -> Result<()> {
         let proxy = Proxy::of(&self.broker);
         proxy.delay(Direction::ToBroker, ONE_WAY);
         proxy.delay(Direction::ToClient, ONE_WAY);
@@ -225,11 +214,11 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("one message, 20 ms away", &work, self.rounds(150))?;
-        let what = "one, 20 ms round trip: time";
-        Ok(row(what, Unit::Time, &costs, |it| it.wall))
+        table.row("one, 20 ms round trip: time", Time, &costs, |it| it.wall);
+        Ok(())
     }
 
-    fn tls(&self) -> Result<String> {
+    fn tls(&self, table: &mut Table) -> Result<()> {
         let work = Work {
             url: format!("amqps://guest:guest@localhost:{}", self.tls.number()),
             cacert: Some(self.ca.clone()),
@@ -237,57 +226,43 @@ impl Bench {
         };
         let costs = self.costs("one message over TLS", &work, self.rounds(150))?;
         let peaks = self.peaks("one message over TLS", &work)?;
-        Ok([
-            row("one over TLS: time", Unit::Time, &costs, |it| it.wall),
-            row("… processor", Unit::Time, &costs, |it| it.cpu),
-            row("… memory", Unit::Memory, &peaks, |it| *it),
-        ]
-        .concat())
+        table.row("one over TLS: time", Time, &costs, |it| it.wall);
+        table.row("… processor", Time, &costs, |it| it.cpu);
+        table.row("… memory", Memory, &peaks, |it| *it);
+        Ok(())
     }
 
-    fn large(&self) -> Result<String> {
+    fn large(&self, table: &mut Table) -> Result<()> {
         let work = Work {
             body: (0..12 << 20).map(|index| (index % 251) as u8).collect(),
             ..self.near()
         };
         let costs = self.costs("one of 12 MiB", &work, self.rounds(30))?;
         let peaks = self.peaks("one of 12 MiB", &work)?;
-        Ok([
-            row("one of 12 MiB: time", Unit::Time, &costs, |it| it.wall),
-            row("… memory", Unit::Memory, &peaks, |it| *it),
-        ]
-        .concat())
+        table.row("one of 12 MiB: time", Time, &costs, |it| it.wall);
+        table.row("… memory", Memory, &peaks, |it| *it);
+        Ok(())
     }
 
-    fn series(&self) -> Result<String> {
-        let mut work = Work {
-            messages: 300,
-            ..self.near()
-        };
-        let costs = self.costs("300 in one process", &work, self.rounds(20))?;
-        work.prefetch = Some(1);
-        let same = self.costs("300, one at a time", &work, self.rounds(20))?;
-        Ok([
-            row(
-                "300 in one process (`-c 300`): time",
-                Unit::Time,
-                &costs,
-                |it| it.wall,
-            ),
-            row("… processor", Unit::Time, &costs, |it| it.cpu),
-            row(
-                "… both one at a time (`-p 1`): time",
-                Unit::Time,
-                &same,
-                |it| it.wall,
-            ),
-            row("… processor", Unit::Time, &same, |it| it.cpu),
-        ]
-        .concat())
+    fn series(&self, table: &mut Table) -> Result<()> {
+        for (what, prefetch) in [
+            ("300 in one process (`-c 300`): time", None),
+            ("… both one at a time (`-p 1`): time", Some(1)),
+        ] {
+            let work = Work {
+                messages: 300,
+                prefetch,
+                ..self.near()
+            };
+            let costs = self.costs(what, &work, self.rounds(20))?;
+            table.row(what, Time, &costs, |it| it.wall);
+            table.row("… processor", Time, &costs, |it| it.cpu);
+        }
+        Ok(())
     }
 
     /// Many workers that wait, and then get a message each.
-    fn crowd(&self) -> Result<String> {
+    fn crowd(&self, table: &mut Table) -> Result<()> {
         let size = if self.quick { 20 } else { 500 };
         let work = self.near();
         let queue = self.broker.queue("bench");
@@ -305,16 +280,10 @@ impl Bench {
             Ok((memory, time))
         })?;
         let what = format!("{size} that wait: memory of all");
-        Ok([
-            row(&what, Unit::Memory, &crowds, |(memory, _)| *memory),
-            row(
-                "… until all have done a message",
-                Unit::Time,
-                &crowds,
-                |(_, time)| *time,
-            ),
-        ]
-        .concat())
+        table.row(&what, Memory, &crowds, |(memory, _)| *memory);
+        let what = "… until all have done a message";
+        table.row(what, Time, &crowds, |(_, time)| *time);
+        Ok(())
     }
 
     /// What runs cost that do the work, one program after the other; the first round is for the caches.
@@ -380,7 +349,7 @@ struct Work {
 
 impl Work {
     fn command(&self, program: &Path, queue: &str) -> Command {
-        let mut command = Command::new(program);
+        let mut command = owner::command(program);
         command.args(["--url", &self.url, "-q", queue]);
         command.args(["-c", &self.messages.to_string()]);
         if let Some(limit) = self.prefetch {

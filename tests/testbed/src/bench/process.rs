@@ -1,6 +1,5 @@
 //! Runs a process and says what it has cost.
 
-use crate::owner;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::resource::{UsageWho, getrusage};
@@ -8,7 +7,7 @@ use nix::sys::time::TimeValLike;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -61,7 +60,7 @@ pub(super) fn cost(command: Command) -> Result<Cost> {
 /// Not `ru_maxrss` of wait4: that begins with what the process had before it became this program, a copy of our own, and
 /// counts the largest of what it has started, too. So the process is stopped when it exits, and asked.
 pub(super) fn peak(command: Command) -> Result<f64> {
-    let pid = Pid::from_raw(spawn(command)?.id() as i32);
+    let pid = Pid::from_raw(spawn(command)?.id().cast_signed());
     ptrace::seize(pid, Options::PTRACE_O_TRACEEXIT).context("it can't be traced")?;
     let mut peak = None;
     loop {
@@ -108,15 +107,7 @@ impl Crowd {
 
 fn spawn(mut command: Command) -> Result<Child> {
     *LAST.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-    command
-        .env_clear()
-        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-        .env(owner::MARK, owner::id())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .context("it can't be run")
+    command.spawn().context("it can't be run")
 }
 
 fn succeeded(mut child: Child) -> Result<()> {

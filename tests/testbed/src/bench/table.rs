@@ -31,45 +31,50 @@ const HEAD: [(&str, usize); 5] = [
     ("quartiles", 12),
 ];
 
-/// The table's first two lines.
-pub(super) fn head() -> String {
-    let names = line(&HEAD.map(|(name, _)| name.to_owned()));
-    format!("{names}{}", line(&HEAD.map(|(_, width)| "-".repeat(width))))
+/// The table so far.
+pub(super) struct Table {
+    pub(super) text: String,
 }
 
-/// A row: medians over the rounds, of their ratios too, as each round compares what ran within the same second.
-pub(super) fn row<T>(
-    what: &str,
-    unit: Unit,
-    rounds: &[Pair<T>],
-    value: impl Fn(&T) -> f64,
-) -> String {
-    let (mut theirs, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for pair in rounds {
-        let (their, our) = (value(&pair.amqp_consume), value(&pair.qconsume));
-        theirs.push(their);
-        ours.push(our);
-        ratios.push(our / their);
+impl Table {
+    /// With its first two lines.
+    pub(super) fn new() -> Self {
+        let mut table = Self {
+            text: String::new(),
+        };
+        table.line(&HEAD.map(|(name, _)| name.to_owned()));
+        table.line(&HEAD.map(|(_, width)| "-".repeat(width)));
+        table
     }
-    line(&[
-        what.to_owned(),
-        unit.write(median(&theirs)),
-        unit.write(median(&ours)),
-        format!("{:.3}", median(&ratios)),
-        format!(
-            "{:.2} to {:.2}",
-            quantile(&ratios, 0.25),
-            quantile(&ratios, 0.75)
-        ),
-    ])
-}
 
-fn line(cells: &[String; 5]) -> String {
-    let mut line = String::new();
-    for (cell, (_, width)) in cells.iter().zip(HEAD) {
-        line += &format!("| {cell:<width$} ");
+    /// Adds medians over the rounds, of their ratios too, as each round compares what ran within the same second.
+    pub(super) fn row<T>(
+        &mut self,
+        what: &str,
+        unit: Unit,
+        rounds: &[Pair<T>],
+        value: impl Fn(&T) -> f64,
+    ) {
+        let of = |value: &dyn Fn(&Pair<T>) -> f64| rounds.iter().map(value).collect::<Vec<_>>();
+        let theirs = of(&|pair| value(&pair.amqp_consume));
+        let ours = of(&|pair| value(&pair.qconsume));
+        let ratios = of(&|pair| value(&pair.qconsume) / value(&pair.amqp_consume));
+        let (low, high) = (quantile(&ratios, 0.25), quantile(&ratios, 0.75));
+        self.line(&[
+            what.to_owned(),
+            unit.write(median(&theirs)),
+            unit.write(median(&ours)),
+            format!("{:.3}", median(&ratios)),
+            format!("{low:.2} to {high:.2}"),
+        ]);
     }
-    line + "|\n"
+
+    fn line(&mut self, cells: &[String; 5]) {
+        for (cell, (_, width)) in cells.iter().zip(HEAD) {
+            self.text += &format!("| {cell:<width$} ");
+        }
+        self.text += "|\n";
+    }
 }
 
 pub(super) fn median(values: &[f64]) -> f64 {
@@ -98,8 +103,10 @@ mod tests {
             amqp_consume,
             qconsume,
         });
-        let row = row("a", Unit::Time, &rounds, |value| *value);
-        let cells: Vec<_> = row.trim().split('|').map(str::trim).collect();
+        let mut table = Table::new();
+        table.row("a", Unit::Time, &rounds, |value| *value);
+        let row = table.text.lines().last().unwrap();
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
         assert_eq!(
             cells,
             ["", "a", "4.00 s", "3.00 s", "0.750", "0.62 to 0.94", ""]

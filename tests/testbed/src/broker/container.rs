@@ -6,10 +6,10 @@
 use super::{CTL_LIMIT, Node, Settings};
 use crate::Signal;
 use crate::exec;
-use crate::owner::{self, LABEL, find_in_path};
+use crate::owner::{self, find_in_path};
 use crate::ports::random;
 use crate::program::Program;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -74,9 +74,7 @@ pub fn image_present(image: &str) -> bool {
 
 /// The label, `name=value`, with which a test's own containers and networks are removed should this process be killed.
 pub fn docker_label() -> Result<String> {
-    let owner = owner::get()?;
-    owner.uses_docker()?;
-    Ok(format!("{LABEL}={}", owner.id))
+    owner::get().label()
 }
 
 /// Makes sure that the image is there.
@@ -97,27 +95,13 @@ pub struct Container(Removed);
 
 impl Container {
     /// Creates it from an image that is here, with `options` of `docker create` and the command to run.
-    ///
-    /// # Panics
-    /// When that doesn't work.
     pub fn create(image: &str, options: &[&str], command: &[&str]) -> Self {
         Self::try_create(image, options, command).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     fn try_create(image: &str, options: &[&str], command: &[&str]) -> Result<Self> {
-        let owner = owner::get()?;
-        owner.uses_docker()?;
-        let container = Removed {
-            name: format!("{}-test-{:08x}", owner.id, random() as u32),
-        };
-        let label = format!("{LABEL}={}", owner.id);
-        let mut args = vec!["create", "--name", &container.name, "--label", &label];
-        args.extend(["--network", "host", "--pull", "never"]);
-        args.extend(options);
-        args.push(image);
-        args.extend(command);
-        docker(&args)?;
-        Ok(Self(container))
+        let options = [&["--pull", "never"][..], options, &[image], command].concat();
+        Ok(Self(Removed::make("create", &options)?))
     }
 
     /// Its name.
@@ -126,9 +110,6 @@ impl Container {
     }
 
     /// Puts a file of this machine into it, executable bit and all.
-    ///
-    /// # Panics
-    /// When that doesn't work.
     pub fn copy_in(&self, file: &Path, to: &str) {
         let (from, to) = (file.display().to_string(), format!("{}:{to}", self.name()));
         docker(&["cp", &from, &to]).unwrap_or_else(|error| panic!("{error:#}"));
@@ -146,8 +127,24 @@ pub fn docker(args: &[&str]) -> Result<String> {
 }
 
 /// A container that is removed when this is dropped.
-pub(crate) struct Removed {
+pub(super) struct Removed {
     name: String,
+}
+
+impl Removed {
+    /// `docker create` or `docker run --detach` on this machine's network, with more options, the image and its command.
+    fn make(how: &str, arguments: &[&str]) -> Result<Self> {
+        let label = docker_label()?;
+        let container = Self {
+            name: format!("{}-{:08x}", owner::id(), random() as u32),
+        };
+        let mut command = Command::new("docker");
+        command.args(how.split(' '));
+        command.args(["--name", &container.name, "--label", &label]);
+        command.args(["--network", "host"]).args(arguments);
+        exec::run(&mut command, DOCKER_LIMIT).context("cannot start a container")?;
+        Ok(container)
+    }
 }
 
 impl Drop for Removed {
@@ -159,46 +156,20 @@ impl Drop for Removed {
 
 /// A cluster's port mapper, in a container of its own so that it survives the death of any node.
 pub(super) fn start_epmd(image: &str, port: u16) -> Result<Removed> {
-    let owner = owner::get()?;
-    owner.uses_docker()?;
-    let container = Removed {
-        name: format!("{}-epmd-{port}", owner.id),
-    };
-    docker(&[
-        "run",
-        "--detach",
-        "--name",
-        &container.name,
-        "--label",
-        &format!("{LABEL}={}", owner.id),
-        "--network",
-        "host",
-        "--init",
-        "--entrypoint",
-        "epmd",
-        image,
-        "-address",
-        "127.0.0.1",
-        "-port",
-        &port.to_string(),
-    ])
-    .context("cannot start epmd in a container")?;
-    Ok(container)
+    let epmd = ["--init", "--entrypoint", "epmd", image];
+    let listen = ["-address", "127.0.0.1", "-port", &port.to_string()];
+    Removed::make("run --detach", &[epmd, listen].concat())
 }
 
 /// A node in a container.
 pub(super) struct ContainerNode {
     container: Removed,
-    settings: Settings,
+    /// Its ports are reserved for as long as it is there.
+    _settings: Settings,
 }
 
 impl ContainerNode {
     pub(super) fn launch(image: &str, settings: Settings) -> Result<Self> {
-        let owner = owner::get()?;
-        owner.uses_docker()?;
-        let container = Removed {
-            name: format!("{}-node-{:08x}", owner.id, random() as u32),
-        };
         let mut env = settings.identity();
         let file = |name: &str| format!("{FOLDER}/{name}");
         env.extend(
@@ -218,20 +189,16 @@ impl ContainerNode {
         for (index, (name, content)) in settings.files.iter().enumerate() {
             env.push((format!("TESTBED_FILE_{index}"), format!("{name}:{content}")));
         }
-        let mut command = Command::new("docker");
-        command
-            .args(["run", "--detach", "--name", &container.name])
-            .args(["--label", &format!("{LABEL}={}", owner.id)])
-            .args(["--network", "host", "--entrypoint", "sh"]);
-        for (name, value) in &env {
-            command.arg("--env").arg(format!("{name}={value}"));
-        }
-        command.args([image, "-c", &format!("{SCRIPTS}{START}")]);
-        exec::run(&mut command, DOCKER_LIMIT)
-            .with_context(|| format!("cannot start a container of {image}"))?;
+        let env = env
+            .iter()
+            .map(|(name, value)| format!("--env={name}={value}"));
+        let env: Vec<String> = env.collect();
+        let mut arguments: Vec<&str> = env.iter().map(String::as_str).collect();
+        let script = format!("{SCRIPTS}{START}");
+        arguments.extend(["--entrypoint", "sh", image, "-c", &script]);
         Ok(Self {
-            container,
-            settings,
+            container: Removed::make("run --detach", &arguments)?,
+            _settings: settings,
         })
     }
 }
@@ -242,13 +209,9 @@ impl Node for ContainerNode {
     }
 
     fn is_running(&self) -> bool {
-        docker(&[
-            "inspect",
-            "--format",
-            "{{.State.Running}}",
-            &self.container.name,
-        ])
-        .is_ok_and(|answer| answer.trim() == "true")
+        let state = "{{.State.Running}}";
+        docker(&["inspect", "--format", state, &self.container.name])
+            .is_ok_and(|answer| answer.trim() == "true")
     }
 
     fn log(&self) -> String {
@@ -269,12 +232,6 @@ impl Node for ContainerNode {
     }
 
     fn start_again(&self) -> Result<()> {
-        if self.is_running() {
-            bail!(
-                "the broker on port {} is running already",
-                self.settings.port.number()
-            );
-        }
         docker(&["start", &self.container.name]).map(drop)
     }
 

@@ -2,16 +2,16 @@
 
 use super::local::Installation;
 use super::{DEFAULT_IMAGE, IMAGE_VARIABLE, Source, container};
-use crate::exec;
 use crate::owner::{self, POLICY, find_in_path, is_root};
 use crate::ports::lock;
+use crate::{eventually, exec};
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tempfile::TempPath;
 
 /// Downloading and unpacking Erlang takes a minute or two; so may waiting for another process that does it.
 const INSTALL_LIMIT: Duration = Duration::from_secs(900);
@@ -19,20 +19,6 @@ const INSTALL_LIMIT: Duration = Duration::from_secs(900);
 /// The one clear line.
 const NO_BROKER: &str = "no RabbitMQ to work with: set BROKER_URL to one that may be used, or install rabbitmq-server, \
     or start Docker, or run this as root on Debian or Ubuntu";
-
-/// The first source there is, found once a process.
-pub(super) fn find() -> Result<Source> {
-    static FOUND: Mutex<Option<Source>> = Mutex::new(None);
-    let mut found = FOUND
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Some(source) = found.as_ref() {
-        return Ok(source.clone());
-    }
-    let source = search()?;
-    *found = Some(source.clone());
-    Ok(source)
-}
 
 /// An image that was asked for by name.
 pub(super) fn image(name: &str) -> Result<Source> {
@@ -43,7 +29,8 @@ pub(super) fn image(name: &str) -> Result<Source> {
     Ok(Source::Image(name.to_owned()))
 }
 
-fn search() -> Result<Source> {
+/// The first source there is.
+pub(super) fn find() -> Result<Source> {
     if let Ok(name) = std::env::var(IMAGE_VARIABLE)
         && !name.is_empty()
     {
@@ -74,21 +61,19 @@ fn search() -> Result<Source> {
 /// Installs Debian's package without letting its service start.
 fn install() -> Result<Installation> {
     // One process at a time; the others then find what it has installed.
-    let end = Instant::now() + INSTALL_LIMIT;
-    let _lock = loop {
-        if let Some(lock) = lock("install") {
-            break lock;
-        }
-        if Instant::now() > end {
-            bail!("another test process is still installing packages after {INSTALL_LIMIT:?}");
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    };
+    let mut turn = None;
+    eventually(INSTALL_LIMIT, || {
+        turn = turn.take().or_else(|| lock("install"));
+        turn.is_some()
+    });
+    let _turn = turn.with_context(|| {
+        format!("another test process is still installing packages after {INSTALL_LIMIT:?}")
+    })?;
     if let Some(installation) = Installation::find() {
         return Ok(installation);
     }
     eprintln!("testbed: installing Debian's rabbitmq-server (no service is started)");
-    let _policy = NoServices::establish()?;
+    let _policy = start_no_services()?;
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
         command
@@ -105,39 +90,15 @@ fn install() -> Result<Installation> {
     Installation::find().context("rabbitmq-server was installed, but its scripts can't be found")
 }
 
-/// Debian's way of installing a service without starting it, for as long as this lives.
-struct NoServices {
-    ours: bool,
-}
-
-impl NoServices {
-    fn establish() -> Result<Self> {
-        if Path::new(POLICY).exists() {
-            // The machine has a policy, as containers do; it is not ours to change.
-            return Ok(Self { ours: false });
-        }
-        let text = format!("#!/bin/sh\n# {}: temporary\nexit 101\n", owner::get()?.id);
-        fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o755)
-            .open(POLICY)
-            .and_then(|mut file| {
-                // Whatever the umask is.
-                file.set_permissions(fs::Permissions::from_mode(0o755))?;
-                std::io::Write::write_all(&mut file, text.as_bytes())
-            })
-            .with_context(|| {
-                format!("cannot write {POLICY}, which keeps the service from starting")
-            })?;
-        Ok(Self { ours: true })
+/// Debian's way of installing a service without starting it, for as long as the file is there.
+fn start_no_services() -> Result<Option<TempPath>> {
+    if Path::new(POLICY).exists() {
+        // The machine has a policy, as containers do; it is not ours to change.
+        return Ok(None);
     }
-}
-
-impl Drop for NoServices {
-    fn drop(&mut self) {
-        if self.ours {
-            let _ = fs::remove_file(POLICY);
-        }
-    }
+    let text = format!("#!/bin/sh\n# {}: temporary\nexit 101\n", owner::id());
+    fs::write(POLICY, text)
+        .and_then(|()| fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("cannot write {POLICY}, which keeps the service from starting"))?;
+    Ok(Some(TempPath::try_from_path(POLICY)?))
 }

@@ -1,9 +1,9 @@
 //! A private node of the `rabbitmq-server` on this machine.
 
 use super::{CTL_LIMIT, Node, Settings};
-use crate::exec;
 use crate::owner::{self, find_in_path, is_root};
-use anyhow::{Context, Result, bail};
+use crate::{eventually, exec};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
@@ -11,13 +11,16 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::process::{Child, Command};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Where Debian keeps the scripts that its wrappers in /usr/sbin run. The wrappers insist on one user and, for `rabbitmqctl`,
 /// one home; the scripts take both as they are.
 const DEBIAN_SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
+
+/// It takes milliseconds on an idle machine.
+const EPMD_LIMIT: Duration = Duration::from_secs(20);
 
 /// An orderly stop takes two to five seconds.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
@@ -53,26 +56,20 @@ impl Installation {
 
     pub(super) fn start_epmd(&self, port: u16) -> Result<LocalEpmd> {
         // Without -daemon it stays in the foreground, our child.
-        let child = Command::new(&self.epmd)
+        let child = owner::command(&self.epmd)
             .args(["-address", "127.0.0.1", "-port", &port.to_string()])
-            .env(owner::MARK, &owner::get()?.id)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
             .spawn()
             .context("cannot run epmd, Erlang's port mapper")?;
-        let mut epmd = LocalEpmd { child };
-        let end = Instant::now() + Duration::from_secs(20);
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            if let Some(status) = epmd.child.try_wait()? {
-                bail!("epmd on port {port} ended at once ({status}): address already in use?");
-            }
-            if Instant::now() > end {
-                bail!("epmd, Erlang's port mapper, doesn't answer on port {port}");
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        let mut epmd = LocalEpmd(child);
+        let answers = || {
+            let answer = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
+            answer.is_ok() || !matches!(epmd.0.try_wait(), Ok(None))
+        };
+        let answers = eventually(EPMD_LIMIT, answers);
+        if let Some(status) = epmd.0.try_wait()? {
+            bail!("epmd on port {port} ended at once ({status}): address already in use?");
         }
+        ensure!(answers, "epmd doesn't answer on port {port}");
         Ok(epmd)
     }
 
@@ -97,14 +94,12 @@ fn rabbitmq_user() -> Option<(u32, u32)> {
 }
 
 /// A port mapper in the foreground.
-pub(crate) struct LocalEpmd {
-    child: Child,
-}
+pub(super) struct LocalEpmd(Child);
 
 impl Drop for LocalEpmd {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -120,7 +115,7 @@ pub(super) struct LocalNode {
 
 impl LocalNode {
     pub(super) fn launch(installation: &Installation, settings: Settings) -> Result<Self> {
-        let folder = owner::get()?.create_folder("node")?;
+        let folder = owner::temp_folder("node");
         let write = |name: &str, text: &str| -> Result<PathBuf> {
             let path = folder.join(name);
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -153,13 +148,10 @@ impl LocalNode {
     }
 
     /// One of RabbitMQ's scripts as this node's user and in its environment.
-    fn command(&self, script: &str) -> Result<Command> {
+    fn command(&self, script: &str) -> Command {
         let path = |name: &str| self.folder.join(name);
-        let mut command = Command::new(self.installation.scripts.join(script));
+        let mut command = owner::command(self.installation.scripts.join(script));
         command
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env(owner::MARK, &owner::get()?.id)
             .env("HOME", &self.folder)
             .env("RABBITMQ_MNESIA_BASE", path("data"))
             .env("RABBITMQ_LOG_BASE", path("logs"))
@@ -171,19 +163,15 @@ impl LocalNode {
             .env("RABBITMQ_GENERATED_CONFIG_DIR", path("generated"))
             .env("RABBITMQ_PID_FILE", path("pid"))
             .envs(self.settings.identity())
-            .current_dir(&self.folder)
-            .stdin(Stdio::null())
-            .process_group(0);
+            .current_dir(&self.folder);
         if let Some((uid, gid)) = self.installation.user {
             command.uid(uid).gid(gid);
         }
-        Ok(command)
+        command
     }
 
-    fn child(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
-        self.child
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -205,25 +193,16 @@ impl Node for LocalNode {
     }
 
     fn ctl(&self, args: &[&str]) -> Result<String> {
-        let mut command = self.command("rabbitmqctl")?;
+        let mut command = self.command("rabbitmqctl");
         exec::run(command.arg("-q").args(args), CTL_LIMIT)
     }
 
     fn start_again(&self) -> Result<()> {
-        let mut child = self.child();
-        if let Some(running) = child.as_mut()
-            && running.try_wait()?.is_none()
-        {
-            bail!(
-                "the broker on port {} is running already",
-                self.settings.port.number()
-            );
-        }
         let log = fs::OpenOptions::new()
             .append(true)
             .open(self.folder.join("log"))
             .context("cannot open a node's log")?;
-        let mut command = self.command("rabbitmq-server")?;
+        let mut command = self.command("rabbitmq-server");
         command
             // "Allow input" makes the script replace itself with the emulator instead of watching over it in a shell, so that a
             // signal to our child is a signal to the emulator; -noinput then takes the input away again.
@@ -231,7 +210,7 @@ impl Node for LocalNode {
             .env("RABBITMQ_SERVER_START_ARGS", "-noinput +B i")
             .stdout(log.try_clone()?)
             .stderr(log);
-        *child = Some(command.spawn().context("cannot run rabbitmq-server")?);
+        *self.child() = Some(command.spawn().context("cannot run rabbitmq-server")?);
         Ok(())
     }
 
@@ -240,17 +219,10 @@ impl Node for LocalNode {
             return Ok(());
         };
         signal(&child, Signal::SIGTERM)?;
-        let end = Instant::now() + STOP_LIMIT;
-        while child.try_wait()?.is_none() {
-            if Instant::now() > end {
-                let _ = child.kill();
-                let _ = child.wait();
-                bail!(
-                    "a private RabbitMQ hadn't stopped after {STOP_LIMIT:?}; its log ends with\n{}",
-                    self.log()
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        if !eventually(STOP_LIMIT, || !matches!(child.try_wait(), Ok(None))) {
+            let _ = child.kill();
+            let _ = child.wait();
+            bail!("a private RabbitMQ hadn't stopped after {STOP_LIMIT:?}");
         }
         Ok(())
     }
@@ -264,13 +236,7 @@ impl Node for LocalNode {
     }
 
     fn signal(&self, wanted: Signal) -> Result<()> {
-        match self.child().as_ref() {
-            Some(child) => signal(child, wanted),
-            None => bail!(
-                "the broker on port {} is not running",
-                self.settings.port.number()
-            ),
-        }
+        signal(self.child().as_ref().context("it isn't running")?, wanted)
     }
 }
 
@@ -283,6 +249,6 @@ impl Drop for LocalNode {
 
 fn signal(child: &Child, signal: Signal) -> Result<()> {
     // Not reaped yet, so the pid can't be another's.
-    kill(Pid::from_raw(child.id() as i32), signal)
+    kill(Pid::from_raw(child.id().cast_signed()), signal)
         .with_context(|| format!("cannot send {signal} to a private RabbitMQ"))
 }

@@ -14,8 +14,9 @@ pub use container::{Container, docker, docker_label, docker_works, image_present
 
 use crate::client::{Client, Queue, QueueBuilder};
 use crate::ports::{Port, random, reserve_port};
-use crate::{PATIENCE, Signal};
-use anyhow::{Context, Result, bail};
+use crate::{PATIENCE, Signal, eventually};
+use anyhow::{Context, Result, bail, ensure};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -81,16 +82,9 @@ pub(crate) enum Source {
 pub(crate) struct Group {
     cookie: String,
     epmd_port: Port,
-    /// The port mapper; None inside a lone container, which runs its own.
-    _epmd: Option<Epmd>,
-}
-
-/// A port mapper of our own, so that no daemon is left running that a node has started on the way.
-pub(crate) enum Epmd {
-    Local(#[expect(dead_code, reason = "kills the process when dropped")] local::LocalEpmd),
-    Container(
-        #[expect(dead_code, reason = "removes the container when dropped")] container::Removed,
-    ),
+    /// A port mapper of our own, so that no daemon is left running that a node has started on the way; gone when dropped.
+    /// None inside a lone container, which runs its own.
+    _epmd: Option<Box<dyn Send + Sync>>,
 }
 
 /// One node's identity and settings, the same for a process and a container.
@@ -112,11 +106,10 @@ pub struct BrokerOptions {
     plugins: Vec<String>,
     image: Option<String>,
     files: Vec<(String, String)>,
-    ports: Vec<(String, u16)>,
 }
 
 impl BrokerOptions {
-    /// Adds lines to the node's rabbitmq.conf. `{NAME}` stands for a port given with [`BrokerOptions::port`].
+    /// Adds lines to the node's rabbitmq.conf.
     pub fn config(mut self, lines: &str) -> Self {
         self.config.push_str(lines);
         self.config.push('\n');
@@ -139,13 +132,6 @@ impl BrokerOptions {
     /// Asks for containers of this image, whatever else is there.
     pub fn image(mut self, image: &str) -> Self {
         self.image = Some(image.to_owned());
-        self
-    }
-
-    /// Puts the port (from [`crate::reserve_port`], which the caller keeps) in the place of `{NAME}` in the configuration:
-    /// `.config("listeners.ssl.1 = 127.0.0.1:{tls_port}").port("tls_port", port.number())`.
-    pub fn port(mut self, name: &str, port: u16) -> Self {
-        self.ports.push((name.to_owned(), port));
         self
     }
 
@@ -217,9 +203,6 @@ impl BrokerOptions {
             port.number()
         );
         config.push_str(&self.config);
-        for (name, number) in &self.ports {
-            config = config.replace(&format!("{{{name}}}"), &number.to_string());
-        }
         Ok(Settings {
             name,
             port,
@@ -234,32 +217,26 @@ impl BrokerOptions {
 
 /// A port is reserved among testbeds only; if another program has taken it meanwhile, start anew with other ports.
 fn retry_on_port_conflict<T>(mut start: impl FnMut() -> Result<T>) -> Result<T> {
-    let mut attempts = 0;
-    loop {
-        attempts += 1;
+    let conflict = |error: &anyhow::Error| {
+        let text = format!("{error:#}").to_lowercase();
+        ADDRESS_IN_USE.iter().any(|known| text.contains(known))
+    };
+    for _ in 0..2 {
         match start() {
-            Err(error)
-                if attempts < 3
-                    && ADDRESS_IN_USE
-                        .iter()
-                        .any(|text| format!("{error:#}").to_lowercase().contains(text)) => {}
+            Err(error) if conflict(&error) => {}
             result => return result,
         }
     }
+    start()
 }
 
 impl Group {
     fn start(source: &Source, several: bool) -> Result<Arc<Self>> {
         let epmd_port = reserve_port()?;
-        let epmd = match source {
-            Source::Local(installation) => {
-                Some(Epmd::Local(installation.start_epmd(epmd_port.number())?))
-            }
-            Source::Image(image) if several => Some(Epmd::Container(container::start_epmd(
-                image,
-                epmd_port.number(),
-            )?)),
-            // The node in the container starts its own, and it ends with the container.
+        let port = epmd_port.number();
+        let epmd: Option<Box<dyn Send + Sync>> = match source {
+            Source::Local(installation) => Some(Box::new(installation.start_epmd(port)?)),
+            Source::Image(image) if several => Some(Box::new(container::start_epmd(image, port)?)),
             Source::Image(_) => None,
         };
         Ok(Arc::new(Self {
@@ -299,9 +276,6 @@ impl Settings {
 impl Broker {
     /// The broker that all tests of this process share, started with the first call. Don't break it: a test that stops
     /// or freezes a broker starts its own.
-    ///
-    /// # Panics
-    /// Without a broker there is nothing to test with.
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Broker> = OnceLock::new();
         SHARED.get_or_init(|| Self::find().unwrap_or_else(|error| panic!("{error:#}")))
@@ -316,18 +290,12 @@ impl Broker {
     }
 
     /// A private node of this test's own, to be stopped, killed or frozen.
-    ///
-    /// # Panics
-    /// When it doesn't start.
     pub fn start() -> Self {
         Self::with_config("")
     }
 
     /// A private node with more lines in its rabbitmq.conf, such as
     /// `"consumer_timeout = 2000\nchannel_tick_interval = 1000\n"`.
-    ///
-    /// # Panics
-    /// When it doesn't start.
     pub fn with_config(lines: &str) -> Self {
         Self::options()
             .config(lines)
@@ -336,9 +304,6 @@ impl Broker {
     }
 
     /// Private nodes that form one cluster.
-    ///
-    /// # Panics
-    /// When they don't.
     pub fn cluster(size: usize) -> Vec<Self> {
         Self::options()
             .cluster(size)
@@ -401,46 +366,33 @@ impl Broker {
     fn await_start(&self) -> Result<()> {
         let node = self.private()?;
         let end = Instant::now() + START_LIMIT;
-        loop {
+        while node.is_running() && Instant::now() < end {
             if let Ok(version) = probe::probe(self.addr, Duration::from_secs(5)) {
                 let _ = self.version.set(version);
                 return Ok(());
             }
-            if !node.is_running() {
-                bail!(
-                    "a private RabbitMQ ended while starting; its log ends with\n{}",
-                    self.log_tail()
-                );
-            }
-            if Instant::now() > end {
-                bail!(
-                    "a private RabbitMQ on port {} hadn't started after {START_LIMIT:?}; its log ends with\n{}",
-                    self.port(),
-                    self.log_tail()
-                );
-            }
             std::thread::sleep(Duration::from_millis(50));
         }
+        bail!(
+            "a private RabbitMQ on port {} ended while starting, or hadn't started after {START_LIMIT:?}; its log ends with\n{}",
+            self.port(),
+            self.log_tail()
+        )
     }
 
     fn await_cluster(&self, size: usize) -> Result<()> {
-        let end = Instant::now() + START_LIMIT;
-        loop {
-            // Visible nodes only: the asking tool is a hidden one.
-            let others = self.ctl(&["eval", "length(nodes())."])?;
-            if others.trim() == (size - 1).to_string() {
-                return Ok(());
-            }
-            if Instant::now() > end {
-                bail!(
-                    "{} of {} nodes had joined the cluster after {START_LIMIT:?}; the log ends with\n{}",
-                    others.trim(),
-                    size - 1,
-                    self.log_tail()
-                );
-            }
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        // Visible nodes only: the asking tool is a hidden one.
+        let all = format!("length(nodes()) == {}.", size - 1);
+        let joined = || {
+            self.ctl(&["eval", &all])
+                .is_ok_and(|answer| answer.trim() == "true")
+        };
+        ensure!(
+            eventually(START_LIMIT, joined),
+            "{size} nodes hadn't formed a cluster after {START_LIMIT:?}; the log ends with\n{}",
+            self.log_tail()
+        );
+        Ok(())
     }
 
     fn private(&self) -> Result<&dyn Node> {
@@ -461,12 +413,13 @@ impl Broker {
 
     /// The same credentials and virtual host at another address: a proxy's, for example.
     pub fn url_at(&self, addr: SocketAddr) -> String {
-        let vhost = self.vhost.as_deref().map(percent_encode);
-        let vhost = vhost.map(|vhost| format!("/{vhost}")).unwrap_or_default();
+        let vhost = self.vhost.as_deref();
+        let vhost = vhost.map(|vhost| format!("/{}", percent_encode(vhost)));
         format!(
-            "amqp://{}:{}@{addr}{vhost}",
+            "amqp://{}:{}@{addr}{}",
             percent_encode(&self.user),
-            percent_encode(&self.password)
+            percent_encode(&self.password),
+            vhost.unwrap_or_default()
         )
     }
 
@@ -544,7 +497,9 @@ impl Broker {
 
     /// Starts a stopped or killed broker with the same data on the same port, and waits until it answers.
     pub fn start_again(&self) -> Result<()> {
-        self.private()?.start_again()?;
+        let node = self.private()?;
+        ensure!(!node.is_running(), "the broker is running already");
+        node.start_again()?;
         self.await_start()
     }
 
@@ -568,9 +523,6 @@ impl Broker {
     }
 
     /// Declares a durable classic queue of its own for a test; see [`Client::declare`] for more.
-    ///
-    /// # Panics
-    /// When the broker doesn't declare it.
     pub fn queue(&self, name: &str) -> Queue {
         self.client().queue(name)
     }
@@ -581,15 +533,13 @@ impl Broker {
     }
 }
 
-/// Encodes everything that isn't plainly allowed in every part of a URL.
-fn percent_encode(text: &str) -> String {
-    let mut encoded = String::new();
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            encoded.push(char::from(byte));
-        } else {
-            encoded.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    encoded
+/// What is plainly allowed in every part of a URL needs no encoding.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
+fn percent_encode(text: &str) -> PercentEncode<'_> {
+    utf8_percent_encode(text, ENCODED)
 }

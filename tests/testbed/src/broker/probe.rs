@@ -1,7 +1,8 @@
 //! Asks whether a RabbitMQ is there, and which.
 
+use crate::proxy::frames::{self, Method};
 use anyhow::{Context, Result, ensure};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -13,14 +14,9 @@ pub(super) fn probe(addr: SocketAddr, limit: Duration) -> Result<(u32, u32, u32)
     let mut stream = TcpStream::connect_timeout(&addr, limit)?;
     stream.set_read_timeout(Some(limit))?;
     stream.write_all(b"AMQP\x00\x00\x09\x01")?;
-    let mut header = [0; 7];
-    stream.read_exact(&mut header)?;
-    ensure!(header[0] == 1, "the answer is not AMQP 0-9-1");
-    let size = u32::from_be_bytes([header[3], header[4], header[5], header[6]]);
-    ensure!(size < 1 << 20, "the first frame is {size} bytes long");
-    let mut payload = vec![0; size as usize];
-    stream.read_exact(&mut payload)?;
-    parse_version(&payload).context("the broker doesn't tell its version")
+    let (_, method, start) = frames::read(&mut stream)?;
+    ensure!(method == Method::CONNECTION_START, "its answer is {method}");
+    parse_version(&start).context("the broker doesn't tell its version")
 }
 
 fn parse_version(start: &[u8]) -> Option<(u32, u32, u32)> {

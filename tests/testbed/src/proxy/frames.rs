@@ -1,16 +1,17 @@
 //! AMQP 0-9-1 frames, as much of them as a proxy needs: where one ends, which method it carries, and how to make one.
 
 use std::fmt;
+use std::io::{self, Read};
 
-/// A method by the numbers of its class and its own.
+/// A method by the numbers of its class and its own. What isn't one stands in class 0, a frame by the number of its type.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Method(pub u16, pub u16);
 
 /// The names of the methods that the tests speak of.
 macro_rules! methods {
-    ($($(#[$doc:meta])* $constant:ident = $class:literal, $method:literal, $name:literal;)*) => {
+    ($($constant:ident = $class:literal, $method:literal, $name:literal;)*) => {
         impl Method {
-            $($(#[$doc])* pub const $constant: Self = Self($class, $method);)*
+            $(#[doc = $name] pub const $constant: Self = Self($class, $method);)*
 
             fn name(self) -> Option<&'static str> {
                 match self {
@@ -23,71 +24,38 @@ macro_rules! methods {
 }
 
 methods! {
-    /// The eight bytes with which a client begins; they are no frame.
     PROTOCOL_HEADER = 0, 0, "protocol header";
-    /// A content header: properties and size of a message.
     HEADER = 0, 2, "content header";
-    /// A part of a message's body.
     BODY = 0, 3, "content body";
-    /// A heartbeat.
     HEARTBEAT = 0, 8, "heartbeat";
-    /// connection.start, the broker's greeting.
     CONNECTION_START = 10, 10, "connection.start";
-    /// connection.start-ok, with the credentials.
     CONNECTION_START_OK = 10, 11, "connection.start-ok";
-    /// connection.tune, the broker's limits.
     CONNECTION_TUNE = 10, 30, "connection.tune";
-    /// connection.tune-ok.
     CONNECTION_TUNE_OK = 10, 31, "connection.tune-ok";
-    /// connection.open, with the virtual host.
     CONNECTION_OPEN = 10, 40, "connection.open";
-    /// connection.open-ok, the end of the handshake.
     CONNECTION_OPEN_OK = 10, 41, "connection.open-ok";
-    /// connection.close.
     CONNECTION_CLOSE = 10, 50, "connection.close";
-    /// connection.close-ok.
     CONNECTION_CLOSE_OK = 10, 51, "connection.close-ok";
-    /// channel.open.
     CHANNEL_OPEN = 20, 10, "channel.open";
-    /// channel.open-ok.
     CHANNEL_OPEN_OK = 20, 11, "channel.open-ok";
-    /// channel.close: an error, or an orderly end.
     CHANNEL_CLOSE = 20, 40, "channel.close";
-    /// channel.close-ok.
     CHANNEL_CLOSE_OK = 20, 41, "channel.close-ok";
-    /// queue.declare, passive ones among them.
     QUEUE_DECLARE = 50, 10, "queue.declare";
-    /// queue.declare-ok.
     QUEUE_DECLARE_OK = 50, 11, "queue.declare-ok";
-    /// basic.qos: the prefetch, and the barrier after an ack.
     BASIC_QOS = 60, 10, "basic.qos";
-    /// basic.qos-ok.
     BASIC_QOS_OK = 60, 11, "basic.qos-ok";
-    /// basic.consume.
     BASIC_CONSUME = 60, 20, "basic.consume";
-    /// basic.consume-ok.
     BASIC_CONSUME_OK = 60, 21, "basic.consume-ok";
-    /// basic.cancel; the broker may send one too.
     BASIC_CANCEL = 60, 30, "basic.cancel";
-    /// basic.cancel-ok.
     BASIC_CANCEL_OK = 60, 31, "basic.cancel-ok";
-    /// basic.publish.
     BASIC_PUBLISH = 60, 40, "basic.publish";
-    /// basic.return: a message that no queue takes.
     BASIC_RETURN = 60, 50, "basic.return";
-    /// basic.deliver: a message follows.
     BASIC_DELIVER = 60, 60, "basic.deliver";
-    /// basic.get.
     BASIC_GET = 60, 70, "basic.get";
-    /// basic.ack; to a publisher it is the confirmation.
     BASIC_ACK = 60, 80, "basic.ack";
-    /// basic.reject.
     BASIC_REJECT = 60, 90, "basic.reject";
-    /// basic.nack.
     BASIC_NACK = 60, 120, "basic.nack";
-    /// confirm.select.
     CONFIRM_SELECT = 85, 10, "confirm.select";
-    /// confirm.select-ok.
     CONFIRM_SELECT_OK = 85, 11, "confirm.select-ok";
 }
 
@@ -126,12 +94,8 @@ const FRAME_END: u8 = 0xCE;
 pub(super) enum Next {
     /// Not all of it has arrived.
     Incomplete,
-    /// A frame of this length, with its channel and method.
-    Frame {
-        length: usize,
-        channel: u16,
-        method: Method,
-    },
+    /// A frame of this length, with its method.
+    Frame { length: usize, method: Method },
     /// This isn't AMQP 0-9-1 in plain text.
     Foreign,
 }
@@ -147,57 +111,79 @@ pub(super) fn protocol_header(stream: &[u8]) -> Next {
     } else {
         Next::Frame {
             length: 8,
-            channel: 0,
             method: Method::PROTOCOL_HEADER,
         }
     }
 }
 
 /// Looks at the next frame of a stream.
-pub(super) fn frame(stream: &[u8]) -> Next {
-    let Some((&[kind, c0, c1, s0, s1, s2, s3], rest)) = stream.split_first_chunk::<FRAME_HEADER>()
-    else {
-        // A broker that doesn't speak the version asked for answers with a protocol header.
-        return match stream.first() {
-            Some(1 | 2 | 3 | 8) | None => Next::Incomplete,
-            Some(_) => Next::Foreign,
-        };
-    };
-    let size = u32::from_be_bytes([s0, s1, s2, s3]) as usize;
-    let Some(end) = rest.get(size) else {
-        return if matches!(kind, 1 | 2 | 3 | 8) {
-            Next::Incomplete
-        } else {
-            Next::Foreign
-        };
-    };
-    if *end != FRAME_END {
+pub(super) fn next(stream: &[u8]) -> Next {
+    // A broker that doesn't speak the version asked for answers with a protocol header.
+    if !matches!(stream.first(), Some(1 | 2 | 3 | 8) | None) {
         return Next::Foreign;
     }
-    let method = match (kind, rest) {
-        (METHOD_FRAME, [a, b, c, d, ..]) if size >= 4 => {
-            Method(u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]))
-        }
-        (kind, _) => Method(0, kind.into()),
+    let Some((&[kind, _, _, size @ ..], rest)) = stream.split_first_chunk::<FRAME_HEADER>() else {
+        return Next::Incomplete;
     };
-    Next::Frame {
-        length: FRAME_HEADER + size + 1,
-        channel: u16::from_be_bytes([c0, c1]),
-        method,
+    let size = u32::from_be_bytes(size) as usize;
+    match rest.get(size) {
+        None => Next::Incomplete,
+        Some(&FRAME_END) => Next::Frame {
+            length: FRAME_HEADER + size + 1,
+            method: method(kind, &rest[..size]).0,
+        },
+        Some(_) => Next::Foreign,
     }
+}
+
+/// Which method this frame carries, and what stands behind its numbers.
+fn method(kind: u8, payload: &[u8]) -> (Method, &[u8]) {
+    match (kind, payload) {
+        (METHOD_FRAME, &[a, b, c, d, ref rest @ ..]) => {
+            let numbers = [[a, b], [c, d]].map(u16::from_be_bytes);
+            (Method(numbers[0], numbers[1]), rest)
+        }
+        _ => (Method(0, kind.into()), payload),
+    }
+}
+
+/// Reads the next frame: its channel, its method, and what stands behind.
+pub(crate) fn read(stream: &mut impl Read) -> io::Result<(u16, Method, Vec<u8>)> {
+    let mut header = [0; FRAME_HEADER];
+    stream.read_exact(&mut header)?;
+    let [kind, c0, c1, size @ ..] = header;
+    let size = u32::from_be_bytes(size) as usize;
+    let mut payload = vec![0; size + 1];
+    stream.read_exact(&mut payload)?;
+    let (method, arguments) = method(kind, &payload[..size]);
+    Ok((u16::from_be_bytes([c0, c1]), method, arguments.to_vec()))
+}
+
+/// A frame of any type.
+pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![kind];
+    frame.extend(channel.to_be_bytes());
+    frame.extend((payload.len() as u32).to_be_bytes());
+    frame.extend(payload);
+    frame.push(FRAME_END);
+    frame
 }
 
 /// A frame with this method and its arguments, encoded.
 pub fn method_frame(channel: u16, method: Method, arguments: &[u8]) -> Vec<u8> {
-    let size = 4 + arguments.len() as u32;
-    let mut frame = vec![METHOD_FRAME];
-    frame.extend(channel.to_be_bytes());
-    frame.extend(size.to_be_bytes());
-    frame.extend(method.0.to_be_bytes());
-    frame.extend(method.1.to_be_bytes());
-    frame.extend(arguments);
-    frame.push(FRAME_END);
-    frame
+    let numbers = [method.0.to_be_bytes(), method.1.to_be_bytes()].concat();
+    frame(METHOD_FRAME, channel, &[&numbers, arguments].concat())
+}
+
+/// A short string; what is beyond 255 bytes is left out.
+pub fn short(text: &[u8]) -> Vec<u8> {
+    let text = &text[..text.len().min(255)];
+    [&[text.len() as u8], text].concat()
+}
+
+/// A long string, or a table's or an array's content with its size.
+pub fn long(text: &[u8]) -> Vec<u8> {
+    [&(text.len() as u32).to_be_bytes(), text].concat()
 }
 
 /// channel.close as a broker sends it: `channel_close(1, 406, "PRECONDITION_FAILED - …")`.
@@ -212,32 +198,21 @@ pub fn connection_close(code: u16, text: &str) -> Vec<u8> {
 
 /// basic.cancel as a broker sends it when a queue is deleted or moved.
 pub fn basic_cancel(channel: u16, consumer_tag: &str) -> Vec<u8> {
-    let mut arguments = short_string(consumer_tag);
-    arguments.push(1); // no-wait
+    let no_wait = [1];
+    let arguments = [&short(consumer_tag.as_bytes())[..], &no_wait].concat();
     method_frame(channel, Method::BASIC_CANCEL, &arguments)
 }
 
 /// Makes of any frame an acknowledgement, on the same channel, of a delivery that was never made; the broker answers that with
 /// channel.close 406. For [`super::Action::Replace`].
 pub fn unknown_ack(frame: &[u8]) -> Vec<u8> {
-    let channel = frame
-        .get(1..3)
-        .map_or(0, |bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
-    let mut arguments = 999_999_u64.to_be_bytes().to_vec();
-    arguments.push(0); // not multiple
+    let channel = u16::from_be_bytes([frame[1], frame[2]]);
+    let not_multiple = [0];
+    let arguments = [&999_999_u64.to_be_bytes()[..], &not_multiple].concat();
     method_frame(channel, Method::BASIC_ACK, &arguments)
 }
 
 fn close_arguments(code: u16, text: &str) -> Vec<u8> {
-    let mut arguments = code.to_be_bytes().to_vec();
-    arguments.extend(short_string(text));
-    arguments.extend([0; 4]); // no method is to blame
-    arguments
-}
-
-fn short_string(text: &str) -> Vec<u8> {
-    let bytes = &text.as_bytes()[..text.len().min(255)];
-    let mut string = vec![bytes.len() as u8];
-    string.extend(bytes);
-    string
+    let no_method = [0; 4];
+    [&code.to_be_bytes(), &short(text.as_bytes())[..], &no_method].concat()
 }

@@ -11,10 +11,10 @@ pub use frames::Method;
 use crate::broker::Broker;
 use crate::ports::{Port, reserve_port};
 use crate::runtime;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -62,17 +62,6 @@ pub enum Action {
 /// Makes another frame of a frame.
 pub type Rewrite = Arc<dyn Fn(&[u8]) -> Vec<u8> + Send + Sync>;
 
-/// What became of a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It is in the proxy.
-    Arrived,
-    /// It was written to the other side.
-    Passed,
-    /// It was swallowed, or is held.
-    Stopped,
-}
-
 /// A frame that came along.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -80,14 +69,12 @@ pub struct Seen {
     pub connection: usize,
     /// Its direction.
     pub direction: Direction,
-    /// Its channel.
-    pub channel: u16,
     /// Its method, or what stands for a frame without one: [`Method::BODY`], for example.
     pub method: Method,
-    /// What became of it.
-    pub fate: Fate,
     /// When it arrived.
     pub at: Instant,
+    /// Whether it was written to the other side, was swallowed, or is held.
+    settled: bool,
 }
 
 /// A proxy on a port of its own; gone, with its connections, when dropped.
@@ -100,13 +87,12 @@ pub struct Proxy {
 
 /// What the proxy's tasks and its owner share.
 struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
+    state: watch::Sender<State>,
     control: watch::Sender<Control>,
 }
 
 /// The settings that every connection obeys at once.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct Control {
     /// None: there is nothing behind the proxy.
     upstream: Option<SocketAddr>,
@@ -142,9 +128,6 @@ struct Rule {
 
 impl Proxy {
     /// In front of a broker.
-    ///
-    /// # Panics
-    /// When it can't listen.
     pub fn of(broker: &Broker) -> Self {
         let mut proxy = Self::to(broker.addr());
         proxy.url = Some(broker.url_at(proxy.addr));
@@ -152,18 +135,12 @@ impl Proxy {
     }
 
     /// In front of any address.
-    ///
-    /// # Panics
-    /// When it can't listen.
     pub fn to(upstream: SocketAddr) -> Self {
         Self::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), Some(upstream))
             .unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// In front of nothing: it accepts connections and stays silent.
-    ///
-    /// # Panics
-    /// When it can't listen.
     pub fn silent() -> Self {
         Self::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), None)
             .unwrap_or_else(|error| panic!("{error:#}"))
@@ -173,23 +150,15 @@ impl Proxy {
     pub fn listen(ip: IpAddr, upstream: Option<SocketAddr>) -> Result<Self> {
         let (port, listener) = Self::bind(ip)?;
         let addr = SocketAddr::new(ip, port.number());
-        let (control, _) = watch::channel(Control {
-            upstream,
-            swallow: [false; 2],
-            stall: false,
-            delay: [Duration::ZERO; 2],
-            refuse: false,
-            cut: 0,
-            release: 0,
-            gone: false,
-        });
         let shared = Arc::new(Shared {
-            state: Mutex::new(State {
+            state: watch::Sender::new(State {
                 listening: true,
                 ..State::default()
             }),
-            changed: Condvar::new(),
-            control,
+            control: watch::Sender::new(Control {
+                upstream,
+                ..Control::default()
+            }),
         });
         runtime::handle().spawn(relay::accept(shared.clone(), addr, listener));
         Ok(Self {
@@ -202,20 +171,19 @@ impl Proxy {
 
     /// A port of its own rather than 0, because it is needed again after `refuse`.
     fn bind(ip: IpAddr) -> Result<(Port, TcpListener)> {
-        let mut attempts = 0;
-        loop {
+        for _ in 0..10 {
             let port = reserve_port()?;
             let addr = SocketAddr::new(ip, port.number());
-            attempts += 1;
             match runtime::block_on(TcpListener::bind(addr)) {
                 Ok(listener) => return Ok((port, listener)),
                 // Between fork and exec another thread's child has a copy of the socket that tried the port out.
-                Err(error) if error.kind() == ErrorKind::AddrInUse && attempts < 10 => {}
+                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
                 Err(error) => {
                     return Err(error).context(format!("the proxy can't listen on {addr}"));
                 }
             }
         }
+        bail!("ten ports that were free on {ip} can't be listened on")
     }
 
     /// Where it listens.
@@ -282,86 +250,75 @@ impl Proxy {
 
     /// Does this every time the method comes along in that direction.
     pub fn on(&self, direction: Direction, method: Method, action: Action) {
-        self.rule(Rule {
-            direction,
-            method,
-            action,
-            once: false,
-        });
+        self.rule(direction, method, action, false);
     }
 
     /// Does this the next time the method comes along in that direction.
     pub fn once(&self, direction: Direction, method: Method, action: Action) {
-        self.rule(Rule {
+        self.rule(direction, method, action, true);
+    }
+
+    fn rule(&self, direction: Direction, method: Method, action: Action, once: bool) {
+        let rule = Rule {
             direction,
             method,
             action,
-            once: true,
-        });
-    }
-
-    fn rule(&self, rule: Rule) {
-        self.shared.lock().rules.push(rule);
+            once,
+        };
+        self.shared.change(|state| state.rules.push(rule));
     }
 
     /// Forgets what [`Proxy::on`] and [`Proxy::once`] have set.
     pub fn clear_rules(&self) {
-        self.shared.lock().rules.clear();
+        self.shared.change(|state| state.rules.clear());
     }
 
     /// What came along, in order of arrival.
     pub fn seen(&self) -> Vec<Seen> {
-        self.shared.lock().seen.clone()
+        self.shared.state.borrow().seen.clone()
     }
 
     /// The methods that came along, in order of arrival, without bodies and heartbeats.
     pub fn methods(&self) -> Vec<(Direction, Method)> {
-        let state = self.shared.lock();
+        let state = self.shared.state.borrow();
         let seen = state.seen.iter().map(|seen| (seen.direction, seen.method));
         seen.filter(|(_, method)| method.is_method()).collect()
     }
 
     /// How often the method has come along in that direction.
     pub fn count(&self, direction: Direction, method: Method) -> usize {
-        count(&self.shared.lock(), direction, method, |_| true)
+        count(&self.shared.state.borrow(), direction, method, |_| true)
     }
 
     /// Empties the record of what came along.
     pub fn forget(&self) {
-        let mut state = self.shared.lock();
-        state.forgotten += state.seen.len();
-        state.seen.clear();
+        self.shared.change(|state| {
+            state.forgotten += state.seen.len();
+            state.seen.clear();
+        });
     }
 
     /// How many connections it has accepted.
     pub fn accepted(&self) -> usize {
-        self.shared.lock().accepted
+        self.shared.state.borrow().accepted
     }
 
     /// How many connections are open.
     pub fn open(&self) -> usize {
-        self.shared.lock().open
+        self.shared.state.borrow().open
     }
 
     /// Waits until the method has come along in that direction, and has passed or met its fault.
-    ///
-    /// # Panics
-    /// When it doesn't within the limit.
     #[track_caller]
     pub fn wait_for(&self, direction: Direction, method: Method, limit: Duration) {
         self.wait_for_nth(direction, method, 1, limit);
     }
 
     /// Waits until the method has come along so many times.
-    ///
-    /// # Panics
-    /// When it doesn't within the limit.
     #[track_caller]
     pub fn wait_for_nth(&self, direction: Direction, method: Method, n: usize, limit: Duration) {
-        let settled = |seen: &Seen| seen.fate != Fate::Arrived;
-        let came = self
-            .shared
-            .wait(limit, |state| count(state, direction, method, settled) >= n);
+        let settled = |state: &State| count(state, direction, method, |seen| seen.settled);
+        let came = self.shared.wait(limit, |state| settled(state) >= n);
         assert!(
             came,
             "no {method} {direction:?} (number {n}) within {limit:?}; seen were {:?}",
@@ -370,9 +327,6 @@ impl Proxy {
     }
 
     /// Waits until so many connections have been accepted.
-    ///
-    /// # Panics
-    /// When they haven't within the limit.
     #[track_caller]
     pub fn wait_accepted(&self, count: usize, limit: Duration) {
         let reached = self.shared.wait(limit, |state| state.accepted >= count);
@@ -384,9 +338,6 @@ impl Proxy {
     }
 
     /// Waits until exactly so many connections are open.
-    ///
-    /// # Panics
-    /// When they aren't within the limit.
     #[track_caller]
     pub fn wait_open(&self, count: usize, limit: Duration) {
         let reached = self.shared.wait(limit, |state| state.open == count);
@@ -422,23 +373,17 @@ fn count(
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
-        let value = change(&mut self.lock());
-        self.changed.notify_all();
-        value
+        let mut value = None;
+        self.state.send_modify(|state| value = Some(change(state)));
+        value.expect("it was changed")
     }
 
     fn wait(&self, limit: Duration, condition: impl Fn(&State) -> bool) -> bool {
-        let (_state, result) = self
-            .changed
-            .wait_timeout_while(self.lock(), limit, |state| !condition(state))
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        !result.timed_out()
+        let mut state = self.state.subscribe();
+        runtime::block_on(async {
+            let met = state.wait_for(condition);
+            tokio::time::timeout(limit, met).await.is_ok()
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! The proxy's tasks: accepting, and relaying one connection.
 
 use super::frames::{self, Next};
-use super::{Action, Control, Direction, Fate, Method, Seen, Shared};
+use super::{Action, Direction, Method, Seen, Shared};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
 /// Frames on their way through one direction; beyond that the sender has to wait, as on a real connection.
@@ -194,7 +194,7 @@ impl Connection {
                 let next = if self.foreign.load(Relaxed) {
                     Next::Foreign
                 } else if greeted {
-                    frames::frame(rest)
+                    frames::next(rest)
                 } else {
                     frames::protocol_header(rest)
                 };
@@ -205,14 +205,10 @@ impl Connection {
                         self.send(direction, &out, rest.to_vec(), None).await?;
                         start = stream.len();
                     }
-                    Next::Frame {
-                        length,
-                        channel,
-                        method,
-                    } => {
+                    Next::Frame { length, method } => {
                         greeted = true;
                         let frame = &rest[..length];
-                        self.pass(direction, channel, method, frame, &out, &to_client)
+                        self.pass(direction, method, frame, &out, &to_client)
                             .await?;
                         start += length;
                     }
@@ -226,7 +222,6 @@ impl Connection {
     async fn pass(
         &self,
         direction: Direction,
-        channel: u16,
         method: Method,
         frame: &[u8],
         out: &mpsc::Sender<Item>,
@@ -236,12 +231,11 @@ impl Connection {
             state.seen.push(Seen {
                 connection: self.number,
                 direction,
-                channel,
                 method,
-                fate: Fate::Arrived,
                 at: Instant::now(),
+                settled: false,
             });
-            let record = state.forgotten + state.seen.len() - 1;
+            let record = Some(state.forgotten + state.seen.len() - 1);
             let fits = |rule: &super::Rule| rule.direction == direction && rule.method == method;
             let Some(index) = state.rules.iter().position(fits) else {
                 return (record, Action::Pass);
@@ -254,52 +248,41 @@ impl Connection {
         });
         let frame = frame.to_vec();
         match action {
-            Action::Pass => self.send(direction, out, frame, Some(record)).await,
+            Action::Pass => return self.send(direction, out, frame, record).await,
             Action::CutBefore => {
-                self.settle(record, Fate::Stopped);
-                Err(End::Reset)
+                self.settle(record);
+                return Err(End::Reset);
             }
             Action::CutAfter => {
-                self.send(direction, out, frame, Some(record)).await?;
+                self.send(direction, out, frame, record).await?;
                 out.send(Item::Cut).await.map_err(|_| End::Reset)?;
                 // The writer ends the connection.
                 std::future::pending().await
             }
-            Action::Swallow => {
-                self.swallow[direction.index()].store(true, Relaxed);
-                self.settle(record, Fate::Stopped);
-                Ok(())
-            }
-            Action::SwallowFrame => {
-                self.settle(record, Fate::Stopped);
-                Ok(())
-            }
-            Action::Stall => {
-                self.swallow
-                    .iter()
-                    .for_each(|swallow| swallow.store(true, Relaxed));
-                self.settle(record, Fate::Stopped);
-                Ok(())
-            }
+            Action::Swallow => self.swallow[direction.index()].store(true, Relaxed),
+            Action::SwallowFrame => {}
+            Action::Stall => self.swallow.iter().for_each(|all| all.store(true, Relaxed)),
             Action::Hold => {
                 let mut control = self.shared.control.subscribe();
                 let release = control.borrow().release;
-                self.settle(record, Fate::Stopped);
+                self.settle(record);
                 let _ = control.wait_for(|control| control.release != release).await;
-                self.send(direction, out, frame, Some(record)).await
+                return self.send(direction, out, frame, record).await;
             }
             Action::Inject(bytes) => {
-                self.send(direction, out, frame, Some(record)).await?;
-                self.send(Direction::ToClient, to_client, bytes, None).await
+                self.send(direction, out, frame, record).await?;
+                return self.send(Direction::ToClient, to_client, bytes, None).await;
             }
             Action::InjectInstead(bytes) => {
-                self.send(Direction::ToClient, to_client, bytes, None)
-                    .await?;
-                self.settle(record, Fate::Stopped);
-                Ok(())
+                let client = Direction::ToClient;
+                self.send(client, to_client, bytes, None).await?;
             }
-            Action::Replace(with) => self.send(direction, out, with(&frame), Some(record)).await,
+            Action::Replace(with) => {
+                return self.send(direction, out, with(&frame), record).await;
+            }
         }
+        self.settle(record);
+        Ok(())
     }
 
     async fn send(
@@ -330,24 +313,17 @@ impl Connection {
             if let Item::Bytes { due, .. } = &item {
                 sleep_until(*due).await;
             }
-            self.go_ahead(&mut control).await?;
-            if self.swallows(direction) {
-                if let Item::Bytes {
-                    record: Some(record),
-                    ..
-                } = item
-                {
-                    self.settle(record, Fate::Stopped);
-                }
-                continue;
-            }
+            let passes = control.wait_for(|control| !control.stall).await;
+            passes.map(drop).map_err(|_| End::Reset)?;
+            let swallowed = self.swallows(direction);
             match item {
                 Item::Bytes { bytes, record, .. } => {
-                    half.write_all(&bytes).await.map_err(|_| End::Reset)?;
-                    if let Some(record) = record {
-                        self.settle(record, Fate::Passed);
+                    if !swallowed {
+                        half.write_all(&bytes).await.map_err(|_| End::Reset)?;
                     }
+                    self.settle(record);
                 }
+                Item::Eof | Item::Cut if swallowed => {}
                 Item::Eof => {
                     let _ = half.shutdown().await;
                     return Ok(());
@@ -358,23 +334,16 @@ impl Connection {
         Ok(())
     }
 
-    /// Waits for the end of a stall.
-    async fn go_ahead(&self, control: &mut watch::Receiver<Control>) -> Result<(), End> {
-        let waited = control.wait_for(|control| !control.stall).await;
-        waited.map(drop).map_err(|_| End::Reset)
-    }
-
     fn swallows(&self, direction: Direction) -> bool {
         let index = direction.index();
         self.swallow[index].load(Relaxed) || self.shared.control.borrow().swallow[index]
     }
 
-    fn settle(&self, record: usize, fate: Fate) {
+    fn settle(&self, record: Option<usize>) {
         self.shared.change(|state| {
-            if let Some(index) = record.checked_sub(state.forgotten)
-                && let Some(seen) = state.seen.get_mut(index)
-            {
-                seen.fate = fate;
+            let index = record.and_then(|record| record.checked_sub(state.forgotten));
+            if let Some(seen) = index.and_then(|index| state.seen.get_mut(index)) {
+                seen.settled = true;
             }
         });
     }

@@ -74,6 +74,12 @@ pub(super) struct Run {
     pub(super) said: String,
 }
 
+impl Run {
+    fn ended(&self) -> (u64, End) {
+        (self.number, self.end)
+    }
+}
+
 /// Everything that was noted.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Books {
@@ -106,50 +112,77 @@ impl Books {
     }
 }
 
-/// What the books come to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Findings {
+/// What the books come to, as the soak prints it.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// The first line.
+    pub(super) title: String,
+    /// Faults by name.
+    faults: BTreeMap<&'static str, u32>,
     /// Messages published for certain.
-    pub(super) published: usize,
+    published: usize,
     /// Of those that were published without a confirmation, the ones that arrived.
-    pub(super) stowaways: usize,
+    stowaways: usize,
     /// Messages that have left the queue.
-    pub(super) gone: usize,
+    gone: usize,
     /// Claims of success: exits 0, and what a worker with a count said it has acknowledged.
-    pub(super) claims: usize,
-    /// Commands that ran to success.
-    pub(super) successes: usize,
-    /// Messages by the number of their claims.
-    pub(super) by_claims: BTreeMap<usize, usize>,
-    /// Messages by the number of their successful commands.
-    pub(super) by_successes: BTreeMap<usize, usize>,
+    claims: usize,
     /// Workers by the way they ended.
-    pub(super) by_end: BTreeMap<String, usize>,
+    by_end: BTreeMap<String, usize>,
     /// 75s.
-    pub(super) unknown: usize,
-    /// 75s after a successful command, whose acknowledgement had arrived after all.
-    pub(super) unknown_but_gone: usize,
+    unknown: usize,
+    /// Messages done by a worker that ended with 75, whose acknowledgement had arrived after all.
+    unknown_but_gone: usize,
     /// Workers that were killed.
     pub(super) killed: usize,
     /// A delivery that reached a worker only after somebody else had done the message (75, of course).
-    pub(super) late: usize,
+    late: usize,
     /// Exits 0 whose message came back because the broker crashed at that moment.
-    pub(super) excused: Vec<String>,
+    excused: Vec<String>,
     /// What must not be.
     pub(super) failures: Vec<String>,
+}
+
+/// A command that was started for a message.
+struct Delivery<'a> {
+    run: Option<&'a Run>,
+    started: u64,
+    /// When it succeeded.
+    done: Option<u64>,
+}
+
+impl Delivery<'_> {
+    fn is_of(&self, number: u64) -> bool {
+        self.run.is_some_and(|run| run.number == number)
+    }
+
+    /// Whether nobody knows what the broker has heard of it.
+    fn is_unclear(&self) -> bool {
+        self.run
+            .is_none_or(|run| matches!(run.end, End::Exited(75) | End::Signalled(9) | End::Hung))
+    }
 }
 
 /// What is known of one message.
 #[derive(Default)]
 struct Message<'a> {
-    /// In the order of their start: the worker's run, when its command started, and when that succeeded.
-    deliveries: Vec<(Option<&'a Run>, u64, Option<u64>)>,
+    /// In the order of their start.
+    deliveries: Vec<Delivery<'a>>,
+    /// Who claims to have done it, and since when.
     claims: Vec<(&'a Run, u64)>,
 }
 
-impl Findings {
+impl Report {
+    /// Whether nothing was found that must not be.
+    pub fn passed(&self) -> bool {
+        self.failures.is_empty()
+    }
+
     pub(super) fn of(books: &Books) -> Self {
-        let mut findings = Self::default();
+        let mut report = Self {
+            faults: books.faults.clone(),
+            ..Self::default()
+        };
         let runs: BTreeMap<u64, &Run> = books.runs.iter().map(|run| (run.number, run)).collect();
         let mut messages: BTreeMap<u64, Message<'_>> = BTreeMap::new();
         for message in books.confirmed.iter().chain(&books.unconfirmed) {
@@ -159,69 +192,41 @@ impl Findings {
         entries.sort_by_key(|entry| entry.at);
         let mut done: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
         for entry in &entries {
-            let run = runs.get(&entry.run).copied();
-            match entry.what {
-                What::Bad => findings.fail(format!("run {} got a damaged message", entry.run)),
-                What::Start => match messages.get_mut(&entry.message) {
-                    Some(message) => message.deliveries.push((run, entry.at, None)),
-                    None => {
-                        findings.fail(format!("message {} was never published", entry.message));
-                    }
-                },
-                What::Done => {
-                    findings.successes += 1;
+            match (entry.what, messages.get_mut(&entry.message)) {
+                (What::Bad, _) => report.fail(format!("run {} got a damaged message", entry.run)),
+                (_, None) => report.fail(format!("message {} was never published", entry.message)),
+                (What::Start, Some(message)) => message.deliveries.push(Delivery {
+                    run: runs.get(&entry.run).copied(),
+                    started: entry.at,
+                    done: None,
+                }),
+                (What::Done, Some(message)) => {
                     done.entry(entry.run).or_default().push(entry.message);
-                    let same = |delivery: &&mut (Option<&Run>, u64, Option<u64>)| {
-                        delivery.0.map(|run| run.number) == Some(entry.run)
-                    };
-                    let message = messages.get_mut(&entry.message);
-                    if let Some(delivery) =
-                        message.and_then(|message| message.deliveries.iter_mut().rev().find(same))
-                    {
-                        delivery.2 = Some(entry.at);
+                    let mut deliveries = message.deliveries.iter_mut();
+                    if let Some(delivery) = deliveries.rfind(|it| it.is_of(entry.run)) {
+                        delivery.done = Some(entry.at);
                     }
                 }
             }
         }
         for run in &books.runs {
-            findings.count(run);
+            report.count(run);
             let done = done.get(&run.number).map_or(&[][..], Vec::as_slice);
-            findings.claims(run, done, &mut messages);
+            report.claims(run, done, &mut messages);
         }
         for (number, message) in &messages {
-            findings.judge(*number, message, books);
+            report.judge(*number, message, books);
         }
-        let arrived = |number: &&u64| {
-            messages
-                .get(number)
-                .is_some_and(|m| !m.deliveries.is_empty())
-        };
-        findings.published = books.confirmed.len();
-        findings.stowaways = books.unconfirmed.iter().filter(arrived).count();
-        findings.gone =
-            findings.published + findings.stowaways - (books.left + books.dead) as usize;
-        if books.left > 0 {
-            findings.fail(format!("{} messages are left in the queue", books.left));
-        }
-        if books.dead > 0 {
-            findings.fail(format!("{} messages were dead-lettered", books.dead));
-        }
-        for leftover in &books.leftovers {
-            findings.fail(format!("left behind: {leftover}"));
-        }
-        let most = findings.claims + findings.unknown + findings.killed;
-        let least = findings.claims - findings.excused.len();
-        if findings.gone < least || findings.gone > most {
-            findings.fail(format!(
-                "the books don't balance: {} messages gone, not from {least} to {most}",
-                findings.gone
-            ));
-        }
-        findings
+        report.balance(books, &messages);
+        report
     }
 
     fn fail(&mut self, what: String) {
         self.failures.push(what);
+    }
+
+    fn fail_run(&mut self, run: &Run, what: &str) {
+        self.fail(format!("run {} {what}; it said\n{}", run.number, run.said));
     }
 
     fn count(&mut self, run: &Run) {
@@ -230,24 +235,18 @@ impl Findings {
             End::Signalled(signal) => format!("signal {signal}"),
             End::Hung => "hung".to_owned(),
         };
-        *self.by_end.entry(name).or_default() += 1;
         match run.end {
             End::Exited(75) => self.unknown += 1,
             End::Signalled(9) => self.killed += 1,
-            End::Hung => self.fail(format!("run {} hung; it said\n{}", run.number, run.said)),
-            // Its own troubles that no fault of the soak explains; 69 is explained by a broker that takes long to start.
-            End::Exited(status @ (64 | 70 | 77 | 78 | 126 | 127)) => self.fail(format!(
-                "run {} exited with {status}; it said\n{}",
-                run.number, run.said
-            )),
             // Its signal came before its first instruction, so there was no handler yet and nothing was taken.
             End::Signalled(1 | 2 | 3 | 15) if run.said.trim().is_empty() => self.killed += 1,
-            End::Signalled(signal) => self.fail(format!(
-                "run {} died of signal {signal}; it said\n{}",
-                run.number, run.said
-            )),
+            // Its own troubles that no fault of the soak explains; 69 is explained by a broker that takes long to start.
+            End::Exited(64 | 70 | 77 | 78 | 126 | 127) | End::Signalled(_) | End::Hung => {
+                self.fail_run(run, &format!("ended with {name}"));
+            }
             End::Exited(_) => {}
         }
+        *self.by_end.entry(name).or_default() += 1;
     }
 
     /// What a worker claims to have done must have been done by its command.
@@ -257,40 +256,27 @@ impl Findings {
         done: &[u64],
         messages: &mut BTreeMap<u64, Message<'a>>,
     ) {
-        let claimed = if run.count == 1 {
-            match run.end {
-                // Its exit 0 is the claim; what it said must be the same.
-                End::Exited(0) => {
-                    if done.len() != 1 || run.acknowledged.len() != 1 {
-                        self.fail(format!(
-                            "run {} exited with 0 and {} successful commands; it said\n{}",
-                            run.number,
-                            done.len(),
-                            run.said
-                        ));
-                    }
-                    done.iter().map(|message| (*message, run.at)).collect()
-                }
-                _ => Vec::new(),
-            }
-        } else {
-            if run.end == End::Exited(0) && run.acknowledged.len() as u64 != run.count {
-                self.fail(format!(
-                    "run {} exited with 0 after {} of {} messages; it said\n{}",
-                    run.number,
-                    run.acknowledged.len(),
-                    run.count,
-                    run.said
-                ));
+        let acknowledged = run.acknowledged.len();
+        let claimed = if run.count > 1 {
+            if run.end == End::Exited(0) && acknowledged as u64 != run.count {
+                let what = format!("exited with 0 after {acknowledged} of {}", run.count);
+                self.fail_run(run, &what);
             }
             run.acknowledged.clone()
+        } else if run.end == End::Exited(0) {
+            // Its exit 0 is the claim; what it said must be the same.
+            if done.len() != 1 || acknowledged != 1 {
+                let what = format!("exited with 0 and {} successful commands", done.len());
+                self.fail_run(run, &what);
+            }
+            done.iter().map(|message| (*message, run.at)).collect()
+        } else {
+            Vec::new()
         };
         for (message, at) in claimed {
             if !done.contains(&message) {
-                self.fail(format!(
-                    "run {} claims message {message}, but no command of its has done it; it said\n{}",
-                    run.number, run.said
-                ));
+                let what = format!("claims message {message}, but no command of its has done it");
+                self.fail_run(run, &what);
             }
             self.claims += 1;
             if let Some(message) = messages.get_mut(&message) {
@@ -306,145 +292,119 @@ impl Findings {
             }
             return;
         }
-        *self.by_claims.entry(message.claims.len()).or_default() += 1;
-        let done = |delivery: &&(Option<&Run>, u64, Option<u64>)| delivery.2.is_some();
-        let successes = message.deliveries.iter().filter(done).count();
-        *self.by_successes.entry(successes).or_default() += 1;
-        let unclear = |run: Option<&Run>| {
-            run.is_none_or(|run| matches!(run.end, End::Exited(75) | End::Signalled(9) | End::Hung))
-        };
         if message.claims.is_empty() {
-            let mut candidates = message.deliveries.iter().filter(done);
-            if !candidates.any(|(run, ..)| unclear(*run)) && books.left == 0 {
+            let done = message.deliveries.iter().filter(|it| it.done.is_some());
+            if !done.clone().any(Delivery::is_unclear) && books.left == 0 {
                 self.fail(format!(
                     "LOST: message {number} is gone, but no worker can have acknowledged it"
                 ));
             }
-            let mut unknown = message.deliveries.iter().filter(done);
-            if unknown.any(|(run, ..)| run.is_some_and(|run| run.end == End::Exited(75))) {
+            let unknown = |run: &Run| run.end == End::Exited(75);
+            if done.filter_map(|it| it.run).any(unknown) {
                 self.unknown_but_gone += 1;
             }
         }
         for (claimer, claimed) in &message.claims {
-            let of_claimer = |delivery: &&(Option<&Run>, u64, Option<u64>)| {
-                delivery.0.is_some_and(|run| run.number == claimer.number)
-            };
-            let own = message.deliveries.iter().rfind(of_claimer);
-            let Some((_, _, Some(finished))) = own else {
+            let mut deliveries = message.deliveries.iter();
+            let own = deliveries.rfind(|it| it.is_of(claimer.number));
+            let Some(finished) = own.and_then(|own| own.done) else {
                 continue;
             };
-            let later: Vec<_> = message
-                .deliveries
-                .iter()
-                .filter(|(run, start, _)| {
-                    start > finished && run.map(|run| run.number) != Some(claimer.number)
-                })
-                .collect();
+            let came_back = |it: &&Delivery<'_>| it.started > finished && !it.is_of(claimer.number);
+            let later: Vec<_> = message.deliveries.iter().filter(came_back).collect();
             let Some(last) = later.last() else {
                 continue;
             };
             // A delivery can linger on a connection that the broker has given up; who gets it so late ends with 75, and the
             // message isn't back in the queue.
-            if later.iter().all(|(run, ..)| unclear(*run)) && last.2.is_none() {
+            if later.iter().all(|it| it.is_unclear()) && last.done.is_none() {
                 self.late += 1;
                 continue;
             }
-            let runs: Vec<String> = later
-                .iter()
-                .map(|(run, ..)| {
-                    run.map_or("?".into(), |run| format!("{} ({:?})", run.number, run.end))
-                })
-                .collect();
+            let whom: Vec<_> = later.iter().map(|it| it.run.map(Run::ended)).collect();
             let text = format!(
-                "message {number} came back after run {} had exited with 0, to run {}",
-                claimer.number,
-                runs.join(", ")
+                "message {number} came back after run {} had exited with 0, to run {whom:?}",
+                claimer.number
             );
-            let crash = books.kills.iter().find(|(_, after)| after >= finished);
-            let before = crash.map(|(before, _)| before.saturating_sub(*claimed));
-            let text = match before {
-                Some(before) => format!("{text}, {} ms before a crash", before / 1_000_000),
-                None => text,
-            };
-            if let Some(before) = before
-                && before <= books.crash_window
-            {
-                self.excused.push(text);
-            } else {
-                self.fail(format!(
-                    "FALSE SUCCESS: {text}; the first said\n{}",
+            let crash = books.kills.iter().find(|(_, after)| *after >= finished);
+            match crash.map(|(before, _)| before.saturating_sub(*claimed)) {
+                Some(before) if before <= books.crash_window => self
+                    .excused
+                    .push(format!("{text}, {} ms before a crash", before / 1_000_000)),
+                before => self.fail(format!(
+                    "FALSE SUCCESS: {text}, {before:?} ns before a crash; the first said\n{}",
                     claimer.said
-                ));
+                )),
             }
         }
     }
-}
 
-/// What the soak prints.
-#[derive(Clone, Debug)]
-pub struct Report {
-    pub(super) title: String,
-    pub(super) faults: BTreeMap<&'static str, u32>,
-    pub(super) findings: Findings,
-}
-
-impl Report {
-    /// Whether nothing was found that must not be.
-    pub fn passed(&self) -> bool {
-        self.findings.failures.is_empty()
+    /// As many messages have left the queue as somebody has acknowledged.
+    fn balance(&mut self, books: &Books, messages: &BTreeMap<u64, Message<'_>>) {
+        let arrived = |number: &&u64| {
+            let message = messages.get(number);
+            message.is_some_and(|message| !message.deliveries.is_empty())
+        };
+        self.published = books.confirmed.len();
+        self.stowaways = books.unconfirmed.iter().filter(arrived).count();
+        self.gone = self.published + self.stowaways - (books.left + books.dead) as usize;
+        if books.left > 0 {
+            self.fail(format!("{} messages are left in the queue", books.left));
+        }
+        if books.dead > 0 {
+            self.fail(format!("{} messages were dead-lettered", books.dead));
+        }
+        for leftover in &books.leftovers {
+            self.fail(format!("left behind: {leftover}"));
+        }
+        let most = self.claims + self.unknown + self.killed;
+        let least = self.claims - self.excused.len();
+        if self.gone < least || self.gone > most {
+            self.fail(format!(
+                "the books don't balance: {} messages gone, not from {least} to {most}",
+                self.gone
+            ));
+        }
     }
 }
 
 impl Display for Report {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let found = &self.findings;
         let failed = |what: &str| {
-            let failures = found.failures.iter();
-            failures
-                .filter(|text| text.starts_with(what))
-                .count()
-                .to_string()
+            let failures = self.failures.iter();
+            failures.filter(|text| text.starts_with(what)).count()
         };
-        let rows = [
-            (
-                "messages published",
-                format!(
-                    "{} (and {} without confirmation)",
-                    found.published, found.stowaways
-                ),
-            ),
-            ("messages gone", found.gone.to_string()),
-            ("exits 0 (one a message)", found.claims.to_string()),
-            ("75s", found.unknown.to_string()),
+        let rows: [(&str, &dyn Display); 12] = [
+            ("messages published", &self.published),
+            ("  and without confirmation", &self.stowaways),
+            ("messages gone", &self.gone),
+            ("exits 0 (one a message)", &self.claims),
+            ("75s", &self.unknown),
             (
                 "  of these done and gone all the same",
-                found.unknown_but_gone.to_string(),
+                &self.unknown_but_gone,
             ),
-            ("workers killed", found.killed.to_string()),
-            ("workers by their end", list(&found.by_end)),
-            ("faults", list(&self.faults)),
-            ("commands run to success", found.successes.to_string()),
-            ("messages by successful commands", list(&found.by_successes)),
-            ("messages by exits 0", list(&found.by_claims)),
+            ("workers by their end", &list(&self.by_end)),
+            ("faults", &list(&self.faults)),
             (
                 "deliveries that came late, on a dead connection",
-                found.late.to_string(),
+                &self.late,
             ),
             (
                 "exits 0 undone by a crash right after them",
-                found.excused.len().to_string(),
+                &self.excused.len(),
             ),
-            ("lost", failed("LOST")),
-            ("false successes", failed("FALSE")),
+            ("lost", &failed("LOST")),
+            ("false successes", &failed("FALSE")),
         ];
         writeln!(formatter, "{}", self.title)?;
         for (name, value) in rows {
-            writeln!(formatter, "  {name:<46} {value}")?;
+            writeln!(formatter, "  {name:<48} {value}")?;
         }
-        for text in &found.excused {
+        for text in &self.excused {
             writeln!(formatter, "  excused: {text}")?;
         }
-        for text in &found.failures {
+        for text in &self.failures {
             writeln!(formatter, "  FAILED: {text}")?;
         }
         let verdict = if self.passed() { "passed" } else { "FAILED" };
@@ -498,9 +458,9 @@ mod tests {
             ],
             "10 1 1 start 1\n30 2 1 start 2\n35 2 1 done 2\n",
         );
-        let findings = Findings::of(&books);
-        assert_eq!(findings.failures, Vec::<String>::new());
-        assert_eq!((findings.gone, findings.claims), (1, 1));
+        let report = Report::of(&books);
+        assert_eq!(report.failures, Vec::<String>::new());
+        assert_eq!((report.gone, report.claims), (1, 1));
     }
 
     #[test]
@@ -510,16 +470,16 @@ mod tests {
             vec![run(1, End::Exited(3), 20, &[])],
             "10 1 1 start 1\n",
         );
-        assert!(Findings::of(&failed).failures[0].starts_with("LOST"));
+        assert!(Report::of(&failed).failures[0].starts_with("LOST"));
         let never = books(&[1], vec![], "");
-        assert!(Findings::of(&never).failures[0].starts_with("LOST"));
+        assert!(Report::of(&never).failures[0].starts_with("LOST"));
         let unknown = books(
             &[1],
             vec![run(1, End::Exited(75), 20, &[])],
             "10 1 1 start 1\n15 1 1 done 1\n",
         );
-        assert_eq!(Findings::of(&unknown).failures, Vec::<String>::new());
-        assert_eq!(Findings::of(&unknown).unknown_but_gone, 1);
+        assert_eq!(Report::of(&unknown).failures, Vec::<String>::new());
+        assert_eq!(Report::of(&unknown).unknown_but_gone, 1);
     }
 
     #[test]
@@ -532,12 +492,12 @@ mod tests {
             ],
             "10 1 1 start 1\n15 1 1 done 1\n30 2 1 start 2\n35 2 1 done 2\n",
         );
-        assert!(Findings::of(&twice).failures[0].starts_with("FALSE"));
+        assert!(Report::of(&twice).failures[0].starts_with("FALSE"));
         twice.kills.push((25, 27));
-        assert_eq!(Findings::of(&twice).failures, Vec::<String>::new());
-        assert_eq!(Findings::of(&twice).excused.len(), 1);
+        assert_eq!(Report::of(&twice).failures, Vec::<String>::new());
+        assert_eq!(Report::of(&twice).excused.len(), 1);
         twice.kills = vec![(20 + 2 * SECOND, 21 + 2 * SECOND)];
-        assert!(Findings::of(&twice).failures[0].starts_with("FALSE"));
+        assert!(Report::of(&twice).failures[0].starts_with("FALSE"));
     }
 
     #[test]
@@ -550,9 +510,9 @@ mod tests {
             ],
             "10 1 1 start 2\n15 1 1 done 2\n30 2 1 start 1\n",
         );
-        let findings = Findings::of(&books);
-        assert_eq!(findings.failures, Vec::<String>::new());
-        assert_eq!(findings.late, 1);
+        let report = Report::of(&books);
+        assert_eq!(report.failures, Vec::<String>::new());
+        assert_eq!(report.late, 1);
     }
 
     #[test]
@@ -565,6 +525,6 @@ mod tests {
             ],
             "10 1 1 start 1\n30 2 1 start 2\n35 2 1 done 2\n",
         );
-        assert_eq!(Findings::of(&books).failures.len(), 1);
+        assert_eq!(Report::of(&books).failures.len(), 1);
     }
 }

@@ -1,15 +1,13 @@
 //! What the workers of the soak run: it reads its message, writes into the book, and ends in the way that was drawn for it.
 
 use crate::soak::books::Entry;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use nix::sys::signal::{SigSet, Signal, raise};
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// The first argument of this program when it is to be the command.
-const COMMAND: &str = "command";
 
 /// Where the book is.
 pub(super) const BOOK: &str = "SOAK_BOOK";
@@ -24,8 +22,8 @@ pub(super) const FAILURE: u8 = 3;
 const BAD_INPUT: u8 = 4;
 
 /// How a command shall end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum How {
     /// Exit 0.
     Succeed,
     /// Exit with a status of failure.
@@ -39,64 +37,30 @@ pub enum How {
 }
 
 /// What was drawn for one run of a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Plan {
-    /// How it ends.
-    pub how: How,
-    /// After how long.
-    pub after: Duration,
+    /// How it ends
+    pub(super) how: How,
+    /// After so many milliseconds
+    pub(super) after: u64,
 }
 
 impl Plan {
     /// The arguments that make this program the command.
     pub(super) fn arguments(self) -> [String; 3] {
-        [
-            COMMAND.to_owned(),
-            NAMES
-                .iter()
-                .find(|(how, _)| *how == self.how)
-                .expect("all have one")
-                .1
-                .to_owned(),
-            self.after.as_millis().to_string(),
-        ]
+        let how = self.how.to_possible_value().expect("none is left out");
+        let after = self.after.to_string();
+        ["command".to_owned(), how.get_name().to_owned(), after]
     }
-}
 
-const NAMES: [(How, &str); 5] = [
-    (How::Succeed, "succeed"),
-    (How::Fail, "fail"),
-    (How::Die, "die"),
-    (How::Hang, "hang"),
-    (How::HangDeaf, "hang-deaf"),
-];
-
-/// The plan, if these are the arguments of the command.
-pub fn command_plan(args: &[String]) -> Option<Result<Plan>> {
-    match args {
-        [first, how, after] if first == COMMAND => {
-            let how = NAMES
-                .iter()
-                .find(|(_, name)| name == how)
-                .map(|(how, _)| *how);
-            let plan = how.zip(after.parse().ok());
-            let plan = plan.map(|(how, after)| Plan {
-                how,
-                after: Duration::from_millis(after),
-            });
-            Some(plan.context("not the plan of a command"))
-        }
-        _ => None,
-    }
-}
-
-/// Is the command.
-pub fn command(plan: Result<Plan>) -> ExitCode {
-    match plan.and_then(obey) {
-        Ok(status) => ExitCode::from(status),
-        Err(error) => {
-            eprintln!("soak: {error:#}");
-            ExitCode::from(BAD_INPUT)
+    /// Is the command.
+    pub fn carry_out(self) -> ExitCode {
+        match obey(self) {
+            Ok(status) => ExitCode::from(status),
+            Err(error) => {
+                eprintln!("soak: {error:#}");
+                ExitCode::from(BAD_INPUT)
+            }
         }
     }
 }
@@ -116,7 +80,7 @@ fn obey(plan: Plan) -> Result<u8> {
         }
     };
     write(Entry::START, message)?;
-    std::thread::sleep(plan.after);
+    std::thread::sleep(Duration::from_millis(plan.after));
     match plan.how {
         How::Succeed => {
             write(Entry::DONE, message)?;
@@ -136,32 +100,21 @@ fn obey(plan: Plan) -> Result<u8> {
 /// A message: its number, its length, and so many bytes that follow from the number.
 pub(super) fn body(message: u64, filler: usize) -> Vec<u8> {
     let mut body = format!("{message} {filler}\n").into_bytes();
-    body.extend((0..filler).map(|at| filler_byte(message, at)));
+    let first = (message as usize).wrapping_mul(31);
+    body.extend((0..filler).map(|at| first.wrapping_add(at) as u8));
     body
 }
 
-fn filler_byte(message: u64, at: usize) -> u8 {
-    (message as usize).wrapping_mul(31).wrapping_add(at) as u8
-}
-
 /// The number of a message, of which every byte must be there.
-fn number(body: &[u8]) -> Result<u64> {
-    let end = body.iter().position(|byte| *byte == b'\n');
-    let end = end.context("a message without its first line")?;
-    let line = std::str::from_utf8(&body[..end])?;
+fn number(arrived: &[u8]) -> Result<u64> {
+    let line = arrived.split(|byte| *byte == b'\n').next();
+    let line = std::str::from_utf8(line.unwrap_or_default())?;
     let (message, filler) = line
         .split_once(' ')
         .context("a message without its length")?;
-    let (message, filler): (u64, usize) = (message.parse()?, filler.parse()?);
-    let rest = &body[end + 1..];
-    let intact = rest.len() == filler
-        && rest
-            .iter()
-            .enumerate()
-            .all(|(at, byte)| *byte == filler_byte(message, at));
-    if !intact {
-        bail!("message {message} has arrived damaged");
-    }
+    let (message, filler) = (message.parse()?, filler.parse()?);
+    let intact = filler < arrived.len() && arrived == body(message, filler);
+    ensure!(intact, "message {message} has arrived damaged");
     Ok(message)
 }
 

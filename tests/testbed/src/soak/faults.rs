@@ -30,21 +30,12 @@ impl Fault {
 impl Soak<'_> {
     /// Breaks the broker as often as was asked for, one fault after the other.
     pub(super) fn break_broker(&self, mut random: fastrand::Rng) -> Result<()> {
+        use Fault::{Freeze, Kill, Restart, Stop};
         // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
         let mut faults = Vec::new();
         while faults.len() < self.options.faults as usize {
-            faults.extend([
-                Fault::Freeze,
-                Fault::Kill,
-                Fault::Freeze,
-                Fault::Freeze,
-                Fault::Stop,
-                Fault::Kill,
-                Fault::Freeze,
-                Fault::Restart,
-                Fault::Freeze,
-                Fault::Freeze,
-            ]);
+            faults.extend([Freeze, Kill, Freeze, Freeze, Stop]);
+            faults.extend([Kill, Freeze, Restart, Freeze, Freeze]);
         }
         faults.truncate(self.options.faults as usize);
         random.shuffle(&mut faults);
@@ -57,23 +48,23 @@ impl Soak<'_> {
             let length = Duration::from_millis(random.u64(200..7000));
             let begun = Instant::now();
             match fault {
-                Fault::Kill => {
+                Kill => {
                     let before = now();
                     self.broker.kill()?;
                     let after = now();
                     self.note(|books| books.kills.push((before, after)));
                     self.start()?;
                 }
-                Fault::Stop => {
+                Stop => {
                     self.broker.stop()?;
                     self.pause(length / 2);
                     self.start()?;
                 }
-                Fault::Restart => {
+                Restart => {
                     self.broker.stop()?;
                     self.start()?;
                 }
-                Fault::Freeze => {
+                Freeze => {
                     self.broker.freeze()?;
                     self.pause(length);
                     self.broker.thaw()?;

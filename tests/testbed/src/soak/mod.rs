@@ -7,34 +7,20 @@
 mod books;
 mod command;
 mod faults;
-mod stderr_line;
 mod workers;
 
 pub use books::Report;
-pub use command::{How, Plan, command, command_plan};
+pub use command::Plan;
 
-use crate::{Broker, Client, Proxy, QueueKind};
-use anyhow::{Context, Result, bail};
-use books::{Books, Findings};
+use crate::{Broker, Client, Proxy, QueueKind, beside_this_program};
+use anyhow::{Context, Result};
+use books::Books;
+use clap::builder::RangedU64ValueParser;
 use lapin::BasicProperties;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-const USAGE: &str = "usage: soak [OPTIONS]
-  --seed N         draw the same again
-  --queue KIND     classic or quorum [quorum]
-  --messages N     publish at least so many [2000]
-  --workers N      so many at a time [24]
-  --kills N        kill so many workers [200]
-  --faults N       stop, kill, restart or freeze the broker so often [20]
-  --seconds N      no new faults after so long; that is a failure if there were too few [360]
-  --command-ms N   how long a command takes on average [300]
-  --ack-timeout-ms N  with --faults 0: let every command end within a few milliseconds of that acknowledgement timeout
-  --qconsume PATH  the binary under test [the one beside this program]
-The broker is a node of the soak's own: see QCONSUME_TEST_RABBITMQ.";
 
 /// So many messages are published in one flight, when fewer than [`HUNGRY`] are ready.
 const BATCH: u64 = 50;
@@ -43,65 +29,60 @@ const HUNGRY: u32 = 200;
 /// How long a broker may take to confirm them; it may be frozen.
 const CONFIRMED: Duration = Duration::from_secs(10);
 
-/// What the soak shall do.
-#[derive(Clone, Debug)]
+/// Breaks everything at random, and keeps books about every message
+///
+/// The broker is a node of the soak's own: see QCONSUME_TEST_RABBITMQ.
+#[derive(clap::Parser, Clone, Debug)]
+#[command(name = "soak")]
 pub struct Options {
+    /// Draw the same again
+    #[arg(long, default_value_t = fastrand::u64(..1_000_000))]
     seed: u64,
+    /// The queue's type
+    #[arg(long, value_enum, default_value_t = QueueKind::Quorum)]
     queue: QueueKind,
+    /// Publish at least so many
+    #[arg(long, default_value_t = 2000)]
     messages: u64,
-    workers: u32,
+    /// So many at a time
+    #[arg(long, default_value_t = 24, value_parser = at_least_one())]
+    workers: u64,
+    /// Kill so many workers
+    #[arg(long, default_value_t = 200)]
     kills: u32,
+    /// Stop, kill, restart or freeze the broker so often
+    #[arg(long, default_value_t = 20)]
     faults: u32,
+    /// No new faults after so long; that is a failure if there were too few
+    #[arg(long, default_value_t = 360, value_parser = at_least_one())]
     seconds: u64,
+    /// How long a command takes on average
+    #[arg(long, default_value_t = 300)]
     command_ms: u64,
+    /// With --faults 0: let every command end within a few milliseconds of that acknowledgement timeout
+    #[arg(long)]
     ack_timeout_ms: Option<u64>,
+    /// The binary under test
+    #[arg(long, default_value_os_t = beside_this_program("qconsume"))]
     qconsume: PathBuf,
+    /// What this program is to do instead.
+    #[command(subcommand)]
+    pub role: Option<Role>,
+}
+
+/// What the soak's program also is.
+#[derive(clap::Subcommand, Clone, Copy, Debug)]
+pub enum Role {
+    /// What the workers run.
+    #[command(hide = true)]
+    Command(Plan),
+}
+
+fn at_least_one() -> RangedU64ValueParser {
+    RangedU64ValueParser::new().range(1..)
 }
 
 impl Options {
-    /// Reads the command line.
-    ///
-    /// # Errors
-    /// The usage.
-    pub fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self {
-            seed: fastrand::u64(..) % 1_000_000,
-            queue: QueueKind::Quorum,
-            messages: 2000,
-            workers: 24,
-            kills: 200,
-            faults: 20,
-            seconds: 360,
-            command_ms: 300,
-            ack_timeout_ms: None,
-            qconsume: std::env::current_exe()?.with_file_name("qconsume"),
-        };
-        let mut args = args.iter();
-        while let Some(name) = args.next() {
-            let value = args.next().context(USAGE)?;
-            let number = || value.parse::<u64>().context(USAGE);
-            let small = || value.parse::<u32>().context(USAGE);
-            match name.as_str() {
-                "--seed" => options.seed = number()?,
-                "--queue" => {
-                    let kinds = QueueKind::ALL;
-                    let kind = kinds.into_iter().find(|kind| kind.as_str() == value);
-                    options.queue = kind.context(USAGE)?;
-                }
-                "--messages" => options.messages = number()?,
-                "--workers" => options.workers = small()?.max(1),
-                "--kills" => options.kills = small()?,
-                "--faults" => options.faults = small()?,
-                "--seconds" => options.seconds = number()?.max(1),
-                "--command-ms" => options.command_ms = number()?,
-                "--ack-timeout-ms" => options.ack_timeout_ms = Some(number()?),
-                "--qconsume" => options.qconsume = value.into(),
-                _ => bail!("{USAGE}"),
-            }
-        }
-        Ok(options)
-    }
-
     /// Kills are spread over the time that the faults take.
     fn kill_pause(&self) -> Duration {
         // A fault takes six seconds on average; seven in ten signals are kills.
@@ -188,18 +169,14 @@ impl Soak<'_> {
             return confirmed;
         };
         let publish = async {
-            channel
-                .confirm_select(ConfirmSelectOptions::default())
-                .await?;
+            channel.confirm_select(Default::default()).await?;
             let mut pending = Vec::new();
             for (message, body) in batch {
                 let properties = BasicProperties::default()
                     .with_delivery_mode(2)
                     .with_message_id(message.to_string().into());
-                let options = BasicPublishOptions::default();
-                let queue = self.queue.as_str();
-                let confirm =
-                    channel.basic_publish("".into(), queue.into(), options, body, properties);
+                let (options, queue) = (Default::default(), self.queue.as_str().into());
+                let confirm = channel.basic_publish("".into(), queue, options, body, properties);
                 pending.push((*message, confirm.await?));
             }
             for (message, confirm) in pending {
@@ -214,10 +191,7 @@ impl Soak<'_> {
     }
 }
 
-/// Runs it.
-///
-/// # Errors
-/// When it can't be run; what it finds is in the report.
+/// Runs it; what it finds is in the report.
 pub fn run(options: &Options) -> Result<Report> {
     let started = Instant::now();
     let broker = Broker::options().start()?;
@@ -233,7 +207,7 @@ pub fn run(options: &Options) -> Result<Report> {
         .dead_letter_to(&dead);
     if options.queue == QueueKind::Quorum {
         // From 4.0 on there is a limit of 20 unless one is set.
-        queue = queue.delivery_limit(10_000);
+        queue = queue.arg("x-delivery-limit", 10_000);
     }
     let queue = queue.try_create()?;
     let book = crate::owner::temp_folder("soak").join("book");
@@ -295,33 +269,25 @@ pub fn run(options: &Options) -> Result<Report> {
     books.left = left(&client, queue.name())?;
     books.dead = left(&client, dead.name())?;
     let (major, minor, patch) = soak.broker.version();
-    let mut findings = Findings::of(&books);
-    let faults: u32 = books
-        .faults
-        .iter()
-        .filter(|(name, _)| name.starts_with("broker"))
-        .map(|(_, count)| count)
-        .sum();
+    let mut report = Report::of(&books);
+    report.title = format!(
+        "RabbitMQ {major}.{minor}.{patch}, {} queue, {} workers, seed {}: {} s",
+        options.queue.as_str(),
+        options.workers,
+        options.seed,
+        started.elapsed().as_secs()
+    );
+    let of_broker = |(name, count): (&&str, &u32)| name.starts_with("broker").then_some(*count);
+    let faults: u32 = books.faults.iter().filter_map(of_broker).sum();
     if (books.confirmed.len() as u64) < options.messages
         || faults < options.faults
-        || findings.killed < options.kills as usize
+        || report.killed < options.kills as usize
     {
-        findings.failures.push(format!(
-            "{} seconds were too few for all that was asked for",
-            options.seconds
-        ));
+        let seconds = options.seconds;
+        let text = format!("{seconds} seconds were too few for all that was asked for");
+        report.failures.push(text);
     }
-    Ok(Report {
-        title: format!(
-            "RabbitMQ {major}.{minor}.{patch}, {} queue, {} workers, seed {}: {} s",
-            options.queue.as_str(),
-            options.workers,
-            options.seed,
-            started.elapsed().as_secs()
-        ),
-        faults: books.faults,
-        findings,
-    })
+    Ok(report)
 }
 
 fn left(client: &Client, queue: &str) -> Result<u32> {

@@ -1,18 +1,18 @@
 //! The workers: each slot runs one after the other, and others kill and watch them.
 
+use super::Soak;
 use super::books::{End, Run};
 use super::command::{BOOK, How, Plan, RUN, now};
-use super::{Soak, stderr_line};
 use crate::owner;
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Stdio};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A worker that lives longer hangs: the longest that it may take is its `--connect-timeout` of 60 s, some seconds of waiting and
@@ -74,14 +74,19 @@ impl Soak<'_> {
         };
         let plan = Plan {
             how,
-            after: Duration::from_millis(random.u64(0..=longest)),
+            after: random.u64(0..=longest),
         };
         let count = match random.u32(0..10) {
             0 if how == How::Succeed => 3,
             _ => 1,
         };
-        let (url, finish) = (random.bool(), random.u32(0..10) == 0);
-        let mut command = Command::new(&self.options.qconsume);
+        let url = if random.bool() {
+            self.proxy.url()
+        } else {
+            self.broker.url()
+        };
+        let finish = random.u32(0..10) == 0;
+        let mut command = owner::command(&self.options.qconsume);
         command
             .args(["--heartbeat", "2", "--connect-timeout", "60s"])
             .args(["--wait", WAIT, "--kill-after", "300ms"])
@@ -98,24 +103,11 @@ impl Soak<'_> {
             .arg("--")
             .arg(std::env::current_exe().context("where is this program?")?)
             .args(plan.arguments())
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env(owner::MARK, &owner::get()?.id)
-            .env(
-                "BROKER_URL",
-                if url {
-                    self.proxy.url()
-                } else {
-                    self.broker.url()
-                },
-            )
+            .env("BROKER_URL", url)
             .env("QUEUE", &self.queue)
             .env(BOOK, &self.book)
             .env(RUN, number.to_string())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .process_group(0);
+            .stderr(Stdio::piped());
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot run {}", self.options.qconsume.display()))?;
@@ -131,7 +123,7 @@ impl Soak<'_> {
         // Until the worker has ended, and with it its command, which has the same standard error.
         for line in BufReader::new(stderr.context("no pipe")?).lines() {
             let line = line.unwrap_or_default();
-            if let Some(message) = stderr_line::acknowledged(&line) {
+            if let Some(message) = acknowledged_in(&line) {
                 acknowledged.push((message, now()));
             }
             said += &line;
@@ -229,15 +221,34 @@ impl Soak<'_> {
             .collect()
     }
 
-    fn register(&self) -> std::sync::MutexGuard<'_, Register> {
+    fn register(&self) -> MutexGuard<'_, Register> {
         self.register.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn lock(live: &Mutex<Live>) -> std::sync::MutexGuard<'_, Live> {
+fn lock(live: &Mutex<Live>) -> MutexGuard<'_, Live> {
     live.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn pid(child: &Child) -> Pid {
-    Pid::from_raw(child.id() as i32)
+    Pid::from_raw(child.id().cast_signed())
+}
+
+/// The number of the message that this line of a worker's log says was acknowledged.
+fn acknowledged_in(line: &str) -> Option<u64> {
+    let (_, rest) = line.split_once("message acknowledged")?;
+    let (_, id) = rest.split_once("id=\"")?;
+    id.split_once('"')?.0.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::acknowledged_in;
+
+    #[test]
+    fn the_number_of_an_acknowledged_message_is_found() {
+        let line = r#"qconsume: command succeeded; message acknowledged id="17" attempt=1 size=3 seconds=0.1 status=0"#;
+        assert_eq!(acknowledged_in(line), Some(17));
+        assert_eq!(acknowledged_in(r#"qconsume: message taken id="17""#), None);
+    }
 }
