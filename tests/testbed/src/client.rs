@@ -3,7 +3,6 @@
 //! [`Client`]'s methods give a `Result`, for the soak, whose broker comes and goes. [`Queue`]'s panic, so that a test reads as a
 //! sentence.
 
-use crate::ports::random;
 use crate::{PATIENCE, block_on, eventually};
 use anyhow::{Context, Result, bail};
 use lapin::message::{BasicGetMessage, Delivery};
@@ -68,27 +67,19 @@ impl Got {
 
     /// `x-delivery-count`: how often it came back. Quorum queues only, and absent the first time.
     pub fn delivery_count(&self) -> Option<i64> {
-        integer(self.header("x-delivery-count")?)
+        self.count("x-delivery-count")
     }
 
     /// `x-acquired-count`: how often it was handed out. Quorum queues of RabbitMQ 4.3 only.
     pub fn acquired_count(&self) -> Option<i64> {
-        integer(self.header("x-acquired-count")?)
+        self.count("x-acquired-count")
     }
-}
 
-/// The broker may choose any integer type.
-fn integer(value: &AMQPValue) -> Option<i64> {
-    match value {
-        AMQPValue::ShortShortInt(n) => Some((*n).into()),
-        AMQPValue::ShortShortUInt(n) => Some((*n).into()),
-        AMQPValue::ShortInt(n) => Some((*n).into()),
-        AMQPValue::ShortUInt(n) => Some((*n).into()),
-        AMQPValue::LongInt(n) => Some((*n).into()),
-        AMQPValue::LongUInt(n) => Some((*n).into()),
-        AMQPValue::LongLongInt(n) => Some(*n),
-        AMQPValue::Timestamp(n) => (*n).try_into().ok(),
-        _ => None,
+    fn count(&self, name: &str) -> Option<i64> {
+        match self.header(name)? {
+            AMQPValue::LongLongInt(count) => Some(*count),
+            other => panic!("{name} is {other:?}"),
+        }
     }
 }
 
@@ -154,7 +145,7 @@ impl Client {
     pub fn declare(&self, name: &str) -> QueueBuilder {
         QueueBuilder {
             client: self.clone(),
-            name: format!("{name}-{:08x}", random() as u32),
+            name: format!("{name}-{:08x}", fastrand::u32(..)),
             options: QueueDeclareOptions {
                 durable: true,
                 ..Default::default()

@@ -9,7 +9,6 @@
 //!
 //! The marks are there from the moment a resource exists, so there is no window in which one is not yet registered.
 
-use crate::ports::random;
 use anyhow::{Context, Result};
 use std::ffi::OsStr;
 use std::fs;
@@ -95,7 +94,7 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
 
 impl Owner {
     fn start() -> Result<Self> {
-        let id = format!("qc{:08x}", random() as u32);
+        let id = format!("qc{:08x}", fastrand::u32(..));
         let folder = std::env::temp_dir().join(format!("qconsume-testbed-{id}"));
         let watchdog = Command::new("sh")
             .args(["-c", WATCHDOG, "watchdog", MARK, &id])

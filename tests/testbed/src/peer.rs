@@ -1,8 +1,8 @@
-//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. And the
-//! other side of it: a client that sends what no library would.
+//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. And
+//! what no library would publish.
 
-use crate::Broker;
 use crate::proxy::frames::{self, Method, frame, long, method_frame, short};
+use crate::{Action, Broker, Client, Direction, Proxy};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -229,49 +229,21 @@ fn short_at(arguments: &[u8], at: usize) -> &[u8] {
     rest.get(..size).unwrap_or(&[0])
 }
 
-/// Publishes to virtual host `/` as guest, with properties and a routing key of any bytes, and waits until the broker has
-/// the message.
+/// Publishes a message with properties and a routing key of any bytes; returns when the broker has it.
 pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properties: &[u8]) {
-    let publish = || -> io::Result<()> {
-        let mut stream = TcpStream::connect(broker.addr())?;
-        stream.set_read_timeout(Some(crate::PATIENCE))?;
-        let mut call = |bytes: &[u8], wanted: Method| {
-            stream.write_all(bytes)?;
-            loop {
-                match frames::read(&mut stream)?.1 {
-                    method if method == wanted => return Ok(()),
-                    Method::CONNECTION_CLOSE | Method::CHANNEL_CLOSE => {
-                        return Err(io::Error::other("the broker closed the channel"));
-                    }
-                    _ => {}
-                }
-            }
-        };
-        call(b"AMQP\0\0\x09\x01", Method::CONNECTION_START)?;
-        let login = long(b"\0guest\0guest");
-        let start_ok = [&long(b"")[..], &short(b"PLAIN"), &login, &short(b"en_US")].concat();
-        let start_ok = method_frame(0, Method::CONNECTION_START_OK, &start_ok);
-        call(&start_ok, Method::CONNECTION_TUNE)?;
-        let vhost = [&short(b"/")[..], &[0, 0]].concat();
-        let open = [
-            method_frame(0, Method::CONNECTION_TUNE_OK, &[7, 255, 0, 2, 0, 0, 0, 0]),
-            method_frame(0, Method::CONNECTION_OPEN, &vhost),
-        ];
-        call(&open.concat(), Method::CONNECTION_OPEN_OK)?;
-        let channel = method_frame(1, Method::CHANNEL_OPEN, &[0]);
-        call(&channel, Method::CHANNEL_OPEN_OK)?;
-        let confirm = method_frame(1, Method::CONFIRM_SELECT, &[0]);
-        call(&confirm, Method::CONFIRM_SELECT_OK)?;
-        let (exchange, key) = (short(exchange.as_bytes()), short(routing_key));
-        let target = [&[0, 0][..], &exchange, &key, &[0]].concat();
-        let message = [
+    let (exchange, key) = (short(exchange.as_bytes()), short(routing_key));
+    let target = [&[0, 0][..], &exchange, &key, &[0]].concat();
+    let proxy = Proxy::of(broker);
+    for (method, frame) in [
+        (
+            Method::BASIC_PUBLISH,
             method_frame(1, Method::BASIC_PUBLISH, &target),
-            content_header(1, 5, properties),
-            frame(3, 1, b"lemon"),
-        ];
-        call(&message.concat(), Method::BASIC_ACK)?;
-        let close = frames::connection_close(200, "");
-        call(&close, Method::CONNECTION_CLOSE_OK)
-    };
-    publish().unwrap_or_else(|error| panic!("the broker took no such message: {error}"));
+        ),
+        (Method::HEADER, content_header(1, 5, properties)),
+    ] {
+        let spoil = Action::Replace(Arc::new(move |_: &[u8]| frame.clone()));
+        proxy.once(Direction::ToBroker, method, spoil);
+    }
+    let published = Client::new(&proxy.url()).publish("any", ["lemon"], Default::default());
+    published.unwrap_or_else(|error| panic!("the broker took no such message: {error:#}"));
 }

@@ -1,16 +1,14 @@
 //! TCP ports that no other node, proxy or test process takes while we hold them.
 
-use anyhow::{Context, Result, bail};
-use std::collections::hash_map::RandomState;
-use std::fs;
-use std::hash::{BuildHasher, Hasher};
+use anyhow::{Result, bail};
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
-/// The first port considered. Below lie most well-known services, RabbitMQ's own 5672 and the command line tools' range
-/// (see `CLI_PORTS` of the broker).
-const FIRST: u16 = 10_000;
+/// The ports considered. Below lie most well-known services, RabbitMQ's own 5672 and the command line tools' range (see
+/// `CLI_PORTS` of the broker); above, from 32768 on, Linux's range for outgoing connections.
+const PORTS: Range<u16> = 10_000..32_000;
 
 /// A port of 127.0.0.1 that is ours until this is dropped.
 ///
@@ -33,9 +31,8 @@ impl Port {
 
 /// Reserves a free port of 127.0.0.1.
 pub fn reserve_port() -> Result<Port> {
-    let last = last_port();
     for _ in 0..1000 {
-        let number = FIRST + (random() % u64::from(last - FIRST)) as u16;
+        let number = fastrand::u16(PORTS);
         let Some(lock) = lock(&format!("port-{number}")) else {
             continue;
         };
@@ -46,30 +43,11 @@ pub fn reserve_port() -> Result<Port> {
             });
         }
     }
-    bail!("no free port between {FIRST} and {last} on 127.0.0.1 after 1000 attempts")
+    bail!("no free port of {PORTS:?} on 127.0.0.1 after 1000 attempts")
 }
 
 /// A lock between test processes, or nothing if another holds it. It is freed when dropped, or when the process ends.
 pub(crate) fn lock(name: &str) -> Option<UnixListener> {
     let name = format!("qconsume-testbed-{name}");
     UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).ok()?).ok()
-}
-
-/// The last port below the range from which the kernel serves outgoing connections.
-fn last_port() -> u16 {
-    let ephemeral = || -> Result<u16> {
-        let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
-        let first = range.split_whitespace().next().context("an empty range")?;
-        Ok(first.parse()?)
-    };
-    match ephemeral() {
-        Ok(first) if first > FIRST + 2000 => first - 1,
-        // An unusual range, or none to be read: the lock and the attempt to bind must do.
-        _ => 32_000,
-    }
-}
-
-/// A random number; the standard library's hash keys are random enough for names and ports.
-pub(crate) fn random() -> u64 {
-    RandomState::new().build_hasher().finish()
 }

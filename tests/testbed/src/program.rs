@@ -1,7 +1,6 @@
 //! Runs the binary under test, and never hangs.
 
 use crate::owner;
-use crate::ports::random;
 use crate::{PATIENCE, Signal, eventually};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
@@ -114,7 +113,7 @@ impl Program {
     /// Starts it, in a process group of its own.
     #[track_caller]
     pub fn spawn(self) -> Running {
-        let run = format!("{:016x}", random());
+        let run = format!("{:016x}", fastrand::u64(..));
         // Files rather than pipes: what the program leaves behind holds up no reader.
         let [stdout, stderr] = [(); 2].map(|()| tempfile::tempfile().expect("a temporary file"));
         let output = |file: &File| file.try_clone().expect("a second handle");

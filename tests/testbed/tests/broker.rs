@@ -1,14 +1,7 @@
 //! Private brokers: side by side, killed, frozen, clustered.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use testbed::{Broker, Queue, QueueKind, image_present, missing};
-
-fn started(what: &str, start: impl FnOnce() -> Broker) -> Broker {
-    let from = Instant::now();
-    let broker = start();
-    eprintln!("{what}: {:?} after {:?}", broker.version(), from.elapsed());
-    broker
-}
 
 fn works(broker: &Broker, kind: QueueKind) -> Queue {
     let queue = broker.declare("works").kind(kind).create();
@@ -21,8 +14,8 @@ fn works(broker: &Broker, kind: QueueKind) -> Queue {
 #[test]
 fn two_brokers_start_side_by_side() {
     let brokers = std::thread::scope(|scope| {
-        [1, 2]
-            .map(|n| scope.spawn(move || started(&format!("node {n} of 2"), Broker::start)))
+        [(); 2]
+            .map(|()| scope.spawn(Broker::start))
             .map(|thread| thread.join().expect("both start"))
     });
     assert_ne!(brokers[0].port(), brokers[1].port());
@@ -39,26 +32,22 @@ fn two_brokers_start_side_by_side() {
 
 #[test]
 fn a_killed_broker_starts_again_with_its_queues() {
-    let broker = started("one node", Broker::start);
+    let broker = Broker::start();
     for kind in QueueKind::ALL {
         let queue = broker.declare("kept").kind(kind).create();
         queue.publish_all(["a", "b"]);
         queue.wait_ready(2);
         broker.kill().expect("killed");
-        let from = Instant::now();
         broker.start_again().expect("it starts again");
-        eprintln!("again after {:?}", from.elapsed());
         queue.wait_ready(2);
-        let from = Instant::now();
         broker.restart().expect("it restarts");
-        eprintln!("restarted after {:?}", from.elapsed());
         queue.wait_ready(2);
     }
 }
 
 #[test]
 fn a_frozen_broker_is_silent_until_it_is_thawed() {
-    let broker = started("one node", Broker::start);
+    let broker = Broker::start();
     let queue = broker.queue("frozen");
     broker.freeze().expect("frozen");
     std::thread::scope(|scope| {
@@ -90,9 +79,7 @@ fn rabbitmqctl_and_the_configuration_work() {
 
 #[test]
 fn three_nodes_form_a_cluster() {
-    let from = Instant::now();
     let nodes = Broker::cluster(3);
-    eprintln!("a cluster of three after {:?}", from.elapsed());
     let queue = nodes[0]
         .declare("replicated")
         .kind(QueueKind::Quorum)
@@ -115,9 +102,7 @@ fn every_image_works() {
             missing(&format!("the image {image}"));
             continue;
         }
-        let broker = started(&image, || {
-            Broker::options().image(&image).start().expect("it starts")
-        });
+        let broker = Broker::options().image(&image).start().expect("it starts");
         let queue = works(&broker, QueueKind::Quorum);
         queue.publish("kept");
         broker

@@ -5,7 +5,8 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use testbed::{
-    Action, Broker, Client, Direction, FullBacklog, Method, PATIENCE, Proxy, block_on, frames,
+    Action, Broker, Client, Direction, FullBacklog, Method, PATIENCE, Proxy, Queue, block_on,
+    frames,
 };
 
 #[test]
@@ -104,26 +105,30 @@ fn a_broker_can_cancel_a_consumer() {
     assert!(next.expect("noticed").is_none());
 }
 
+/// Asks for a queue's counts, which come only once what holds the answer up has ended.
+fn counts_come_after(proxy: &Proxy, queue: &Queue, meanwhile: impl FnOnce()) {
+    let client = Client::new(&proxy.url());
+    std::thread::scope(|scope| {
+        let counts = scope.spawn(|| client.counts(queue.name()));
+        proxy.wait_accepted(1, PATIENCE);
+        assert!(!counts.is_finished());
+        meanwhile();
+        let counts = counts.join().expect("no panic").expect("counts");
+        assert_eq!(counts, Some((0, 0)));
+    });
+}
+
 #[test]
 fn a_frame_can_be_held_and_released() {
     let broker = Broker::shared();
     let queue = broker.queue("held");
     let proxy = Proxy::of(broker);
     proxy.once(Direction::ToClient, Method::CONNECTION_TUNE, Action::Hold);
-    let client = Client::new(&proxy.url());
-    std::thread::scope(|scope| {
-        let counts = scope.spawn(|| client.counts(queue.name()));
+    counts_come_after(&proxy, &queue, || {
         proxy.wait_for(Direction::ToClient, Method::CONNECTION_TUNE, PATIENCE);
-        assert!(!counts.is_finished());
-        assert_eq!(
-            proxy.count(Direction::ToBroker, Method::CONNECTION_TUNE_OK),
-            0
-        );
+        let answers = proxy.count(Direction::ToBroker, Method::CONNECTION_TUNE_OK);
+        assert_eq!(answers, 0);
         proxy.release();
-        assert_eq!(
-            counts.join().expect("no panic").expect("counts"),
-            Some((0, 0))
-        );
     });
 }
 
@@ -133,17 +138,7 @@ fn a_stalled_proxy_goes_on_where_it_stopped() {
     let queue = broker.queue("stalled");
     let proxy = Proxy::of(broker);
     proxy.stall();
-    let client = Client::new(&proxy.url());
-    std::thread::scope(|scope| {
-        let counts = scope.spawn(|| client.counts(queue.name()));
-        proxy.wait_accepted(1, PATIENCE);
-        assert!(!counts.is_finished());
-        proxy.pass();
-        assert_eq!(
-            counts.join().expect("no panic").expect("counts"),
-            Some((0, 0))
-        );
-    });
+    counts_come_after(&proxy, &queue, || proxy.pass());
 }
 
 #[test]

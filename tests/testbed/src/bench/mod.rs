@@ -11,7 +11,6 @@ use crate::{
     Broker, Direction, Port, Proxy, Queue, beside_this_program, eventually, exec, reserve_port,
 };
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
 use process::Cost;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,6 +28,10 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// How long the broker may take to notice the end of the last run, or the start of hundreds.
 const NOTICED: Duration = Duration::from_secs(120);
 
+/// The whole takes about an hour on two quiet cores, the few rounds some minutes.
+const LIMIT: Duration = Duration::from_secs(4 * 3600);
+const QUICK_LIMIT: Duration = Duration::from_secs(900);
+
 /// How the line below the table begins.
 const MEASURED: &str = "Measured on ";
 
@@ -43,29 +46,25 @@ pub struct Options {
     #[arg(long)]
     quick: bool,
     /// One part of it; leaves the page alone
-    #[arg(long)]
-    only: Option<Part>,
+    #[arg(long, value_parser = PARTS.map(|(name, _)| name))]
+    only: Option<String>,
     /// Put the table and the line below it there in place of the ones it has
     #[arg(long)]
     page: Option<PathBuf>,
 }
 
-/// What is measured, in this order.
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
-enum Part {
-    /// One message.
-    Small,
-    /// The same, 20 ms away.
-    Far,
-    /// The same, encrypted.
-    Tls,
-    /// The same, of 12 MiB.
-    Large,
-    /// Many messages in one process.
-    Series,
-    /// Many processes at once.
-    Crowd,
-}
+/// Measures something and adds its rows.
+type Part = fn(&Bench, &mut Table) -> Result<()>;
+
+/// The parts by their names, in the order of the table.
+const PARTS: [(&str, Part); 6] = [
+    ("small", Bench::one_message),
+    ("far", Bench::far_away),
+    ("tls", Bench::tls),
+    ("large", Bench::large),
+    ("series", Bench::series),
+    ("crowd", Bench::crowd),
+];
 
 /// Something of amqp-consume's, and the same of qconsume's.
 #[derive(Clone, Copy, Debug)]
@@ -82,19 +81,18 @@ pub fn run(options: &Options) -> Result<()> {
         qconsume: fs::canonicalize(&options.qconsume)
             .with_context(|| format!("no qconsume at {}", options.qconsume.display()))?,
     };
-    process::end_if_hung();
+    // With this process ends all that it has started.
+    let limit = if options.quick { QUICK_LIMIT } else { LIMIT };
+    std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        eprintln!("bench: not done after {limit:?}, so a run hangs");
+        std::process::exit(1);
+    });
     let bench = Bench::start(options.quick, programs)?;
     let mut table = Table::new();
-    for part in Part::value_variants() {
-        if options.only.is_none_or(|only| only == *part) {
-            match part {
-                Part::Small => bench.one_message(&mut table)?,
-                Part::Far => bench.far_away(&mut table)?,
-                Part::Tls => bench.tls(&mut table)?,
-                Part::Large => bench.large(&mut table)?,
-                Part::Series => bench.series(&mut table)?,
-                Part::Crowd => bench.crowd(&mut table)?,
-            }
+    for (name, measure) in PARTS {
+        if options.only.as_deref().is_none_or(|only| only == name) {
+            measure(&bench, &mut table)?;
         }
     }
     let mut results = table.text;
@@ -268,13 +266,13 @@ impl Bench {
         let queue = self.broker.queue("bench");
         let label = format!("{size} at once");
         let crowds = self.in_turn(&label, self.rounds(5), |program| {
-            let crowd = process::Crowd::start(size, || work.command(program, queue.name()))?;
+            let crowd = process::crowd(size, || work.command(program, queue.name()))?;
             let waiting = eventually(NOTICED, || queue.consumers() as usize == size);
             ensure!(waiting, "{} of {size} came to wait", queue.consumers());
-            let memory = crowd.memory()?;
+            let memory = process::memory(&crowd)?;
             let started = Instant::now();
             queue.publish_all(vec![&work.body; size]);
-            crowd.wait()?;
+            crowd.into_iter().try_for_each(process::succeeded)?;
             let time = started.elapsed().as_secs_f64();
             settled(&queue)?;
             Ok((memory, time))

@@ -8,19 +8,12 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::fs;
 use std::process::{Child, Command};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// No run takes so long, not even hundreds at once.
-const HUNG: Duration = Duration::from_secs(300);
 
 /// Between two of many processes' starts, so that the broker's queue of new connections doesn't run over: that would be
 /// waiting for the kernel's next attempt, not for either program.
 const SPACE: Duration = Duration::from_millis(10);
-
-/// When a run last began.
-static LAST: Mutex<Option<Instant>> = Mutex::new(None);
 
 /// What a run has cost, in seconds.
 #[derive(Clone, Copy, Debug)]
@@ -28,20 +21,6 @@ pub(super) struct Cost {
     pub(super) wall: f64,
     /// Processor time, with that of what it has started and waited for.
     pub(super) cpu: f64,
-}
-
-/// From now on, ends this process (and with it all that it has started) should a run hang.
-pub(super) fn end_if_hung() {
-    thread::spawn(|| {
-        loop {
-            thread::sleep(Duration::from_secs(1));
-            let last = *LAST.lock().unwrap_or_else(PoisonError::into_inner);
-            if last.is_some_and(|last| last.elapsed() > HUNG) {
-                eprintln!("bench: a run hasn't ended after {HUNG:?}");
-                std::process::exit(1);
-            }
-        }
-    });
 }
 
 /// Runs it to its end, which must be exit status 0.
@@ -78,39 +57,30 @@ pub(super) fn peak(command: Command) -> Result<f64> {
     }
 }
 
-/// Many processes of one program.
-pub(super) struct Crowd(Vec<Child>);
-
-impl Crowd {
-    pub(super) fn start(size: usize, command: impl Fn() -> Command) -> Result<Self> {
-        let mut crowd = Self(Vec::new());
-        for _ in 0..size {
-            crowd.0.push(spawn(command())?);
+/// Starts many processes of one program.
+pub(super) fn crowd(size: usize, command: impl Fn() -> Command) -> Result<Vec<Child>> {
+    (0..size)
+        .map(|_| {
             thread::sleep(SPACE);
-        }
-        Ok(crowd)
-    }
+            spawn(command())
+        })
+        .collect()
+}
 
-    /// The memory of all, in bytes: what several have in common is counted once.
-    pub(super) fn memory(&self) -> Result<f64> {
-        self.0
-            .iter()
-            .map(|child| kib(&format!("/proc/{}/smaps_rollup", child.id()), "Pss:"))
-            .sum()
-    }
-
-    /// Waits until all have ended, each with exit status 0.
-    pub(super) fn wait(self) -> Result<()> {
-        self.0.into_iter().try_for_each(succeeded)
-    }
+/// The memory of all, in bytes: what several have in common is counted once.
+pub(super) fn memory(crowd: &[Child]) -> Result<f64> {
+    crowd
+        .iter()
+        .map(|child| kib(&format!("/proc/{}/smaps_rollup", child.id()), "Pss:"))
+        .sum()
 }
 
 fn spawn(mut command: Command) -> Result<Child> {
-    *LAST.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     command.spawn().context("it can't be run")
 }
 
-fn succeeded(mut child: Child) -> Result<()> {
+/// Waits for its end, which must be exit status 0.
+pub(super) fn succeeded(mut child: Child) -> Result<()> {
     let status = child.wait()?;
     ensure!(status.success(), "{status}");
     Ok(())

@@ -1,13 +1,12 @@
 //! A private node in a container.
 //!
 //! The container shares this machine's network, so that its ports are loopback ports like a local node's, and nothing needs
-//! to be mounted: configuration and cookie travel in its environment.
+//! to be mounted: its files are copied into it. They take the place of the image's own.
 
 use super::{CTL_LIMIT, Node, Settings};
 use crate::Signal;
 use crate::exec;
 use crate::owner::{self, find_in_path};
-use crate::ports::random;
 use crate::program::Program;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -22,29 +21,10 @@ const DOCKER_LIMIT: Duration = Duration::from_secs(60);
 const PULL_LIMIT: Duration = Duration::from_secs(600);
 
 /// Where a node's files are, in its container.
-const FOLDER: &str = "/tmp/testbed";
+const FOLDER: &str = "/testbed";
 
 /// Finds RabbitMQ's scripts in the container: behind Debian's wrappers or, in the official image, in PATH.
 const SCRIPTS: &str = r#"[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && PATH="/usr/lib/rabbitmq/bin:$PATH"
-"#;
-
-/// Replaces the image's start: our configuration instead of the image's, then the server as the container's first process.
-const START: &str = r#"set -e
-folder=/tmp/testbed
-mkdir -p "$folder"
-rm -f "$HOME/.erlang.cookie"
-printf %s "$TESTBED_COOKIE" >"$HOME/.erlang.cookie"
-chmod 400 "$HOME/.erlang.cookie"
-printf %s "$TESTBED_CONFIG" >"$folder/rabbitmq.conf"
-printf %s "$TESTBED_PLUGINS" >"$folder/enabled_plugins"
-: >"$folder/rabbitmq-env.conf"
-for variable in $(env | sed -n 's/^\(TESTBED_FILE_[0-9]*\)=.*/\1/p'); do
-    eval "file=\$$variable"
-    printf '%s\n' "${file#*:}" >"$folder/${file%%:*}"
-    unset "$variable"
-done
-unset TESTBED_COOKIE TESTBED_CONFIG TESTBED_PLUGINS
-exec rabbitmq-server
 "#;
 
 /// Sends a signal to the emulator, which isn't the container's first process: RabbitMQ's script watches over it.
@@ -90,53 +70,24 @@ pub(crate) fn provide_image(image: &str) -> Result<()> {
     Ok(())
 }
 
-/// A container that a test starts by itself (`docker start`), on this machine's network; removed when dropped.
-pub struct Container(Removed);
-
-impl Container {
-    /// Creates it from an image that is here, with `options` of `docker create` and the command to run.
-    pub fn create(image: &str, options: &[&str], command: &[&str]) -> Self {
-        Self::try_create(image, options, command).unwrap_or_else(|error| panic!("{error:#}"))
-    }
-
-    fn try_create(image: &str, options: &[&str], command: &[&str]) -> Result<Self> {
-        let options = [&["--pull", "never"][..], options, &[image], command].concat();
-        Ok(Self(Removed::make("create", &options)?))
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.0.name
-    }
-
-    /// Puts a file of this machine into it, executable bit and all.
-    pub fn copy_in(&self, file: &Path, to: &str) {
-        let (from, to) = (file.display().to_string(), format!("{}:{to}", self.name()));
-        docker(&["cp", &from, &to]).unwrap_or_else(|error| panic!("{error:#}"));
-    }
-
-    /// The program `docker start`, which takes over the container's output and exit status.
-    pub fn start(&self) -> Program {
-        Program::new("docker").args(["start", "--attach", self.name()])
-    }
-}
-
-/// Runs docker with these arguments, and gives what it wrote to standard output.
-pub fn docker(args: &[&str]) -> Result<String> {
-    exec::run(Command::new("docker").args(args), DOCKER_LIMIT)
-}
-
-/// A container that is removed when this is dropped.
-pub(super) struct Removed {
+/// A container on this machine's network; removed when dropped.
+pub struct Container {
     name: String,
 }
 
-impl Removed {
-    /// `docker create` or `docker run --detach` on this machine's network, with more options, the image and its command.
+impl Container {
+    /// Creates one that a test starts by itself, from an image that is here, with `options` of `docker create` and the
+    /// command to run.
+    pub fn create(image: &str, options: &[&str], command: &[&str]) -> Self {
+        let options = [&["--pull", "never"][..], options, &[image], command].concat();
+        Self::make("create", &options).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// `docker create` or `docker run --detach`, with more options, the image and its command.
     fn make(how: &str, arguments: &[&str]) -> Result<Self> {
         let label = docker_label()?;
         let container = Self {
-            name: format!("{}-{:08x}", owner::id(), random() as u32),
+            name: format!("{}-{:08x}", owner::id(), fastrand::u32(..)),
         };
         let mut command = Command::new("docker");
         command.args(how.split(' '));
@@ -145,59 +96,67 @@ impl Removed {
         exec::run(&mut command, DOCKER_LIMIT).context("cannot start a container")?;
         Ok(container)
     }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Puts a file of this machine into it, permissions and all, or what is in a folder.
+    pub fn copy_in(&self, file: &Path, to: &str) {
+        let (from, to) = (file.display().to_string(), format!("{}:{to}", self.name));
+        docker(&["cp", &from, &to]).unwrap_or_else(|error| panic!("{error:#}"));
+    }
+
+    /// The program `docker start`, which takes over the container's output and exit status.
+    pub fn start(&self) -> Program {
+        Program::new("docker").args(["start", "--attach", &self.name])
+    }
 }
 
-impl Drop for Removed {
+impl Drop for Container {
     fn drop(&mut self) {
         // -v: the image declares a volume for its data.
         let _ = docker(&["rm", "-f", "-v", &self.name]);
     }
 }
 
+/// Runs docker with these arguments, and gives what it wrote to standard output.
+pub fn docker(args: &[&str]) -> Result<String> {
+    exec::run(Command::new("docker").args(args), DOCKER_LIMIT)
+}
+
 /// A cluster's port mapper, in a container of its own so that it survives the death of any node.
-pub(super) fn start_epmd(image: &str, port: u16) -> Result<Removed> {
+pub(super) fn start_epmd(image: &str, port: u16) -> Result<Container> {
     let epmd = ["--init", "--entrypoint", "epmd", image];
     let listen = ["-address", "127.0.0.1", "-port", &port.to_string()];
-    Removed::make("run --detach", &[epmd, listen].concat())
+    Container::make("run --detach", &[epmd, listen].concat())
 }
 
 /// A node in a container.
 pub(super) struct ContainerNode {
-    container: Removed,
+    container: Container,
     /// Its ports are reserved for as long as it is there.
     _settings: Settings,
 }
 
 impl ContainerNode {
     pub(super) fn launch(image: &str, settings: Settings) -> Result<Self> {
-        let mut env = settings.identity();
-        let file = |name: &str| format!("{FOLDER}/{name}");
-        env.extend(
-            [
-                ("TESTBED_COOKIE", settings.group.cookie.clone()),
-                ("TESTBED_CONFIG", settings.config.replace("$folder", FOLDER)),
-                ("TESTBED_PLUGINS", settings.plugins.clone()),
-                ("HOME", "/var/lib/rabbitmq".into()),
-                ("RABBITMQ_CONFIG_FILE", file("rabbitmq.conf")),
-                // The image's own drop-in files would apply beside ours.
-                ("RABBITMQ_CONFIG_FILES", file("conf.d")),
-                ("RABBITMQ_CONF_ENV_FILE", file("rabbitmq-env.conf")),
-                ("RABBITMQ_ENABLED_PLUGINS_FILE", file("enabled_plugins")),
-            ]
-            .map(|(name, value)| (name.to_owned(), value)),
-        );
-        for (index, (name, content)) in settings.files.iter().enumerate() {
-            env.push((format!("TESTBED_FILE_{index}"), format!("{name}:{content}")));
-        }
+        let env = settings.environment(FOLDER);
         let env = env
             .iter()
             .map(|(name, value)| format!("--env={name}={value}"));
         let env: Vec<String> = env.collect();
         let mut arguments: Vec<&str> = env.iter().map(String::as_str).collect();
-        let script = format!("{SCRIPTS}{START}");
+        let script = format!("{SCRIPTS}exec rabbitmq-server");
         arguments.extend(["--entrypoint", "sh", image, "-c", &script]);
+        let container = Container::make("create", &arguments)?;
+        let files = owner::temp_folder("node");
+        settings.write_files(&files, FOLDER)?;
+        container.copy_in(&files.join("."), FOLDER);
+        docker(&["start", container.name()])?;
         Ok(Self {
-            container: Removed::make("run --detach", &arguments)?,
+            container,
             _settings: settings,
         })
     }

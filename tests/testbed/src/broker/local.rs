@@ -1,15 +1,13 @@
 //! A private node of the `rabbitmq-server` on this machine.
 
 use super::{CTL_LIMIT, Node, Settings};
-use crate::owner::{self, find_in_path, is_root};
+use crate::owner::{self, find_in_path};
 use crate::{eventually, exec};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
 use std::net::{Ipv4Addr, TcpStream};
-use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,13 +23,11 @@ const EPMD_LIMIT: Duration = Duration::from_secs(20);
 /// An orderly stop takes two to five seconds.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 
-/// RabbitMQ's own scripts on this machine, and the user to run them as.
+/// RabbitMQ's own scripts on this machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Installation {
     scripts: PathBuf,
     epmd: PathBuf,
-    /// Root's nodes run as the user `rabbitmq`, where there is one.
-    user: Option<(u32, u32)>,
 }
 
 impl Installation {
@@ -50,7 +46,6 @@ impl Installation {
         Some(Self {
             scripts,
             epmd: find_in_path("epmd")?,
-            user: is_root().then(rabbitmq_user).flatten(),
         })
     }
 
@@ -72,25 +67,6 @@ impl Installation {
         ensure!(answers, "epmd doesn't answer on port {port}");
         Ok(epmd)
     }
-
-    fn chown(&self, path: &Path) -> Result<()> {
-        if let Some((uid, gid)) = self.user {
-            chown(path, Some(uid), Some(gid))
-                .with_context(|| format!("cannot give {} to user rabbitmq", path.display()))?;
-        }
-        Ok(())
-    }
-}
-
-/// The user `rabbitmq` from the passwd file itself: a static program had better not ask the name service switch.
-fn rabbitmq_user() -> Option<(u32, u32)> {
-    let users = fs::read_to_string("/etc/passwd").ok()?;
-    let mut fields = users
-        .lines()
-        .find(|line| line.starts_with("rabbitmq:"))?
-        .split(':')
-        .skip(2);
-    Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
 }
 
 /// A port mapper in the foreground.
@@ -116,27 +92,7 @@ pub(super) struct LocalNode {
 impl LocalNode {
     pub(super) fn launch(installation: &Installation, settings: Settings) -> Result<Self> {
         let folder = owner::temp_folder("node");
-        let write = |name: &str, text: &str| -> Result<PathBuf> {
-            let path = folder.join(name);
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-            installation.chown(&path)?;
-            Ok(path)
-        };
-        let cookie = write(".erlang.cookie", &settings.group.cookie)?;
-        // Erlang refuses a cookie that others may read.
-        fs::set_permissions(&cookie, fs::Permissions::from_mode(0o400))?;
-        let config = settings
-            .config
-            .replace("$folder", &folder.display().to_string());
-        write("rabbitmq.conf", &config)?;
-        for (name, content) in &settings.files {
-            write(name, content)?;
-        }
-        write("enabled_plugins", &settings.plugins)?;
-        // Instead of the one in /etc, which belongs to the machine's own broker.
-        write("rabbitmq-env.conf", "")?;
-        write("log", "")?;
-        installation.chown(&folder)?;
+        settings.write_files(&folder, &folder.display().to_string())?;
         let node = Self {
             installation: installation.clone(),
             settings,
@@ -147,26 +103,15 @@ impl LocalNode {
         Ok(node)
     }
 
-    /// One of RabbitMQ's scripts as this node's user and in its environment.
+    /// One of RabbitMQ's scripts in this node's environment.
     fn command(&self, script: &str) -> Command {
-        let path = |name: &str| self.folder.join(name);
         let mut command = owner::command(self.installation.scripts.join(script));
         command
-            .env("HOME", &self.folder)
-            .env("RABBITMQ_MNESIA_BASE", path("data"))
-            .env("RABBITMQ_LOG_BASE", path("logs"))
-            .env("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf"))
-            .env("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config"))
-            .env("RABBITMQ_CONF_ENV_FILE", path("rabbitmq-env.conf"))
-            .env("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins"))
-            .env("RABBITMQ_FEATURE_FLAGS_FILE", path("feature_flags"))
-            .env("RABBITMQ_GENERATED_CONFIG_DIR", path("generated"))
-            .env("RABBITMQ_PID_FILE", path("pid"))
-            .envs(self.settings.identity())
+            .envs(
+                self.settings
+                    .environment(&self.folder.display().to_string()),
+            )
             .current_dir(&self.folder);
-        if let Some((uid, gid)) = self.installation.user {
-            command.uid(uid).gid(gid);
-        }
         command
     }
 
@@ -199,6 +144,7 @@ impl Node for LocalNode {
 
     fn start_again(&self) -> Result<()> {
         let log = fs::OpenOptions::new()
+            .create(true)
             .append(true)
             .open(self.folder.join("log"))
             .context("cannot open a node's log")?;

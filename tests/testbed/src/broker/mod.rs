@@ -13,12 +13,14 @@ mod probe;
 pub use container::{Container, docker, docker_label, docker_works, image_present};
 
 use crate::client::{Client, Queue, QueueBuilder};
-use crate::ports::{Port, random, reserve_port};
+use crate::ports::{Port, reserve_port};
 use crate::{PATIENCE, Signal, eventually};
 use anyhow::{Context, Result, bail, ensure};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -41,9 +43,6 @@ const CLI_PORTS: (u16, u16) = (7000, 9999);
 /// (a "dets" table's auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after, and 4.3.6 makes it
 /// anew: empty, whatever it had confirmed.
 const WRITE_DOWN: &str = "[ok = dets:sync(Table) || Table <- dets:all()].";
-
-/// What a node says when something else has its port.
-const ADDRESS_IN_USE: [&str; 3] = ["eaddrinuse", "address already in use", "in use by another"];
 
 /// A broker to test with. Private ones are removed, data and all, when dropped.
 pub struct Broker {
@@ -137,47 +136,40 @@ impl BrokerOptions {
 
     /// Starts a private node and waits until it answers.
     pub fn start(&self) -> Result<Broker> {
-        let source = self.source()?;
-        retry_on_port_conflict(|| {
-            let group = Group::start(&source, false)?;
-            let settings = self.settings(&group)?;
-            let broker = Broker::launch(&source, settings)?;
-            broker.await_start()?;
-            Ok(broker)
-        })
+        Ok(self.cluster(1)?.remove(0))
     }
 
     /// Starts private nodes that form one cluster, and waits until they do.
     pub fn cluster(&self, size: usize) -> Result<Vec<Broker>> {
         let source = self.source()?;
-        retry_on_port_conflict(|| {
-            let group = Group::start(&source, true)?;
-            let mut settings: Vec<Settings> = Vec::new();
-            for _ in 0..size {
-                settings.push(self.settings(&group)?);
-            }
-            let mut peers =
-                String::from("cluster_formation.peer_discovery_backend = classic_config\n");
-            for (index, node) in settings.iter().enumerate() {
-                peers += &format!(
-                    "cluster_formation.classic_config.nodes.{} = {}\n",
-                    index + 1,
-                    node.name
-                );
-            }
-            let mut brokers = Vec::new();
-            for mut node in settings {
+        let group = Group::start(&source, size > 1)?;
+        let settings = (0..size).map(|_| self.settings(&group));
+        let mut settings = settings.collect::<Result<Vec<_>>>()?;
+        let mut peers = String::from("cluster_formation.peer_discovery_backend = classic_config\n");
+        for (index, node) in settings.iter().enumerate() {
+            peers += &format!(
+                "cluster_formation.classic_config.nodes.{} = {}\n",
+                index + 1,
+                node.name
+            );
+        }
+        if size > 1 {
+            for node in &mut settings {
                 node.config.push_str(&peers);
-                brokers.push(Broker::launch(&source, node)?);
             }
-            for broker in &brokers {
-                broker.await_start()?;
-            }
+        }
+        let brokers = settings.into_iter();
+        let brokers = brokers.map(|node| Broker::launch(&source, node));
+        let brokers = brokers.collect::<Result<Vec<_>>>()?;
+        for broker in &brokers {
+            broker.await_start()?;
+        }
+        if size > 1 {
             for broker in &brokers {
                 broker.await_cluster(size)?;
             }
-            Ok(brokers)
-        })
+        }
+        Ok(brokers)
     }
 
     fn source(&self) -> Result<Source> {
@@ -190,7 +182,7 @@ impl BrokerOptions {
     fn settings(&self, group: &Arc<Group>) -> Result<Settings> {
         let port = reserve_port()?;
         let dist_port = reserve_port()?;
-        let name = format!("qc{:08x}@localhost", random() as u32);
+        let name = format!("qc{:08x}@localhost", fastrand::u32(..));
         let mut config = format!(
             "listeners.tcp.1 = 127.0.0.1:{}\n\
              # A worker in a network namespace of the tests' own reaches us through a proxy, so from loopback too; a container's\n\
@@ -215,21 +207,6 @@ impl BrokerOptions {
     }
 }
 
-/// A port is reserved among testbeds only; if another program has taken it meanwhile, start anew with other ports.
-fn retry_on_port_conflict<T>(mut start: impl FnMut() -> Result<T>) -> Result<T> {
-    let conflict = |error: &anyhow::Error| {
-        let text = format!("{error:#}").to_lowercase();
-        ADDRESS_IN_USE.iter().any(|known| text.contains(known))
-    };
-    for _ in 0..2 {
-        match start() {
-            Err(error) if conflict(&error) => {}
-            result => return result,
-        }
-    }
-    start()
-}
-
 impl Group {
     fn start(source: &Source, several: bool) -> Result<Arc<Self>> {
         let epmd_port = reserve_port()?;
@@ -240,7 +217,7 @@ impl Group {
             Source::Image(_) => None,
         };
         Ok(Arc::new(Self {
-            cookie: format!("{:016x}", random()),
+            cookie: format!("{:016x}", fastrand::u64(..)),
             epmd_port,
             _epmd: epmd,
         }))
@@ -248,15 +225,37 @@ impl Group {
 }
 
 impl Settings {
-    /// What tells this node apart from every other, as environment variables.
-    fn identity(&self) -> Vec<(String, String)> {
+    /// Writes the node's files into a folder that the node itself knows as `home`.
+    fn write_files(&self, folder: &Path, home: &str) -> Result<()> {
+        let write = |name: &str, text: &str| {
+            let path = folder.join(name);
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        };
+        write(".erlang.cookie", &self.group.cookie)?;
+        // Erlang refuses a cookie that others may read.
+        let private = fs::Permissions::from_mode(0o400);
+        fs::set_permissions(folder.join(".erlang.cookie"), private)?;
+        write("rabbitmq.conf", &self.config.replace("$folder", home))?;
+        write("enabled_plugins", &self.plugins)?;
+        // Instead of the one in /etc, which belongs to the machine's own broker.
+        write("rabbitmq-env.conf", "")?;
+        for (name, content) in &self.files {
+            write(name, content)?;
+        }
+        Ok(())
+    }
+
+    /// What tells this node apart from every other, and keeps it in its folder.
+    fn environment(&self, home: &str) -> Vec<(&'static str, String)> {
         let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
-        [
+        let path = |name: &str| format!("{home}/{name}");
+        vec![
+            ("HOME", home.into()),
+            ("LANG", "C.UTF-8".into()),
+            ("LC_ALL", "C.UTF-8".into()),
             ("ERL_EPMD_PORT", self.group.epmd_port.number().to_string()),
             ("ERL_EPMD_ADDRESS", "127.0.0.1".into()),
             ("ERL_CRASH_DUMP_BYTES", "0".into()),
-            ("LANG", "C.UTF-8".into()),
-            ("LC_ALL", "C.UTF-8".into()),
             ("RABBITMQ_NODENAME", self.name.clone()),
             ("RABBITMQ_DIST_PORT", self.dist_port.number().to_string()),
             ("RABBITMQ_CTL_DIST_PORT_MIN", CLI_PORTS.0.to_string()),
@@ -267,9 +266,18 @@ impl Settings {
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 format!("{loopback} +S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none"),
             ),
+            ("RABBITMQ_MNESIA_BASE", path("data")),
+            ("RABBITMQ_LOG_BASE", path("logs")),
+            ("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf")),
+            // An image's own drop-in files would apply beside ours.
+            ("RABBITMQ_CONFIG_FILES", path("conf.d")),
+            ("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config")),
+            ("RABBITMQ_CONF_ENV_FILE", path("rabbitmq-env.conf")),
+            ("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins")),
+            ("RABBITMQ_FEATURE_FLAGS_FILE", path("feature_flags")),
+            ("RABBITMQ_GENERATED_CONFIG_DIR", path("generated")),
+            ("RABBITMQ_PID_FILE", path("pid")),
         ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
     }
 }
 

@@ -100,26 +100,20 @@ pub(super) enum Next {
     Foreign,
 }
 
-/// Looks at the beginning of what a client sends.
-pub(super) fn protocol_header(stream: &[u8]) -> Next {
-    const START: &[u8] = b"AMQP";
-    let known = stream.len().min(START.len());
-    if stream[..known] != START[..known] {
-        Next::Foreign
-    } else if stream.len() < 8 {
-        Next::Incomplete
-    } else {
-        Next::Frame {
-            length: 8,
-            method: Method::PROTOCOL_HEADER,
-        }
-    }
-}
-
-/// Looks at the next frame of a stream.
+/// Looks at the beginning of a stream.
 pub(super) fn next(stream: &[u8]) -> Next {
-    // A broker that doesn't speak the version asked for answers with a protocol header.
-    if !matches!(stream.first(), Some(1 | 2 | 3 | 8) | None) {
+    const START: &[u8] = b"AMQP";
+    // A client's first bytes; a broker answers with the like to a version that it doesn't speak.
+    if stream.starts_with(&START[..stream.len().min(START.len())]) {
+        return match stream.len() {
+            ..8 => Next::Incomplete,
+            _ => Next::Frame {
+                length: 8,
+                method: Method::PROTOCOL_HEADER,
+            },
+        };
+    }
+    if !matches!(stream[0], 1 | 2 | 3 | 8) {
         return Next::Foreign;
     }
     let Some((&[kind, _, _, size @ ..], rest)) = stream.split_first_chunk::<FRAME_HEADER>() else {

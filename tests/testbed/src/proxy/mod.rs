@@ -330,22 +330,16 @@ impl Proxy {
     #[track_caller]
     pub fn wait_accepted(&self, count: usize, limit: Duration) {
         let reached = self.shared.wait(limit, |state| state.accepted >= count);
-        assert!(
-            reached,
-            "{} of {count} connections after {limit:?}",
-            self.accepted()
-        );
+        let accepted = self.accepted();
+        assert!(reached, "{accepted} of {count} connections after {limit:?}");
     }
 
     /// Waits until exactly so many connections are open.
     #[track_caller]
     pub fn wait_open(&self, count: usize, limit: Duration) {
         let reached = self.shared.wait(limit, |state| state.open == count);
-        assert!(
-            reached,
-            "{} open connections, not {count}, after {limit:?}",
-            self.open()
-        );
+        let open = self.open();
+        assert!(reached, "{open} open, not {count}, after {limit:?}");
     }
 
     fn control(&self, change: impl FnOnce(&mut Control)) {

@@ -173,7 +173,6 @@ impl Connection {
         to_client: mpsc::Sender<Item>,
     ) -> Result<(), End> {
         let mut stream: Vec<u8> = Vec::with_capacity(64 * 1024);
-        let mut greeted = direction == Direction::ToClient;
         loop {
             match half.read_buf(&mut stream).await {
                 Ok(1..) => {}
@@ -193,10 +192,8 @@ impl Connection {
                 let rest = &stream[start..];
                 let next = if self.foreign.load(Relaxed) {
                     Next::Foreign
-                } else if greeted {
-                    frames::next(rest)
                 } else {
-                    frames::protocol_header(rest)
+                    frames::next(rest)
                 };
                 match next {
                     Next::Incomplete => break,
@@ -206,7 +203,6 @@ impl Connection {
                         start = stream.len();
                     }
                     Next::Frame { length, method } => {
-                        greeted = true;
                         let frame = &rest[..length];
                         self.pass(direction, method, frame, &out, &to_client)
                             .await?;

@@ -1,6 +1,7 @@
 //! The books: what was published, what the commands wrote, how each worker ended; and the judgement about it.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
+use clap::ValueEnum;
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 
@@ -20,18 +21,18 @@ pub(super) struct Entry {
     what: What,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum What {
+/// What a command has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum What {
+    /// It has begun with its message.
     Start,
+    /// It has succeeded.
     Done,
+    /// Its message was damaged.
     Bad,
 }
 
 impl Entry {
-    pub(super) const START: &str = "start";
-    pub(super) const DONE: &str = "done";
-    pub(super) const BAD: &str = "bad";
-
     fn parse(line: &str) -> Result<Self> {
         let mut words = line.split(' ');
         let mut word = || words.next().context("a line of the book is too short");
@@ -39,11 +40,7 @@ impl Entry {
             at: word()?.parse()?,
             run: word()?.parse()?,
             message: word()?.parse()?,
-            what: match word()? {
-                Self::START => What::Start,
-                Self::DONE => What::Done,
-                _ => What::Bad,
-            },
+            what: What::from_str(word()?, true).map_err(Error::msg)?,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! What the workers of the soak run: it reads its message, writes into the book, and ends in the way that was drawn for it.
 
-use crate::soak::books::Entry;
+use crate::soak::books::What;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use nix::sys::signal::{SigSet, Signal, raise};
@@ -75,15 +75,15 @@ fn obey(plan: Plan) -> Result<u8> {
     let message = match number(&body) {
         Ok(message) => message,
         Err(error) => {
-            write(Entry::BAD, u64::MAX)?;
+            write(What::Bad, u64::MAX)?;
             return Err(error);
         }
     };
-    write(Entry::START, message)?;
+    write(What::Start, message)?;
     std::thread::sleep(Duration::from_millis(plan.after));
     match plan.how {
         How::Succeed => {
-            write(Entry::DONE, message)?;
+            write(What::Done, message)?;
             Ok(0)
         }
         How::Fail => Ok(FAILURE),
@@ -119,11 +119,15 @@ fn number(arrived: &[u8]) -> Result<u64> {
 }
 
 /// One line, in one write, so that the lines of many commands don't mix.
-fn write(what: &str, message: u64) -> Result<()> {
+fn write(what: What, message: u64) -> Result<()> {
     let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
     let mut book = OpenOptions::new().append(true).open(variable(BOOK)?)?;
     let attempt = variable("MESSAGE_ATTEMPT").unwrap_or_default();
-    let line = format!("{} {} {message} {what} {attempt}\n", now(), variable(RUN)?);
+    let line = format!(
+        "{} {} {message} {what:?} {attempt}\n",
+        now(),
+        variable(RUN)?
+    );
     book.write_all(line.as_bytes())?;
     Ok(())
 }

@@ -106,8 +106,6 @@ struct Soak<'a> {
     deadline: Instant,
     /// No more faults and messages; what is in the queue gets done.
     ending: AtomicBool,
-    /// No worker runs any more.
-    over: AtomicBool,
 }
 
 impl Soak<'_> {
@@ -224,7 +222,6 @@ pub fn run(options: &Options) -> Result<Report> {
         killed: AtomicU32::new(0),
         deadline: Instant::now() + Duration::from_secs(options.seconds),
         ending: AtomicBool::new(false),
-        over: AtomicBool::new(false),
         broker,
     };
     let mut seeds = fastrand::Rng::with_seed(options.seed);
@@ -236,7 +233,6 @@ pub fn run(options: &Options) -> Result<Report> {
                 scope.spawn(|| soak.slot(random))
             })
             .collect();
-        let watch = scope.spawn(|| soak.watch());
         let (one, two, three, four) = (seeds.fork(), seeds.fork(), seeds.fork(), seeds.fork());
         let broker = scope.spawn(|| soak.break_broker(one));
         let assassin = scope.spawn(|| soak.assassin(two));
@@ -250,8 +246,6 @@ pub fn run(options: &Options) -> Result<Report> {
         soak.ending.store(true, Relaxed);
         let _ = network.join();
         let ended: Vec<_> = slots.into_iter().map(|slot| slot.join()).collect();
-        soak.over.store(true, Relaxed);
-        let _ = watch.join();
         for result in std::iter::once(broken).chain(ended) {
             result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
         }

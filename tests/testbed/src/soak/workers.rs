@@ -3,16 +3,11 @@
 use super::Soak;
 use super::books::{End, Run};
 use super::command::{BOOK, How, Plan, RUN, now};
-use crate::owner;
+use crate::{Program, Running, Signal, eventually};
 use anyhow::{Context, Result};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Stdio};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A worker that lives longer hangs: the longest that it may take is its `--connect-timeout` of 60 s, some seconds of waiting and
@@ -28,19 +23,11 @@ const LAST_ORDERS: Duration = Duration::from_secs(180);
 /// How long a worker waits for a message before it says that there is none.
 const WAIT: &str = "2s";
 
-/// A worker that is running.
-pub(super) struct Live {
-    since: Instant,
-    hung: bool,
-    child: Child,
-}
+/// How often a worker's log is looked at, for the time at which it says something.
+const LOOK: Duration = Duration::from_millis(10);
 
-/// The workers that are running, and when those that have ended did.
-#[derive(Default)]
-pub(super) struct Register {
-    live: BTreeMap<u64, Arc<Mutex<Live>>>,
-    ended: BTreeMap<u64, Instant>,
-}
+/// The workers that are running.
+pub(super) type Register = BTreeMap<u64, Arc<Running>>;
 
 impl Soak<'_> {
     /// Runs one worker after the other, until the queue is empty in the end.
@@ -86,152 +73,96 @@ impl Soak<'_> {
             self.broker.url()
         };
         let finish = random.u32(0..10) == 0;
-        let mut command = owner::command(&self.options.qconsume);
-        command
+        let mut worker = Program::new(&self.options.qconsume)
             .args(["--heartbeat", "2", "--connect-timeout", "60s"])
             .args(["--wait", WAIT, "--kill-after", "300ms"])
             .args(["--count", &count.to_string()])
             .args(["--on-lost", if finish { "finish" } else { "terminate" }]);
         if let Some(limit) = self.options.ack_timeout_ms {
-            command.args(["--ack-timeout", &format!("{limit}ms")]);
+            worker = worker.args(["--ack-timeout", &format!("{limit}ms")]);
         }
         if matches!(how, How::Hang | How::HangDeaf) {
             let limit = if random.bool() { "500ms" } else { "3s" };
-            command.args(["--timeout", limit, "--grace", "300ms"]);
+            worker = worker.args(["--timeout", limit, "--grace", "300ms"]);
         }
-        command
+        let worker = worker
             .arg("--")
             .arg(std::env::current_exe().context("where is this program?")?)
             .args(plan.arguments())
-            .env("BROKER_URL", url)
-            .env("QUEUE", &self.queue)
+            .url(&url)
+            .queue(&self.queue)
             .env(BOOK, &self.book)
-            .env(RUN, number.to_string())
-            .stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .with_context(|| format!("cannot run {}", self.options.qconsume.display()))?;
-        let stderr = child.stderr.take();
-        let live = Arc::new(Mutex::new(Live {
-            since: Instant::now(),
-            hung: false,
-            child,
-        }));
-        self.register().live.insert(number, live.clone());
+            .env(RUN, number.to_string());
+        let worker = Arc::new(worker.spawn());
+        self.register().insert(number, worker.clone());
+        let run = self.follow(number, &worker, count);
+        self.register().remove(&number);
+        Ok(run)
+    }
 
-        let (mut said, mut acknowledged) = (String::new(), Vec::new());
-        // Until the worker has ended, and with it its command, which has the same standard error.
-        for line in BufReader::new(stderr.context("no pipe")?).lines() {
-            let line = line.unwrap_or_default();
-            if let Some(message) = acknowledged_in(&line) {
-                acknowledged.push((message, now()));
+    /// Waits for the end of a worker, and of all that it has started.
+    fn follow(&self, number: u64, worker: &Running, count: u64) -> Run {
+        let started = Instant::now();
+        let mut acknowledged = Vec::new();
+        let mut hung = false;
+        loop {
+            let ended = worker.has_ended();
+            let said = worker.stderr();
+            let new = said.lines().filter_map(acknowledged_in);
+            let new: Vec<_> = new.skip(acknowledged.len()).collect();
+            acknowledged.extend(new.into_iter().map(|message| (message, now())));
+            if ended {
+                break;
             }
-            said += &line;
-            said.push('\n');
+            if started.elapsed() > HANG {
+                hung = true;
+                worker.signal(Signal::SIGKILL);
+            }
+            std::thread::sleep(LOOK);
         }
-        let end = {
-            let mut live = lock(&live);
-            let status = live.child.wait()?;
-            match (status.code(), live.hung) {
-                (_, true) => End::Hung,
-                (Some(code), _) => End::Exited(code as u8),
-                (None, _) => End::Signalled(status.signal().unwrap_or_default()),
-            }
+        let at = now();
+        let finished = worker.finish(LOOK);
+        let end = match (finished.code, finished.signal) {
+            _ if hung => End::Hung,
+            (Some(code), _) => End::Exited(code as u8),
+            (None, signal) => End::Signalled(signal.unwrap_or_default()),
         };
         if end == End::Signalled(Signal::SIGKILL as i32) {
             self.killed.fetch_add(1, Relaxed);
         }
-        let at = now();
-        let mut register = self.register();
-        register.live.remove(&number);
-        register.ended.insert(number, Instant::now());
-        Ok(Run {
+        if !eventually(LEFTOVER, || worker.leftovers().is_empty()) {
+            let text = format!("processes {:?} of run {number}", worker.leftovers());
+            self.note(|books| books.leftovers.push(text));
+        }
+        Run {
             number,
             end,
             at,
             count,
             acknowledged,
-            said,
-        })
+            said: finished.stderr,
+        }
     }
 
     /// Sends signals to workers at random, until so many were killed.
     pub(super) fn assassin(&self, mut random: fastrand::Rng) {
         while self.killed.load(Relaxed) < self.options.kills && !self.out_of_time() {
             std::thread::sleep(self.options.kill_pause());
-            let live: Vec<_> = self.register().live.values().cloned().collect();
-            let Some(victim) = random.choice(&live) else {
-                continue;
-            };
+            let live: Vec<_> = self.register().values().cloned().collect();
             let signal = match random.u32(0..10) {
                 0..7 => Signal::SIGKILL,
                 7..9 => Signal::SIGTERM,
                 _ => Signal::SIGINT,
             };
-            let mut victim = lock(victim);
-            // Not reaped yet, so the pid can't be another's.
-            if let Ok(None) = victim.child.try_wait() {
-                let _ = kill(pid(&victim.child), signal);
+            if let Some(victim) = random.choice(&live) {
+                victim.signal(signal);
             }
         }
-    }
-
-    /// Looks for workers that hang, and for processes that have outlived their worker.
-    pub(super) fn watch(&self) {
-        let mut reported = Vec::new();
-        while !self.over.load(Relaxed) {
-            std::thread::sleep(Duration::from_secs(1));
-            let live: Vec<_> = self.register().live.values().cloned().collect();
-            for live in live {
-                let mut live = lock(&live);
-                if live.since.elapsed() > HANG && !live.hung {
-                    live.hung = true;
-                    let _ = kill(pid(&live.child), Signal::SIGKILL);
-                }
-            }
-            for (process, run) in self.processes() {
-                let ended = self.register().ended.get(&run).copied();
-                let outlived = ended.is_some_and(|ended| ended.elapsed() > LEFTOVER);
-                if outlived && !reported.contains(&process) {
-                    reported.push(process);
-                    let text = format!("process {process} of run {run}, which has ended");
-                    self.note(|books| books.leftovers.push(text));
-                }
-            }
-        }
-    }
-
-    /// The processes that are a worker or were started by one, and whose.
-    fn processes(&self) -> Vec<(i32, u64)> {
-        let found = owner::processes_with(BOOK, &self.book.to_string_lossy());
-        let run = |pid: &i32| -> Option<u64> {
-            let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-            let mut variables = environment.split(|byte| *byte == 0);
-            let prefix = format!("{RUN}=");
-            variables.find_map(|variable| {
-                std::str::from_utf8(variable.strip_prefix(prefix.as_bytes())?)
-                    .ok()?
-                    .parse()
-                    .ok()
-            })
-        };
-        found
-            .into_iter()
-            .filter_map(|pid| Some((pid, run(&pid)?)))
-            .collect()
     }
 
     fn register(&self) -> MutexGuard<'_, Register> {
         self.register.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn lock(live: &Mutex<Live>) -> MutexGuard<'_, Live> {
-    live.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn pid(child: &Child) -> Pid {
-    Pid::from_raw(child.id().cast_signed())
 }
 
 /// The number of the message that this line of a worker's log says was acknowledged.
