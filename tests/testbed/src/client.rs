@@ -105,7 +105,7 @@ impl Client {
         block_on(limited(self.open_channel()))
     }
 
-    async fn open_channel(&self) -> Result<Channel> {
+    pub(crate) async fn open_channel(&self) -> Result<Channel> {
         let mut connection = self.inner.connection.lock().await;
         if let Some(open) = connection.as_ref()
             && let Ok(channel) = open.create_channel().await
@@ -315,13 +315,6 @@ impl QueueBuilder {
         self
     }
 
-    /// Declares it.
-    #[track_caller]
-    pub fn create(self) -> Queue {
-        self.try_create()
-            .unwrap_or_else(|error| panic!("{error:#}"))
-    }
-
     /// The handle of a queue with this name that is not declared (yet).
     pub fn absent(self) -> Queue {
         Queue {
@@ -331,25 +324,23 @@ impl QueueBuilder {
     }
 
     /// Declares it.
-    pub fn try_create(self) -> Result<Queue> {
-        let Self {
-            client,
-            name,
-            options,
-            arguments,
-        } = self;
-        if arguments.inner().get("x-queue-type") == Some(&AMQPValue::LongString("quorum".into())) {
-            client.inner.quorum_declared.store(true, Relaxed);
+    #[track_caller]
+    pub fn create(self) -> Queue {
+        let queue = Queue {
+            client: self.client,
+            name: self.name,
+        };
+        if self.arguments.inner().get("x-queue-type") == Some(&LongString::from("quorum").into()) {
+            queue.client.inner.quorum_declared.store(true, Relaxed);
         }
-        client
-            .operate(async |channel| {
-                channel
-                    .queue_declare(name.as_str().into(), options, arguments)
-                    .await?;
-                Ok(())
-            })
-            .with_context(|| format!("cannot declare queue {name}"))?;
-        Ok(Queue { client, name })
+        let declared = queue.client.operate(async |channel| {
+            let name = queue.name.as_str().into();
+            Ok(channel
+                .queue_declare(name, self.options, self.arguments)
+                .await?)
+        });
+        queue.must("declare", declared);
+        queue
     }
 }
 

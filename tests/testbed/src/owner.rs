@@ -9,14 +9,16 @@
 //!
 //! The marks are there from the moment a resource exists, so there is no window in which one is not yet registered.
 
+use crate::exec;
 use anyhow::{Context, Result};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::LazyLock;
+use std::time::Duration;
 
 /// The environment variable that marks what this process started.
 pub const MARK: &str = "QCONSUME_TESTBED_OWNER";
@@ -26,6 +28,9 @@ const LABEL: &str = "qconsume.testbed.owner";
 
 /// A temporary policy against starting services names its owner, so that only that owner's watchdog removes it.
 pub(crate) const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// Looking a program up takes milliseconds.
+const FIND_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the watchdog runs: `sh -c WATCHDOG watchdog MARK ID FOLDER LABEL POLICY`.
 const WATCHDOG: &str = r#"
@@ -170,14 +175,8 @@ pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
 
 /// The first executable file of that name in `PATH`.
 pub fn find_in_path(name: &str) -> Option<PathBuf> {
-    let executable = |path: &Path| {
-        fs::metadata(path)
-            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-    };
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        // The tools of an administrator are missing from many users' PATH.
-        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
-        .map(|folder| folder.join(name))
-        .find(|path| executable(path))
+    // The tools of an administrator are missing from many users' PATH.
+    let script = "PATH=$PATH:/usr/sbin:/sbin; command -v \"$0\"";
+    let found = exec::run(Command::new("sh").args(["-c", script, name]), FIND_LIMIT);
+    Some(found.ok()?.trim().into())
 }

@@ -149,13 +149,7 @@ impl Node for LocalNode {
             .open(self.folder.join("log"))
             .context("cannot open a node's log")?;
         let mut command = self.command("rabbitmq-server");
-        command
-            // "Allow input" makes the script replace itself with the emulator instead of watching over it in a shell, so that a
-            // signal to our child is a signal to the emulator; -noinput then takes the input away again.
-            .env("RABBITMQ_ALLOW_INPUT", "true")
-            .env("RABBITMQ_SERVER_START_ARGS", "-noinput +B i")
-            .stdout(log.try_clone()?)
-            .stderr(log);
+        command.stdout(log.try_clone()?).stderr(log);
         *self.child() = Some(command.spawn().context("cannot run rabbitmq-server")?);
         Ok(())
     }

@@ -81,7 +81,7 @@ pub struct Seen {
 pub struct Proxy {
     shared: Arc<Shared>,
     addr: SocketAddr,
-    url: Option<String>,
+    url: String,
     _port: Port,
 }
 
@@ -130,20 +130,23 @@ impl Proxy {
     /// In front of a broker.
     pub fn of(broker: &Broker) -> Self {
         let mut proxy = Self::to(broker.addr());
-        proxy.url = Some(broker.url_at(proxy.addr));
+        proxy.url = broker.url_at(proxy.addr);
         proxy
     }
 
     /// In front of any address.
     pub fn to(upstream: SocketAddr) -> Self {
-        Self::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), Some(upstream))
-            .unwrap_or_else(|error| panic!("{error:#}"))
+        Self::local(Some(upstream))
     }
 
     /// In front of nothing: it accepts connections and stays silent.
     pub fn silent() -> Self {
-        Self::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), None)
-            .unwrap_or_else(|error| panic!("{error:#}"))
+        Self::local(None)
+    }
+
+    fn local(upstream: Option<SocketAddr>) -> Self {
+        let proxy = Self::listen(Ipv4Addr::LOCALHOST.into(), upstream);
+        proxy.unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// In front of any address, listening on another than 127.0.0.1: a network namespace's way to the broker.
@@ -164,7 +167,7 @@ impl Proxy {
         Ok(Self {
             shared,
             addr,
-            url: None,
+            url: format!("amqp://guest:guest@{addr}"),
             _port: port,
         })
     }
@@ -193,10 +196,7 @@ impl Proxy {
 
     /// The broker's address with the proxy's host and port in it.
     pub fn url(&self) -> String {
-        match &self.url {
-            Some(url) => url.clone(),
-            None => format!("amqp://guest:guest@{}", self.addr),
-        }
+        self.url.clone()
     }
 
     /// Ends every fault: connections are accepted and everything passes at once. What was swallowed stays lost.

@@ -1,7 +1,7 @@
 //! The proxy's tasks: accepting, and relaying one connection.
 
 use super::frames::{self, Next};
-use super::{Action, Direction, Method, Seen, Shared};
+use super::{Action, Control, Direction, Method, Seen, Shared};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -67,6 +67,13 @@ enum End {
     After(Direction),
 }
 
+/// Whatever fails, a connection or the proxy itself has gone.
+impl<E: std::error::Error> From<E> for End {
+    fn from(_: E) -> Self {
+        Self::Reset
+    }
+}
+
 /// One connection through the proxy.
 struct Connection {
     shared: Arc<Shared>,
@@ -102,18 +109,18 @@ async fn connection(shared: Arc<Shared>, number: usize, mut client: TcpStream) {
         end = connection.serve(&mut client, &mut broker) => end,
         _ = control.wait_for(|control| control.cut != cut) => Err(End::Reset),
     };
-    let orderly = match end {
-        Ok(()) => [true; 2],
-        Err(End::Reset) => [false; 2],
-        Err(End::After(Direction::ToBroker)) => [true, false],
-        Err(End::After(Direction::ToClient)) => [false, true],
+    let reset = |direction| match end {
+        Ok(()) => false,
+        Err(End::Reset) => true,
+        Err(End::After(other)) => direction != other,
     };
-    for (stream, orderly) in [(broker, orderly[0]), (Some(client), orderly[1])] {
-        if let Some(stream) = stream
-            && !orderly
-        {
-            let _ = stream.set_zero_linger();
-        }
+    if let Some(broker) = broker
+        && reset(Direction::ToBroker)
+    {
+        let _ = broker.set_zero_linger();
+    }
+    if reset(Direction::ToClient) {
+        let _ = client.set_zero_linger();
     }
     shared.change(|state| state.open -= 1);
 }
@@ -125,19 +132,14 @@ impl Connection {
         broker: &mut Option<TcpStream>,
     ) -> Result<(), End> {
         let mut control = self.shared.control.subscribe();
-        let upstream = match control
-            .wait_for(|control| !control.stall && control.upstream.is_some())
-            .await
-        {
-            Ok(control) => control.upstream,
-            Err(_) => None,
-        };
+        let ready = |control: &Control| !control.stall && control.upstream.is_some();
+        let upstream = control.wait_for(ready).await?.upstream;
         let upstream = upstream.ok_or(End::Reset)?;
         // What a client sends first reaches us at once, as our kernel has shaken its hand; far away it would come a round
         // trip later.
         let round_trip: Duration = control.borrow().delay.iter().sum();
         sleep_until(Instant::now() + round_trip).await;
-        let connected = TcpStream::connect(upstream).await.map_err(|_| End::Reset)?;
+        let connected = TcpStream::connect(upstream).await?;
         let broker = broker.insert(connected);
         let _ = client.set_nodelay(true);
         let _ = broker.set_nodelay(true);
@@ -145,13 +147,9 @@ impl Connection {
         let (broker_read, broker_write) = broker.split();
         let (to_broker, from_client) = mpsc::channel(IN_FLIGHT);
         let (to_client, from_broker) = mpsc::channel(IN_FLIGHT);
+        let injected = to_client.clone();
         tokio::try_join!(
-            self.read(
-                Direction::ToBroker,
-                client_read,
-                to_broker,
-                to_client.clone()
-            ),
+            self.read(Direction::ToBroker, client_read, to_broker, injected),
             self.read(
                 Direction::ToClient,
                 broker_read,
@@ -251,7 +249,7 @@ impl Connection {
             }
             Action::CutAfter => {
                 self.send(direction, out, frame, record).await?;
-                out.send(Item::Cut).await.map_err(|_| End::Reset)?;
+                out.send(Item::Cut).await?;
                 // The writer ends the connection.
                 std::future::pending().await
             }
@@ -309,13 +307,12 @@ impl Connection {
             if let Item::Bytes { due, .. } = &item {
                 sleep_until(*due).await;
             }
-            let passes = control.wait_for(|control| !control.stall).await;
-            passes.map(drop).map_err(|_| End::Reset)?;
+            drop(control.wait_for(|control| !control.stall).await?);
             let swallowed = self.swallows(direction);
             match item {
                 Item::Bytes { bytes, record, .. } => {
                     if !swallowed {
-                        half.write_all(&bytes).await.map_err(|_| End::Reset)?;
+                        half.write_all(&bytes).await?;
                     }
                     self.settle(record);
                 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Error, Result};
 use clap::ValueEnum;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 
 /// So long after an exit 0 a broker's crash may still bring the message back, in nanoseconds.
@@ -71,19 +71,13 @@ pub(super) struct Run {
     pub(super) said: String,
 }
 
-impl Run {
-    fn ended(&self) -> (u64, End) {
-        (self.number, self.end)
-    }
-}
-
 /// Everything that was noted.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Books {
+    /// The last message that was published; what the broker hasn't confirmed may be there or not.
+    pub(super) published: u64,
     /// What the broker has confirmed.
-    pub(super) confirmed: Vec<u64>,
-    /// What was published while the broker went away: it may be there or not.
-    pub(super) unconfirmed: Vec<u64>,
+    pub(super) confirmed: BTreeSet<u64>,
     pub(super) runs: Vec<Run>,
     pub(super) entries: Vec<Entry>,
     /// When a broker was killed: from just before until just after.
@@ -92,6 +86,8 @@ pub(super) struct Books {
     pub(super) crash_window: u64,
     /// Faults by name.
     pub(super) faults: BTreeMap<&'static str, u32>,
+    /// Those of them that were the broker's.
+    pub(super) broker_faults: u32,
     /// Processes that were still there long after their worker had ended.
     pub(super) leftovers: Vec<String>,
     /// What is in the queue at the end.
@@ -181,10 +177,8 @@ impl Report {
             ..Self::default()
         };
         let runs: BTreeMap<u64, &Run> = books.runs.iter().map(|run| (run.number, run)).collect();
-        let mut messages: BTreeMap<u64, Message<'_>> = BTreeMap::new();
-        for message in books.confirmed.iter().chain(&books.unconfirmed) {
-            messages.entry(*message).or_default();
-        }
+        let all = (1..=books.published).map(|number| (number, Message::default()));
+        let mut messages: BTreeMap<u64, Message<'_>> = all.collect();
         let mut entries = books.entries.clone();
         entries.sort_by_key(|entry| entry.at);
         let mut done: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
@@ -318,7 +312,10 @@ impl Report {
                 self.late += 1;
                 continue;
             }
-            let whom: Vec<_> = later.iter().map(|it| it.run.map(Run::ended)).collect();
+            let whom: Vec<_> = later
+                .iter()
+                .map(|it| it.run.map(|run| (run.number, run.end)))
+                .collect();
             let text = format!(
                 "message {number} came back after run {} had exited with 0, to run {whom:?}",
                 claimer.number
@@ -338,12 +335,11 @@ impl Report {
 
     /// As many messages have left the queue as somebody has acknowledged.
     fn balance(&mut self, books: &Books, messages: &BTreeMap<u64, Message<'_>>) {
-        let arrived = |number: &&u64| {
-            let message = messages.get(number);
-            message.is_some_and(|message| !message.deliveries.is_empty())
-        };
+        let arrived = messages.iter().filter(|(number, message)| {
+            !books.confirmed.contains(number) && !message.deliveries.is_empty()
+        });
         self.published = books.confirmed.len();
-        self.stowaways = books.unconfirmed.iter().filter(arrived).count();
+        self.stowaways = arrived.count();
         self.gone = self.published + self.stowaways - (books.left + books.dead) as usize;
         if books.left > 0 {
             self.fail(format!("{} messages are left in the queue", books.left));
@@ -436,7 +432,8 @@ mod tests {
 
     fn books(confirmed: &[u64], runs: Vec<Run>, text: &str) -> Books {
         let mut books = Books {
-            confirmed: confirmed.to_vec(),
+            published: confirmed.len() as u64,
+            confirmed: confirmed.iter().copied().collect(),
             runs,
             crash_window: CRASH_WINDOW,
             ..Books::default()

@@ -72,6 +72,7 @@ impl Soak<'_> {
             }
             let done = self.note(|books| {
                 *books.faults.entry(fault.name()).or_default() += 1;
+                books.broker_faults += 1;
                 (books.confirmed.len(), books.runs.len())
             });
             eprintln!(

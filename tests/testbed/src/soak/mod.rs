@@ -12,7 +12,7 @@ mod workers;
 pub use books::Report;
 pub use command::Plan;
 
-use crate::{Broker, Client, Proxy, QueueKind, beside_this_program};
+use crate::{Broker, Client, Proxy, QueueKind, beside_this_program, block_on};
 use anyhow::{Context, Result};
 use books::Books;
 use clap::builder::RangedU64ValueParser;
@@ -124,68 +124,48 @@ impl Soak<'_> {
 
     /// Keeps the queue filled, and publishes at least as much as was asked for.
     fn publish(&self, mut random: fastrand::Rng, faults_over: &AtomicBool) {
-        let mut next = 0;
         loop {
             let enough = self.note(|books| books.confirmed.len()) as u64 >= self.options.messages;
             if (enough && faults_over.load(Relaxed)) || self.out_of_time() {
                 return;
             }
             let ready = self.client.counts(&self.queue);
-            let hungry = matches!(ready, Ok(Some((ready, _))) if ready < HUNGRY);
-            if !hungry {
+            if matches!(ready, Ok(Some((ready, _))) if ready < HUNGRY) {
+                let batch = self.publish_batch(&mut random);
+                let _ = block_on(async { tokio::time::timeout(CONFIRMED, batch).await });
+            } else {
                 self.pause(Duration::from_millis(200));
-                continue;
             }
-            let batch: Vec<_> = (next + 1..=next + BATCH)
-                .map(|message| {
-                    // Most are small, some need several frames.
-                    let filler = match random.u32(0..20) {
-                        0 => random.usize(100_000..300_000),
-                        _ => random.usize(0..2000),
-                    };
-                    (message, command::body(message, filler))
-                })
-                .collect();
-            next += BATCH;
-            let confirmed = self.publish_batch(&batch);
-            self.note(|books| {
-                for (message, _) in &batch {
-                    if confirmed.contains(message) {
-                        books.confirmed.push(*message);
-                    } else {
-                        books.unconfirmed.push(*message);
-                    }
-                }
-            });
         }
     }
 
-    /// Publishes messages in one flight; gives those that the broker has confirmed.
-    fn publish_batch(&self, batch: &[(u64, Vec<u8>)]) -> Vec<u64> {
-        let mut confirmed = Vec::new();
-        let Ok(channel) = self.client.channel() else {
-            return confirmed;
-        };
-        let publish = async {
-            channel.confirm_select(Default::default()).await?;
-            let mut pending = Vec::new();
-            for (message, body) in batch {
-                let properties = BasicProperties::default()
-                    .with_delivery_mode(2)
-                    .with_message_id(message.to_string().into());
-                let (options, queue) = (Default::default(), self.queue.as_str().into());
-                let confirm = channel.basic_publish("".into(), queue, options, body, properties);
-                pending.push((*message, confirm.await?));
+    /// Publishes messages in one flight, and notes those that the broker confirms.
+    async fn publish_batch(&self, random: &mut fastrand::Rng) -> Result<()> {
+        let channel = self.client.open_channel().await?;
+        channel.confirm_select(Default::default()).await?;
+        let first = self.note(|books| books.published) + 1;
+        let mut pending = Vec::new();
+        for message in first..first + BATCH {
+            // Most are small, some need several frames.
+            let filler = match random.u32(0..20) {
+                0 => random.usize(100_000..300_000),
+                _ => random.usize(0..2000),
+            };
+            let body = command::body(message, filler);
+            let properties = BasicProperties::default()
+                .with_delivery_mode(2)
+                .with_message_id(message.to_string().into());
+            let (options, queue) = (Default::default(), self.queue.as_str().into());
+            self.note(|books| books.published = message);
+            let confirm = channel.basic_publish("".into(), queue, options, &body, properties);
+            pending.push((message, confirm.await?));
+        }
+        for (message, confirm) in pending {
+            if confirm.await?.is_ack() {
+                self.note(|books| books.confirmed.insert(message));
             }
-            for (message, confirm) in pending {
-                if confirm.await?.is_ack() {
-                    confirmed.push(message);
-                }
-            }
-            channel.close(200, "".into()).await
-        };
-        let _ = crate::block_on(async { tokio::time::timeout(CONFIRMED, publish).await });
-        confirmed
+        }
+        Ok(channel.close(200, "".into()).await?)
     }
 }
 
@@ -195,10 +175,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let broker = Broker::options().start()?;
     let proxy = Proxy::of(&broker);
     let client = broker.client().clone();
-    let dead = client
-        .declare("soak-dead")
-        .kind(options.queue)
-        .try_create()?;
+    let dead = client.declare("soak-dead").kind(options.queue).create();
     let mut queue = client
         .declare("soak")
         .kind(options.queue)
@@ -207,7 +184,7 @@ pub fn run(options: &Options) -> Result<Report> {
         // From 4.0 on there is a limit of 20 unless one is set.
         queue = queue.arg("x-delivery-limit", 10_000);
     }
-    let queue = queue.try_create()?;
+    let queue = queue.create();
     let book = crate::owner::temp_folder("soak").join("book");
     std::fs::write(&book, "")?;
     let soak = Soak {
@@ -271,10 +248,8 @@ pub fn run(options: &Options) -> Result<Report> {
         options.seed,
         started.elapsed().as_secs()
     );
-    let of_broker = |(name, count): (&&str, &u32)| name.starts_with("broker").then_some(*count);
-    let faults: u32 = books.faults.iter().filter_map(of_broker).sum();
     if (books.confirmed.len() as u64) < options.messages
-        || faults < options.faults
+        || books.broker_faults < options.faults
         || report.killed < options.kills as usize
     {
         let seconds = options.seconds;
