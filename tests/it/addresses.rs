@@ -1,7 +1,7 @@
 //! Addresses, from outside: what is meant is what is reached, and what is malformed is told in one line without the
 //! secret. The whole table of cases is beside the parser.
 
-use crate::common::{qconsume, qpublish};
+use crate::common::{User, Vhost, private_broker, qconsume, qpublish};
 use std::fs;
 use testbed::{Broker, Program, Proxy, Queue, missing, owner::temp_folder};
 
@@ -223,24 +223,13 @@ fn other_clients_parameters_are_named_at_debug_level_only() {
 
 #[test]
 fn any_user_password_and_virtual_host_can_be_written() {
-    let broker = Broker::shared();
-    if !broker.is_private() {
-        missing("a broker of the tests' own");
-        return;
-    }
-    let user = "wörker@/:?#";
-    let password = "p@ss/wörd:%?#[],amqp://";
-    let vhost = "/a b/ü%2f";
-    for arguments in [
-        &["add_vhost", vhost][..],
-        &["add_user", user, password],
-        &["set_permissions", "-p", vhost, user, ".*", ".*", ".*"],
-    ] {
-        broker.ctl(arguments).unwrap();
-    }
+    let broker = private_broker();
+    let (name, password) = ("wörker@/:?#", "p@ss/wörd:%?#[],amqp://");
+    let user = User::new(&broker, name, password);
+    let vhost = Vhost::new(&broker, "/a b/ü%2f").of(name);
     // There is no queue there, which it can only know from inside.
     let ended = qconsume()
-        .url(&broker.url_for(user, password, vhost))
+        .url(&user.url(vhost.name))
         .args(["-d", "-q", "addresses", "--wait=0", "cat"])
         .run();
     ended.assert_status(66).assert_stderr("declared queue");
@@ -248,17 +237,15 @@ fn any_user_password_and_virtual_host_can_be_written() {
     let ended = qconsume()
         .env("QCONSUME_PASSWORD", password)
         .args(["--server", &broker.addr().to_string()])
-        .args(["--username", user, "--vhost", vhost])
+        .args(["--username", name, "--vhost", vhost.name])
         .args(["-q", "addresses", "--wait=0", "cat"])
         .run();
     ended.assert_status(66);
     // What is wrong with the login is told without the password, and who and where is told.
     let ended = qconsume()
-        .url(&broker.url_for(user, SECRET, vhost))
+        .url(&broker.url_for(name, SECRET, vhost.name))
         .args(["--log-level=debug", "-q", "addresses", "cat"])
         .run();
     ended.assert_status(77).assert_stderr("wörker@/:?#");
     assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
-    broker.ctl(&["delete_vhost", vhost]).unwrap();
-    broker.ctl(&["delete_user", user]).unwrap();
 }

@@ -1,20 +1,15 @@
 //! The life of the delivery: nothing lost, nothing claimed twice.
 
-use crate::common::qconsume;
+use crate::common::{behind, qconsume, worker};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use testbed::owner::temp_folder;
 use testbed::{
-    Action, BasicProperties, Broker, Direction, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
-    Running, Signal, eventually, frames,
+    Action, BasicProperties, Broker, Direction, Method, PATIENCE, Proxy, Queue, QueueKind, Running,
+    Signal, eventually, frames,
     types::{AMQPValue, FieldTable, LongString},
 };
-
-/// qconsume for this queue.
-fn worker(broker: &Broker, queue: &Queue) -> Program {
-    qconsume().url(&broker.url()).queue(queue.name())
-}
 
 #[test]
 fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connections() {
@@ -37,11 +32,7 @@ fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connecti
         .unwrap();
 
     let proxy = Proxy::of(broker);
-    let run = qconsume()
-        .url(&proxy.url())
-        .queue(queue.name())
-        .args(["true"])
-        .run();
+    let run = behind(&proxy, &queue).args(["true"]).run();
     run.assert_status(70)
         .assert_stderr(queue.name())
         .assert_stderr("can't be read: its properties are not valid AMQP")
@@ -63,8 +54,7 @@ fn a_frame_that_is_not_amqp_is_a_broken_connection_and_69_in_the_end() {
     };
     let spoil = Action::Replace(Arc::new(spoil));
     proxy.on(Direction::ToClient, Method::BODY, spoil);
-    let run = worker(broker, &queue)
-        .url(&proxy.url())
+    let run = behind(&proxy, &queue)
         .args(["--connect-timeout", "2s", "touch", "/proc/never/run"])
         .run();
     run.assert_status(69)
@@ -107,10 +97,7 @@ fn what_ends_the_consumer_while_it_waits_leads_to_a_new_one() {
         let queue = broker.queue("waiting");
         let proxy = Proxy::of(broker);
         proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, ending);
-        let run = worker(broker, &queue)
-            .url(&proxy.url())
-            .args(["cat"])
-            .spawn();
+        let run = behind(&proxy, &queue).args(["cat"]).spawn();
         run.wait_for_stderr("connecting again", PATIENCE);
         proxy.wait_for_nth(Direction::ToClient, Method::BASIC_CONSUME_OK, 2, PATIENCE);
         queue.publish("late");
@@ -125,7 +112,7 @@ fn a_queue_deleted_while_waiting_is_waited_for_and_78_in_the_end() {
     let broker = Broker::shared();
     let queue = broker.queue("deleted");
     let spawn = || {
-        let run = worker(broker, &queue)
+        let run = worker(&queue)
             .args(["--connect-timeout", "4s", "cat"])
             .spawn();
         queue.wait_consumers(1);
@@ -151,8 +138,7 @@ fn a_broker_that_stays_away_is_69_after_the_connect_timeout() {
     let broker = Broker::shared();
     let queue = broker.queue("away");
     let proxy = Proxy::of(broker);
-    let run = worker(broker, &queue)
-        .url(&proxy.url())
+    let run = behind(&proxy, &queue)
         .args(["--connect-timeout", "2s", "cat"])
         .spawn();
     queue.wait_consumers(1);
@@ -171,8 +157,7 @@ fn an_address_that_accepts_and_stays_silent_is_tried_again() {
     let proxy = Proxy::of(broker);
     proxy.once(Direction::ToBroker, Method::PROTOCOL_HEADER, Action::Stall);
     let file = a_file();
-    let run = worker(broker, &queue)
-        .url(&proxy.url())
+    let run = behind(&proxy, &queue)
         .args(["--connect-timeout", "12s"])
         .shell(&until_there(&file))
         .spawn();
@@ -193,8 +178,7 @@ fn a_large_body_over_a_slow_line_is_no_silence() {
     queue.publish(&body);
     let proxy = Proxy::of(broker);
     proxy.on(Direction::ToClient, Method::BODY, Action::Hold);
-    let run = worker(broker, &queue)
-        .url(&proxy.url())
+    let run = behind(&proxy, &queue)
         .args(["--heartbeat", "1", "cat"])
         .spawn();
     // Frames of 128 KiB: three times as long in all as a broker may be silent, and each of them in time.
@@ -215,7 +199,7 @@ fn a_frozen_broker_is_noticed_waiting_running_and_settling() {
     let broker = Broker::start();
     let queue = broker.queue("frozen");
     let spawn = |script: &str| {
-        worker(&broker, &queue)
+        worker(&queue)
             .args(["--heartbeat", "2", "--kill-after", "1s"])
             .shell(script)
             .spawn()
@@ -257,7 +241,7 @@ fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_ne
     let broker = Broker::start();
     for kind in QueueKind::ALL {
         let queue = broker.declare("restart").kind(kind).create();
-        let run = worker(&broker, &queue).args(["cat"]).spawn();
+        let run = worker(&queue).args(["cat"]).spawn();
         queue.wait_consumers(1);
         match kind {
             QueueKind::Classic => broker.restart().unwrap(),
@@ -271,7 +255,7 @@ fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_ne
 
         queue.publish("interrupted");
         let file = a_file();
-        let run = worker(&broker, &queue)
+        let run = worker(&queue)
             .args(["--on-lost", "finish"])
             .shell(&until_there(&file))
             .spawn();
@@ -281,7 +265,7 @@ fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_ne
         std::fs::write(&file, "").unwrap();
         run.wait(PATIENCE).assert_status(75);
         broker.start_again().unwrap();
-        let run = worker(&broker, &queue).args(["cat"]).run();
+        let run = worker(&queue).args(["cat"]).run();
         run.assert_status(0);
         assert_eq!(run.stdout_text(), "interrupted");
     }
@@ -305,14 +289,14 @@ fn the_acknowledgement_timeout_stops_the_command_and_is_75_and_names_the_setting
         }
         let queue = broker.declare("ack-timeout").kind(kind).create();
         queue.publish("slow");
-        let run = worker(&broker, &queue)
+        let run = worker(&queue)
             .shell("trap 'echo stopped; exit 0' TERM; echo started; sleep 60 & wait")
             .run();
         run.assert_status(75).assert_stderr(setting);
         assert!(run.stdout_text().contains("stopped"));
         queue.wait_ready(1);
 
-        let run = worker(&broker, &queue)
+        let run = worker(&queue)
             .args(["--on-lost", "finish"])
             .shell("sleep 5")
             .run();
@@ -330,8 +314,7 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
         let queue = broker.declare("asked").kind(kind).create();
         queue.publish("slow");
         let proxy = Proxy::of(broker);
-        let run = worker(broker, &queue)
-            .url(&proxy.url())
+        let run = behind(&proxy, &queue)
             .args(["--ack-timeout", "2s"])
             .shell("sleep 4")
             .run();
@@ -373,8 +356,7 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
         queue.publish("body");
         let proxy = Proxy::of(broker);
         let file = a_file();
-        let run = worker(broker, &queue)
-            .url(&proxy.url())
+        let run = behind(&proxy, &queue)
             .args(["--count", count, "--ack-timeout", "20s"])
             // Long enough to be in doubt: four fifths of it.
             .shell(&format!("echo started; sleep 16; {}", until_there(&file)))
@@ -404,7 +386,7 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
             .create();
         queue.publish("body");
         let fail = |status: i32, options: &[&str]| {
-            let run = worker(broker, &queue)
+            let run = worker(&queue)
                 .args(options)
                 .shell(&format!("exit {status}"));
             run.run().status()
@@ -444,7 +426,7 @@ fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_th
         .quorum()
         .dead_letter_to(&dead)
         .create();
-    let attempt = || worker(broker, &queue).args(["--max-attempts", "2"]);
+    let attempt = || worker(&queue).args(["--max-attempts", "2"]);
 
     queue.publish("fails twice");
     attempt().shell("exit 3").run().assert_status(3);
@@ -481,7 +463,7 @@ fn failures_on_another_queue_are_no_attempts_on_this_one() {
         headers.insert(count.into(), AMQPValue::LongLongInt(7));
     }
     queue.publish_with(BasicProperties::default().with_headers(headers), "body");
-    let attempt = || worker(broker, &queue).args(["--max-attempts", "2"]);
+    let attempt = || worker(&queue).args(["--max-attempts", "2"]);
     if broker.version() >= (4, 3, 0) {
         // An eviction isn't counted, so the queue still shows the foreign count.
         let run = attempt().shell("echo started; exec sleep 60").spawn();
@@ -503,7 +485,7 @@ fn a_classic_queue_does_not_count_so_more_than_one_attempt_never_rejects() {
     let queue = broker.declare("uncounted").dead_letter_to(&dead).create();
     queue.publish("body");
     for attempt in 1..=3 {
-        let run = worker(broker, &queue)
+        let run = worker(&queue)
             .args(["--max-attempts", "2"])
             .shell("exit 3")
             .run();
@@ -522,7 +504,7 @@ fn count_takes_so_many_and_leaves_the_others_untouched() {
     for kind in QueueKind::ALL {
         let queue = broker.declare("count").kind(kind).create();
         queue.publish_all((1..=5).map(|n| format!("{n} ")));
-        let run = worker(broker, &queue).args(["-c", "3", "cat"]).run();
+        let run = worker(&queue).args(["-c", "3", "cat"]).run();
         run.assert_status(0);
         assert_eq!(run.stdout_text(), "1 2 3 ");
         queue.wait_ready(2);
@@ -538,7 +520,7 @@ fn a_failed_command_ends_count_and_drain_with_its_status() {
     for options in endless {
         let queue = broker.queue("ends");
         queue.publish_all(["good", "bad", "untouched"]);
-        let run = worker(broker, &queue)
+        let run = worker(&queue)
             .args(options)
             .shell("read body; [ $body != bad ] || exit 7")
             .run();
@@ -565,7 +547,7 @@ fn a_dead_lettered_message_that_counts_as_done_ends_neither_count_nor_drain() {
             .create();
         queue.publish_all(["good ", "bad ", "last "]);
         queue.wait_ready(3);
-        let run = worker(broker, &queue)
+        let run = worker(&queue)
             .args(options)
             .args(["--reject-on", "65", "--reject-exit-code", "0"])
             .shell("read body; echo $body; [ $body != bad ] || exit 65")
@@ -582,7 +564,7 @@ fn drain_works_until_the_queue_is_empty() {
     let broker = Broker::shared();
     for kind in QueueKind::ALL {
         let queue = broker.declare("drain").kind(kind).create();
-        let drain = || worker(broker, &queue).args(["--drain", "cat"]);
+        let drain = || worker(&queue).args(["--drain", "cat"]);
         let run = drain().run();
         run.assert_status(0).assert_stderr("is empty");
         queue.publish_all((0..4).map(|n| n.to_string()));
@@ -601,7 +583,7 @@ fn several_drain_one_queue_and_each_message_is_done_once() {
         let queue = broker.declare("together").kind(kind).create();
         queue.publish_all((0..40).map(|n| format!("{n:02} ")));
         queue.wait_ready(40);
-        let drain = || worker(broker, &queue).args(["--drain", "cat"]).spawn();
+        let drain = || worker(&queue).args(["--drain", "cat"]).spawn();
         let runs = [drain(), drain(), drain()];
         let mut done = String::new();
         for run in runs {
@@ -628,10 +610,7 @@ fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
     queue.publish_all((0..4).map(|n| n.to_string()));
     queue.wait_ready(3);
     let proxy = Proxy::of(broker);
-    let run = worker(broker, &queue)
-        .url(&proxy.url())
-        .args(["--drain", "cat"])
-        .spawn();
+    let run = behind(&proxy, &queue).args(["--drain", "cat"]).spawn();
     // It has looked several times, and it doesn't take three ready messages for none.
     proxy.wait_for_nth(Direction::ToClient, Method::QUEUE_DECLARE_OK, 4, PATIENCE);
     assert!(!run.has_ended());
@@ -656,10 +635,7 @@ fn an_answer_that_knows_of_no_consumer_is_no_empty_queue() {
     };
     let nothing = Action::Replace(Arc::new(nothing));
     proxy.once(Direction::ToClient, Method::QUEUE_DECLARE_OK, nothing);
-    let run = worker(broker, &queue)
-        .url(&proxy.url())
-        .args(["--drain", "cat"])
-        .run();
+    let run = behind(&proxy, &queue).args(["--drain", "cat"]).run();
     run.assert_status(0);
     let looks = proxy.count(Direction::ToClient, Method::QUEUE_DECLARE_OK);
     assert_eq!(looks, 2, "it took the first answer for an empty queue");
@@ -673,8 +649,7 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
     // The broker's heartbeats begin one and a half to three seconds after the handshake.
     let cut = Action::CutAfter;
     proxy.once(Direction::ToClient, Method::HEARTBEAT, cut);
-    let running = worker(broker, &queue)
-        .url(&proxy.url())
+    let running = behind(&proxy, &queue)
         .args(["--wait", "5s", "--heartbeat", "3"])
         .args(["--log-level", "debug", "cat"])
         .spawn();
@@ -712,11 +687,7 @@ fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
         let queue = broker.queue("between");
         let proxy = Proxy::of(broker);
         proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
-        let run = worker(broker, &queue)
-            .url(&proxy.url())
-            .args(options)
-            .arg("cat")
-            .spawn();
+        let run = behind(&proxy, &queue).args(options).arg("cat").spawn();
         proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
         queue.publish("just in time");
         proxy.wait_for(Direction::ToClient, Method::BASIC_DELIVER, PATIENCE);
@@ -732,7 +703,7 @@ fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
 fn wait_lengthens_drain() {
     let broker = Broker::shared();
     let queue = broker.queue("patient");
-    let run = worker(broker, &queue)
+    let run = worker(&queue)
         .args(["--drain", "--wait", "3s", "cat"])
         .spawn();
     queue.wait_consumers(1);
@@ -753,10 +724,7 @@ fn a_signal_in_the_middle_of_a_count_is_no_completion_though_the_message_is_done
     for (script, left) in cases {
         let queue = broker.queue("middle");
         queue.publish_all(["1", "2", "3", "4", "5"]);
-        let run = worker(broker, &queue)
-            .args(["--count", "5"])
-            .shell(script)
-            .spawn();
+        let run = worker(&queue).args(["--count", "5"]).shell(script).spawn();
         wait_started(&run);
         run.signal(Signal::SIGTERM);
         run.wait(PATIENCE).assert_status(143);
@@ -781,13 +749,13 @@ fn no_message_waits_unacknowledged_behind_a_running_command() {
         queue.publish_all(["a", "b", "c"]);
         queue.wait_ready(3);
         let file = a_file();
-        let run = worker(broker, &queue)
+        let run = worker(&queue)
             .args(["-c", "0"])
             .shell(&until_there(&file))
             .spawn();
         wait_started(&run);
         queue.wait_ready(2);
-        let other = worker(broker, &queue).args(["-c", "2", "cat"]).run();
+        let other = worker(&queue).args(["-c", "2", "cat"]).run();
         other.assert_status(0);
         assert_eq!(other.stdout_text(), "bc");
         std::fs::write(&file, "").unwrap();
@@ -824,7 +792,7 @@ fn many_workers_burn_nobodys_attempts() {
                     scope.spawn(|| {
                         let mut lines = Vec::new();
                         loop {
-                            let run = worker(broker, &queue)
+                            let run = worker(&queue)
                                 .args(["--wait", "1s"])
                                 .shell(script)
                                 .spawn()
@@ -869,7 +837,7 @@ fn with_keep_going_a_failure_does_not_end_the_run() {
     };
     let run = |queue: &Queue, options: &[&str]| {
         let options = [&["--keep-going", "--max-attempts", "3"], options].concat();
-        worker(broker, queue).args(options).shell(SOME_FAIL).run()
+        worker(queue).args(options).shell(SOME_FAIL).run()
     };
     let four_late = ["late 1", "a", "late 2", "b", "late 3", "c", "late 4", "d"];
 
@@ -913,7 +881,7 @@ fn with_keep_going_a_dead_letter_is_not_forgotten_when_a_signal_ends_the_run() {
         .dead_letter_to(&dead)
         .create();
     queue.publish("bad");
-    let running = worker(broker, &queue)
+    let running = worker(&queue)
         .args(["--keep-going", "--max-attempts", "1", "-c", "0"])
         .args(["--reject-exit-code", "65"])
         .shell(SOME_FAIL)
@@ -933,7 +901,7 @@ fn with_keep_going_a_queue_that_does_not_count_ends_the_run_at_a_second_failure(
     let broker = Broker::shared();
     let queue = broker.queue("uncounted");
     queue.publish("bad");
-    worker(broker, &queue)
+    worker(&queue)
         .args(["--keep-going", "--max-attempts", "3", "--drain"])
         .shell(SOME_FAIL)
         .run()
@@ -981,7 +949,7 @@ fn a_wait_is_a_bound_whatever_the_queue_says_of_itself() {
     let stream = stream.create();
     stream.publish("kept");
     for queue in [&standby, &stream] {
-        worker(broker, queue)
+        worker(queue)
             .args(["--wait", "1s", "cat"])
             .run()
             .assert_status(66)

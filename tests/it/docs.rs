@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use testbed::{Broker, Program, missing};
+use testbed::{Broker, Program, missing, owner::temp_folder};
 
 mod quotes;
 mod recording;
@@ -108,34 +108,15 @@ fn blocks(page: &Path) -> Vec<Block> {
     blocks
 }
 
-/// A folder that is removed with the test.
-struct Sandbox(PathBuf);
-
-impl Sandbox {
-    /// With what the pages take for granted.
-    fn new(page: &Path) -> Self {
-        let stem = page
-            .file_stem()
-            .expect("it has a name")
-            .display()
-            .to_string();
-        let path =
-            std::env::temp_dir().join(format!("qconsume-docs-{}-{stem}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).expect("the temporary folder can be written to");
-        for file in ["tasks.txt", "image1.png", "image2.png"] {
-            fs::write(path.join(file), "one\ntwo\n").expect("it can be written");
-        }
-        std::os::unix::fs::symlink(root().join("examples"), path.join("examples"))
-            .expect("it can be linked");
-        Self(path)
+/// A folder with what the pages take for granted.
+fn sandbox() -> PathBuf {
+    let folder = temp_folder("docs");
+    for file in ["tasks.txt", "image1.png", "image2.png"] {
+        fs::write(folder.join(file), "one\ntwo\n").expect("it can be written");
     }
-}
-
-impl Drop for Sandbox {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    std::os::unix::fs::symlink(root().join("examples"), folder.join("examples"))
+        .expect("it can be linked");
+    folder
 }
 
 impl Block {
@@ -183,7 +164,6 @@ fn http_server() -> String {
 /// Runs a page's blocks in one shell, in order, as a reader would.
 fn run(page: &Path, blocks: &[&Block]) {
     let broker = Broker::shared();
-    let sandbox = Sandbox::new(page);
     let queue = broker.declare("docs").create();
     queue.publish_all(["apple", "banana", "cherry"]);
     let mut script = String::from("set -eu\n");
@@ -210,7 +190,7 @@ fn run(page: &Path, blocks: &[&Block]) {
         .url(&url)
         .queue(queue.name())
         .env("PATH", format!("{}:{path}", programs().display()))
-        .current_dir(&sandbox.0)
+        .current_dir(sandbox())
         .spawn()
         .wait(LIMIT);
     assert_eq!(

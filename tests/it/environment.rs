@@ -1,6 +1,6 @@
 //! What the broker told about the message, in the command's environment; and nothing else that came with it.
 
-use crate::common::qconsume;
+use crate::common::worker;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use testbed::{
@@ -33,10 +33,6 @@ const VARIABLES: [&str; 20] = [
 ];
 
 type Environment = BTreeMap<String, Vec<u8>>;
-
-fn worker(queue: &Queue) -> Program {
-    qconsume().url(&Broker::shared().url()).queue(queue.name())
-}
 
 /// Runs a command that prints its environment; all of its values are bytes.
 fn run(program: Program) -> (Environment, Finished) {

@@ -1,6 +1,6 @@
 //! A peer that breaks AMQP, and messages that nobody can read: a documented end, and the message still there.
 
-use crate::common::{private_broker, qconsume};
+use crate::common::{private_broker, qconsume, worker};
 use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     sync::{Arc, Mutex},
@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 use testbed::{
-    Broker, Finished, Method, PATIENCE, Queue, eventually,
+    Finished, Method, PATIENCE, Queue, eventually,
     frames::{self, method_frame},
     peer::{self, Answer, Peer, Request},
 };
@@ -269,8 +269,8 @@ fn set(mut bytes: Vec<u8>, at: usize, new: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn run(broker: &Broker, queue: &Queue, script: &str) -> Finished {
-    let worker = qconsume().url(&broker.url()).queue(queue.name());
+fn run(queue: &Queue, script: &str) -> Finished {
+    let worker = worker(queue);
     worker.shell(script).run()
 }
 
@@ -281,7 +281,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
         let queue = broker.queue("nested");
         let name = queue.name().as_bytes();
         peer::publish_raw(&broker, "", name, &peer::nested_headers(1000, kind));
-        let done = run(&broker, &queue, "echo ran");
+        let done = run(&queue, "echo ran");
         done.assert_status(70);
         assert!(done.stdout.is_empty());
         let last = done.stderr.lines().last().unwrap_or_default();
@@ -297,7 +297,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
         queue.purge();
 
         peer::publish_raw(&broker, "", name, &peer::nested_headers(100, kind));
-        let done = run(&broker, &queue, "printf %s \"$MESSAGE_HEADERS\"");
+        let done = run(&queue, "printf %s \"$MESSAGE_HEADERS\"");
         done.assert_status(0);
         let inner = if kind == b'F' {
             "{\"n\":{\"n\":{"
@@ -324,7 +324,7 @@ fn a_routing_key_that_is_no_text_ends_the_run_and_stays_in_the_queue() {
     ))
     .unwrap();
     peer::publish_raw(&broker, exchange, b"\xff\xfe\x80", &[0, 0]);
-    let done = run(&broker, &queue, "echo ran");
+    let done = run(&queue, "echo ran");
     done.assert_status(70).assert_stderr("is not UTF-8");
     assert!(done.stdout.is_empty());
     queue.wait_ready(1);

@@ -6,53 +6,8 @@ mod refused;
 mod settlement;
 mod static_binary;
 
-use crate::common::qconsume;
-use testbed::{Broker, Program, Queue, QueueKind, owner::temp_folder};
-
-/// qconsume with the shared broker and this queue.
-fn worker(queue: &Queue) -> Program {
-    qconsume().url(&Broker::shared().url()).queue(queue.name())
-}
-
-/// A queue of each kind.
-fn queues(name: &str) -> [Queue; 2] {
-    QueueKind::ALL.map(|kind| {
-        let name = format!("{name}-{}", kind.as_str());
-        Broker::shared().declare(&name).kind(kind).create()
-    })
-}
-
-/// Checks that nothing is left in the queue, by a message of the test's own: what had come back would stand before it.
-#[track_caller]
-fn assert_empty(queue: &Queue) {
-    queue.publish("the test's own");
-    let got = queue.wait_get();
-    assert_eq!(got.text(), "the test's own", "a message has come back");
-    assert_eq!(got.remaining(), 0);
-}
-
-/// Checks that exactly this message is back, marked as delivered before.
-#[track_caller]
-fn assert_returned(queue: &Queue, body: impl AsRef<[u8]>) {
-    let got = queue.wait_get();
-    assert!(got.data == body.as_ref(), "another message is there");
-    assert!(got.redelivered, "the message isn't marked as redelivered");
-    assert_eq!(got.remaining(), 0);
-}
-
-/// Checks that the message is gone, or back and marked as delivered before; not twice, and nothing else.
-#[track_caller]
-fn assert_in_one_place(queue: &Queue, body: impl AsRef<[u8]>) {
-    queue.publish("the test's own");
-    let mut got = queue.wait_get();
-    if got.data == body.as_ref() {
-        assert!(got.redelivered, "the message isn't marked as redelivered");
-        got = queue.wait_get();
-    }
-    // One that comes back late stands behind the test's own.
-    assert_eq!(got.text(), "the test's own", "another message is there");
-    assert!(got.remaining() <= 1, "{} more are there", got.remaining());
-}
+use crate::common::{assert_gone, assert_returned, behind, queues, worker};
+use testbed::{Broker, Program, QueueKind, owner::temp_folder};
 
 /// Bytes of every value, without a period that a frame or a buffer could hide.
 fn binary(size: usize) -> Vec<u8> {
@@ -78,7 +33,7 @@ fn a_command_that_succeeds_gets_the_message_and_has_it_acknowledged() {
         let done = worker(&queue).shell("cat; echo to stderr >&2").run();
         done.assert_status(0).assert_stderr("to stderr\n");
         assert_eq!(done.stdout_text(), "apple");
-        assert_empty(&queue);
+        assert_gone(&queue);
     }
 }
 
@@ -125,7 +80,7 @@ fn a_body_of_12_mebibytes_arrives_byte_for_byte() {
         let done = worker(&queue).arg("sha256sum").run();
         done.assert_status(0);
         assert_eq!(done.stdout_text(), expected.stdout_text());
-        assert_empty(&queue);
+        assert_gone(&queue);
     }
 }
 
@@ -151,7 +106,7 @@ fn bodies_of_every_size_arrive_byte_for_byte() {
     let done = worker(&queue).arg("cat").run();
     done.assert_status(0);
     assert!(done.stdout == nuls);
-    assert_empty(&queue);
+    assert_gone(&queue);
 }
 
 #[test]
@@ -161,7 +116,7 @@ fn the_command_sees_an_empty_body_as_the_end_of_its_input() {
         let done = worker(&queue).shell("wc -c").run();
         done.assert_status(0);
         assert_eq!(done.stdout_text().trim(), "0");
-        assert_empty(&queue);
+        assert_gone(&queue);
     }
 }
 
@@ -172,7 +127,7 @@ fn not_reading_the_body_is_no_failure_and_no_success_either() {
         for script in ["exit 0", "exec <&-; exit 0", "head -c 10 >/dev/null"] {
             queue.publish(&body);
             worker(&queue).shell(script).run().assert_status(0);
-            assert_empty(&queue);
+            assert_gone(&queue);
         }
         queue.publish(&body);
         worker(&queue).shell("exit 5").run().assert_status(5);
@@ -211,9 +166,7 @@ fn a_command_that_cannot_be_executed_is_noticed_before_the_broker_is_touched() {
             (&lost, 127, "/no/such/interpreter, which isn't there"),
             (&windows, 127, "Windows line ends"),
         ] {
-            qconsume()
-                .url(&proxy.url())
-                .queue(queue.name())
+            behind(&proxy, &queue)
                 .args(["--", command])
                 .run()
                 .assert_status(status)
@@ -314,9 +267,7 @@ fn a_broker_that_goes_and_comes_back_while_qconsume_waits_is_waited_for() {
     let waiting: Vec<_> = queues
         .iter()
         .map(|queue| {
-            let running = qconsume()
-                .url(&broker.url())
-                .queue(queue.name())
+            let running = worker(queue)
                 .args(["--connect-timeout", "5m", "--", "cat"])
                 .spawn();
             queue.wait_consumers(1);
@@ -344,11 +295,7 @@ fn a_command_never_runs_on_a_part_of_a_body() {
         let proxy = Proxy::of(Broker::shared());
         // The content's header and the first of about eight frames arrive, and then the broker is gone: again and again.
         proxy.on(ToClient, Method::BODY, Action::CutAfter);
-        let running = qconsume()
-            .url(&proxy.url())
-            .queue(queue.name())
-            .args(["--", "sha256sum"])
-            .spawn();
+        let running = behind(&proxy, &queue).args(["--", "sha256sum"]).spawn();
         proxy.wait_accepted(3, PATIENCE);
         assert_eq!(
             running.stdout(),
@@ -359,6 +306,6 @@ fn a_command_never_runs_on_a_part_of_a_body() {
         let done = running.wait(PATIENCE);
         done.assert_status(0);
         assert_eq!(done.stdout_text(), whole.stdout_text());
-        assert_empty(&queue);
+        assert_gone(&queue);
     }
 }

@@ -1,6 +1,6 @@
 //! qconsume as a container's first process, and beside another one; compared with tini where both apply.
 
-use crate::common::qconsume;
+use crate::common::{MESSAGE, assert_back, assert_gone, worker};
 use nix::{sys::signal::kill, unistd::Pid};
 use std::time::Duration;
 use testbed::{
@@ -105,20 +105,8 @@ impl Worker {
 
 fn one_message(name: &str) -> Queue {
     let queue = Broker::shared().queue(name);
-    queue.publish("the message");
+    queue.publish(MESSAGE);
     queue
-}
-
-#[track_caller]
-fn assert_back(queue: &Queue) {
-    assert_eq!(queue.wait_get().text(), "the message");
-    assert!(queue.get().is_none(), "the message is there twice");
-}
-
-#[track_caller]
-fn assert_gone(queue: &Queue) {
-    queue.wait_consumers(0);
-    queue.wait_ready(0);
 }
 
 #[test]
@@ -255,10 +243,10 @@ fn reaping_never_steals_the_commands_status() {
     let broker = Broker::shared();
     let queue = broker.queue("steals");
     for run in 1..=60 {
-        queue.publish("the message");
+        queue.publish(MESSAGE);
         // Orphans that end before, with and after the command.
         let script = format!("(sh -c : & sleep 0.01 & sleep 0.02 & sh -c : &); exit {run}");
-        let worker = qconsume().url(&broker.url()).queue(queue.name());
+        let worker = worker(&queue);
         as_pid_1(worker.shell(&script)).run().assert_status(run);
         assert_back(&queue);
     }
@@ -275,8 +263,8 @@ fn statuses_are_those_of_tini() {
             return;
         }
         let ours = |script: &str| {
-            queue.publish("the message");
-            let worker = qconsume().url(&Broker::shared().url()).queue(queue.name());
+            queue.publish(MESSAGE);
+            let worker = worker(&queue);
             worker.shell(script)
         };
         // A shell's background job has SIGINT and SIGQUIT ignored; qconsume gives its command their defaults back, tini not.

@@ -1,6 +1,6 @@
 //! qpublish: what it says is confirmed is in the queue, and what isn't is named.
 
-use crate::common::qpublish;
+use crate::common::{User, qpublish};
 use feed::Fifo;
 use std::{
     path::PathBuf,
@@ -10,6 +10,7 @@ use std::{
 use testbed::{
     Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
     Signal,
+    owner::temp_folder,
     types::{AMQPValue, LongString},
 };
 
@@ -26,10 +27,9 @@ fn drain(queue: &Queue) -> Vec<String> {
     std::iter::from_fn(|| queue.get().map(|got| got.text())).collect()
 }
 
-/// A file of this test process's own.
+/// A file with this content.
 fn file(name: &str, content: &[u8]) -> PathBuf {
-    let name = format!("publish-{}-{name}", std::process::id());
-    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let path = temp_folder("publish").join(name);
     std::fs::write(&path, content).unwrap();
     path
 }
@@ -39,13 +39,11 @@ mod feed {
     use std::{
         fs::{File, OpenOptions},
         io::Write,
-        path::PathBuf,
         process::Command,
     };
-    use testbed::{Program, Running};
+    use testbed::{Program, Running, owner::temp_folder};
 
     pub struct Fifo {
-        path: PathBuf,
         writer: File,
     }
 
@@ -53,9 +51,7 @@ mod feed {
         /// Starts the program with a pipe as its standard input.
         #[track_caller]
         pub fn feed(name: &str, program: Program) -> (Self, Running) {
-            let name = format!("publish-{}-{name}.fifo", std::process::id());
-            let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-            let _ = std::fs::remove_file(&path);
+            let path = temp_folder(name).join("fifo");
             assert!(
                 Command::new("mkfifo")
                     .arg(&path)
@@ -67,18 +63,12 @@ mod feed {
             let running = program.through(["sh", "-c", &script]).spawn();
             // Waits for the reader.
             let writer = OpenOptions::new().write(true).open(&path).unwrap();
-            (Self { path, writer }, running)
+            (Self { writer }, running)
         }
 
         #[track_caller]
         pub fn write(&mut self, text: &str) {
             self.writer.write_all(text.as_bytes()).unwrap();
-        }
-    }
-
-    impl Drop for Fifo {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.path);
         }
     }
 }
@@ -574,11 +564,8 @@ fn a_message_larger_than_the_broker_takes_is_named() {
 fn what_the_broker_forbids_is_told_with_its_own_status() {
     let broker = own_broker();
     let queue = broker.queue("forbidden");
-    broker.ctl(&["add_user", "reader", "secret-word"]).unwrap();
-    broker
-        .ctl(&["set_permissions", "-p", "/", "reader", "", "", ".*"])
-        .unwrap();
-    let url = broker.url_for("reader", "secret-word", "/");
+    let user = User::new(&broker, "reader", "secret-word").may(["", "", ".*"]);
+    let url = user.url("/");
     let line = || qpublish().url(&url).queue(queue.name());
     let ended = line().arg("x").run();
     ended.assert_status(77).assert_stderr("publish here");

@@ -1,6 +1,6 @@
 //! What people see: log lines, the last word, the termination message.
 
-use crate::common::qconsume;
+use crate::common::{private_broker, qconsume, worker};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -8,40 +8,21 @@ use std::{
 };
 use testbed::{
     BasicProperties, Broker, Finished, PATIENCE, Program, Proxy, Queue, Signal, missing,
+    owner::temp_folder,
 };
 
 /// Kubernetes keeps this much of a termination message.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
 
-/// A file that is removed with the test.
-struct File(PathBuf);
-
-impl File {
-    fn new(name: &str, content: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("qconsume-{}-{name}", std::process::id()));
-        fs::write(&path, content).expect("the temporary folder can be written to");
-        Self(path)
-    }
-
-    fn read(&self) -> String {
-        fs::read_to_string(&self.0).expect("it is there")
-    }
+/// An empty file, as Kubernetes makes one for the termination message.
+fn empty_file() -> PathBuf {
+    let path = temp_folder("report").join("termination");
+    fs::write(&path, "").expect("the temporary folder can be written to");
+    path
 }
 
-impl AsRef<std::ffi::OsStr> for File {
-    fn as_ref(&self) -> &std::ffi::OsStr {
-        self.0.as_os_str()
-    }
-}
-
-impl Drop for File {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn worker(queue: &Queue) -> Program {
-    qconsume().url(&Broker::shared().url()).queue(queue.name())
+fn read(file: &Path) -> String {
+    fs::read_to_string(file).expect("it is there")
 }
 
 /// A queue with one message that has an id.
@@ -414,7 +395,7 @@ fn colour_is_for_terminals_that_want_it() {
 #[test]
 fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message() {
     let queue = queue_with_order_7("report-termination");
-    let log = File::new("termination", "");
+    let log = empty_file();
     let run = worker(&queue)
         .arg("--termination-log")
         .arg(&log)
@@ -422,7 +403,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
         .run();
     run.assert_status(3);
     assert_eq!(
-        log.read(),
+        read(&log),
         "command exited with status 3; message requeued (status=3 source=command id=\"order-7\" attempt=1)\n"
     );
     // It isn't empty any more.
@@ -432,16 +413,16 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
         .shell("exit 4")
         .run();
     run.assert_status(4);
-    assert_contains(&log.read(), &["status=3"]);
+    assert_contains(&read(&log), &["status=3"]);
 
-    let log = File::new("termination-success", "");
+    let log = empty_file();
     let run = worker(&queue)
         .env("QCONSUME_TERMINATION_LOG", &log)
         .shell("exit 0")
         .run();
     run.assert_status(0);
     assert_contains(
-        &log.read(),
+        &read(&log),
         &["command succeeded; message acknowledged (status=0 source=command id=\"order-7\""],
     );
 }
@@ -449,7 +430,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
 #[test]
 fn what_the_command_leaves_as_a_termination_message_is_kept() {
     let queue = queue_with_order_7("report-kept");
-    let log = File::new("kept", "");
+    let log = empty_file();
     let run = worker(&queue)
         .arg("--termination-log")
         .arg(&log)
@@ -457,7 +438,7 @@ fn what_the_command_leaves_as_a_termination_message_is_kept() {
         .shell("echo mine >\"$LOG\"; exit 3")
         .run();
     run.assert_status(3);
-    assert_eq!(log.read(), "mine\n");
+    assert_eq!(read(&log), "mine\n");
 }
 
 #[test]
@@ -473,21 +454,21 @@ fn an_empty_name_is_no_file() {
 #[test]
 fn nobody_gets_a_termination_message_who_waits_for_none() {
     let queue = queue_with_order_7("report-nobody");
-    let log = File::new("nobody", "");
-    fs::remove_file(&log.0).expect("it was there");
+    let log = empty_file();
+    fs::remove_file(&log).expect("it was there");
     let run = worker(&queue)
         .arg("--termination-log")
         .arg(&log)
         .shell("exit 3")
         .run();
     run.assert_status(3);
-    assert!(!log.0.exists());
+    assert!(!log.exists());
 }
 
 #[test]
 fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_about() {
     // Not a name that AMQP or a file system takes, but one that gets into the message.
-    let log = File::new("long", "");
+    let log = empty_file();
     let name = format!("/\n{}", "ä/".repeat(5000));
     let run = qconsume()
         .url("amqp://localhost")
@@ -499,7 +480,7 @@ fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_abou
         .run();
     run.assert_status(127);
     assert_eq!(lines(&run).len(), 1, "{}", run.stderr);
-    let message = log.read();
+    let message = read(&log);
     assert!(
         message.len() <= TERMINATION_MESSAGE_MAX,
         "{}",
@@ -519,7 +500,7 @@ fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_abou
 
 #[test]
 fn wrong_options_get_into_the_termination_message_too() {
-    type Change = fn(Program, &File) -> Program;
+    type Change = fn(Program, &Path) -> Program;
     let ways: [(&str, Change); 4] = [
         ("variable", |program, log| {
             program.env("QCONSUME_TERMINATION_LOG", log).arg("--drian")
@@ -535,13 +516,13 @@ fn wrong_options_get_into_the_termination_message_too() {
         }),
     ];
     for (name, change) in ways {
-        let log = File::new(name, "");
+        let log = empty_file();
         let run = change(qconsume(), &log).run();
         run.assert_status(64);
         assert!(
-            log.read().ends_with(" (status=64 source=qconsume)\n"),
+            read(&log).ends_with(" (status=64 source=qconsume)\n"),
             "{name}: {:?}",
-            log.read()
+            read(&log)
         );
     }
 }
@@ -551,7 +532,7 @@ fn what_a_message_says_of_itself_does_not_pass_for_a_line_of_qconsumes() {
     let queue = Broker::shared().queue("report-hostile");
     let id = "x\nqconsume: command succeeded\u{1b}[2J\u{9b}31m";
     queue.publish_with(BasicProperties::default().with_message_id(id.into()), "");
-    let log = File::new("hostile", "");
+    let log = empty_file();
     let run = worker(&queue)
         .arg("--termination-log")
         .arg(&log)
@@ -559,8 +540,8 @@ fn what_a_message_says_of_itself_does_not_pass_for_a_line_of_qconsumes() {
         .run();
     run.assert_status(3);
     assert_eq!(lines(&run).len(), 2, "{}", run.stderr);
-    assert_eq!(log.read().lines().count(), 1);
-    for text in [&run.stderr, &log.read()] {
+    assert_eq!(read(&log).lines().count(), 1);
+    for text in [&run.stderr, &read(&log)] {
         let hidden = text.chars().find(|c| c.is_control() && *c != '\n');
         assert_eq!(hidden, None, "{text:?}");
     }
@@ -574,12 +555,9 @@ fn what_a_message_says_of_itself_does_not_pass_for_a_line_of_qconsumes() {
 
 #[test]
 fn rabbitmqs_list_of_connections_tells_which_pod_works_on_which_queue() {
-    let broker = Broker::shared();
-    if !broker.is_private() {
-        missing("a RabbitMQ of the tests' own, for rabbitmqctl");
-        return;
-    }
-    let queue = queue_with_order_7("report-connection");
+    let broker = private_broker();
+    let queue = broker.queue("report-connection");
+    queue.publish("apple");
     let host = format!("pod-{}", queue.name());
     let running = worker(&queue)
         .env("HOSTNAME", &host)

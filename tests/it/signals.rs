@@ -7,7 +7,7 @@ mod random;
 mod states;
 mod terminal;
 
-use crate::common::qconsume;
+use crate::common::{MESSAGE, assert_back, assert_gone, behind, qconsume, worker};
 use std::time::{Duration, Instant};
 use testbed::{
     Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running,
@@ -24,13 +24,8 @@ const WAITS: &str = "echo running; exec sleep 1000";
 fn one_message(name: &str, kind: QueueKind) -> (Queue, Proxy) {
     let broker = Broker::shared();
     let queue = broker.declare(name).kind(kind).create();
-    queue.publish("the message");
+    queue.publish(MESSAGE);
     (queue, Proxy::of(broker))
-}
-
-/// A worker on that queue, by way of that proxy.
-fn worker(queue: &Queue, proxy: &Proxy) -> Program {
-    qconsume().url(&proxy.url()).queue(queue.name())
 }
 
 /// A worker whose command has come so far as to say `running`.
@@ -49,22 +44,6 @@ fn stop(running: &Running, signal: Signal) -> Finished {
     eprintln!("{signal} to end: {:?}", told.elapsed());
     running.wait_no_leftovers(PROMPT);
     finished
-}
-
-/// The message is in the queue again, alone, and nobody has it.
-#[track_caller]
-fn assert_back(queue: &Queue) {
-    let got = queue.wait_get();
-    assert_eq!(got.text(), "the message");
-    assert!(queue.get().is_none(), "the message is there twice");
-}
-
-/// The message is gone for good.
-#[track_caller]
-fn assert_gone(queue: &Queue) {
-    queue.wait_consumers(0);
-    queue.wait_ready(0);
-    assert!(queue.get().is_none(), "the message is still there");
 }
 
 /// How the worker settled, as the proxy has seen it.

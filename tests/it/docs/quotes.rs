@@ -2,7 +2,7 @@
 
 use super::{QUEUE, name, pages, programs, root};
 use std::fs;
-use testbed::{Broker, Program};
+use testbed::{Broker, Program, owner::temp_folder};
 
 /// The README is for five minutes.
 const README_LINES_MAX: usize = 120;
@@ -101,7 +101,7 @@ fn log_lines_that_logs_quotes_are_real() {
     let quoted: Vec<_> = page.lines().map(without_time).collect();
     let broker = Broker::shared();
     let queue = broker.declare("docs-logs").create();
-    let log = std::env::temp_dir().join(format!("qconsume-docs-{}", queue.name()));
+    let log = temp_folder("docs").join("termination");
     for status in [0, 3] {
         Program::new(programs().join("qpublish"))
             .args(["-q", queue.name(), "--message-id", "order-7", "apple"])
@@ -125,5 +125,4 @@ fn log_lines_that_logs_quotes_are_real() {
             );
         }
     }
-    let _ = fs::remove_file(&log);
 }

@@ -1,6 +1,6 @@
 //! Odd circumstances that a worker may be started in, and odd commands.
 
-use super::{assert_empty, assert_returned, queues, worker};
+use super::{assert_gone, assert_returned, queues, worker};
 use crate::common::qconsume;
 use std::{fs, os::unix::fs::PermissionsExt};
 use testbed::{
@@ -98,7 +98,7 @@ fn blocked_and_ignored_signals_are_not_the_end_of_it() {
             "{before}"
         );
     }
-    assert_empty(&queue);
+    assert_gone(&queue);
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     let descriptors: Vec<&str> = text.lines().collect();
     assert_eq!(descriptors.len(), 3);
     assert!(descriptors.iter().all(|n| *n == descriptors[0]), "{text}");
-    assert_empty(&queue);
+    assert_gone(&queue);
 }
 
 #[test]

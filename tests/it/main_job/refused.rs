@@ -1,17 +1,18 @@
 //! Brokers and queues that can't be reached or used: which status, and how soon.
 
-use super::worker;
-use crate::common::{private_broker, qconsume, qpublish};
+use crate::common::{User, Vhost, behind, private_broker, qconsume, qpublish, worker};
 use std::{
-    io::{self, Read, Write},
-    net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    io::Read,
+    net::{Ipv6Addr, SocketAddr, TcpListener},
     thread,
     time::Duration,
 };
 use testbed::{
     Action, Broker,
     Direction::{ToBroker, ToClient},
-    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, Signal, frames, missing, reserve_port,
+    Finished, FullBacklog, Method, PATIENCE, Program, Proxy, Signal, frames, missing,
+    peer::{Answer, Peer},
+    reserve_port,
 };
 
 /// How long qconsume tries in the tests that see it give up.
@@ -107,12 +108,14 @@ fn an_unknown_virtual_host_is_78_at_once() {
 fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
     let proxy = Proxy::of(Broker::shared());
     proxy.on(ToClient, Method::CONNECTION_CLOSE, Action::CutAfter);
-    for address in [
-        Broker::shared().addr(),
-        proxy.addr(),
-        closes_behind_a_refusal(),
-    ] {
-        let url = format!("amqp://guest:guest@{address}/no-such-host");
+    // A peer that no RabbitMQ is: it closes right behind its refusal.
+    let text = "NOT_ALLOWED - vhost no-such-host not found";
+    let peer = Peer::new(move |request| match request.method {
+        Method::CONNECTION_OPEN => Answer::Last(frames::connection_close(530, text)),
+        _ => Answer::Usual,
+    });
+    for url in [Broker::shared().url(), proxy.url(), peer.url()] {
+        let url = format!("{url}/no-such-host");
         for _ in 0..20 {
             let done = qconsume().queue("q").url(&url).arg("cat").run();
             done.assert_status(78)
@@ -122,55 +125,19 @@ fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
     }
 }
 
-/// A peer that no RabbitMQ is: it closes right behind its refusal.
-fn closes_behind_a_refusal() -> SocketAddr {
-    fn read_frame(connection: &mut TcpStream) -> io::Result<()> {
-        let mut header = [0; 7];
-        connection.read_exact(&mut header)?;
-        let [.., a, b, c, d] = header;
-        let size = u32::from_be_bytes([a, b, c, d]) as usize;
-        connection.read_exact(&mut vec![0; size + 1])
-    }
-    fn refuse(mut connection: TcpStream) -> io::Result<()> {
-        connection.read_exact(&mut [0; 8])?;
-        let greeting = b"\0\x09\0\0\0\0\0\0\0\x05PLAIN\0\0\0\x05en_US";
-        let start = frames::method_frame(0, Method::CONNECTION_START, greeting);
-        connection.write_all(&start)?;
-        read_frame(&mut connection)?;
-        let limits = b"\x07\xff\0\x02\0\0\0\x0a";
-        let tune = frames::method_frame(0, Method::CONNECTION_TUNE, limits);
-        connection.write_all(&tune)?;
-        // tune-ok and open.
-        read_frame(&mut connection)?;
-        read_frame(&mut connection)?;
-        let text = "NOT_ALLOWED - vhost no-such-host not found";
-        connection.write_all(&frames::connection_close(530, text))
-    }
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    thread::spawn(move || {
-        for connection in listener.incoming().flatten() {
-            let _ = refuse(connection);
-        }
-    });
-    address
-}
-
 #[test]
 fn a_limit_of_channels_is_69_at_the_connect_timeout_and_named() {
     let broker = private_broker();
-    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
-    ctl(&["add_user", "silent", "silent"]);
-    ctl(&["set_permissions", "silent", ".*", ".*", ".*"]);
-    ctl(&["set_user_limits", "silent", r#"{"max-channels": 0}"#]);
-    let url = broker.url_for("silent", "silent", "/");
+    let user = User::new(&broker, "silent", "silent").may([".*"; 3]);
+    let limits = ["set_user_limits", "silent", r#"{"max-channels": 0}"#];
+    broker.ctl(&limits).unwrap();
+    let url = user.url("/");
     gives_up(
         qconsume().queue("q").url(&url),
         69,
         // RabbitMQ 4.0 names its node where the user's name should be.
         "has reached the maximum allowed user limit of",
     );
-    ctl(&["delete_user", "silent"]);
 }
 
 #[test]
@@ -178,23 +145,16 @@ fn missing_permissions_are_77_at_once() {
     let broker = private_broker();
     let queue = broker.queue("unreadable");
     queue.publish("apple");
-    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
-    ctl(&["add_user", "writer", "writer"]);
-    ctl(&["set_permissions", "writer", ".*", ".*", "^$"]);
-    ctl(&["add_vhost", "closed"]);
-    let at = |vhost| {
-        let url = broker.url_for("writer", "writer", vhost);
-        qconsume().url(&url).queue(queue.name())
-    };
+    let user = User::new(&broker, "writer", "writer").may([".*", ".*", "^$"]);
+    let closed = Vhost::new(&broker, "closed");
+    let at = |vhost| qconsume().url(&user.url(vhost)).queue(queue.name());
     ends_at_once(at("/"), 77, "user \"writer\" may not consume from queue");
     ends_at_once(
-        at("closed"),
+        at(closed.name),
         77,
         "user \"writer\" may not use virtual host \"closed\"",
     );
     assert!(!queue.get().expect("it is still there").redelivered);
-    ctl(&["delete_vhost", "closed"]);
-    ctl(&["delete_user", "writer"]);
 }
 
 #[test]
@@ -238,7 +198,7 @@ fn a_broker_that_falls_silent_during_the_handshake_is_69_at_the_connect_timeout(
     ] {
         let proxy = Proxy::of(Broker::shared());
         proxy.on(ToBroker, method, Action::Stall);
-        let program = qconsume().url(&proxy.url()).queue(queue.name());
+        let program = behind(&proxy, &queue);
         gives_up(program, 69, "no answer while");
     }
 }
@@ -409,53 +369,17 @@ fn an_ipv6_address_works() {
     assert_eq!(proxy.accepted(), 1);
 }
 
-/// A user of the test's own, with a password that is its name; gone when dropped.
-struct User<'a>(&'a Broker, &'static str);
-
-impl<'a> User<'a> {
-    fn new(broker: &'a Broker, name: &'static str) -> Self {
-        broker.ctl(&["add_user", name, name]).unwrap();
-        Self(broker, name)
-    }
-
-    fn url(&self, vhost: &str) -> String {
-        self.0.url_for(self.1, self.1, vhost)
-    }
-}
-
-impl Drop for User<'_> {
-    fn drop(&mut self) {
-        let _ = self.0.ctl(&["delete_user", self.1]);
-    }
-}
-
-/// A virtual host of the test's own; gone when dropped.
-struct Vhost<'a>(&'a Broker, &'static str);
-
-impl<'a> Vhost<'a> {
-    fn new(broker: &'a Broker, name: &'static str) -> Self {
-        broker.ctl(&["add_vhost", name]).unwrap();
-        Self(broker, name)
-    }
-}
-
-impl Drop for Vhost<'_> {
-    fn drop(&mut self) {
-        let _ = self.0.ctl(&["delete_vhost", self.1]);
-    }
-}
-
 #[test]
 fn names_that_contain_words_of_other_refusals_change_nothing() {
     let broker = private_broker();
-    let limited = User::new(&broker, "credit-limit-svc");
+    let limited = User::new(&broker, "credit-limit-svc", "x");
     let limits = Vhost::new(&broker, "limits");
-    for vhost in ["/", limits.1] {
+    for vhost in ["/", limits.name] {
         let program = qconsume().queue("q").url(&limited.url(vhost));
         ends_at_once(program, 77, "may not use virtual host");
     }
-    let other = User::new(&broker, "some-svc");
-    let program = qconsume().queue("q").url(&other.url(limits.1));
+    let other = User::new(&broker, "some-svc", "x");
+    let program = qconsume().queue("q").url(&other.url(limits.name));
     ends_at_once(program, 77, "may not use virtual host \"limits\"");
 
     let program = qconsume()
@@ -467,11 +391,12 @@ fn names_that_contain_words_of_other_refusals_change_nothing() {
 #[test]
 fn a_limit_of_queues_is_78_and_named() {
     let broker = private_broker();
-    let vhost = Vhost::new(&broker, "no-more-queues");
-    let ctl = |arguments: &[&str]| broker.ctl(arguments).unwrap();
-    ctl(&["set_permissions", "-p", vhost.1, "guest", ".*", ".*", ".*"]);
-    ctl(&["set_vhost_limits", "-p", vhost.1, r#"{"max-queues": 0}"#]);
-    let url = broker.url_for("guest", "guest", vhost.1);
+    let vhost = Vhost::new(&broker, "no-more-queues").of("guest");
+    let limits = r#"{"max-queues": 0}"#;
+    broker
+        .ctl(&["set_vhost_limits", "-p", vhost.name, limits])
+        .unwrap();
+    let url = broker.url_for("guest", "guest", vhost.name);
     let program = qconsume().queue("q").url(&url).arg("--declare");
     ends_at_once(program, 78, "is reached");
     let program = qpublish().url(&url).args(["-q", "q", "--declare", "apple"]);

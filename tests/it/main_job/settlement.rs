@@ -1,18 +1,15 @@
 //! The end of a message: what goes over the wire, the acknowledgement that can't be confirmed, the delivery that is lost.
 
-use super::{assert_empty, assert_in_one_place, assert_returned, queues};
-use crate::common::{private_broker, qconsume};
+use crate::common::{
+    Vhost, assert_gone, assert_in_one_place, assert_returned, behind, private_broker, queues,
+    worker,
+};
 use std::{sync::Arc, thread, time::Duration};
 use testbed::{
     Action, Broker,
     Direction::{self, ToBroker, ToClient},
     Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running, frames,
 };
-
-/// qconsume with the proxy before its broker.
-fn behind(proxy: &Proxy, queue: &Queue) -> Program {
-    qconsume().url(&proxy.url()).queue(queue.name())
-}
 
 fn sent(proxy: &Proxy) -> Vec<Method> {
     let methods = proxy.methods().into_iter();
@@ -241,7 +238,7 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     // What is still there of the connection, the broker has to notice now.
     proxy.cut();
     match then {
-        Then::Settled if status == 75 => assert_empty(queue),
+        Then::Settled if status == 75 => assert_gone(queue),
         // It is acknowledged, or it is requeued, once; nobody holds it.
         Then::Either if status == 75 => assert_in_one_place(queue, "orange"),
         // Also where the broker has been told of a failure.
@@ -413,7 +410,7 @@ fn a_delivery_lost_after_its_consumer_was_cancelled_ends_the_command_with_75() {
 fn a_queue_deleted_while_the_command_runs_ends_it_with_75() {
     for queue in queues("deleted") {
         queue.publish("plum");
-        let running = long_command(super::worker(&queue));
+        let running = long_command(worker(&queue));
         queue.delete();
         assert_lost(running, "cancelled the consumer");
     }
@@ -423,22 +420,16 @@ fn a_queue_deleted_while_the_command_runs_ends_it_with_75() {
 fn a_connection_closed_by_an_operator_while_the_command_runs_ends_it_with_75() {
     let broker = private_broker();
     // In a virtual host of its own, so that no other test's connection is closed.
-    let vhost = "operator";
-    broker.ctl(&["add_vhost", vhost]).unwrap();
-    broker
-        .ctl(&["set_permissions", "-p", vhost, "guest", ".*", ".*", ".*"])
-        .unwrap();
-    let url = broker.url_for("guest", "guest", vhost);
+    let vhost = Vhost::new(&broker, "operator").of("guest");
+    let url = broker.url_for("guest", "guest", vhost.name);
     let client = testbed::Client::new(&url);
     let queue = client.queue("operator");
     queue.publish("quince");
     client.disconnect();
-    let running = long_command(qconsume().url(&url).queue(queue.name()));
+    let running = long_command(worker(&queue));
     broker
-        .ctl(&["close_all_connections", "-p", vhost, "maintenance"])
+        .ctl(&["close_all_connections", "-p", vhost.name, "maintenance"])
         .unwrap();
     assert_lost(running, "maintenance");
     assert_returned(&queue, "quince");
-    drop(queue);
-    broker.ctl(&["delete_vhost", vhost]).unwrap();
 }

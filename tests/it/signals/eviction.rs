@@ -17,7 +17,7 @@ fn a_command_that_ends_on_the_signal_is_evicted_and_its_message_given_back() {
         ] {
             let (queue, proxy) = one_message("evicted", kind);
             // No core file of a command that QUIT ends.
-            let running = running(worker(&queue, &proxy).shell(&format!("ulimit -c 0; {WAITS}")));
+            let running = running(behind(&proxy, &queue).shell(&format!("ulimit -c 0; {WAITS}")));
             stop(&running, signal)
                 .assert_status(status)
                 .assert_stderr(&format!("command was killed by {signal}"))
@@ -33,7 +33,7 @@ fn a_command_that_exits_with_a_status_on_the_signal_is_evicted_with_that_status(
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("evicted-status", kind);
         let script = "trap 'exit 7' TERM; echo running; sleep 1000 & wait";
-        let running = running(worker(&queue, &proxy).shell(script));
+        let running = running(behind(&proxy, &queue).shell(script));
         stop(&running, Signal::SIGTERM).assert_status(7);
         assert_settled(&proxy, Method::BASIC_NACK);
         assert_back(&queue);
@@ -46,7 +46,7 @@ fn a_command_that_succeeds_after_the_signal_is_acked() {
         let (queue, proxy) = one_message("evicted-success", kind);
         let script = "trap 'exit 0' TERM; echo running; sleep 1000 & wait";
         // A shell's child that is about to become its program misses a signal to the group; it is left behind then.
-        let worker = worker(&queue, &proxy).args(["--kill-after", "1s"]);
+        let worker = behind(&proxy, &queue).args(["--kill-after", "1s"]);
         let running = running(worker.shell(script));
         stop(&running, Signal::SIGTERM).assert_status(0);
         assert_settled(&proxy, Method::BASIC_ACK);
@@ -58,7 +58,7 @@ fn a_command_that_succeeds_after_the_signal_is_acked() {
 fn an_eviction_is_given_back_whatever_the_options_say_of_failures() {
     let (queue, proxy) = one_message("evicted-options", QueueKind::Quorum);
     let running = running(
-        worker(&queue, &proxy)
+        behind(&proxy, &queue)
             .args([
                 "--reject-on",
                 "143",
@@ -81,7 +81,7 @@ fn every_signal_is_passed_on_and_without_grace_only_the_platform_kills() {
         while :; do sleep 0.05; done";
     // Neither limit has anything to do with a signal from outside.
     let running = running(
-        worker(&queue, &proxy)
+        behind(&proxy, &queue)
             .args(["--kill-after", "0s"])
             .shell(script),
     );
@@ -105,7 +105,7 @@ fn a_second_message_is_not_taken_after_the_signal() {
         let (queue, proxy) = one_message("evicted-count", QueueKind::Classic);
         queue.publish("another message");
         let running = running(
-            worker(&queue, &proxy)
+            behind(&proxy, &queue)
                 .args(["--count", "0", "--kill-after", "1s"])
                 .shell(script),
         );
@@ -131,7 +131,7 @@ fn a_failure_raises_the_delivery_count_and_an_eviction_does_not() {
     };
     let queue = broker.declare("counted").quorum().create();
     queue.publish("the message");
-    let worker = || qconsume().url(&broker.url()).queue(queue.name());
+    let worker = || worker(&queue);
 
     for _ in 0..2 {
         stop(&running(worker().shell(WAITS)), Signal::SIGTERM).assert_status(143);

@@ -13,7 +13,7 @@ fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
             "kill -STOP $$; exec sleep 1000",
         ] {
             let (queue, proxy) = one_message("limit", kind);
-            let worker = worker(&queue, &proxy).args(["--timeout", "300ms"]);
+            let worker = behind(&proxy, &queue).args(["--timeout", "300ms"]);
             let running = worker.shell(script).spawn();
             let finished = running.finish(PROMPT);
             finished.assert_status(124).assert_stderr("--timeout");
@@ -28,7 +28,7 @@ fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
 #[test]
 fn a_command_that_ignores_the_time_limit_is_killed_with_its_group() {
     let (queue, proxy) = one_message("limit-deaf", QueueKind::Classic);
-    let running = worker(&queue, &proxy)
+    let running = behind(&proxy, &queue)
         .args(["--timeout", "200ms", "--kill-after", "300ms"])
         .shell("trap '' TERM; sleep 1000 & sleep 1000")
         .spawn();
@@ -49,9 +49,7 @@ fn a_time_limit_dead_letters_where_failures_do() {
         .dead_letter_to(&dead)
         .create();
     queue.publish("the message");
-    qconsume()
-        .url(&broker.url())
-        .queue(queue.name())
+    worker(&queue)
         .args(["--timeout", "200ms", "--reject-on", "124"])
         .shell("exec sleep 1000")
         .run()
@@ -66,7 +64,7 @@ fn the_first_of_a_signal_and_the_time_limit_decides() {
     let (queue, proxy) = one_message("signal-first", QueueKind::Classic);
     let script = "trap 'echo got TERM' TERM; echo running; while :; do sleep 0.05; done";
     let running = running(
-        worker(&queue, &proxy)
+        behind(&proxy, &queue)
             .args(["--timeout", "1s", "--kill-after", "0s"])
             .shell(script),
     );
@@ -76,7 +74,7 @@ fn the_first_of_a_signal_and_the_time_limit_decides() {
 
     // The limit first: a failure, though a signal comes on top.
     let (queue, proxy) = one_message("limit-first", QueueKind::Classic);
-    let running = worker(&queue, &proxy)
+    let running = behind(&proxy, &queue)
         .args(["--timeout", "200ms", "--kill-after", "600s"])
         .shell("n=0; trap 'n=$((n+1)); echo got $n' TERM; while [ $n -lt 2 ]; do sleep 0.05; done; exit 5")
         .spawn();
@@ -91,7 +89,7 @@ fn grace_kills_a_command_that_ignores_the_signal() {
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("grace", kind);
         let running = running(
-            worker(&queue, &proxy)
+            behind(&proxy, &queue)
                 .args(["--grace", "300ms"])
                 .shell("trap '' TERM; echo running; sleep 1000 & sleep 1000"),
         );
@@ -114,7 +112,7 @@ fn a_lost_delivery_terminates_the_command() {
         ] {
             let (queue, proxy) = one_message("lost", kind);
             let running = running(
-                worker(&queue, &proxy)
+                behind(&proxy, &queue)
                     .args(["--kill-after", "300ms"])
                     .shell(script),
             );
@@ -133,7 +131,7 @@ fn a_lost_delivery_lets_the_command_finish_where_told_so() {
     let (queue, proxy) = one_message("lost-finish", QueueKind::Quorum);
     let finish = testbed::owner::temp_folder("lost-finish").join("finish");
     let running = running(
-        worker(&queue, &proxy)
+        behind(&proxy, &queue)
             .args(["--on-lost", "finish"])
             .env("FINISH", &finish)
             .shell("echo running; while [ ! -e $FINISH ]; do sleep 0.02; done; echo finished"),
@@ -151,7 +149,7 @@ fn a_lost_delivery_lets_the_command_finish_where_told_so() {
 fn a_signal_still_reaches_a_command_whose_delivery_is_lost() {
     let (queue, proxy) = one_message("lost-signal", QueueKind::Classic);
     let running = running(
-        worker(&queue, &proxy)
+        behind(&proxy, &queue)
             .args(["--on-lost", "finish"])
             .shell(WAITS),
     );
@@ -175,7 +173,7 @@ fn user_signals_go_to_the_command_alone_and_end_nothing() {
             trap 'got=1; echo got it' {name}; echo running
             while [ ! $got ]; do sleep 0.02; done; sleep 0.2; kill -0 $child && echo child is there"
         );
-        let worker = worker(&queue, &proxy).args(["--kill-after", "100ms"]);
+        let worker = behind(&proxy, &queue).args(["--kill-after", "100ms"]);
         let running = running(worker.shell(&script));
         running.signal(signal);
         let finished = running.finish(PROMPT);
@@ -190,11 +188,7 @@ fn user_signals_go_to_the_command_alone_and_end_nothing() {
 fn user_signals_end_nothing_while_there_is_no_command() {
     let broker = Broker::shared();
     let queue = broker.queue("user-signal-idle");
-    let running = qconsume()
-        .url(&broker.url())
-        .queue(queue.name())
-        .shell("exit 4")
-        .spawn();
+    let running = worker(&queue).shell("exit 4").spawn();
     queue.wait_consumers(1);
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH] {
         running.signal(signal);

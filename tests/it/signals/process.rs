@@ -7,7 +7,7 @@ use testbed::{Action, missing, owner};
 fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
     let (queue, proxy) = one_message("dispositions", QueueKind::Classic);
     // With CHLD blocked a careless qconsume would never hear of its command's end.
-    let finished = worker(&queue, &proxy)
+    let finished = behind(&proxy, &queue)
         .args(["--", "grep", "-E", "^Sig(Blk|Ign):", "/proc/self/status"])
         .through(["env"])
         .through(["--ignore-signal=PIPE,HUP,INT,QUIT,USR1,CHLD,TSTP,ALRM"])
@@ -25,7 +25,7 @@ fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
 fn a_command_inherits_what_qconsume_was_started_with_and_nothing_of_qconsumes() {
     let (queue, proxy) = one_message("descriptors", QueueKind::Classic);
     let opens = ["sh", "-c", "exec 7</dev/null 9>&2; exec \"$0\" \"$@\""];
-    let finished = worker(&queue, &proxy)
+    let finished = behind(&proxy, &queue)
         .args(["--", "ls", "/proc/self/fd"])
         .through(opens)
         .run();
@@ -39,7 +39,7 @@ fn a_command_inherits_what_qconsume_was_started_with_and_nothing_of_qconsumes() 
 #[test]
 fn a_shells_process_substitution_reaches_the_command() {
     let (queue, proxy) = one_message("substitution", QueueKind::Classic);
-    let finished = worker(&queue, &proxy)
+    let finished = behind(&proxy, &queue)
         .through(["bash", "-c", "exec \"$0\" -- cat <(echo of the shell)"])
         .run();
     finished.assert_status(0);
@@ -56,9 +56,7 @@ fn a_shortage_of_processes_is_no_broken_command() {
     queue.publish("the message");
     // A user of our own, whose processes and threads are counted; and a program that the user can reach.
     let user = 1_000_000 + std::process::id();
-    let folder = std::env::temp_dir().join(format!("qconsume-shortage-{user}"));
-    std::fs::create_dir_all(&folder).unwrap();
-    let program = folder.join("qconsume");
+    let program = owner::temp_folder("shortage").join("qconsume");
     std::fs::copy(crate::common::qconsume_path(), &program).unwrap();
     let mut refused = false;
     let mut limit = 2;
@@ -82,7 +80,6 @@ fn a_shortage_of_processes_is_no_broken_command() {
         limit += 1;
         assert!(limit < 10, "{finished:?}");
     }
-    std::fs::remove_dir_all(folder).unwrap();
     assert!(refused, "no limit was just too small");
 }
 
@@ -93,7 +90,7 @@ fn a_signal_that_may_not_be_sent_is_warned_about() {
     }
     let (queue, proxy) = one_message("not-permitted", QueueKind::Classic);
     let go = owner::temp_folder("not-permitted").join("go");
-    let worker = worker(&queue, &proxy)
+    let worker = behind(&proxy, &queue)
         .env("GO", &go)
         .args([
             "--",
@@ -117,7 +114,7 @@ fn a_signal_that_may_not_be_sent_is_warned_about() {
 #[test]
 fn a_command_leads_a_process_group_of_its_own() {
     let (queue, proxy) = one_message("group", QueueKind::Classic);
-    let running = worker(&queue, &proxy)
+    let running = behind(&proxy, &queue)
         .args(["--", "cut", "-d ", "-f1,4,5", "/proc/self/stat"])
         .spawn();
     let text = running.finish(PATIENCE).stdout_text();
@@ -135,7 +132,7 @@ fn a_command_leads_a_process_group_of_its_own() {
 fn a_command_dies_with_a_killed_qconsume() {
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("orphan", kind);
-        let running = running(worker(&queue, &proxy).shell(&format!("trap '' TERM HUP; {WAITS}")));
+        let running = running(behind(&proxy, &queue).shell(&format!("trap '' TERM HUP; {WAITS}")));
         stop(&running, Signal::SIGKILL).assert_status(137);
         assert_back(&queue);
     }
@@ -155,7 +152,7 @@ fn what_a_success_leaves_behind_may_finish_before_the_settlement() {
     for away in AWAY {
         let (queue, proxy) = one_message("finishes", QueueKind::Classic);
         let folder = owner::temp_folder("finishes");
-        let running = worker(&queue, &proxy)
+        let running = behind(&proxy, &queue)
             .args(["--kill-after", "60s"])
             .env(
                 "LATER",
@@ -183,9 +180,7 @@ fn a_file_that_is_compressed_on_the_side_is_whole() {
     let folder = owner::temp_folder("tee");
     for run in 0..10 {
         queue.publish(vec![b'x'; 3_000_000]);
-        qconsume()
-            .url(&broker.url())
-            .queue(queue.name())
+        worker(&queue)
             .current_dir(&folder)
             .args(["--", "bash", "-c", "tee >(gzip >f) >/dev/null"])
             .run()
@@ -199,7 +194,7 @@ fn a_file_that_is_compressed_on_the_side_is_whole() {
 fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
     for away in AWAY.iter().chain(&["sh -c \"$LATER\" &"]) {
         let (queue, proxy) = one_message("too-long", QueueKind::Classic);
-        let running = worker(&queue, &proxy)
+        let running = behind(&proxy, &queue)
             .args(["--kill-after", "500ms"])
             .env("LATER", "trap '' TERM HUP; sleep 1000 & sleep 1000")
             .shell(away)
@@ -223,7 +218,7 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
             let (queue, proxy) = one_message("background", QueueKind::Classic);
             proxy.once(Direction::ToBroker, Method::BASIC_REJECT, Action::Hold);
             // A pipe is the classic way to wait for ever.
-            let running = worker(&queue, &proxy)
+            let running = behind(&proxy, &queue)
                 .env("LATER", "trap '' TERM; echo left; sleep 1000 | sleep 1000")
                 .args(["--kill-after", "600s"])
                 .shell(&format!(
@@ -244,7 +239,7 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
 #[test]
 fn a_process_that_forks_for_its_life_does_not_escape() {
     let (queue, proxy) = one_message("forks", QueueKind::Classic);
-    let running = worker(&queue, &proxy)
+    let running = behind(&proxy, &queue)
         .env("FORK", "echo left; sh -c \"$FORK\" &")
         .shell("setsid sh -c \"$FORK\" >out & until [ -s out ]; do sleep 0.02; done; exit 5")
         .current_dir(owner::temp_folder("forks"))
@@ -267,7 +262,7 @@ fn left(worker: Program, script: &str) -> Program {
 fn a_stop_ends_what_a_success_has_left() {
     let (queue, proxy) = one_message("left-stop", QueueKind::Classic);
     let script = "trap 'echo got TERM; exit' TERM; echo running; while :; do sleep 0.02; done";
-    let running = running(left(worker(&queue, &proxy), script));
+    let running = running(left(behind(&proxy, &queue), script));
     let finished = stop(&running, Signal::SIGTERM);
     finished.assert_status(0);
     assert_eq!(finished.stdout_text(), "running\ngot TERM\n");
@@ -278,7 +273,7 @@ fn a_stop_ends_what_a_success_has_left() {
 #[test]
 fn a_delivery_lost_while_something_is_left_is_no_success() {
     let (queue, proxy) = one_message("left-lost", QueueKind::Classic);
-    let running = running(left(worker(&queue, &proxy), WAITS));
+    let running = running(left(behind(&proxy, &queue), WAITS));
     proxy.cut();
     running.finish(PROMPT).assert_status(75);
     running.wait_no_leftovers(PROMPT);
@@ -290,7 +285,7 @@ fn what_was_there_before_the_command_is_none_of_its_own() {
     // As PID 1's other children: a shell starts something, and then becomes qconsume.
     let (queue, proxy) = one_message("stranger", QueueKind::Classic);
     let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
-    let running = worker(&queue, &proxy)
+    let running = behind(&proxy, &queue)
         .shell("sleep 1000 & exit 3")
         .through(["sh", "-c", script])
         .spawn();
@@ -300,7 +295,7 @@ fn what_was_there_before_the_command_is_none_of_its_own() {
     assert_back(&queue);
     // Nor does a success wait for it.
     queue.publish("the message");
-    let running = worker(&queue, &proxy)
+    let running = behind(&proxy, &queue)
         .args(["--kill-after", "600s"])
         .shell("exit 0")
         .through(["sh", "-c", script])
@@ -317,9 +312,7 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
         let queue = broker.queue("stdin-held");
         queue.publish(vec![b'x'; 3_000_000]);
         let started = owner::temp_folder("stdin-held").join("started");
-        let running = qconsume()
-            .url(&broker.url())
-            .queue(queue.name())
+        let running = worker(&queue)
             .args(["--kill-after", "200ms"])
             .env("STARTED", &started)
             .shell(&format!(
@@ -339,7 +332,7 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
 #[test]
 fn the_termination_message_is_not_for_programs_that_the_command_calls() {
     let (queue, proxy) = one_message("termination", QueueKind::Classic);
-    let finished = worker(&queue, &proxy)
+    let finished = behind(&proxy, &queue)
         .env("QCONSUME_TERMINATION_LOG", "/dev/null")
         .shell("echo \"<${QCONSUME_TERMINATION_LOG-unset}>\"")
         .run();
@@ -351,12 +344,7 @@ fn the_termination_message_is_not_for_programs_that_the_command_calls() {
 fn nohup_keeps_a_hangup_from_qconsume() {
     let broker = Broker::shared();
     let queue = broker.queue("nohup");
-    let running = qconsume()
-        .url(&broker.url())
-        .queue(queue.name())
-        .through(["nohup"])
-        .shell("exit 6")
-        .spawn();
+    let running = worker(&queue).through(["nohup"]).shell("exit 6").spawn();
     queue.wait_consumers(1);
     running.signal(Signal::SIGHUP);
     queue.publish("the message");
@@ -368,9 +356,7 @@ fn nohup_keeps_a_hangup_from_qconsume() {
 fn what_was_ignored_at_the_start_stays_ignored() {
     let broker = Broker::shared();
     let queue = broker.queue("ignored");
-    let running = qconsume()
-        .url(&broker.url())
-        .queue(queue.name())
+    let running = worker(&queue)
         .through(["env", "--ignore-signal=INT,QUIT,HUP"])
         .shell("exit 6")
         .spawn();

@@ -30,14 +30,14 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
             scope.spawn(move || {
                 let kind = QueueKind::ALL[lane % 2];
                 let queue = broker.declare("random").kind(kind).create();
-                let mut random = Random(seed + lane as u64);
+                let mut random = fastrand::Rng::with_seed(seed + lane as u64);
                 // Undisturbed, but side by side as the others, to know how long a run takes here and now.
                 let calm = (0..2).map(|_| calm(&queue)).max().unwrap();
                 eprintln!("lane {lane}: a run takes {calm:?}");
                 for run in (lane..RUNS).step_by(LANES) {
                     // Some long after its end, however slow the machine is just then.
                     let reach = if run % 8 == 0 { 4.0 } else { 1.1 };
-                    let moment = calm.mul_f64(random.fraction() * reach);
+                    let moment = calm.mul_f64(random.f64() * reach);
                     let entry = run_once(&queue, run, moment);
                     *table.lock().unwrap().entry(entry).or_default() += 1;
                 }
@@ -65,21 +65,16 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
 /// How long a run takes without a signal.
 fn calm(queue: &Queue) -> Duration {
     queue.publish("the message");
-    let finished = worker(queue, COMMANDS[0]).run();
+    let finished = worker(queue).shell(COMMANDS[0]).run();
     finished.assert_status(0);
     finished.wall
-}
-
-fn worker(queue: &Queue, script: &str) -> Program {
-    let worker = qconsume().url(&Broker::shared().url());
-    worker.queue(queue.name()).shell(script)
 }
 
 /// One run with a signal at that moment: its status, and where the message is.
 fn run_once(queue: &Queue, run: usize, moment: Duration) -> (i32, &'static str) {
     let body = format!("message {run}");
     queue.publish(&body);
-    let running = worker(queue, COMMANDS[run % COMMANDS.len()]).spawn();
+    let running = worker(queue).shell(COMMANDS[run % COMMANDS.len()]).spawn();
     block_on(async { tokio::time::sleep(moment).await });
     let finished = stop(&running, Signal::SIGTERM);
     match finished.status() {
@@ -92,18 +87,5 @@ fn run_once(queue: &Queue, run: usize, moment: Duration) -> (i32, &'static str) 
             (status, "back")
         }
         _ => panic!("run {run}, after {moment:?}: {finished:?}"),
-    }
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn fraction(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     }
 }

@@ -36,7 +36,7 @@ fn a_signal_from_before_the_start_is_not_lost() {
     for (signal, status) in STOPS {
         let name = &signal.as_str()[3..];
         // Pending since before the program was executed: nothing can be earlier.
-        let finished = never_runs(worker(&queue, &proxy))
+        let finished = never_runs(behind(&proxy, &queue))
             .through(["env", &format!("--block-signal={name}"), "sh", "-c"])
             .through([&format!("kill -s {name} $$; exec \"$0\" \"$@\"")])
             .run();
@@ -169,7 +169,7 @@ fn a_signal_ends_an_amqp_handshake() {
     ] {
         let (queue, proxy) = one_message("handshake", QueueKind::Classic);
         proxy.once(Direction::ToBroker, step, Action::Stall);
-        let running = never_runs(worker(&queue, &proxy)).spawn();
+        let running = never_runs(behind(&proxy, &queue)).spawn();
         proxy.wait_for(Direction::ToBroker, step, PATIENCE);
         stop_idle(&running, Signal::SIGTERM, 143);
         assert_back(&queue);
@@ -189,7 +189,7 @@ fn a_signal_ends_a_pause_between_attempts() {
     let broker = Broker::shared();
     let absent = broker.declare("absent").absent();
     let proxy = Proxy::of(broker);
-    let running = never_runs(worker(&absent, &proxy)).spawn();
+    let running = never_runs(behind(&proxy, &absent)).spawn();
     running.wait_for_stderr("trying again", PATIENCE);
     stop_idle(&running, Signal::SIGTERM, 143);
     proxy.wait_open(0, PATIENCE);
@@ -200,7 +200,7 @@ fn a_signal_ends_a_registration_that_is_not_answered() {
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("consume-stalled", kind);
         proxy.once(Direction::ToBroker, Method::BASIC_CONSUME, Action::Stall);
-        let running = never_runs(worker(&queue, &proxy)).spawn();
+        let running = never_runs(behind(&proxy, &queue)).spawn();
         proxy.wait_for(Direction::ToBroker, Method::BASIC_CONSUME, PATIENCE);
         stop_idle(&running, Signal::SIGTERM, 143);
         drop(proxy);
@@ -214,7 +214,7 @@ fn a_message_that_arrives_while_the_registration_is_given_up_is_given_back() {
         let (queue, proxy) = one_message("consume-late", kind);
         // The broker has registered the consumer and pushed the message; neither is here yet.
         proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Hold);
-        let running = never_runs(worker(&queue, &proxy)).spawn();
+        let running = never_runs(behind(&proxy, &queue)).spawn();
         proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK, PATIENCE);
         queue.wait_ready(0);
         running.signal(Signal::SIGTERM);
@@ -232,7 +232,7 @@ fn a_signal_ends_the_wait_for_a_message() {
         let queue = broker.declare("waiting").kind(kind).create();
         for (signal, status) in STOPS {
             let proxy = Proxy::of(broker);
-            let running = never_runs(worker(&queue, &proxy)).spawn();
+            let running = never_runs(behind(&proxy, &queue)).spawn();
             queue.wait_consumers(1);
             stop_idle(&running, signal, status);
             // It has said goodbye rather than merely gone.
@@ -251,14 +251,14 @@ fn a_signal_ends_the_wait_for_a_message_from_a_broker_that_answers_nothing() {
     let broker = Broker::shared();
     let queue = broker.queue("waiting-stalled");
     let proxy = Proxy::of(broker);
-    let running = never_runs(worker(&queue, &proxy)).spawn();
+    let running = never_runs(behind(&proxy, &queue)).spawn();
     queue.wait_consumers(1);
     proxy.stall();
     stop_idle(&running, Signal::SIGTERM, 143);
 
     // And while it comes back to one that accepts and stays silent.
     proxy.pass();
-    let running = never_runs(worker(&queue, &proxy)).spawn();
+    let running = never_runs(behind(&proxy, &queue)).spawn();
     queue.wait_consumers(1);
     let before = proxy.accepted();
     proxy.stall();
@@ -279,7 +279,7 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
             proxy.once(Direction::ToClient, Method::BODY, Action::Hold);
             let body = vec![b'x'; 300_000];
             queue.publish(&body);
-            let running = never_runs(worker(&queue, &proxy)).spawn();
+            let running = never_runs(behind(&proxy, &queue)).spawn();
             proxy.wait_for_nth(Direction::ToClient, Method::BODY, 2, PATIENCE);
             running.signal(Signal::SIGTERM);
             proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
@@ -305,7 +305,7 @@ fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
         let proxy = Proxy::of(broker);
         // The cancel of `--wait` is on its way when the message and then the signal come.
         proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
-        let running = never_runs(worker(&queue, &proxy).args(["--wait", "200ms"])).spawn();
+        let running = never_runs(behind(&proxy, &queue).args(["--wait", "200ms"])).spawn();
         proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
         queue.publish("the message");
         proxy.wait_for(Direction::ToClient, Method::BODY, PATIENCE);
@@ -339,7 +339,7 @@ fn a_signal_while_settling_changes_nothing() {
         ] {
             let (queue, proxy) = one_message("settling", kind);
             proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
-            let running = worker(&queue, &proxy).shell(script).spawn();
+            let running = behind(&proxy, &queue).shell(script).spawn();
             proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
             for (signal, _) in STOPS {
                 running.signal(signal);
@@ -361,7 +361,7 @@ fn a_signal_while_settling_changes_nothing() {
 fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
     let (queue, proxy) = one_message("settling-stalled", QueueKind::Classic);
     proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Stall);
-    let running = worker(&queue, &proxy).shell("exit 0").spawn();
+    let running = behind(&proxy, &queue).shell("exit 0").spawn();
     proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
     running.signal(Signal::SIGTERM);
     proxy.cut();
@@ -378,7 +378,7 @@ fn a_signal_cuts_the_goodbye_short() {
     for (script, status) in [("exit 0", 0), ("exit 3", 3)] {
         let (queue, proxy) = one_message("goodbye", QueueKind::Classic);
         proxy.once(Direction::ToBroker, Method::CONNECTION_CLOSE, Action::Stall);
-        let running = worker(&queue, &proxy).shell(script).spawn();
+        let running = behind(&proxy, &queue).shell(script).spawn();
         proxy.wait_for(Direction::ToBroker, Method::CONNECTION_CLOSE, PATIENCE);
         stop(&running, Signal::SIGTERM).assert_status(status);
         drop(proxy);

@@ -356,6 +356,11 @@ impl Queue {
         &self.name
     }
 
+    /// Its broker's address, for `BROKER_URL`.
+    pub fn url(&self) -> &str {
+        &self.client.inner.url
+    }
+
     /// Puts one message in; returns when the broker has confirmed it.
     #[track_caller]
     pub fn publish(&self, body: impl AsRef<[u8]>) {
