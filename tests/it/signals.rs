@@ -49,14 +49,9 @@ fn stop(running: &Running, signal: Signal) -> Finished {
 /// How the worker settled, as the proxy has seen it.
 #[track_caller]
 fn assert_settled(proxy: &Proxy, by: Method) {
-    let settlements: Vec<Method> = proxy
-        .methods()
-        .into_iter()
-        .filter(|(direction, method)| {
-            *direction == Direction::ToBroker
-                && [Method::BASIC_ACK, Method::BASIC_NACK, Method::BASIC_REJECT].contains(method)
-        })
-        .map(|(_, method)| method)
-        .collect();
+    let mut settlements = proxy.sent();
+    settlements.retain(|method| {
+        [Method::BASIC_ACK, Method::BASIC_NACK, Method::BASIC_REJECT].contains(method)
+    });
     assert_eq!(settlements, [by]);
 }

@@ -11,14 +11,6 @@ use testbed::{
     Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running, frames,
 };
 
-fn sent(proxy: &Proxy) -> Vec<Method> {
-    let methods = proxy.methods().into_iter();
-    methods
-        .filter(|(direction, _)| *direction == ToBroker)
-        .map(|(_, method)| method)
-        .collect()
-}
-
 #[test]
 fn cancel_settlement_and_barrier_go_out_in_this_order() {
     for queue in queues("order") {
@@ -30,7 +22,6 @@ fn cancel_settlement_and_barrier_go_out_in_this_order() {
             queue.publish_all(["one", "two"]);
             let proxy = Proxy::of(Broker::shared());
             behind(&proxy, &queue).shell(script).run();
-            let sent = sent(&proxy);
             let begin = [
                 Method::CONNECTION_START_OK,
                 Method::CONNECTION_TUNE_OK,
@@ -45,7 +36,7 @@ fn cancel_settlement_and_barrier_go_out_in_this_order() {
                 Method::BASIC_QOS,
                 Method::CONNECTION_CLOSE,
             ];
-            assert_eq!(sent, [&begin[..], &end].concat(), "{script}");
+            assert_eq!(proxy.sent(), [&begin[..], &end].concat(), "{script}");
             assert_eq!(proxy.count(ToClient, Method::BASIC_DELIVER), 1, "{script}");
             queue.purge();
         }

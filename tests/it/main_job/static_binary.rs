@@ -1,7 +1,7 @@
 //! The static binary: it needs no library, and it looks names up where the image's C library is newer than its own.
 
 use std::{fs, process};
-use testbed::{Finished, Program, docker_label, docker_works, image_present, missing, owner};
+use testbed::{Finished, Program, docker_works, image_present, missing, owner};
 
 /// The image with the newest C library among those of the tests: Debian's unstable one.
 const IMAGE: &str = "rabbitmq:4.3-management";
@@ -55,7 +55,7 @@ fn names_are_looked_up_in_an_image_with_a_newer_c_library() {
     if !docker_works() || !image_present(IMAGE) {
         return missing(&format!("Docker and the image {IMAGE}"));
     }
-    let label = docker_label().unwrap();
+    let label = owner::docker_label().unwrap();
     let network = Network::new(&label);
     let folder = owner::temp_folder("names");
     let nsswitch = folder.join("nsswitch.conf");

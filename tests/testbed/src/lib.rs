@@ -31,9 +31,7 @@ mod runtime;
 pub mod soak;
 
 pub use backlog::FullBacklog;
-pub use broker::{
-    Broker, BrokerOptions, Container, docker, docker_label, docker_works, image_present,
-};
+pub use broker::{Broker, BrokerOptions, Container, docker, docker_works, image_present};
 pub use client::{Client, Consumer, Got, Held, Queue, QueueBuilder, QueueKind};
 pub use lapin::{self, BasicProperties, types};
 pub use nix::sys::signal::Signal;

@@ -62,9 +62,9 @@ rm -rf "$folder"
 "#;
 
 /// This process as the owner of processes, containers and files.
-pub(crate) struct Owner {
+struct Owner {
     /// Unique among all test processes; also the prefix of names.
-    pub(crate) id: String,
+    id: String,
     /// Everything on disk lives below.
     folder: PathBuf,
     /// Held for its standard input, whose closing is the signal.
@@ -72,7 +72,7 @@ pub(crate) struct Owner {
 }
 
 /// This process's identity, with its watchdog running.
-pub(crate) fn get() -> &'static Owner {
+fn get() -> &'static Owner {
     static OWNER: LazyLock<Owner> =
         LazyLock::new(|| Owner::start().unwrap_or_else(|error| panic!("{error:#}")));
     &OWNER
@@ -129,13 +129,15 @@ impl Owner {
             _watchdog: watchdog,
         })
     }
+}
 
-    /// The label of its containers and networks; from now on its watchdog asks Docker, too.
-    pub(crate) fn label(&self) -> Result<String> {
-        let path = self.folder.join("docker");
-        fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(format!("{LABEL}={}", self.id))
-    }
+/// The label, `name=value`, with which a test's own containers and networks are removed should this process be killed; from
+/// now on the watchdog asks Docker, too.
+pub fn docker_label() -> Result<String> {
+    let owner = get();
+    let path = owner.folder.join("docker");
+    fs::write(&path, "").with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(format!("{LABEL}={}", owner.id))
 }
 
 /// A new, empty folder, gone when this process ends: the watchdog removes it with the others.

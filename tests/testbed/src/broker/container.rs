@@ -6,7 +6,7 @@
 use super::{CTL_LIMIT, Node, Settings};
 use crate::Signal;
 use crate::exec;
-use crate::owner::{self, find_in_path};
+use crate::owner::{self, docker_label, find_in_path};
 use crate::program::Program;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -39,11 +39,6 @@ pub fn docker_works() -> bool {
 /// Whether the Docker daemon has the image already.
 pub fn image_present(image: &str) -> bool {
     docker_works() && docker(&["image", "inspect", "--format", "{{.Id}}", image]).is_ok()
-}
-
-/// The label, `name=value`, with which a test's own containers and networks are removed should this process be killed.
-pub fn docker_label() -> Result<String> {
-    owner::get().label()
 }
 
 /// Makes sure that the image is there.

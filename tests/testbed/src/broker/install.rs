@@ -41,8 +41,8 @@ pub(super) fn find() -> Result<Source> {
     }
     let mut problem = None;
     if container::docker_works() {
-        match container::provide_image(DEFAULT_IMAGE) {
-            Ok(()) => return Ok(Source::Image(DEFAULT_IMAGE.to_owned())),
+        match image(DEFAULT_IMAGE) {
+            Ok(source) => return Ok(source),
             Err(error) => problem = Some(error),
         }
     }

@@ -55,16 +55,12 @@ impl Installation {
             .args(["-address", "127.0.0.1", "-port", &port.to_string()])
             .spawn()
             .context("cannot run epmd, Erlang's port mapper")?;
-        let mut epmd = LocalEpmd(child);
-        let answers = || {
-            let answer = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
-            answer.is_ok() || !matches!(epmd.0.try_wait(), Ok(None))
-        };
-        let answers = eventually(EPMD_LIMIT, answers);
-        if let Some(status) = epmd.0.try_wait()? {
-            bail!("epmd on port {port} ended at once ({status}): address already in use?");
-        }
-        ensure!(answers, "epmd doesn't answer on port {port}");
+        let epmd = LocalEpmd(child);
+        let answers = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
+        ensure!(
+            eventually(EPMD_LIMIT, answers),
+            "epmd doesn't answer on port {port}"
+        );
         Ok(epmd)
     }
 }

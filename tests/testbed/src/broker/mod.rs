@@ -10,7 +10,7 @@ mod install;
 mod local;
 mod probe;
 
-pub use container::{Container, docker, docker_label, docker_works, image_present};
+pub use container::{Container, docker, docker_works, image_present};
 
 use crate::client::{Client, Queue, QueueBuilder};
 use crate::ports::{Port, reserve_port};

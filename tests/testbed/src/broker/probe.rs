@@ -15,7 +15,10 @@ pub(super) fn probe(addr: SocketAddr, limit: Duration) -> Result<(u32, u32, u32)
     stream.set_read_timeout(Some(limit))?;
     stream.write_all(b"AMQP\x00\x00\x09\x01")?;
     let (_, method, start) = frames::read(&mut stream)?;
-    ensure!(method == Method::CONNECTION_START, "its answer is {method}");
+    ensure!(
+        method == Method::CONNECTION_START,
+        "its answer is {method:?}"
+    );
     parse_version(&start).context("the broker doesn't tell its version")
 }
 

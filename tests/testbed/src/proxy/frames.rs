@@ -66,18 +66,12 @@ impl Method {
     }
 }
 
-impl fmt::Display for Method {
+impl fmt::Debug for Method {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.name() {
             Some(name) => formatter.write_str(name),
             None => write!(formatter, "method {}.{}", self.0, self.1),
         }
-    }
-}
-
-impl fmt::Debug for Method {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, formatter)
     }
 }
 

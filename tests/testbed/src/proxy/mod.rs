@@ -112,8 +112,6 @@ struct Control {
 struct State {
     rules: Vec<Rule>,
     seen: Vec<Seen>,
-    /// What [`Proxy::forget`] has dropped from the front of `seen`, so that indices stay valid.
-    forgotten: usize,
     accepted: usize,
     open: usize,
     listening: bool,
@@ -278,24 +276,19 @@ impl Proxy {
         self.shared.state.borrow().seen.clone()
     }
 
-    /// The methods that came along, in order of arrival, without bodies and heartbeats.
-    pub fn methods(&self) -> Vec<(Direction, Method)> {
+    /// The methods that the worker has sent, in order, without bodies and heartbeats.
+    pub fn sent(&self) -> Vec<Method> {
         let state = self.shared.state.borrow();
-        let seen = state.seen.iter().map(|seen| (seen.direction, seen.method));
-        seen.filter(|(_, method)| method.is_method()).collect()
+        let sent = state
+            .seen
+            .iter()
+            .filter(|seen| seen.direction == Direction::ToBroker && seen.method.is_method());
+        sent.map(|seen| seen.method).collect()
     }
 
     /// How often the method has come along in that direction.
     pub fn count(&self, direction: Direction, method: Method) -> usize {
         count(&self.shared.state.borrow(), direction, method, |_| true)
-    }
-
-    /// Empties the record of what came along.
-    pub fn forget(&self) {
-        self.shared.change(|state| {
-            state.forgotten += state.seen.len();
-            state.seen.clear();
-        });
     }
 
     /// How many connections it has accepted.
@@ -321,8 +314,8 @@ impl Proxy {
         let came = self.shared.wait(limit, |state| settled(state) >= n);
         assert!(
             came,
-            "no {method} {direction:?} (number {n}) within {limit:?}; seen were {:?}",
-            self.methods()
+            "no {method:?} {direction:?} (number {n}) within {limit:?}; the worker has sent {:?}",
+            self.sent()
         );
     }
 

@@ -229,7 +229,7 @@ impl Connection {
                 at: Instant::now(),
                 settled: false,
             });
-            let record = Some(state.forgotten + state.seen.len() - 1);
+            let record = Some(state.seen.len() - 1);
             let fits = |rule: &super::Rule| rule.direction == direction && rule.method == method;
             let Some(index) = state.rules.iter().position(fits) else {
                 return (record, Action::Pass);
@@ -334,9 +334,8 @@ impl Connection {
 
     fn settle(&self, record: Option<usize>) {
         self.shared.change(|state| {
-            let index = record.and_then(|record| record.checked_sub(state.forgotten));
-            if let Some(seen) = index.and_then(|index| state.seen.get_mut(index)) {
-                seen.settled = true;
+            if let Some(record) = record {
+                state.seen[record].settled = true;
             }
         });
     }

@@ -136,7 +136,6 @@ impl Soak<'_> {
                 }
             };
             self.proxy.pass();
-            self.proxy.forget();
             self.note(|books| *books.faults.entry(name).or_default() += 1);
         }
         self.proxy.pass();

@@ -13,9 +13,9 @@ pub use books::Report;
 pub use command::Plan;
 
 use crate::{Broker, Client, Proxy, QueueKind, beside_this_program, block_on};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use books::Books;
-use clap::builder::RangedU64ValueParser;
+use clap::value_parser;
 use lapin::BasicProperties;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -45,7 +45,7 @@ pub struct Options {
     #[arg(long, default_value_t = 2000)]
     messages: u64,
     /// So many at a time
-    #[arg(long, default_value_t = 24, value_parser = at_least_one())]
+    #[arg(long, default_value_t = 24, value_parser = value_parser!(u64).range(1..))]
     workers: u64,
     /// Kill so many workers
     #[arg(long, default_value_t = 200)]
@@ -54,7 +54,7 @@ pub struct Options {
     #[arg(long, default_value_t = 20)]
     faults: u32,
     /// No new faults after so long; that is a failure if there were too few
-    #[arg(long, default_value_t = 360, value_parser = at_least_one())]
+    #[arg(long, default_value_t = 360, value_parser = value_parser!(u64).range(1..))]
     seconds: u64,
     /// How long a command takes on average
     #[arg(long, default_value_t = 300)]
@@ -76,10 +76,6 @@ pub enum Role {
     /// What the workers run.
     #[command(hide = true)]
     Command(Plan),
-}
-
-fn at_least_one() -> RangedU64ValueParser {
-    RangedU64ValueParser::new().range(1..)
 }
 
 impl Options {
@@ -190,7 +186,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let soak = Soak {
         options,
         proxy,
-        client: client.clone(),
+        client,
         queue: queue.name().to_owned(),
         book,
         books: Mutex::default(),
@@ -237,8 +233,8 @@ pub fn run(options: &Options) -> Result<Report> {
         QueueKind::Quorum => books::CRASH_WINDOW,
         QueueKind::Classic => books::CRASH_WINDOW_CLASSIC,
     };
-    books.left = left(&client, queue.name())?;
-    books.dead = left(&client, dead.name())?;
+    books.left = queue.ready();
+    books.dead = dead.ready();
     let (major, minor, patch) = soak.broker.version();
     let mut report = Report::of(&books);
     report.title = format!(
@@ -257,9 +253,4 @@ pub fn run(options: &Options) -> Result<Report> {
         report.failures.push(text);
     }
     Ok(report)
-}
-
-fn left(client: &Client, queue: &str) -> Result<u32> {
-    let counts = client.counts(queue)?;
-    Ok(counts.context("the queue is gone")?.0)
 }
