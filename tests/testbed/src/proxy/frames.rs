@@ -94,11 +94,16 @@ pub(super) enum Next {
     Foreign,
 }
 
+/// Whether this is, as far as it goes, a protocol header.
+pub(super) fn greets(stream: &[u8]) -> bool {
+    const START: &[u8] = b"AMQP";
+    stream.starts_with(&START[..stream.len().min(START.len())])
+}
+
 /// Looks at the beginning of a stream.
 pub(super) fn next(stream: &[u8]) -> Next {
-    const START: &[u8] = b"AMQP";
     // A client's first bytes; a broker answers with the like to a version that it doesn't speak.
-    if stream.starts_with(&START[..stream.len().min(START.len())]) {
+    if greets(stream) {
         return match stream.len() {
             ..8 => Next::Incomplete,
             _ => Next::Frame {

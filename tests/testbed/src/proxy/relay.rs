@@ -171,6 +171,8 @@ impl Connection {
         to_client: mpsc::Sender<Item>,
     ) -> Result<(), End> {
         let mut stream: Vec<u8> = Vec::with_capacity(64 * 1024);
+        // What doesn't begin as an AMQP client isn't one, even where its first byte could be a frame's.
+        let mut greeted = direction == Direction::ToClient;
         loop {
             match half.read_buf(&mut stream).await {
                 Ok(1..) => {}
@@ -188,7 +190,7 @@ impl Connection {
             let mut start = 0;
             while start < stream.len() {
                 let rest = &stream[start..];
-                let next = if self.foreign.load(Relaxed) {
+                let next = if self.foreign.load(Relaxed) || !(greeted || frames::greets(rest)) {
                     Next::Foreign
                 } else {
                     frames::next(rest)
@@ -201,6 +203,7 @@ impl Connection {
                         start = stream.len();
                     }
                     Next::Frame { length, method } => {
+                        greeted = true;
                         let frame = &rest[..length];
                         self.pass(direction, method, frame, &out, &to_client)
                             .await?;
