@@ -27,6 +27,17 @@ const FOLDER: &str = "/testbed";
 const SCRIPTS: &str = r#"[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && PATH="/usr/lib/rabbitmq/bin:$PATH"
 "#;
 
+/// Sends a signal to the emulator, which isn't the container's first process: RabbitMQ's script watches over it.
+const SIGNAL: &str = r#"sent=
+for file in /proc/[0-9]*/comm; do
+    read -r name <"$file" || continue
+    case "$name" in
+        beam*) pid=${file#/proc/}; kill -"$1" "${pid%/comm}" && sent=yes ;;
+    esac
+done
+[ "$sent" ]
+"#;
+
 /// Whether a Docker daemon answers.
 pub fn docker_works() -> bool {
     static WORKS: OnceLock<bool> = OnceLock::new();
@@ -188,6 +199,7 @@ impl Node for ContainerNode {
 
     /// As for a local node: Docker's own pause fails now and then while a node writes to the disk.
     fn signal(&self, signal: Signal) -> Result<()> {
-        docker(&["kill", "--signal", signal.as_str(), self.container.name()]).map(drop)
+        let name = signal.as_str().trim_start_matches("SIG");
+        docker(&["exec", &self.container.name, "sh", "-c", SIGNAL, "sh", name]).map(drop)
     }
 }

@@ -266,10 +266,6 @@ impl Settings {
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 format!("{loopback} +S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none"),
             ),
-            // "Allow input" makes the script replace itself with the emulator instead of watching over it in a shell, so that a
-            // signal to our child is a signal to the emulator; -noinput then takes the input away again.
-            ("RABBITMQ_ALLOW_INPUT", "true".into()),
-            ("RABBITMQ_SERVER_START_ARGS", "-noinput +B i".into()),
             ("RABBITMQ_MNESIA_BASE", path("data")),
             ("RABBITMQ_LOG_BASE", path("logs")),
             ("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf")),
