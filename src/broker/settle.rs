@@ -61,6 +61,8 @@ impl Consumer {
 }
 
 impl Registration {
+    /// tests/model/worker.rs has the same steps in its `plan`, and checks them over every interleaving: change both
+    /// together.
     async fn settle(
         &mut self,
         held: Held,

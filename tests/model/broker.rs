@@ -1,0 +1,256 @@
+//! The broker: one queue, and the broker's end of every connection to it.
+
+/// A message, by its place in the queue.
+pub type Id = u8;
+
+/// What kind of queue it is, and of which version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Knows only whether a message was delivered before.
+    Classic,
+    /// Before RabbitMQ 4.3: counts every return. Its channel watches the acknowledgement timeout.
+    Quorum,
+    /// RabbitMQ 4.3: doesn't count `basic.nack`. The queue watches the acknowledgement timeout, and the channel hears of it
+    /// later.
+    Quorum43,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Place {
+    Ready,
+    Delivered,
+    Acknowledged,
+    DeadLettered,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Message {
+    pub place: Place,
+    /// `x-delivery-count`; on a classic queue 1 for `redelivered`.
+    pub count: u8,
+    /// For the properties only: a command has succeeded with it.
+    pub done: bool,
+    /// For the properties only: its count rose though nobody ran it, and no fault made it rise.
+    pub blamed: bool,
+}
+
+impl Message {
+    pub const NEW: Self = Self {
+        place: Place::Ready,
+        count: 0,
+        done: false,
+        blamed: false,
+    };
+
+    fn requeue(&mut self, kind: Kind, counted: bool) {
+        self.place = Place::Ready;
+        match kind {
+            Kind::Classic => self.count = 1,
+            Kind::Quorum | Kind::Quorum43 => self.count += u8::from(counted),
+        }
+    }
+
+    /// What `src/broker/message.rs` makes of the headers of a delivery.
+    pub fn failures(&self, kind: Kind) -> Option<u8> {
+        (kind != Kind::Classic || self.count == 0).then_some(self.count)
+    }
+}
+
+/// A method of the worker's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Request {
+    Cancel {
+        nowait: bool,
+    },
+    Ack(Id),
+    Reject {
+        id: Id,
+        requeue: bool,
+    },
+    Nack(Id),
+    Qos,
+    /// `connection.close`.
+    Close,
+}
+
+/// A method of the broker's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reply {
+    Deliver {
+        id: Id,
+        failures: Option<u8>,
+    },
+    CancelOk,
+    QosOk,
+    /// `basic.cancel` from the broker: RabbitMQ 4.3's acknowledgement timeout.
+    ConsumerCancelled,
+    /// `channel.close` 406.
+    ChannelClosed,
+}
+
+/// A connection with its one channel: both wires, and what the broker knows of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Link {
+    pub to_broker: Vec<Request>,
+    pub to_worker: Vec<Reply>,
+    /// The network carries nothing more, and neither side has been told.
+    pub cut: bool,
+    /// The broker has forgotten the connection.
+    pub gone: bool,
+    pub consumer: bool,
+    pub channel_closed: bool,
+    pub unacked: Option<Id>,
+    /// The queue has requeued the delivery because of its timeout, and the channel doesn't know yet.
+    pub expired: bool,
+    /// For the properties only: the message whose command was started here.
+    pub ran: Option<Id>,
+    /// For the properties only: the message that was removed from the queue by an ack or a reject from here.
+    pub removed: Option<Id>,
+}
+
+impl Link {
+    pub fn registered() -> Self {
+        Self {
+            consumer: true,
+            ..Self::default()
+        }
+    }
+
+    /// Writes to the broker: into nothing where the connection is lost.
+    pub fn write(&mut self, request: Request) {
+        if !self.cut && !self.gone {
+            self.to_broker.push(request);
+        }
+    }
+
+    fn reply(&mut self, reply: Reply) {
+        if !self.cut {
+            self.to_worker.push(reply);
+        }
+    }
+
+    /// Both wires lose what is on its way, and all that follows.
+    pub fn cut(&mut self) {
+        self.cut = true;
+        self.to_broker.clear();
+        self.to_worker.clear();
+    }
+
+    /// Whether the last thing that the worker wrote was `connection.close`.
+    pub fn said_goodbye(&self) -> bool {
+        self.to_broker.last() == Some(&Request::Close)
+    }
+
+    /// Whether the broker may deliver: a prefetch of one.
+    pub fn wants_message(&self) -> bool {
+        self.consumer && !self.expired && self.unacked.is_none()
+    }
+
+    /// Whether it may still change the queue.
+    pub fn matters(&self) -> bool {
+        self.wants_message() || self.unacked.is_some()
+    }
+}
+
+/// The queue's side of a step; a link that has ended stays where it is, `gone`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Queue(pub Vec<Message>);
+
+impl Queue {
+    pub fn message(&mut self, id: Id) -> &mut Message {
+        &mut self.0[usize::from(id)]
+    }
+
+    /// The first that is ready: a requeued message goes back to its old place.
+    pub fn first_ready(&self) -> Option<Id> {
+        let ready = |message: &Message| message.place == Place::Ready;
+        self.0.iter().position(ready).map(|id| id as Id)
+    }
+
+    pub fn deliver(&mut self, kind: Kind, link: &mut Link, id: Id) {
+        let message = self.message(id);
+        message.place = Place::Delivered;
+        let failures = message.failures(kind);
+        link.unacked = Some(id);
+        link.reply(Reply::Deliver { id, failures });
+    }
+
+    /// The channel processes the worker's next method.
+    pub fn process(&mut self, kind: Kind, link: &mut Link) {
+        let request = link.to_broker.remove(0);
+        if request == Request::Close {
+            return self.end(kind, link, false);
+        }
+        if link.channel_closed {
+            return;
+        }
+        match request {
+            Request::Cancel { nowait } => {
+                link.consumer = false;
+                if !nowait {
+                    link.reply(Reply::CancelOk);
+                }
+            }
+            Request::Qos => link.reply(Reply::QosOk),
+            Request::Ack(id) if link.unacked == Some(id) => {
+                link.unacked = None;
+                link.removed = Some(id);
+                self.message(id).place = Place::Acknowledged;
+            }
+            Request::Reject { id, requeue: false } if link.unacked == Some(id) => {
+                link.unacked = None;
+                link.removed = Some(id);
+                self.message(id).place = Place::DeadLettered;
+            }
+            Request::Reject { id, .. } if link.unacked == Some(id) => {
+                self.take_back(kind, link, true, false);
+            }
+            Request::Nack(id) if link.unacked == Some(id) => {
+                self.take_back(kind, link, kind != Kind::Quorum43, false);
+            }
+            // The queue has requeued it meanwhile, and says nothing of that to the channel, which answers as ever.
+            Request::Ack(_) | Request::Reject { .. } | Request::Nack(_) => {}
+            Request::Close => unreachable!("it came before"),
+        }
+    }
+
+    fn take_back(&mut self, kind: Kind, link: &mut Link, counted: bool, fault: bool) {
+        let Some(id) = link.unacked.take() else {
+            return;
+        };
+        let message = self.message(id);
+        message.requeue(kind, counted);
+        // An older quorum queue counts whatever we do.
+        message.blamed |= kind == Kind::Quorum43 && counted && !fault && link.ran != Some(id);
+    }
+
+    /// The broker learns that the connection has ended, or crashes.
+    pub fn end(&mut self, kind: Kind, link: &mut Link, fault: bool) {
+        self.take_back(kind, link, true, fault);
+        link.to_broker.clear();
+        (link.consumer, link.expired, link.gone) = (false, false, true);
+    }
+
+    /// The acknowledgement timeout.
+    pub fn expire(&mut self, kind: Kind, link: &mut Link) {
+        self.take_back(kind, link, true, true);
+        if kind == Kind::Quorum43 {
+            link.expired = true;
+        } else {
+            (link.consumer, link.channel_closed) = (false, true);
+            link.reply(Reply::ChannelClosed);
+        }
+    }
+
+    /// RabbitMQ 4.3: the channel hears of the timeout.
+    pub fn announce(&mut self, link: &mut Link) {
+        link.expired = false;
+        if link.consumer {
+            link.consumer = false;
+            link.reply(Reply::ConsumerCancelled);
+        } else {
+            link.channel_closed = true;
+            link.reply(Reply::ChannelClosed);
+        }
+    }
+}
