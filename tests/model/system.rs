@@ -61,7 +61,7 @@ impl System {
             failures: 1,
             // As in examples/work-queue/job.yaml, but for a limit on attempts that few failures reach.
             policy: Policy {
-                reject_on: Statuses(vec![65..=65]),
+                reject_on: Some(Statuses(vec![65..=65])),
                 max_attempts: Some(2),
                 reject_exit_code: Some(65),
                 failure_exit_code: Some(1),

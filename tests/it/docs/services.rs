@@ -4,8 +4,8 @@
 use super::{LIMIT, QUEUE, programs, root};
 use std::{fs, path::PathBuf, time::Duration};
 use testbed::{
-    Broker, PATIENCE, Program, Queue, Signal, docker, docker_label, docker_works, image_present,
-    missing,
+    Broker, PATIENCE, Program, Queue, Signal, docker, docker_works, image_present, missing,
+    owner::docker_label,
 };
 
 /// An image in which the programs that the tests build can run.
