@@ -60,6 +60,36 @@ pub struct Subject {
     pub since: Instant,
 }
 
+/// What became of a message: the field `outcome` of docs/logs.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The broker confirmed the acknowledgement.
+    Acknowledged,
+    /// It is back in the queue, and this failure counts.
+    Requeued,
+    /// It is back in the queue; from RabbitMQ 4.3 on that doesn't count.
+    Released,
+    /// It is in the dead-letter queue, if there is one.
+    DeadLettered,
+    /// The broker has not confirmed what it was told.
+    Unconfirmed,
+    /// The broker requeued it while the command ran.
+    Lost,
+}
+
+impl Outcome {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Acknowledged => "acknowledged",
+            Self::Requeued => "requeued",
+            Self::Released => "released",
+            Self::DeadLettered => "dead-lettered",
+            Self::Unconfirmed => "unconfirmed",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 /// The end of a run: its last log line, and the termination message.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
@@ -69,8 +99,8 @@ pub struct RunSummary {
     pub status: u8,
     /// Why, and what became of the message.
     pub text: String,
-    /// What became of the message: one of the words of docs/logs.md.
-    pub outcome: Option<&'static str>,
+    /// What became of the message, if one was taken.
+    pub outcome: Option<Outcome>,
     /// The message, if one was taken.
     pub subject: Option<Subject>,
 }
@@ -102,7 +132,7 @@ impl RunSummary {
     /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
     pub fn log(&self) {
         let (status, source) = (self.status, self.source);
-        let (text, outcome) = (&self.text, self.outcome);
+        let (text, outcome) = (&self.text, self.outcome.map(Outcome::name));
         let subject = self.subject.as_ref();
         let id = subject.and_then(|subject| subject.id.as_deref());
         let attempt = subject.and_then(|subject| subject.attempt);

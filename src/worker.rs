@@ -8,7 +8,7 @@ use crate::{
     cli::QconsumeOptions,
     command::{Command, Executable, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{HumanDuration, RunSummary, Subject, program},
+    report::{HumanDuration, Outcome, RunSummary, Subject, program},
     signals::{Signals, unless_stopped},
     verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
 };
@@ -110,7 +110,12 @@ impl Worker {
                 "delivery lost while the command ran, another worker may have it: {why}; {}",
                 describe_end(result)
             );
-            return Ok(Some(summary(&subject, verdict.exit_code, "lost", text)));
+            return Ok(Some(summary(
+                &subject,
+                verdict.exit_code,
+                Outcome::Lost,
+                text,
+            )));
         };
         Ok(self.settle(&subject, result, verdict, settlement).await)
     }
@@ -157,7 +162,7 @@ impl Worker {
         }
 
         let (outcome, became, unconfirmed) = if self.options.no_ack {
-            ("acknowledged", ACKNOWLEDGED_BEFORE.to_owned(), None)
+            (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned(), None)
         } else {
             let unconfirmed = self.consumer.settle(settlement, last).await.err();
             let (outcome, became) = describe_settlement(settlement, unconfirmed.as_ref());
@@ -174,9 +179,9 @@ impl Worker {
             summary.source = "command";
         }
         match outcome {
-            "acknowledged" => self.tally.acknowledged += 1,
-            "requeued" => self.tally.requeued += 1,
-            "dead-lettered" => self.tally.dead_lettered += 1,
+            Outcome::Acknowledged => self.tally.acknowledged += 1,
+            Outcome::Requeued => self.tally.requeued += 1,
+            Outcome::DeadLettered => self.tally.dead_lettered += 1,
             _ => return Some(summary),
         }
         match signal {
@@ -228,7 +233,7 @@ impl Worker {
             "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
         );
         let status = Exit::Lost.status();
-        Some(summary(subject, status, "unconfirmed", text))
+        Some(summary(subject, status, Outcome::Unconfirmed, text))
     }
 
     /// The end of a run that found nothing more to do.
@@ -278,7 +283,7 @@ impl Worker {
     /// Nobody has run the message, so it is released, which RabbitMQ 4.3 doesn't count.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
         let (outcome, became) = if self.options.no_ack {
-            ("acknowledged", ACKNOWLEDGED_BEFORE.to_owned())
+            (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned())
         } else {
             let settled = self.consumer.settle(Settlement::Release, true).await;
             describe_settlement(Settlement::Release, settled.err().as_ref())

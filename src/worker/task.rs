@@ -2,7 +2,7 @@
 
 use crate::{
     broker::{DeliveryLost, Message},
-    report::{RunSummary, Subject},
+    report::{Outcome, RunSummary, Subject},
     verdict::{CommandResult, Ended, Settlement, StopReason},
 };
 use nix::sys::signal::Signal;
@@ -45,12 +45,7 @@ pub(super) fn subject(message: &Message, queue: &str) -> Subject {
 }
 
 /// How the run ends with a message, if it ends with it; the status is qconsume's own.
-pub(super) fn summary(
-    subject: &Subject,
-    status: u8,
-    outcome: &'static str,
-    text: String,
-) -> RunSummary {
+pub(super) fn summary(subject: &Subject, status: u8, outcome: Outcome, text: String) -> RunSummary {
     RunSummary {
         outcome: Some(outcome),
         subject: Some(subject.clone()),
@@ -62,25 +57,25 @@ pub(super) fn summary(
 pub(super) fn describe_settlement(
     settlement: Settlement,
     unconfirmed: Option<&DeliveryLost>,
-) -> (&'static str, String) {
+) -> (Outcome, String) {
     let requeued = "message is requeued, though the broker has not confirmed it: ";
     let (outcome, confirmed, not_confirmed) = match settlement {
         Settlement::Ack => (
-            "acknowledged",
+            Outcome::Acknowledged,
             "message acknowledged",
             "acknowledgement not confirmed, so the message may be delivered again: ",
         ),
         Settlement::DeadLetter => (
-            "dead-lettered",
+            Outcome::DeadLettered,
             "message dead-lettered, or dropped where the queue has no dead-letter exchange",
             "rejection not confirmed, so the message may be delivered again: ",
         ),
-        Settlement::Requeue => ("requeued", "message requeued", requeued),
-        Settlement::Release => ("released", "message released", requeued),
+        Settlement::Requeue => (Outcome::Requeued, "message requeued", requeued),
+        Settlement::Release => (Outcome::Released, "message released", requeued),
     };
     match unconfirmed {
         None => (outcome, confirmed.to_owned()),
-        Some(why) => ("unconfirmed", format!("{not_confirmed}{why}")),
+        Some(why) => (Outcome::Unconfirmed, format!("{not_confirmed}{why}")),
     }
 }
 
