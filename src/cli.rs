@@ -173,10 +173,15 @@ impl QconsumeOptions {
         } else {
             Declare::Durable
         };
+        let mut routing_keys = self.routing_key.clone();
+        routing_keys.retain(|key| !key.is_empty());
+        if routing_keys.is_empty() && self.exchange.is_some() {
+            routing_keys.push(String::new());
+        }
         Topology {
             declare,
             exchange: self.exchange.clone(),
-            routing_keys: self.routing_key.clone(),
+            routing_keys,
         }
     }
 

@@ -2,7 +2,7 @@
 //! input, acknowledges it only after COMMAND has exited with success, and exits with COMMAND's status, so that one
 //! pod completes one unit of work.
 //!
-//! [`worker`] is the story; [`verdict`] decides, without I/O; [`broker`] is the only part that knows lapin,
+//! [`worker`] is one run, from top to bottom; [`verdict`] decides, without I/O; [`broker`] is the only part that knows lapin,
 //! [`command`] the only one that knows processes. [`publish`] is qpublish, which fills a queue.
 
 #![deny(unsafe_code)]
@@ -51,12 +51,12 @@ pub fn main(program: Program) -> ! {
 
 fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     arguments: &[OsString],
-    story: impl FnOnce(O, signals::Signals) -> F,
+    entry: impl FnOnce(O, signals::Signals) -> F,
 ) -> anyhow::Result<u8> {
     match cli::parse::<O>(arguments)? {
         Request::Run(options) => {
             options.output().start();
-            Ok(block_on(|signals| story(*options, signals))?)
+            Ok(block_on(|signals| entry(*options, signals))?)
         }
         Request::Show(text) => {
             // It may be closed.
@@ -66,11 +66,11 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     }
 }
 
-/// Drives a story on this thread alone: a command dies with the thread that started it.
+/// Drives a program's asynchronous entry (`worker::work`, `publish::publish`) on this thread alone: a command dies with the thread that started it.
 // Its future is large, and so is what clap needs: they needn't be on the stack together.
 #[inline(never)]
 fn block_on<F: Future<Output = Result<u8, Failure>>>(
-    story: impl FnOnce(signals::Signals) -> F,
+    entry: impl FnOnce(signals::Signals) -> F,
 ) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -79,7 +79,7 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(
     let status = runtime.block_on(async {
         let signals =
             signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
-        story(signals).await
+        entry(signals).await
     });
     // Dropping it would wait for a name look-up that nobody needs any more; the process ends soon.
     std::mem::forget(runtime);

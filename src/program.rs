@@ -1,4 +1,4 @@
-//! The two programs in here: they share all but their options and their story.
+//! The two programs in here: they share all but their options and what they do.
 
 use std::{ffi::OsStr, path::Path};
 

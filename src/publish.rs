@@ -229,7 +229,7 @@ impl Run {
         };
         let limit = HumanDuration(self.options.timeout);
         Failure::new(
-            Exit::Lost,
+            Exit::Unconfirmed,
             format!("gave up after {limit} (--timeout): {why}"),
         )
     }
@@ -248,7 +248,7 @@ impl Run {
                 Some(Failure::new(Exit::Config, text))
             }
             Gap::Refused => Some(Failure::new(
-                Exit::Lost,
+                Exit::Unconfirmed,
                 format!(
                     "{name} was refused: the queue is full (x-max-length with reject-publish), or can't take it for now"
                 ),

@@ -30,7 +30,7 @@ const TERMINATION_MESSAGE_MAX: usize = 4096;
 static PROGRAM: OnceLock<&str> = OnceLock::new();
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
-/// Sets the name that every line begins with, where it isn't qconsume's.
+/// Sets the name that every line begins with.
 pub fn set_program_name(program: &'static str) {
     let _ = PROGRAM.set(program);
 }
@@ -183,7 +183,8 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// The one printer of what ends a run before a command could; should it be before the log's start, it starts it.
+/// Reports a failure that has reached `main`, or a panic; starts the log if nothing has. qconsume's runs report by their
+/// [`RunSummary`].
 pub fn failure(failure: Failure) {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
     RunSummary::without_message(failure.exit.status(), failure.message).report();

@@ -85,7 +85,14 @@ pub fn install() -> io::Result<Signals> {
                 .read_signal()?
                 .ok_or(io::ErrorKind::WouldBlock.into())
         };
-        while let Ok(info) = source.async_io(Interest::READABLE, next).await {
+        loop {
+            let info = match source.async_io(Interest::READABLE, next).await {
+                Ok(info) => info,
+                Err(error) => {
+                    tracing::error!("can't read signals, so none ends this run: {error}");
+                    return;
+                }
+            };
             if let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) {
                 let _ = sender.send(Received {
                     signal,
@@ -116,7 +123,7 @@ pub async fn next_stop(signals: &mut Signals) -> Signal {
     }
 }
 
-/// Does this, unless a signal asks for the end before it is done.
+/// Runs `work`, and drops it at the first signal that asks for the end, so `work` must lose nothing when it is dropped.
 ///
 /// # Errors
 /// The signal.

@@ -141,7 +141,7 @@ pub struct Verdict {
 
 /// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
-    let lost = Exit::Lost.status();
+    let lost = Exit::Unconfirmed.status();
     if !result.still_owned {
         return Verdict {
             settlement: None,

@@ -14,7 +14,7 @@ use crate::{
 };
 use nix::sys::signal::Signal;
 use std::future::pending;
-use task::{Tally, describe_end, describe_settlement, subject, summary};
+use task::{Tally, describe_end, describe_settlement, log_taken, summary};
 use tokio::time::timeout;
 
 /// What became of the message with `--no-ack`.
@@ -80,7 +80,7 @@ impl Worker {
         let Some(message) = taken else {
             return Ok(Some(self.nothing_left()));
         };
-        let subject = subject(&message, self.consumer.queue());
+        let subject = log_taken(&message, self.consumer.queue());
 
         if self.options.no_ack
             && let Some(summary) = self.acknowledge_beforehand(&subject).await
@@ -120,7 +120,7 @@ impl Worker {
         Ok(self.settle(&subject, result, verdict, settlement).await)
     }
 
-    /// Waits until the delivery is lost; warns when the broker is about to take it back.
+    /// Waits until the delivery is lost; warns when the broker is about to requeue the message.
     async fn lost(&mut self) -> DeliveryLost {
         if self.options.no_ack {
             // There is nothing left to lose.
@@ -149,14 +149,14 @@ impl Worker {
         let signal = result.stop.and_then(StopReason::signal);
         let failed = verdict.exit_code != 0;
         let done = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
-        let all = self
+        let count_reached = self
             .options
             .count()
             .is_some_and(|count| self.tally.done() + u64::from(done) >= count);
         // A classic queue would deliver the same message again at once, for ever.
         let uncounted = settlement == Settlement::Requeue && result.failures_before.is_none();
         let keeps_going = self.options.keep_going && !uncounted && signal.is_none();
-        let last = all || signal.is_some() || (failed && !keeps_going);
+        let ends_run = count_reached || signal.is_some() || (failed && !keeps_going);
         if uncounted {
             self.warn_of_uncounted();
         }
@@ -164,7 +164,7 @@ impl Worker {
         let (outcome, became, unconfirmed) = if self.options.no_ack {
             (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned(), None)
         } else {
-            let unconfirmed = self.consumer.settle(settlement, last).await.err();
+            let unconfirmed = self.consumer.settle(settlement, ends_run).await.err();
             let (outcome, became) = describe_settlement(settlement, unconfirmed.as_ref());
             (outcome, became, unconfirmed)
         };
@@ -186,7 +186,7 @@ impl Worker {
         }
         match signal {
             _ if status != 0 && !keeps_going => Some(summary),
-            None if !all => {
+            None if !count_reached => {
                 summary.log();
                 None
             }
@@ -195,7 +195,7 @@ impl Worker {
                 Some(self.all_done())
             }
             // This message is done, but a stop before all are is no completion.
-            Some(signal) if !all => Some(RunSummary {
+            Some(signal) if !count_reached => Some(RunSummary {
                 source: program(),
                 status: status_of_signal(signal),
                 text: format!(
@@ -232,7 +232,7 @@ impl Worker {
         let text = format!(
             "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
         );
-        let status = Exit::Lost.status();
+        let status = Exit::Unconfirmed.status();
         Some(summary(subject, status, Outcome::Unconfirmed, text))
     }
 

@@ -63,7 +63,7 @@ pub(super) enum State {
     /// Not registered. The connection of one that was cancelled may be left.
     Idle(Option<OpenConnection>),
     /// `basic.consume` is under way: kept, as the broker may deliver a message before its reply is here.
-    Registering(JoinHandle<Result<Registration, NotRegistered>>),
+    Registering(JoinHandle<Result<Registration, (OpenConnection, NotRegistered)>>),
     /// Registered: the broker may deliver.
     Ready(Registration),
     /// A message was delivered and isn't settled.
@@ -95,11 +95,11 @@ impl Consumer {
         self.known_as.as_deref().unwrap_or(&self.options.queue)
     }
 
-    /// Whether another connection would find the queue again.
+    /// An exclusive queue is deleted with its connection: then the run ends.
     ///
     /// # Errors
     /// 69 when the queue was the lost connection's own.
-    pub fn survives(&self, why: &str) -> Result<(), Failure> {
+    pub fn check_queue_survives(&self, why: &str) -> Result<(), Failure> {
         match &self.known_as {
             Some(queue) if self.options.topology.declare == Declare::Exclusive => {
                 Err(Failure::new(
@@ -136,7 +136,7 @@ impl Consumer {
             _ => None,
         };
         if kept.is_none() {
-            self.survives("the connection was lost")?;
+            self.check_queue_survives("the connection was lost")?;
         }
         loop {
             // On a connection that is kept, what was declared for it is still there.
@@ -151,9 +151,9 @@ impl Consumer {
             };
             match registered {
                 Ok(()) => return Ok(()),
-                Err(NotRegistered::AskFor(instead)) => ask = instead,
+                Err(NotRegistered::RetryWith(instead)) => ask = instead,
                 Err(NotRegistered::Failed(error)) => {
-                    self.survives(&error.failure.message)?;
+                    self.check_queue_survives(&error.failure.message)?;
                     attempts.failed(error).await?;
                 }
             }
@@ -172,19 +172,32 @@ impl Consumer {
         let options = self.options.clone();
         let task = tokio::spawn(Registration::open(connection, options, ask, declared));
         self.state = State::Registering(task);
-        let answer = timeout_at(deadline, with_reminders(STAGE, self.registered()));
-        let no_answer = |_| Err(ConnectError::no_answer(STAGE).into());
-        answer.await.unwrap_or_else(no_answer)
+        match timeout_at(deadline, with_reminders(STAGE, self.registered())).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => {
+                // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes
+                // a new connection.
+                self.close().await;
+                Err(why)
+            }
+            Err(_) => Err(ConnectError::no_answer(STAGE).into()),
+        }
     }
 
-    /// Waits for the registration that is under way. Dropping the future leaves it there.
+    /// Waits for the registration that is under way. Dropping the future leaves it there. The connection of one that was
+    /// refused is kept, to be closed.
     async fn registered(&mut self) -> Result<(), NotRegistered> {
         let State::Registering(task) = &mut self.state else {
             return Ok(());
         };
         let answer = task.await.expect("registering doesn't panic");
-        self.state = State::Idle(None);
-        let registration = answer?;
+        let registration = match answer {
+            Ok(registration) => registration,
+            Err((connection, why)) => {
+                self.state = State::Idle(Some(connection));
+                return Err(why);
+            }
+        };
         if self.known_as.is_none() && self.options.queue.is_empty() {
             tracing::info!("server provided queue name: {}", registration.queue);
         }
@@ -255,18 +268,21 @@ impl Consumer {
     /// message as delivered that we have requeued a moment ago, and that is confirmed. It applies the cancel behind the
     /// requeue, and the figure after that has both (seen with RabbitMQ 3.10 and 4.3 under load).
     pub async fn is_drained(&mut self) -> bool {
-        let State::Idle(Some(connection)) = &self.state else {
-            return false;
-        };
-        let Some(channel) = &connection.last_channel else {
-            return false;
-        };
-        match timeout(RELEASE_TIMEOUT, look(channel, self.queue())).await {
-            Ok(Ok(declared)) => declared.message_count() == 0,
-            // An auto-delete queue goes with its last consumer.
-            Ok(Err(error)) => connection.meaning(&error) == Some(Meaning::Missing),
-            Err(_) => false,
+        if let State::Idle(Some(connection)) = &self.state
+            && let Some(channel) = &connection.last_channel
+        {
+            match timeout(RELEASE_TIMEOUT, look(channel, self.queue())).await {
+                Ok(Ok(declared)) => return declared.message_count() == 0,
+                // An auto-delete queue is deleted with its last consumer.
+                Ok(Err(error)) if connection.meaning(&error) == Some(Meaning::Missing) => {
+                    return true;
+                }
+                Ok(Err(_)) | Err(_) => {}
+            }
         }
+        // What may still come over it concerns this consumer, not the next one.
+        self.close().await;
+        false
     }
 
     /// Releases whatever may have arrived, before an end without a command; takes two seconds at most.

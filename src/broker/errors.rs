@@ -78,6 +78,8 @@ impl Refusal {
         match self.code {
             403 if ends("' in exclusive use") => M::ExclusiveConsumer,
             403 => M::NotPermitted,
+            404 if starts("queue '") || starts("home node '") => M::QueueDown,
+            404 if starts("failed to perform operation on ") => M::QueueDown,
             404 if ends(" is down or inaccessible") => M::QueueDown,
             404 if ends(" process is stopped by supervisor") => M::QueueDown,
             404 => M::Missing,
@@ -241,7 +243,9 @@ impl ConnectError {
             (Some(refusal), ..) => {
                 Self::answer(asked, &refusal, &connection.lapin.status().username())
             }
-            (None, _, Asked::Publish(_)) => Failure::new(Exit::Lost, described(error)).into(),
+            (None, _, Asked::Publish(_)) => {
+                Failure::new(Exit::Unconfirmed, described(error)).into()
+            }
             (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
         }
     }
@@ -249,9 +253,10 @@ impl ConnectError {
     /// What a refusal leads to, by what was asked for and what it means.
     #[rustfmt::skip]
     fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
-        use {Exit::{Config, Lost, NoPermission, Unavailable}, Meaning as M};
+        use {Exit::{Config, NoPermission, Unavailable, Unconfirmed}, Meaning as M};
         let meaning = refusal.meaning();
         let (exit, message) = match asked {
+            // Before connection.open-ok a 403 is always the login; one for the virtual host is 530.
             Asked::Login(address) => match meaning {
                 _ if refusal.code == 403 && address.logs_in_by_certificate() => (NoPermission, format!(
                     "the broker refused the login by client certificate (EXTERNAL): {refusal}; create a user of the certificate's name, or give a password")),
@@ -271,7 +276,7 @@ impl ConnectError {
                 M::TooLarge => (Config, format!(
                     "too large for this broker: {refusal}; raise max_message_size in its rabbitmq.conf, or split it")),
                 M::Precondition | M::NotImplemented => (Config, format!("the broker doesn't take messages like this: {refusal}")),
-                _ => (Lost, format!("the broker stopped the publishing: {refusal}")),
+                _ => (Unconfirmed, format!("the broker stopped the publishing: {refusal}")),
             },
             Asked::Declare(queue) if meaning == M::Precondition => (Config, format!(
                 "queue {queue:?} exists and is another kind of queue: {refusal}; publish to it without --declare, or name another")),

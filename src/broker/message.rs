@@ -15,8 +15,6 @@ pub struct Message {
     pub body: Vec<u8>,
     /// The `message-id` property, for messages to people.
     pub id: Option<String>,
-    /// Whether the broker has delivered it before.
-    pub redelivered: bool,
     /// Which attempt this is, the first being 1; `None` when the queue doesn't tell.
     pub attempt: Option<u64>,
     /// How many failures the queue has counted; `None` when the queue doesn't count.
@@ -32,7 +30,6 @@ impl Message {
         let id = delivery.properties.message_id().as_ref();
         Self {
             id: id.map(ToString::to_string),
-            redelivered: delivery.redelivered,
             attempt,
             failures,
             variables: variables(&delivery, &headers, attempt, queue),

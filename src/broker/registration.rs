@@ -22,7 +22,7 @@ const TAG: &str = "qconsume";
 /// From this version on a consumer may ask for an acknowledgement timeout of its own, and the queue watches it.
 pub(super) const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
 
-/// What gives a message back without raising its delivery count, where the queue makes that difference.
+/// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
 pub(super) const RELEASE: BasicNackOptions = BasicNackOptions {
     requeue: true,
     multiple: false,
@@ -46,7 +46,7 @@ impl Registration {
         options: ConsumerOptions,
         ask: Ask,
         declared: Option<String>,
-    ) -> Result<Self, NotRegistered> {
+    ) -> Result<Self, (OpenConnection, NotRegistered)> {
         if let Some(channel) = connection.last_channel.take() {
             // Should that fail, so does the next channel.
             let _ = channel.close(200, "OK".into()).await;
@@ -59,12 +59,7 @@ impl Registration {
                 ack_timeout,
                 queue,
             }),
-            Err(why) => {
-                // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes
-                // a new connection.
-                connection.close().await;
-                Err(why)
-            }
+            Err(why) => Err((connection, why)),
         }
     }
 
@@ -141,7 +136,7 @@ impl Registration {
         self.barrier().await
     }
 
-    /// A channel processes its methods in order, and unlike channel.close and connection.close, which are answered even
+    /// Confirms all that was sent before on this channel: a channel processes its methods in order, and unlike channel.close and connection.close, which are answered even
     /// in a race with a channel error, qos is answered only when all went well before.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
@@ -175,7 +170,7 @@ async fn register(
                 && connection.meaning(&error) == Some(Meaning::Precondition) =>
         {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
-            Err(NotRegistered::AskFor(Ask {
+            Err(NotRegistered::RetryWith(Ask {
                 ack_timeout: false,
                 ..ask
             }))

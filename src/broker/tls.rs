@@ -154,18 +154,22 @@ fn system_roots() -> Result<RootCertStore, Failure> {
         return Ok(roots);
     }
     const HELP: &str = "name the broker's CA with --cacert FILE (QCONSUME_CACERT)";
-    let set = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
+    let set: Vec<_> = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
         .into_iter()
-        .find_map(|name| Some((name, std::env::var_os(name)?)));
-    Err(Failure::config(match set {
-        None => format!(
+        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+        .map(|(name, value)| format!("{name}={}", value.display()))
+        .collect();
+    if set.is_empty() {
+        return Err(Failure::config(format!(
             "there are no CA certificates on this system to check the broker's with: {HELP}, or install the package ca-certificates"
-        ),
-        Some((name, value)) => format!(
-            "there are no CA certificates in {name}={}: correct that, or {HELP}",
-            value.display()
-        ),
-    }))
+        )));
+    }
+    let why = found.errors.first().map(|error| format!(" ({error})"));
+    Err(Failure::config(format!(
+        "there are no CA certificates in {}{}: correct that, or {HELP}",
+        set.join(", "),
+        why.unwrap_or_default()
+    )))
 }
 
 /// All certificates of a file, of which there is at least one.
@@ -345,9 +349,14 @@ fn date(time: UnixTime) -> impl Display {
 fn refused(alert: AlertDescription, parameters: &Parameters) -> ConnectError {
     use AlertDescription as A;
     let cert = parameters.certfile.as_ref();
-    let ours = match cert {
-        Some(file) => format!("the client certificate in {}", file.display()),
-        None => "a connection without a client certificate".to_owned(),
+    let ours = match (cert, alert) {
+        // These concern no certificate of ours.
+        (_, A::UnrecognisedName | A::ProtocolVersion) => "TLS".to_owned(),
+        (Some(file), _) => format!("the client certificate in {}", file.display()),
+        (None, A::HandshakeFailure | A::CertificateRequired | A::BadCertificate) => {
+            "a connection without a client certificate".to_owned()
+        }
+        (None, _) => "TLS".to_owned(),
     };
     let why = match alert {
         A::HandshakeFailure => {

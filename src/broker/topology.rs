@@ -26,7 +26,7 @@ pub enum Declare {
     /// None: it has to be there.
     #[default]
     No,
-    /// A durable one, if it isn't there, as it is otherwise: RabbitMQ 4.3 refuses transient ones that are shared.
+    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
     /// One of the connection's own.
     Exclusive,
@@ -43,8 +43,8 @@ pub(super) struct Ask {
 /// Why a consumer isn't registered.
 #[derive(Debug)]
 pub(super) enum NotRegistered {
-    /// This is to be asked for instead.
-    AskFor(Ask),
+    /// Try again at once, with this request.
+    RetryWith(Ask),
     Failed(ConnectError),
 }
 
@@ -87,7 +87,7 @@ impl Topology {
                     return ConnectError::refused(&error, connection, asked).into();
                 }
             };
-            NotRegistered::AskFor(Ask { create, ..ask })
+            NotRegistered::RetryWith(Ask { create, ..ask })
         })?;
         if ask.create {
             tracing::info!("declared queue {queue:?}, which was not there");

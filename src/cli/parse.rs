@@ -74,7 +74,10 @@ impl Given<'_> {
     /// No name of a file or of something on the broker looks like an address. One that has slipped in there would be
     /// printed, with its password.
     fn check_addresses(&self) -> Result<(), Failure> {
-        const MAY_BE: [&str; 6] = ["url", "password", "command", "messages", "body", "headers"];
+        #[rustfmt::skip]
+        const MAY_BE: [&str; 9] = [
+            "url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id",
+        ];
         for arg in self.command.get_arguments() {
             let id = arg.get_id().as_str();
             let mut given = self.matches.get_raw(id).into_iter().flatten();

@@ -133,11 +133,19 @@ impl Command {
         descendants(|child| !self.reaper.is_stranger(child))
     }
 
-    /// Signals each of them; how many got it.
+    /// Signals each of them, and warns of the first that may not be; how many got it.
     fn signal_each(&self, processes: Vec<Stat>, signal: Signal) -> usize {
-        let pids = processes.into_iter().map(|process| process.pid);
-        pids.filter(|pid| is_sent(signal, *pid, kill(*pid, signal)))
-            .count()
+        let (mut sent, mut refused) = (0, None);
+        for Stat { pid, .. } in processes {
+            match kill(pid, signal) {
+                Ok(()) => sent += 1,
+                Err(error) => refused = refused.or(Some((pid, error))),
+            }
+        }
+        if let Some((pid, error)) = refused {
+            is_sent(signal, pid, Err(error));
+        }
+        sent
     }
 }
 

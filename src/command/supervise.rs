@@ -176,7 +176,7 @@ pub async fn supervise<L: std::fmt::Display>(
     };
     let mut outcome = Outcome { ended, stop, lost };
     let failed = ended != Ended::Exited(0) || outcome.stop == Some(StopReason::TimeLimit);
-    if !failed && !terminates(&outcome, limits) {
+    if !failed && !stops_on_loss(&outcome, limits) {
         // The command has kept its time limit, but what it has left gets no more time than that.
         let bounds = [kill_at, time_limit].into_iter().flatten();
         let end = bounds.fold(Instant::now() + limits.kill_after, Instant::min);
@@ -186,7 +186,7 @@ pub async fn supervise<L: std::fmt::Display>(
     outcome
 }
 
-fn terminates<L>(outcome: &Outcome<L>, limits: &Limits) -> bool {
+fn stops_on_loss<L>(outcome: &Outcome<L>, limits: &Limits) -> bool {
     outcome.lost.is_some() && limits.on_lost == OnLost::Terminate
 }
 
@@ -208,7 +208,7 @@ async fn let_finish<L: std::fmt::Display>(
             why = &mut lost, if outcome.lost.is_none() => {
                 tracing::warn!("delivery lost while processes of the command still ran: {why}");
                 outcome.lost = Some(why);
-                if terminates(outcome, limits) {
+                if stops_on_loss(outcome, limits) {
                     return;
                 }
             }

@@ -98,8 +98,9 @@ impl Source {
                     let share = runtime.block_on(share).expect("nobody closes the window");
                     Message { body, share }
                 });
-                if sender.blocking_send(message).is_err() {
-                    // Nobody wants any more.
+                let failed = message.is_err();
+                if sender.blocking_send(message).is_err() || failed {
+                    // Nobody wants any more, or there is none.
                     return;
                 }
             }
@@ -133,10 +134,10 @@ impl Source {
                 Err(error) => Box::new(iter::once(Err(no_input(error)))),
                 Ok(input) => {
                     let mut input = BufReader::with_capacity(64 * 1024, input);
-                    let mut is_first = true;
+                    let mut is_first_line = *separator == b'\n';
                     let next = move || {
                         let mut body = record(&mut input, *separator).transpose()?;
-                        if mem::take(&mut is_first)
+                        if mem::take(&mut is_first_line)
                             && let Ok(body) = &mut body
                             && body.starts_with(BYTE_ORDER_MARK)
                         {

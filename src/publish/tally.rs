@@ -1,4 +1,4 @@
-//! PURE: how many messages are confirmed, how many of them from the start without a gap, and why no more.
+//! Pure: how many messages are confirmed, how many of them from the start without a gap, and why no more.
 
 use crate::broker::Answer;
 
@@ -24,7 +24,7 @@ pub(super) struct Tally {
     refused: u64,
     first_refused: Option<u64>,
     returned: u64,
-    /// The messages of which the first that was returned is one: behind this many, up to this one.
+    /// The first returned message is one of those after the first number, up to the second.
     first_returned: Option<(u64, u64)>,
 }
 

@@ -44,7 +44,7 @@ impl Worker {
                     return Err(unreadable(self.consumer.queue(), &lost.to_string()));
                 }
                 Err(lost) => {
-                    self.consumer.survives(&lost.to_string())?;
+                    self.consumer.check_queue_survives(&lost.to_string())?;
                     // Lost as soon as it is registered, again and again: no storm, and not for ever.
                     if registered.elapsed() > LOOK_AGAIN_LONGEST {
                         (pause, failing_since) = (LOOK_AGAIN, Instant::now());

@@ -32,8 +32,8 @@ impl fmt::Display for Tally {
     }
 }
 
-/// The message at hand, for log lines and the summary; says that it was taken.
-pub(super) fn subject(message: &Message, queue: &str) -> Subject {
+/// Logs that a message was taken; what later lines and the summary say of it.
+pub(super) fn log_taken(message: &Message, queue: &str) -> Subject {
     let (id, attempt, size) = (&message.id, message.attempt, message.body.len());
     tracing::info!(queue, id, attempt, size, "message taken");
     Subject {

@@ -145,7 +145,12 @@ impl Node for LocalNode {
             .open(self.folder.join("log"))
             .context("cannot open a node's log")?;
         let mut command = self.command("rabbitmq-server");
-        command.stdout(log.try_clone()?).stderr(log);
+        command
+            // With this the script becomes the emulator, which then gets our signals; without, it starts it and waits.
+            .env("RABBITMQ_ALLOW_INPUT", "true")
+            .env("RABBITMQ_SERVER_START_ARGS", "-noinput +B i")
+            .stdout(log.try_clone()?)
+            .stderr(log);
         *self.child() = Some(command.spawn().context("cannot run rabbitmq-server")?);
         Ok(())
     }
