@@ -31,7 +31,7 @@ for name in "$queue" "$queue.dead"; do
   [ "$type" = quorum ] || { echo "$name is a $type queue; delete it first, when it is empty" >&2; exit 1; }
 done
 
-# delivery-limit: a message that came back this often is dead-lettered instead of delivered once more, and nobody is told: no
+# delivery-limit: a message that was requeued this often is dead-lettered instead of delivered once more, and nobody is told: no
 #   pod fails, so that a Job could end Complete with a task undone. Therefore qconsume decides first (QCONSUME_MAX_ATTEMPTS: 3
 #   in the Jobs), and this is for what even qconsume doesn't survive. It is more than that and a Job's backoffLimit (6)
 #   together: such a task fails its Job first. The rest is for evictions of one and the same task, which count before 4.3.
@@ -47,13 +47,13 @@ policy='"delivery-limit": 20,
   "dead-letter-strategy": "at-least-once", "overflow": "reject-publish"'
 
 # consumer-timeout, from 3.12 on: how long a command may take, in milliseconds: 12 hours. The broker's own default is half
-#   an hour; after that it takes the message away from a task that is still running (qconsume stops it and exits 75).
+#   an hour; after that it requeues the message of a task that is still running (qconsume stops it and exits 75).
 timeout='"consumer-timeout": 43200000'
 
-# delayed-retry, from 4.3.1 on (4.3.0 knows it as queue arguments only): a failed message comes back after min × its number
-#   of failures, at most max: 10 s, 20 s, 30 s, 30 s … Until then it is not there for any consumer. So the max must be less than
+# delayed-retry, from 4.3.1 on (4.3.0 knows it as queue arguments only): a failed message is delivered again after min × its
+#   number of failures, at most max: 10 s, 20 s, 30 s, 30 s … Until then it is not there for any consumer. So the max must be less than
 #   the QCONSUME_WAIT of a drainer (1m), or it would find the queue empty and end well. Type failed: what was rejected waits;
-#   what an eviction gave back (a nack) is ready at once.
+#   what was released (a nack), after an eviction, is ready at once.
 retry='"delayed-retry-type": "failed", "delayed-retry-min": 10000, "delayed-retry-max": 30000'
 
 # A broker refuses a policy with a key that it doesn't know.
@@ -68,5 +68,5 @@ else
 fi
 
 # The dead letters stay until someone has looked at them. From 4.0 on a quorum queue has a limit of 20 unless told
-# otherwise, and a message that was looked at and put back that often would be dropped; before, -1 is no value, nor needed.
+# otherwise, and a message that was looked at and requeued that often would be dropped; before, -1 is no value, nor needed.
 rabbitmqctl -q set_policy "$queue.dead" "${pattern%\$}\\\\.dead\$" '{"delivery-limit": -1}' --apply-to queues --priority 1 2>/dev/null || true
