@@ -10,4 +10,4 @@ mod supervise;
 pub use find::{Executable, find};
 pub use reap::Reaper;
 pub use spawn::{Command, Variable};
-pub use supervise::{Limits, OnLost, Outcome, Process, Target, supervise};
+pub use supervise::{Limits, OnLost, Process, Supervised, Target, supervise};

@@ -87,9 +87,9 @@ pub struct Limits {
     pub on_lost: OnLost,
 }
 
-/// How it went.
+/// How supervision ended.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Outcome<L> {
+pub struct Supervised<L> {
     /// How the command ended.
     pub ended: Ended,
     /// The first of a signal and the time limit, if there was one.
@@ -106,7 +106,7 @@ pub async fn supervise<L: std::fmt::Display>(
     limits: &Limits,
     signals: &mut Signals,
     lost: impl Future<Output = L>,
-) -> Outcome<L> {
+) -> Supervised<L> {
     let mut lost_future = pin!(lost);
     let mut lost = None;
     let mut stop = None;
@@ -174,7 +174,7 @@ pub async fn supervise<L: std::fmt::Display>(
             }
         }
     };
-    let mut outcome = Outcome { ended, stop, lost };
+    let mut outcome = Supervised { ended, stop, lost };
     let failed = ended != Ended::Exited(0) || outcome.stop == Some(StopReason::TimeLimit);
     if !failed && !stops_on_loss(&outcome, limits) {
         // The command has kept its time limit, but what it has left gets no more time than that.
@@ -186,7 +186,7 @@ pub async fn supervise<L: std::fmt::Display>(
     outcome
 }
 
-fn stops_on_loss<L>(outcome: &Outcome<L>, limits: &Limits) -> bool {
+fn stops_on_loss<L>(outcome: &Supervised<L>, limits: &Limits) -> bool {
     outcome.lost.is_some() && limits.on_lost == OnLost::Terminate
 }
 
@@ -199,7 +199,7 @@ async fn let_finish<L: std::fmt::Display>(
     signals: &mut Signals,
     mut lost: Pin<&mut impl Future<Output = L>>,
     mut end: Instant,
-    outcome: &mut Outcome<L>,
+    outcome: &mut Supervised<L>,
 ) {
     let started = Instant::now();
     loop {

@@ -37,7 +37,9 @@ impl Worker {
             let left = limit.map(|limit| limit.saturating_sub(waited));
             match self.wait(left).await {
                 Ok(None) if self.options.drain && !self.consumer.is_drained().await => {
-                    tracing::debug!("the queue isn't empty after all: registering again");
+                    tracing::debug!(
+                        "the queue isn't empty after all, or doesn't say: registering again"
+                    );
                 }
                 Ok(taken) => return Ok(taken),
                 Err(lost) if lost.unreadable => {

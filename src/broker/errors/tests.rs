@@ -55,6 +55,17 @@ fn texts_of_rabbitmq_and_lavinmq() {
             Meaning::QueueDown,
         ),
         (
+            404,
+            "NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout",
+            Meaning::QueueDown,
+        ),
+        // A long name pushes the end out of the text.
+        (
+            404,
+            "NOT_FOUND - home node 'rabbit@a' of durable queue 'qqqqqqqqqqqqqqqq",
+            Meaning::QueueDown,
+        ),
+        (
             403,
             "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use",
             Meaning::ExclusiveConsumer,

@@ -170,7 +170,7 @@ async fn a_command_that_ends_by_itself_is_left_alone() {
     let outcome = supervise(&mut process, &limits(), &mut signals(&[]), never()).await;
     assert_eq!(
         outcome,
-        Outcome {
+        Supervised {
             ended: Ended::Exited(3),
             stop: None,
             lost: None
