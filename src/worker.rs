@@ -164,7 +164,11 @@ impl Worker {
         let (outcome, became, unconfirmed) = if self.options.no_ack {
             (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned(), None)
         } else {
-            let unconfirmed = self.consumer.settle(settlement, ends_run).await.err();
+            // A quorum queue applies a requeue some time after the broker has confirmed it, and until then it is not
+            // among the ready messages: `--drain` would find an empty queue (seen with RabbitMQ 3.10 under load). A consumer
+            // that is registered anew is applied behind it, so it gets the message, or sees it.
+            let cancel = ends_run || settlement == Settlement::Requeue;
+            let unconfirmed = self.consumer.settle(settlement, cancel).await.err();
             let (outcome, became) = describe_settlement(settlement, unconfirmed.as_ref());
             (outcome, became, unconfirmed)
         };

@@ -3,7 +3,7 @@
 use super::{
     connect::{Attempts, Broker},
     connection::OpenConnection,
-    errors::{ConnectError, Meaning, described},
+    errors::{ConnectError, described},
     lost::DeliveryLost,
     message::Message,
     registration::Registration,
@@ -14,7 +14,6 @@ use crate::{
     report::with_reminders,
 };
 use lapin::{
-    Channel, Queue,
     message::Delivery,
     options::QueueDeclareOptions,
     types::{DeliveryTag, FieldTable},
@@ -234,7 +233,14 @@ impl Consumer {
     /// Why the consumer is no longer registered.
     pub async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
         let registration = self.registration();
-        let declare = look(&registration.channel, &registration.queue);
+        let queue = registration.queue.as_str().into();
+        let passive = QueueDeclareOptions {
+            passive: true,
+            ..QueueDeclareOptions::default()
+        };
+        let declare = registration
+            .channel
+            .queue_declare(queue, passive, FieldTable::default());
         match declare.await {
             Ok(declared) if declared.consumer_count() == 0 => Ok(Depth::Unknown),
             Ok(declared) => Ok(Depth::Ready(declared.message_count())),
@@ -260,29 +266,6 @@ impl Consumer {
             Ok(Err(lost)) => Err(self.end(lost).await),
             Err(_) => Ok(None),
         }
-    }
-
-    /// Whether the queue is empty, asked after [`Consumer::cancel`]; false where that can't be known.
-    ///
-    /// [`Consumer::depth`] alone doesn't tell: a quorum queue answers from what it has applied, and may still count a
-    /// message as delivered that we have requeued a moment ago, and that is confirmed. It applies the cancel behind the
-    /// requeue, and the figure after that has both (seen with RabbitMQ 3.10 and 4.3 under load).
-    pub async fn is_drained(&mut self) -> bool {
-        if let State::Idle(Some(connection)) = &self.state
-            && let Some(channel) = &connection.last_channel
-        {
-            match timeout(RELEASE_TIMEOUT, look(channel, self.queue())).await {
-                Ok(Ok(declared)) => return declared.message_count() == 0,
-                // An auto-delete queue is deleted with its last consumer.
-                Ok(Err(error)) if connection.meaning(&error) == Some(Meaning::Missing) => {
-                    return true;
-                }
-                Ok(Err(_)) | Err(_) => {}
-            }
-        }
-        // What may still come over it concerns this consumer, not the next one.
-        self.close().await;
-        false
     }
 
     /// Releases whatever may have arrived, before an end without a command; takes two seconds at most.
@@ -358,16 +341,4 @@ impl Consumer {
             }
         }
     }
-}
-
-/// Looks at a queue, by a passive declare.
-async fn look(channel: &Channel, queue: &str) -> lapin::Result<Queue> {
-    let passive = QueueDeclareOptions {
-        passive: true,
-        ..QueueDeclareOptions::default()
-    };
-    let arguments = FieldTable::default();
-    channel
-        .queue_declare(queue.into(), passive, arguments)
-        .await
 }

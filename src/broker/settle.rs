@@ -30,18 +30,18 @@ const SAFE_SHARE: f64 = 0.8;
 const RECHECK_PAUSE: Duration = Duration::from_millis(100);
 
 impl Consumer {
-    /// Settles the message that is held; with `last`, the consumer is cancelled first, so that no message is delivered
+    /// Settles the message that is held; with `cancel`, the consumer is cancelled first, so that no message is delivered
     /// that nobody here would run.
     ///
     /// # Errors
     /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
-    pub async fn settle(&mut self, settlement: Settlement, last: bool) -> Result<(), DeliveryLost> {
+    pub async fn settle(&mut self, settlement: Settlement, cancel: bool) -> Result<(), DeliveryLost> {
         let State::Holding(mut registration, held) =
             mem::replace(&mut self.state, State::Idle(None))
         else {
             unreachable!("only called while a message is held")
         };
-        let settle = registration.settle(held, settlement, last);
+        let settle = registration.settle(held, settlement, cancel);
         let stage = "waiting for the broker to confirm the settlement";
         let settled = timeout(SETTLE_TIMEOUT, with_reminders(stage, settle))
             .await
@@ -67,10 +67,10 @@ impl Registration {
         &mut self,
         held: Held,
         settlement: Settlement,
-        last: bool,
+        cancel: bool,
     ) -> Result<(), DeliveryLost> {
         let ran = held.since.elapsed();
-        let sent = self.send(held.tag, settlement, last).await;
+        let sent = self.send(held.tag, settlement, cancel).await;
         sent.map_err(|error| self.delivery_lost(&error))?;
         self.check_still_owned()?;
         if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
@@ -79,15 +79,15 @@ impl Registration {
         Ok(())
     }
 
-    /// Cancels with `last`, settles, and waits for the broker to have processed both.
+    /// Cancels with `cancel`, settles, and waits for the broker to have processed both.
     async fn send(
         &mut self,
         tag: DeliveryTag,
         settlement: Settlement,
-        last: bool,
+        cancel: bool,
     ) -> lapin::Result<()> {
         let channel = &self.channel;
-        if let Some(consumer) = self.consumer.take_if(|_| last) {
+        if let Some(consumer) = self.consumer.take_if(|_| cancel) {
             // Without waiting for its reply: it only has to be in front of the settlement.
             let cancel = BasicCancelOptions { nowait: true };
             channel.basic_cancel(consumer.tag(), cancel).await?;

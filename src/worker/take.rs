@@ -36,11 +36,6 @@ impl Worker {
             let registered = Instant::now();
             let left = limit.map(|limit| limit.saturating_sub(waited));
             match self.wait(left).await {
-                Ok(None) if self.options.drain && !self.consumer.is_drained().await => {
-                    tracing::debug!(
-                        "the queue isn't empty after all, or doesn't say: registering again"
-                    );
-                }
                 Ok(taken) => return Ok(taken),
                 Err(lost) if lost.unreadable => {
                     return Err(unreadable(self.consumer.queue(), &lost.to_string()));
