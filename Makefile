@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo recording check-recording test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals
+.PHONY: help demo recording check-recording test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals verify-dist deny
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -43,9 +43,16 @@ REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 IMAGE ?= qconsume
 
 image: ## the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name
-	docker build -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t $(IMAGE):$(VERSION) -t $(IMAGE) .
+	docker build $(DOCKER_BUILD_FLAGS) -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t $(IMAGE):$(VERSION) -t $(IMAGE) .
 
-dist: binaries manuals ## the static binaries, man pages and completions, in dist/
+dist: binaries manuals ## what a release needs, in dist/: static binaries, man pages, completions, .tar.gz, .deb, SBOM, checksums
+	docker/dist
+
+verify-dist: ## makes `dist` of the last commit twice, in two folders without Docker's cache, and compares the checksums
+	docker/verify-dist
+
+deny: ## licences, versions and sources of all dependencies, by cargo-deny
+	$(CARGO) deny --locked check licenses bans sources
 
 binaries: image
 	mkdir -p dist
