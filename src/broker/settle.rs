@@ -35,7 +35,11 @@ impl Consumer {
     ///
     /// # Errors
     /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
-    pub async fn settle(&mut self, settlement: Settlement, cancel: bool) -> Result<(), DeliveryLost> {
+    pub async fn settle(
+        &mut self,
+        settlement: Settlement,
+        cancel: bool,
+    ) -> Result<(), DeliveryLost> {
         let State::Holding(mut registration, held) =
             mem::replace(&mut self.state, State::Idle(None))
         else {
