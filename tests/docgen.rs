@@ -223,7 +223,11 @@ fn row(page: &mut String, arg: &Arg) {
     let value = arg.get_value_names().filter(|_| takes).unwrap_or_default();
     let _ = write!(option, "`--{}", arg.get_long().unwrap_or_default());
     for name in value {
-        let _ = write!(option, " {name}");
+        // Without the equals sign the next word would be an argument: a message, for qpublish.
+        let _ = match arg.is_require_equals_set() {
+            true => write!(option, "[={name}]"),
+            false => write!(option, " {name}"),
+        };
     }
     option.push('`');
     let variable = arg.get_env().map(|name| name.to_string_lossy());
