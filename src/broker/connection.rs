@@ -1,8 +1,8 @@
 //! A connection that is open: what it was seen to say, and how it ends.
 
 use super::{
-    errors::{Meaning, Refusal, described},
-    tap::{Observed, Version},
+    errors::{Meaning, described},
+    observed::{Observed, Version},
 };
 use lapin::{Channel, Connection, Event};
 use std::{
@@ -45,7 +45,8 @@ impl OpenConnection {
 
     /// What a refusal means, if this is one.
     pub(super) fn meaning(&self, error: &lapin::Error) -> Option<Meaning> {
-        Refusal::of(error, &self.observed()).map(|refusal| refusal.meaning())
+        let refusal = self.observed().refusal(error)?;
+        Some(refusal.meaning())
     }
 
     pub(super) fn is_connected(&self) -> bool {

@@ -6,8 +6,8 @@ use super::{
     errors::{ConnectError, described},
     lost::DeliveryLost,
     message::Message,
-    registration::Registration,
-    topology::{Ask, Declare, NotRegistered, Topology},
+    registration::{ConsumerOptions, Registration},
+    topology::{Ask, Declare, NotRegistered},
 };
 use crate::{
     exit::{Exit, Failure},
@@ -27,17 +27,6 @@ use tokio::{
 /// Longest time that releasing messages may take when nothing answers. What isn't released by then is requeued when the
 /// connection ends.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// What to consume from, and how.
-#[derive(Clone, Debug)]
-pub struct ConsumerOptions {
-    /// The queue's name; empty where the broker is to choose one.
-    pub queue: String,
-    /// What is declared before it is consumed from.
-    pub topology: Topology,
-    /// `--ack-timeout`: how long the broker is asked to wait for the acknowledgement.
-    pub ack_timeout: Option<Duration>,
-}
 
 /// How full a queue is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

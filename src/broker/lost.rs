@@ -1,8 +1,8 @@
 //! Why a delivery was lost, in words, and what to do about it.
 
 use super::{
-    errors::{Meaning, Refusal, described},
-    tap::{Observed, Version},
+    errors::{Meaning, described},
+    observed::{Observed, Version},
 };
 use lapin::ErrorKind;
 use std::fmt;
@@ -30,7 +30,7 @@ impl DeliveryLost {
                 unreadable: true,
             };
         }
-        let Some(refusal) = Refusal::of(error, observed) else {
+        let Some(refusal) = observed.refusal(error) else {
             return Self::because(described(error));
         };
         if refusal.meaning() == Meaning::AckTimeout {

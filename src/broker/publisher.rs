@@ -2,8 +2,9 @@
 
 use super::{
     connection::OpenConnection,
-    errors::{Asked, ConnectError, Refusal},
+    errors::ConnectError,
     properties::{Properties, QueueType, Route},
+    refused::Asked,
     topology,
 };
 use crate::{
@@ -200,7 +201,7 @@ impl Publisher {
     }
 
     fn lost(&self, error: &lapin::Error) -> PublishError {
-        let refusal = Refusal::of(error, &self.connection.observed());
+        let refusal = self.connection.observed().refusal(error);
         // The one error that names its message, though only by its size.
         let size = refusal.and_then(|refusal| too_large(&refusal.text));
         let mut sizes = self.unanswered.iter().map(|(size, _)| *size);

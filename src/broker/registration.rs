@@ -2,10 +2,10 @@
 
 use super::{
     connection::OpenConnection,
-    consumer::ConsumerOptions,
-    errors::{Asked, ConnectError, Meaning},
+    errors::{ConnectError, Meaning},
     lost::DeliveryLost,
-    topology::{Ask, NotRegistered},
+    refused::Asked,
+    topology::{Ask, NotRegistered, Topology},
 };
 use lapin::{
     Channel, Event,
@@ -27,6 +27,17 @@ pub(super) const RELEASE: BasicNackOptions = BasicNackOptions {
     requeue: true,
     multiple: false,
 };
+
+/// What to consume from, and how.
+#[derive(Clone, Debug)]
+pub struct ConsumerOptions {
+    /// The queue's name; empty where the broker is to choose one.
+    pub queue: String,
+    /// What is declared before it is consumed from.
+    pub topology: Topology,
+    /// `--ack-timeout`: how long the broker is asked to wait for the acknowledgement.
+    pub ack_timeout: Option<Duration>,
+}
 
 /// A consumer on a channel of its own.
 pub(super) struct Registration {

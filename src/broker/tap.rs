@@ -1,12 +1,8 @@
 //! A read-only tap on what the broker sends: it notes what lapin 4.12 keeps to itself, and refuses to read on where
 //! lapin must not. It alters, delays, invents and swallows nothing.
 
-use super::errors::Refusal;
-use lapin::protocol::{
-    AMQPClass,
-    basic::{self, parse_properties},
-    channel, connection, parse_class,
-};
+use super::observed::Observed;
+use lapin::protocol::basic::parse_properties;
 use std::{
     io,
     sync::{Arc, Mutex},
@@ -26,28 +22,6 @@ const BEFORE_PROPERTIES: usize = 12;
 /// How deep tables and arrays may be nested: lapin's parser calls itself for each level, and a thousand of them
 /// overflow its thread's stack of 2 MiB.
 const NESTING_MAX: usize = 100;
-
-/// RabbitMQ's version: major and minor.
-pub(super) type Version = (u32, u32);
-
-/// What one connection's broker has sent so far.
-#[derive(Debug, Default)]
-pub(super) struct Observed {
-    /// The broker's version, once it has greeted.
-    pub(super) version: Option<Version>,
-    /// The names of its login mechanisms, blanks between.
-    pub(super) mechanisms: Option<String>,
-    /// The heartbeat interval that it proposed, in seconds; 0 is none.
-    pub(super) heartbeat: Option<u16>,
-    /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
-    pub(super) closed: Option<Refusal>,
-    /// Whether it has cancelled a consumer.
-    pub(super) cancelled: bool,
-    /// Why the message that it delivers can't be read.
-    pub(super) unreadable: Option<&'static str>,
-    /// `basic.deliver` was the last method: a message's content comes next.
-    delivering: bool,
-}
 
 /// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
@@ -121,30 +95,6 @@ impl Tap {
     }
 }
 
-impl Observed {
-    /// Takes note of a method.
-    fn method(&mut self, payload: &[u8]) -> Result<(), &'static str> {
-        use {basic::AMQPMethod as B, channel::AMQPMethod as Ch, connection::AMQPMethod as Co};
-        match parse_class(payload).map(|(_, class)| class) {
-            Ok(AMQPClass::Connection(Co::Start(start))) => {
-                self.version = version(&start);
-                self.mechanisms = Some(start.mechanisms.to_string());
-            }
-            Ok(AMQPClass::Connection(Co::Tune(tune))) => self.heartbeat = Some(tune.heartbeat),
-            Ok(AMQPClass::Connection(Co::Close(close))) => {
-                self.closed = Some(Refusal::new(close.reply_code, &close.reply_text));
-            }
-            Ok(AMQPClass::Channel(Ch::Close(close))) => {
-                self.closed = Some(Refusal::new(close.reply_code, &close.reply_text));
-            }
-            Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
-            Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
-            _ => {}
-        }
-        Ok(())
-    }
-}
-
 fn refuse(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
@@ -172,14 +122,6 @@ fn check_nesting(payload: &[u8]) -> Result<(), &'static str> {
         }
     }
     Ok(())
-}
-
-/// The version among the server's properties.
-fn version(start: &connection::Start) -> Option<Version> {
-    let version = start.server_properties.inner().get("version")?;
-    let text = version.as_long_string()?.to_string();
-    let mut numbers = text.split('.').map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 #[cfg(test)]

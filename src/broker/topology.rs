@@ -2,7 +2,8 @@
 
 use super::{
     connection::OpenConnection,
-    errors::{Asked, ConnectError, Meaning},
+    errors::{ConnectError, Meaning},
+    refused::Asked,
 };
 use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},

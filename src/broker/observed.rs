@@ -1,0 +1,74 @@
+//! What one connection's broker was seen to say: lapin 4.12 keeps it to itself.
+
+use super::errors::Refusal;
+use lapin::{
+    ErrorKind,
+    protocol::{AMQPClass, basic, channel, connection, parse_class},
+};
+
+/// RabbitMQ's version: major and minor.
+pub(super) type Version = (u32, u32);
+
+/// What one connection's broker has sent so far.
+#[derive(Debug, Default)]
+pub(super) struct Observed {
+    /// The broker's version, once it has greeted.
+    pub(super) version: Option<Version>,
+    /// The names of its login mechanisms, blanks between.
+    pub(super) mechanisms: Option<String>,
+    /// The heartbeat interval that it proposed, in seconds; 0 is none.
+    pub(super) heartbeat: Option<u16>,
+    /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
+    pub(super) closed: Option<Refusal>,
+    /// Whether it has cancelled a consumer.
+    pub(super) cancelled: bool,
+    /// Why the message that it delivers can't be read.
+    pub(super) unreadable: Option<&'static str>,
+    /// `basic.deliver` was the last method: a message's content comes next.
+    pub(super) delivering: bool,
+}
+
+impl Observed {
+    /// The refusal behind an error, if it is one. lapin has no text for a code that it doesn't know.
+    pub(super) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
+        match error.kind() {
+            ErrorKind::ProtocolError(error) => {
+                Some(Refusal::new(error.get_id(), error.get_message()))
+            }
+            ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
+                self.closed.clone()
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes note of a method.
+    pub(super) fn method(&mut self, payload: &[u8]) -> Result<(), &'static str> {
+        use {basic::AMQPMethod as B, channel::AMQPMethod as Ch, connection::AMQPMethod as Co};
+        match parse_class(payload).map(|(_, class)| class) {
+            Ok(AMQPClass::Connection(Co::Start(start))) => {
+                self.version = version(&start);
+                self.mechanisms = Some(start.mechanisms.to_string());
+            }
+            Ok(AMQPClass::Connection(Co::Tune(tune))) => self.heartbeat = Some(tune.heartbeat),
+            Ok(AMQPClass::Connection(Co::Close(close))) => {
+                self.closed = Some(Refusal::new(close.reply_code, &close.reply_text));
+            }
+            Ok(AMQPClass::Channel(Ch::Close(close))) => {
+                self.closed = Some(Refusal::new(close.reply_code, &close.reply_text));
+            }
+            Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
+            Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// The version among the server's properties.
+fn version(start: &connection::Start) -> Option<Version> {
+    let version = start.server_properties.inner().get("version")?;
+    let text = version.as_long_string()?.to_string();
+    let mut numbers = text.split('.').map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
