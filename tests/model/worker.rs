@@ -41,7 +41,7 @@ pub struct Settling {
     outcome: Outcome,
     /// The next one of [`plan`].
     step: u8,
-    /// What src/broker/tap.rs remembers: the broker has cancelled the consumer.
+    /// What src/broker/observed.rs remembers: the broker has cancelled the consumer.
     cancelled: bool,
 }
 
