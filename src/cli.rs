@@ -56,7 +56,7 @@ pub struct QconsumeOptions {
 
     /// Consume until the queue is empty
     ///
-    /// Then exit with 0. With --wait, consume until the queue has been empty for that long.
+    /// Then exit with 0, also when there was no message. With --wait, consume until the queue has been empty for that long.
     #[arg(long, env = "QCONSUME_DRAIN", value_parser = switch, help_heading = "Taking")]
     pub drain: bool,
 

@@ -39,7 +39,7 @@ pub struct BrokerOptions {
 
     /// Try this long to reach the broker and the queue
     ///
-    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when the consumer is registered. It starts anew when the connection is lost while qconsume waits for a message. A queue that doesn't exist is retried, too.
+    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when qconsume's consumer is registered, or qpublish's channel is open. It starts anew when qconsume loses the connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_CONNECT_TIMEOUT", default_value = "60s", value_parser = duration_above_zero)]
     pub connect_timeout: Duration,
 

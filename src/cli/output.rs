@@ -15,7 +15,7 @@ use tracing::Level;
 pub struct OutputOptions {
     /// Log messages of this level and of the more important ones
     ///
-    /// error: why the run ends with a failure. warn: what isn't as it should be. info: which message was taken, and its outcome. debug: each step.
+    /// error: why the run ends with a failure. warn: what isn't as it should be. info: which message was taken, and its outcome, or how many were published. debug: each step.
     #[arg(long, value_name = "LEVEL", env = "QCONSUME_LOG", default_value = "info", value_parser = levels())]
     log_level: Level,
 
