@@ -53,7 +53,7 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     arguments: &[OsString],
     entry: impl FnOnce(O, signals::Signals) -> F,
 ) -> anyhow::Result<u8> {
-    match cli::parse::<O>(arguments)? {
+    match parse::<O>(arguments)? {
         Request::Run(options) => {
             options.output().start();
             Ok(block_on(|signals| entry(*options, signals))?)
@@ -66,9 +66,18 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     }
 }
 
+/// Reads the command line on a thread of its own, as clap needs 90 KiB of stack: a worker that waits would keep them.
+fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new();
+        let parsing = thread
+            .spawn_scoped(scope, || cli::parse(arguments))
+            .map_err(|error| Failure::system("can't start", &error))?;
+        parsing.join().expect("a panic ends the process")
+    })
+}
+
 /// Drives a program's asynchronous entry (`worker::work`, `publish::publish`) on this thread alone: a command dies with the thread that started it.
-// Its future is large, and so is what clap needs: they needn't be on the stack together.
-#[inline(never)]
 fn block_on<F: Future<Output = Result<u8, Failure>>>(
     entry: impl FnOnce(signals::Signals) -> F,
 ) -> Result<u8, Failure> {

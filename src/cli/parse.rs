@@ -34,7 +34,7 @@ pub enum Request<T> {
 }
 
 /// A program's options.
-pub trait Options: Parser {
+pub trait Options: Parser + Send {
     /// Checks what one option can't know of another.
     ///
     /// # Errors
