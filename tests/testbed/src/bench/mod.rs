@@ -1,4 +1,4 @@
-//! `make bench`: qconsume beside amqp-consume, the same work for both, in turn.
+//! `make bench`: qconsume beside amqp-consume, the same work for both, in turn; and what many qconsumes cost.
 //!
 //! It reports and judges nothing: what it fails on is a run that didn't do its work, never a slow one.
 
@@ -50,7 +50,7 @@ pub struct Options {
     /// One part of it; leaves the page alone
     #[arg(long, value_parser = PARTS.map(|(name, _)| name))]
     only: Option<String>,
-    /// Put the table and the line below it there in place of the ones it has
+    /// Put the results there in place of the ones it has, and the plot beside it
     #[arg(long)]
     page: Option<PathBuf>,
 }
@@ -93,6 +93,7 @@ pub fn run(options: &Options) -> Result<()> {
         eprintln!("bench: not done after {limit:?}, so a run hangs");
         std::process::exit(1);
     });
+    process::raise_file_limit()?;
     let bench = Bench::start(options.quick, programs)?;
     let mut results = Results {
         table: Table::new(&BESIDE),

@@ -86,4 +86,21 @@ mod tests {
         let without = page.replace("<!-- bench scale -->", "");
         assert!(results.replaced(&without, "Measured on Tuesday.").is_err());
     }
+    /// Otherwise an hour's run would fail at its very end.
+    #[test]
+    fn the_page_in_the_repository_has_a_place_for_all_results() {
+        let blocks = ["scale", "waiting", "reconnect"].map(|name| (name, format!("of {name}\n")));
+        let results = Results {
+            table: Table::new(&["a"]),
+            blocks: blocks.to_vec(),
+            plot: None,
+        };
+        let page = include_str!("../../../../docs/benchmarks.md");
+        let replaced = results.replaced(page, "Measured on Tuesday.").unwrap();
+        for (name, _) in blocks {
+            let block = format!("<!-- bench {name} -->\nof {name}\n<!-- end of bench {name} -->");
+            assert!(replaced.contains(&block), "{name}");
+        }
+        assert!(page.contains(&format!("]({PLOT})")), "the plot isn't shown");
+    }
 }

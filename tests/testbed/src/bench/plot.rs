@@ -4,9 +4,9 @@ use super::scale::{Figures, Point};
 use super::table::thousands;
 
 /// Where the panels begin, in pixels of a picture 800 wide; further down all is measured from their upper left corner.
-const PANELS: [f64; 2] = [64.0, 472.0];
+const PANELS: [f64; 2] = [60.0, 464.0];
 const TOP: f64 = 96.0;
-const WIDTH: f64 = 304.0;
+const WIDTH: f64 = 300.0;
 const HEIGHT: f64 = 220.0;
 
 /// What lies above and below the panels.
@@ -28,41 +28,56 @@ const HEAD: &str = r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 
 <rect class="ground" x="0.5" y="0.5" width="799" height="379" rx="8"/>
 "##;
 
-/// A panel: what it shows, and in which unit.
-const SHOWN: [(&str, fn(&Figures) -> f64); 2] = [
-    ("messages a second", |it| it.rate),
-    ("broker's processor time, ms a message", |it| {
-        it.broker * 1e3
-    }),
-];
+/// One of the two curves in each panel.
+struct Curve {
+    class: &'static str,
+    /// In the legend, which begins at so many pixels from the left.
+    name: &'static str,
+    left: f64,
+    figures: fn(&Point) -> &Figures,
+}
 
-/// The two modes, with their names in the legend and where these stand.
-const MODES: [(&str, &str, f64, fn(&Point) -> &Figures); 2] = [
-    ("one", "one message a process", 64.0, |it| &it.one_message),
-    ("drain", "--drain", 264.0, |it| &it.drain),
+const CURVES: [Curve; 2] = [
+    Curve {
+        class: "one",
+        name: "one message a process",
+        left: 60.0,
+        figures: |it| &it.one_message,
+    },
+    Curve {
+        class: "drain",
+        name: "--drain",
+        left: 330.0,
+        figures: |it| &it.drain,
+    },
 ];
 
 /// Draws the points, of which there are at least two.
 pub(super) fn draw(points: &[Point]) -> String {
     let mut svg = HEAD.to_owned();
-    for (class, name, x, _) in MODES {
-        let line = format!("{x},28 {},28", x + 32.0);
+    for Curve {
+        class, name, left, ..
+    } in CURVES
+    {
         svg += &format!(
-            "<g class=\"{class}\"><polyline points=\"{line}\"/>{}</g>\n<text x=\"{}\" y=\"33\">{name}</text>\n",
-            mark(class, x + 16.0, 28.0),
-            x + 40.0
+            "<g class=\"{class}\"><polyline points=\"{left},28 {},28\"/>{}</g>\n<text x=\"{}\" y=\"33\">{name}</text>\n",
+            left + 32.0,
+            mark(class, left + 16.0, 28.0),
+            left + 40.0
         );
     }
-    for (left, (title, value)) in PANELS.into_iter().zip(SHOWN) {
-        svg += &panel(points, left, title, value);
-    }
+    let [first, second] = PANELS;
+    svg += &panel(points, first, "messages a second", |it| it.rate);
+    svg += &panel(points, second, "broker's processor, ms a message", |it| {
+        it.broker * 1e3
+    });
     svg + "</svg>\n"
 }
 
 fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -> String {
     let all = points
         .iter()
-        .flat_map(|point| MODES.map(|(.., figures)| value(figures(point))));
+        .flat_map(|point| CURVES.map(|curve| value((curve.figures)(point))));
     let highest = all.fold(0.0, f64::max);
     let step = step(highest);
     let steps = (highest / step).ceil();
@@ -81,11 +96,11 @@ fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -
     );
     for tick in 0..=steps as usize {
         let value = tick as f64 * step;
-        let (at, decimals) = (y(value), usize::from(step < 1.0));
-        let label = if decimals == 0 {
-            thousands(value)
+        let at = y(value);
+        let label = if step < 1.0 {
+            format!("{value:.*}", (-step.log10()).ceil() as usize)
         } else {
-            format!("{value:.1}")
+            thousands(value)
         };
         svg += &format!(
             "<line class=\"grid\" x1=\"{left}\" y1=\"{at:.1}\" x2=\"{right}\" y2=\"{at:.1}\"/>\
@@ -106,7 +121,7 @@ fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -
         "<text class=\"middle\" x=\"{middle}\" y=\"{}\">workers at once (logarithmic)</text>\n",
         TOP + HEIGHT + 46.0
     );
-    for (class, .., figures) in MODES {
+    for Curve { class, figures, .. } in CURVES {
         let places = points
             .iter()
             .map(|point| (x(point.workers), y(value(figures(point)))));

@@ -4,7 +4,7 @@ use crate::Broker;
 use crate::owner::processes_with;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::ptrace::{self, Event, Options};
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use nix::sys::time::TimeValLike;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -60,6 +60,13 @@ pub(super) fn peak(command: Command) -> Result<f64> {
             status => bail!("{status:?}"),
         }
     }
+}
+
+/// Lets this process, and so the broker that it starts, open as many files as the system permits: a thousand workers are as many
+/// connections, and the usual limit is 1,024.
+pub(super) fn raise_file_limit() -> Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise the limit of open files")
 }
 
 /// Starts many processes of one program.

@@ -121,22 +121,26 @@ fn table(points: &[Point]) -> String {
     let mut table = Table::new(&[
         "workers",
         "one message a process: messages/s",
-        "broker's processor a message",
-        "worker's",
+        "… broker's processor",
+        "… worker's processor",
         "`--drain`: messages/s",
-        "broker's processor a message",
-        "worker's",
+        "… broker's processor",
+        "… worker's processor",
     ]);
     for point in points {
         let mut cells = vec![thousands(point.workers as f64)];
         for figures in [point.one_message, point.drain] {
             cells.push(thousands(figures.rate));
-            cells.push(format!("{:.2} ms", figures.broker * 1e3));
-            cells.push(format!("{:.2} ms", figures.worker * 1e3));
+            cells.extend([figures.broker, figures.worker].map(hundredths));
         }
         table.row(cells);
     }
     table.text()
+}
+
+/// Seconds, as milliseconds.
+fn hundredths(seconds: f64) -> String {
+    format!("{:.2} ms", seconds * 1e3)
 }
 
 /// When to use which, with the figures of one worker and of the most.
@@ -146,21 +150,20 @@ fn advice(points: &[Point]) -> String {
     };
     let wall = |figures: Figures| Time.write(1.0 / figures.rate);
     let more = Time.write(1.0 / first.one_message.rate - 1.0 / first.drain.rate);
-    let broker = |figures: Figures| Time.write(figures.broker);
     let most = |figures: Figures| thousands((0.1 / figures.broker).round() * 10.0);
     format!(
         "**Use one pod for each message when a task takes about ten seconds or more, and `--drain` when it takes less:** \
-         a pod takes one to two seconds to start ([Kubernetes](kubernetes.md)), 10 to 20 % of such a task, and beside that the \
-         {more} don't count that a process of its own adds to a message (one worker takes {} for each, with `--drain` {}). \
-         **Use `--drain` also when all workers together do more than about {} messages a second:** with {} workers, \
-         one message a process costs the broker {} of processor time, so more would need more than one processor; \
-         with `--drain` it is {}, and one processor is enough for about {} a second.\n",
+         a pod takes one to two seconds to start ([Kubernetes](kubernetes.md)), which is 10 to 20 % of such a task; the {more} \
+         that a process of its own adds to a message are little beside that (one worker takes {} for a message, and {} with \
+         `--drain`). **Use `--drain` also when all workers together do more than about {} messages a second:** with {} \
+         workers, one message a process costs the broker {} of processor time, so that is what one of its processors can do; \
+         with `--drain` a message costs {}, and the same processor does about {} a second.\n",
         wall(first.one_message),
         wall(first.drain),
         most(last.one_message),
         thousands(last.workers as f64),
-        broker(last.one_message),
-        broker(last.drain),
+        hundredths(last.one_message.broker),
+        hundredths(last.drain.broker),
         most(last.drain),
     )
 }
@@ -183,12 +186,12 @@ mod tests {
         };
         let text = advice(&[point(1, 100.0, 0.003), point(1024, 200.0, 0.0025)]);
         for expected in [
-            "the 8.0 ms don't count",
-            "takes 10.0 ms for each, with `--drain` 2.0 ms",
+            "the 8.0 ms that",
+            "takes 10.0 ms for a message, and 2.0 ms with",
             "more than about 400 messages a second",
-            "with 1,024 workers",
-            "the broker 2.5 ms of",
-            "it is 0.2 ms",
+            "with 1,024 workers, one",
+            "the broker 2.50 ms of",
+            "message costs 0.25 ms, and",
             "about 4,000 a second",
         ] {
             assert!(text.contains(expected), "{expected} isn't in {text}");

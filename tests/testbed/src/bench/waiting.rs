@@ -147,9 +147,9 @@ fn memory_text(points: &[Waiting]) -> String {
         Memory.write(broker.at(EXTRAPOLATED)),
     ]);
     format!(
-        "{}\nEach more worker takes {} and {} of the broker's memory: these are the slopes of the straight lines that fit \
-         best, and the last row is on these lines. What was measured is off them by {:.1} % and {:.1} % of the highest value \
-         at most.\n",
+        "{}\nEach further worker takes {} itself, and {} at the broker. These are the slopes of the straight lines through what was \
+         measured (least squares), and the last row is on these lines. No measured value is further off its line than {:.1} % \
+         and {:.1} % of the highest one.\n",
         table.text(),
         Memory.write(memory.slope),
         Memory.write(broker.slope),
