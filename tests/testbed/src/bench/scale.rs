@@ -68,7 +68,7 @@ impl Bench {
         let queue = self.broker.queue("bench");
         // Some seconds each. Drainers share what it takes to start them, so each gets several messages.
         let (few, full, each) = if drain {
-            (200, 2000, 8)
+            (200, 2000, 16)
         } else {
             (100, 1000, 2)
         };
