@@ -1,9 +1,13 @@
-//! `make bench`: qconsume beside amqp-consume, the same work for both, in turn.
+//! `make bench`: qconsume beside amqp-consume, the same work for both, in turn; and what many qconsumes cost.
 //!
 //! It reports and judges nothing: what it fails on is a run that didn't do its work, never a slow one.
 
+mod page;
+mod plot;
 mod process;
+mod scale;
 mod table;
+mod waiting;
 
 use crate::certificates::{authority, identity};
 use crate::owner::{self, find_in_path, temp_folder};
@@ -11,13 +15,14 @@ use crate::{
     Broker, Direction, Port, Proxy, Queue, beside_this_program, eventually, exec, reserve_port,
 };
 use anyhow::{Context, Result, ensure};
+use page::{MEASURED, Results};
 use process::Cost;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-use table::Table;
 use table::Unit::{Memory, Time};
+use table::{BESIDE, Table, median};
 
 /// On the way to a broker in the next region, half of the round trip of 20 ms.
 const ONE_WAY: Duration = Duration::from_millis(10);
@@ -32,9 +37,6 @@ const NOTICED: Duration = Duration::from_secs(120);
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 const QUICK_LIMIT: Duration = Duration::from_secs(900);
 
-/// How the line below the table begins.
-const MEASURED: &str = "Measured on ";
-
 /// Measures qconsume beside amqp-consume
 #[derive(clap::Parser, Clone, Debug)]
 #[command(name = "bench")]
@@ -48,22 +50,25 @@ pub struct Options {
     /// One part of it; leaves the page alone
     #[arg(long, value_parser = PARTS.map(|(name, _)| name))]
     only: Option<String>,
-    /// Put the table and the line below it there in place of the ones it has
+    /// Put the results there in place of the ones it has, and the plot beside it
     #[arg(long)]
     page: Option<PathBuf>,
 }
 
-/// Measures something and adds its rows.
-type Part = fn(&Bench, &mut Table) -> Result<()>;
+/// Measures something and adds its results.
+type Part = fn(&Bench, &mut Results) -> Result<()>;
 
-/// The parts by their names, in the order of the table.
-const PARTS: [(&str, Part); 6] = [
+/// The parts by their names, in the order of the page.
+const PARTS: [(&str, Part); 9] = [
     ("small", Bench::one_message),
     ("far", Bench::far_away),
     ("tls", Bench::tls),
     ("large", Bench::large),
     ("series", Bench::series),
     ("crowd", Bench::crowd),
+    ("scale", Bench::scale),
+    ("waiting", Bench::waiting),
+    ("reconnect", Bench::reconnect),
 ];
 
 /// Something of amqp-consume's, and the same of qconsume's.
@@ -88,30 +93,24 @@ pub fn run(options: &Options) -> Result<()> {
         eprintln!("bench: not done after {limit:?}, so a run hangs");
         std::process::exit(1);
     });
+    process::raise_file_limit()?;
     let bench = Bench::start(options.quick, programs)?;
-    let mut table = Table::new();
+    let mut results = Results {
+        table: Table::new(&BESIDE),
+        blocks: Vec::new(),
+        plot: None,
+    };
     for (name, measure) in PARTS {
         if options.only.as_deref().is_none_or(|only| only == name) {
-            measure(&bench, &mut table)?;
+            measure(&bench, &mut results)?;
         }
     }
-    let mut results = table.text;
-    results += &format!("\n{}\n", bench.circumstances()?);
-    println!("\n{results}");
+    let measured = bench.circumstances()?;
+    println!("\n{}", results.text(&measured));
     match &options.page {
-        Some(page) if !options.quick && options.only.is_none() => put_into(page, &results),
+        Some(page) if !options.quick && options.only.is_none() => results.put_into(page, &measured),
         _ => Ok(()),
     }
-}
-
-/// Replaces everything from the page's first table to the line that says when it was measured.
-fn put_into(page: &Path, results: &str) -> Result<()> {
-    let text = fs::read_to_string(page)?;
-    let start = text.find("\n| ").context("the page has no table")? + 1;
-    let last = text.find(MEASURED).context("the page has no last line")?;
-    let end = last + text[last..].find('\n').map_or(0, |at| at + 1);
-    fs::write(page, format!("{}{results}{}", &text[..start], &text[end..]))
-        .with_context(|| format!("cannot write {}", page.display()))
 }
 
 /// The stage.
@@ -181,12 +180,13 @@ impl Bench {
             url: self.broker.url(),
             cacert: None,
             messages: 1,
+            drain: false,
             prefetch: None,
             body: b"a small message".to_vec(),
         }
     }
 
-    fn one_message(&self, table: &mut Table) -> Result<()> {
+    fn one_message(&self, results: &mut Results) -> Result<()> {
         let rounds = self.rounds(150);
         let costs = self.costs("one message", &self.near(), rounds)?;
         let peaks = self.peaks("one message", &self.near())?;
@@ -194,16 +194,22 @@ impl Bench {
         let command = (0..rounds)
             .map(|_| Ok(process::cost(owner::command("cat"))?.cpu))
             .collect::<Result<Vec<_>>>()?;
-        let command = table::median(&command);
-        table.row("one small message: time", Time, &costs, |it| it.wall);
-        table.row("… processor", Time, &costs, |it| it.cpu);
+        let command = median(&command);
+        results
+            .table
+            .beside("one small message: time", Time, &costs, |it| it.wall);
+        results
+            .table
+            .beside("… processor", Time, &costs, |it| it.cpu);
         let less = "… processor, less `cat`'s";
-        table.row(less, Time, &costs, |it| it.cpu - command);
-        table.row("… memory", Memory, &peaks, |it| *it);
+        results
+            .table
+            .beside(less, Time, &costs, |it| it.cpu - command);
+        results.table.beside("… memory", Memory, &peaks, |it| *it);
         Ok(())
     }
 
-    fn far_away(&self, table: &mut Table) -> Result<()> {
+    fn far_away(&self, results: &mut Results) -> Result<()> {
         let proxy = Proxy::of(&self.broker);
         proxy.delay(Direction::ToBroker, ONE_WAY);
         proxy.delay(Direction::ToClient, ONE_WAY);
@@ -212,11 +218,13 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("one message, 20 ms away", &work, self.rounds(150))?;
-        table.row("one, 20 ms round trip: time", Time, &costs, |it| it.wall);
+        results
+            .table
+            .beside("one, 20 ms round trip: time", Time, &costs, |it| it.wall);
         Ok(())
     }
 
-    fn tls(&self, table: &mut Table) -> Result<()> {
+    fn tls(&self, results: &mut Results) -> Result<()> {
         let work = Work {
             url: format!("amqps://guest:guest@localhost:{}", self.tls.number()),
             cacert: Some(self.ca.clone()),
@@ -224,25 +232,31 @@ impl Bench {
         };
         let costs = self.costs("one message over TLS", &work, self.rounds(150))?;
         let peaks = self.peaks("one message over TLS", &work)?;
-        table.row("one over TLS: time", Time, &costs, |it| it.wall);
-        table.row("… processor", Time, &costs, |it| it.cpu);
-        table.row("… memory", Memory, &peaks, |it| *it);
+        results
+            .table
+            .beside("one over TLS: time", Time, &costs, |it| it.wall);
+        results
+            .table
+            .beside("… processor", Time, &costs, |it| it.cpu);
+        results.table.beside("… memory", Memory, &peaks, |it| *it);
         Ok(())
     }
 
-    fn large(&self, table: &mut Table) -> Result<()> {
+    fn large(&self, results: &mut Results) -> Result<()> {
         let work = Work {
             body: (0..12 << 20).map(|index| (index % 251) as u8).collect(),
             ..self.near()
         };
         let costs = self.costs("one of 12 MiB", &work, self.rounds(30))?;
         let peaks = self.peaks("one of 12 MiB", &work)?;
-        table.row("one of 12 MiB: time", Time, &costs, |it| it.wall);
-        table.row("… memory", Memory, &peaks, |it| *it);
+        results
+            .table
+            .beside("one of 12 MiB: time", Time, &costs, |it| it.wall);
+        results.table.beside("… memory", Memory, &peaks, |it| *it);
         Ok(())
     }
 
-    fn series(&self, table: &mut Table) -> Result<()> {
+    fn series(&self, results: &mut Results) -> Result<()> {
         for (what, prefetch) in [
             ("300 in one process (`-c 300`): time", None),
             ("… both one at a time (`-p 1`): time", Some(1)),
@@ -253,14 +267,16 @@ impl Bench {
                 ..self.near()
             };
             let costs = self.costs(what, &work, self.rounds(20))?;
-            table.row(what, Time, &costs, |it| it.wall);
-            table.row("… processor", Time, &costs, |it| it.cpu);
+            results.table.beside(what, Time, &costs, |it| it.wall);
+            results
+                .table
+                .beside("… processor", Time, &costs, |it| it.cpu);
         }
         Ok(())
     }
 
     /// Many workers that wait, and then get a message each.
-    fn crowd(&self, table: &mut Table) -> Result<()> {
+    fn crowd(&self, results: &mut Results) -> Result<()> {
         let size = if self.quick { 20 } else { 500 };
         let work = self.near();
         let queue = self.broker.queue("bench");
@@ -269,7 +285,8 @@ impl Bench {
             let crowd = process::crowd(size, || work.command(program, queue.name()))?;
             let waiting = eventually(NOTICED, || queue.consumers() as usize == size);
             ensure!(waiting, "{} of {size} came to wait", queue.consumers());
-            let memory = process::memory(&crowd)?;
+            let pids: Vec<_> = crowd.iter().map(Child::id).collect();
+            let memory = process::memory(&pids)?;
             let started = Instant::now();
             queue.publish_all(vec![&work.body; size]);
             crowd.into_iter().try_for_each(process::succeeded)?;
@@ -278,9 +295,11 @@ impl Bench {
             Ok((memory, time))
         })?;
         let what = format!("{size} that wait: memory of all");
-        table.row(&what, Memory, &crowds, |(memory, _)| *memory);
+        results
+            .table
+            .beside(&what, Memory, &crowds, |(memory, _)| *memory);
         let what = "… until all have done a message";
-        table.row(what, Time, &crowds, |(_, time)| *time);
+        results.table.beside(what, Time, &crowds, |(_, time)| *time);
         Ok(())
     }
 
@@ -340,6 +359,8 @@ struct Work {
     url: String,
     cacert: Option<PathBuf>,
     messages: usize,
+    /// Until the queue is empty instead of so many messages; amqp-consume has nothing like it.
+    drain: bool,
     /// How many messages the broker hands out ahead; qconsume never has more than one.
     prefetch: Option<u32>,
     body: Vec<u8>,
@@ -349,7 +370,11 @@ impl Work {
     fn command(&self, program: &Path, queue: &str) -> Command {
         let mut command = owner::command(program);
         command.args(["--url", &self.url, "-q", queue]);
-        command.args(["-c", &self.messages.to_string()]);
+        if self.drain {
+            command.arg("--drain");
+        } else {
+            command.args(["-c", &self.messages.to_string()]);
+        }
         if let Some(limit) = self.prefetch {
             command.args(["-p", &limit.to_string()]);
         }

@@ -1,8 +1,10 @@
 //! Runs a process and says what it has cost.
 
+use crate::Broker;
+use crate::owner::processes_with;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::ptrace::{self, Event, Options};
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use nix::sys::time::TimeValLike;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -14,6 +16,9 @@ use std::time::{Duration, Instant};
 /// Between two of many processes' starts, so that the broker's queue of new connections doesn't run over: that would be
 /// waiting for the kernel's next attempt, not for either program.
 const SPACE: Duration = Duration::from_millis(10);
+
+/// How many of the ticks in /proc/PID/stat are a second: USER_HZ, which Linux keeps the same on all machines that RabbitMQ runs on.
+const TICKS: f64 = 100.0;
 
 /// What a run has cost, in seconds.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +62,13 @@ pub(super) fn peak(command: Command) -> Result<f64> {
     }
 }
 
+/// Lets this process, and so the broker that it starts, open as many files as the system permits: a thousand workers are as many
+/// connections, and the usual limit is 1,024.
+pub(super) fn raise_file_limit() -> Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise the limit of open files")
+}
+
 /// Starts many processes of one program.
 pub(super) fn crowd(size: usize, command: impl Fn() -> Command) -> Result<Vec<Child>> {
     (0..size)
@@ -68,14 +80,40 @@ pub(super) fn crowd(size: usize, command: impl Fn() -> Command) -> Result<Vec<Ch
 }
 
 /// The memory of all, in bytes: what several have in common is counted once.
-pub(super) fn memory(crowd: &[Child]) -> Result<f64> {
-    crowd
-        .iter()
-        .map(|child| kib(&format!("/proc/{}/smaps_rollup", child.id()), "Pss:"))
-        .sum()
+pub(super) fn memory(pids: &[u32]) -> Result<f64> {
+    pids.iter().try_fold(0.0, |sum, pid| {
+        Ok(sum + kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:")?)
+    })
 }
 
-fn spawn(mut command: Command) -> Result<Child> {
+/// The processes of a private broker.
+pub(super) fn of_broker(broker: &Broker) -> Result<Vec<u32>> {
+    let folder = broker.folder().context("the broker is not a private one")?;
+    let pid_file = format!("{}/pid", folder.display());
+    let pids = processes_with("RABBITMQ_PID_FILE", &pid_file);
+    ensure!(!pids.is_empty(), "the broker's processes can't be seen");
+    Ok(pids.into_iter().map(i32::cast_unsigned).collect())
+}
+
+/// The processor time of a private broker's processes and of those that they have waited for, in seconds.
+pub(super) fn broker_cpu(broker: &Broker) -> Result<f64> {
+    let stats = of_broker(broker)?.into_iter().filter_map(|pid| {
+        // One that is gone was started for a moment, and its time is now that of the one that has waited for it.
+        fs::read_to_string(format!("/proc/{pid}/stat")).ok()
+    });
+    stats.map(|stat| cpu(&stat)).sum()
+}
+
+/// From a process's /proc/PID/stat, in seconds.
+fn cpu(stat: &str) -> Result<f64> {
+    // Behind the name, which may have blanks and brackets in it, utime is the twelfth field.
+    let (_, fields) = stat.rsplit_once(')').context("stat has no name")?;
+    let times = fields.split_whitespace().skip(11).take(4);
+    let ticks: f64 = times.map(str::parse::<f64>).sum::<Result<_, _>>()?;
+    Ok(ticks / TICKS)
+}
+
+pub(super) fn spawn(mut command: Command) -> Result<Child> {
     command.spawn().context("it can't be run")
 }
 
@@ -87,7 +125,7 @@ pub(super) fn succeeded(mut child: Child) -> Result<()> {
 }
 
 /// Of all children that were waited for, and theirs.
-fn children_cpu() -> Result<f64> {
+pub(super) fn children_cpu() -> Result<f64> {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let spent = usage.user_time() + usage.system_time();
     Ok(spent.num_microseconds() as f64 / 1e6)
@@ -103,4 +141,16 @@ fn kib(file: &str, name: &str) -> Result<f64> {
         .trim()
         .parse()?;
     Ok(kib * 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_is_that_of_the_process_and_of_those_it_has_waited_for() {
+        // As proc(5) has it: pid, name, state, ten more fields, then utime, stime, cutime and cstime.
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194560 11 22 33 44 150 50 25 75 20 0 9 0 555 0 0";
+        assert_eq!(cpu(stat).unwrap(), 3.0);
+    }
 }

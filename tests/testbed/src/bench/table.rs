@@ -1,4 +1,4 @@
-//! The table of results, in Markdown.
+//! Tables of results, in Markdown.
 
 use super::Pair;
 
@@ -12,7 +12,7 @@ pub(super) enum Unit {
 }
 
 impl Unit {
-    fn write(self, value: f64) -> String {
+    pub(super) fn write(self, value: f64) -> String {
         match self {
             Self::Time if value < 1.0 => format!("{:.1} ms", value * 1e3),
             Self::Time => format!("{value:.2} s"),
@@ -22,33 +22,24 @@ impl Unit {
     }
 }
 
-/// What stands above the columns, with their widths.
-const HEAD: [(&str, usize); 5] = [
-    ("", 35),
-    ("amqp-consume", 12),
-    ("qconsume", 9),
-    ("ratio", 5),
-    ("quartiles", 12),
-];
+/// What stands above the columns of qconsume beside amqp-consume.
+pub(super) const BESIDE: [&str; 5] = ["", "amqp-consume", "qconsume", "ratio", "quartiles"];
 
-/// The table so far.
-pub(super) struct Table {
-    pub(super) text: String,
-}
+/// Its head and its rows; every column is as wide as its widest cell.
+pub(super) struct Table(Vec<Vec<String>>);
 
 impl Table {
-    /// With its first two lines.
-    pub(super) fn new() -> Self {
-        let mut table = Self {
-            text: String::new(),
-        };
-        table.line(&HEAD.map(|(name, _)| name.to_owned()));
-        table.line(&HEAD.map(|(_, width)| "-".repeat(width)));
-        table
+    /// With its head only.
+    pub(super) fn new(head: &[&str]) -> Self {
+        Self(vec![head.iter().map(|name| (*name).to_owned()).collect()])
+    }
+
+    pub(super) fn row(&mut self, cells: Vec<String>) {
+        self.0.push(cells);
     }
 
     /// Adds medians over the rounds, of their ratios too, as each round compares what ran within the same second.
-    pub(super) fn row<T>(
+    pub(super) fn beside<T>(
         &mut self,
         what: &str,
         unit: Unit,
@@ -60,7 +51,7 @@ impl Table {
         let ours = of(&|pair| value(&pair.qconsume));
         let ratios = of(&|pair| value(&pair.qconsume) / value(&pair.amqp_consume));
         let (low, high) = (quantile(&ratios, 0.25), quantile(&ratios, 0.75));
-        self.line(&[
+        self.row(vec![
             what.to_owned(),
             unit.write(median(&theirs)),
             unit.write(median(&ours)),
@@ -69,12 +60,37 @@ impl Table {
         ]);
     }
 
-    fn line(&mut self, cells: &[String; 5]) {
-        for (cell, (_, width)) in cells.iter().zip(HEAD) {
-            self.text += &format!("| {cell:<width$} ");
+    /// In Markdown.
+    pub(super) fn text(&self) -> String {
+        let widths: Vec<_> = (0..self.0[0].len())
+            .map(|column| {
+                let cells = self.0.iter().map(|row| row[column].chars().count());
+                cells.max().unwrap_or_default()
+            })
+            .collect();
+        let rule = widths.iter().map(|width| "-".repeat(*width)).collect();
+        let mut text = String::new();
+        for row in [&self.0[0], &rule].into_iter().chain(&self.0[1..]) {
+            for (cell, width) in row.iter().zip(&widths) {
+                text += &format!("| {cell:<width$} ");
+            }
+            text += "|\n";
         }
-        self.text += "|\n";
+        text
     }
+}
+
+/// A whole number, with a comma between its thousands.
+pub(super) fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 pub(super) fn median(values: &[f64]) -> f64 {
@@ -82,7 +98,7 @@ pub(super) fn median(values: &[f64]) -> f64 {
 }
 
 /// Between the two nearest values, if it falls between them.
-fn quantile(values: &[f64], part: f64) -> f64 {
+pub(super) fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let place = part * (sorted.len() - 1) as f64;
@@ -98,14 +114,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_long_number_has_commas() {
+        assert_eq!(
+            [7.4, 999.0, 1024.0, 1_234_567.0].map(thousands),
+            ["7", "999", "1,024", "1,234,567"]
+        );
+    }
+
+    #[test]
     fn a_row_has_the_medians_of_values_and_of_ratios() {
         let rounds = [(2.0, 1.0), (4.0, 3.0), (8.0, 9.0)].map(|(amqp_consume, qconsume)| Pair {
             amqp_consume,
             qconsume,
         });
-        let mut table = Table::new();
-        table.row("a", Unit::Time, &rounds, |value| *value);
-        let row = table.text.lines().last().unwrap();
+        let mut table = Table::new(&BESIDE);
+        table.beside("a", Unit::Time, &rounds, |value| *value);
+        let text = table.text();
+        let row = text.lines().last().unwrap();
         let cells: Vec<_> = row.split('|').map(str::trim).collect();
         assert_eq!(
             cells,
