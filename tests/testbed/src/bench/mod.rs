@@ -16,7 +16,7 @@ use crate::{
 };
 use anyhow::{Context, Result, ensure};
 use page::{MEASURED, Results};
-use process::Cost;
+use process::{Cost, Resident};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -189,7 +189,7 @@ impl Bench {
     fn one_message(&self, results: &mut Results) -> Result<()> {
         let rounds = self.rounds(150);
         let costs = self.costs("one message", &self.near(), rounds)?;
-        let peaks = self.peaks("one message", &self.near())?;
+        let memory = self.memory("one message", &self.near())?;
         // The kernel doesn't tell the two apart afterwards; by itself the command costs the same.
         let command = (0..rounds)
             .map(|_| Ok(process::cost(owner::command("cat"))?.cpu))
@@ -205,7 +205,10 @@ impl Bench {
         results
             .table
             .beside(less, Time, &costs, |it| it.cpu - command);
-        results.table.beside("… memory", Memory, &peaks, |it| *it);
+        let peak = |it: &Resident| it.peak;
+        results.table.beside("… memory", Memory, &memory, peak);
+        let own = "… memory, less files' pages";
+        results.table.beside(own, Memory, &memory, |it| it.own);
         Ok(())
     }
 
@@ -231,14 +234,15 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("one message over TLS", &work, self.rounds(150))?;
-        let peaks = self.peaks("one message over TLS", &work)?;
+        let memory = self.memory("one message over TLS", &work)?;
         results
             .table
             .beside("one over TLS: time", Time, &costs, |it| it.wall);
         results
             .table
             .beside("… processor", Time, &costs, |it| it.cpu);
-        results.table.beside("… memory", Memory, &peaks, |it| *it);
+        let peak = |it: &Resident| it.peak;
+        results.table.beside("… memory", Memory, &memory, peak);
         Ok(())
     }
 
@@ -248,11 +252,12 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("one of 12 MiB", &work, self.rounds(30))?;
-        let peaks = self.peaks("one of 12 MiB", &work)?;
+        let memory = self.memory("one of 12 MiB", &work)?;
         results
             .table
             .beside("one of 12 MiB: time", Time, &costs, |it| it.wall);
-        results.table.beside("… memory", Memory, &peaks, |it| *it);
+        let peak = |it: &Resident| it.peak;
+        results.table.beside("… memory", Memory, &memory, peak);
         Ok(())
     }
 
@@ -310,10 +315,10 @@ impl Bench {
         Ok(costs)
     }
 
-    /// What runs that do the work have resident at most, in bytes.
-    fn peaks(&self, label: &str, work: &Work) -> Result<Vec<Pair<f64>>> {
+    /// What runs that do the work have resident.
+    fn memory(&self, label: &str, work: &Work) -> Result<Vec<Pair<Resident>>> {
         let label = format!("{label}, memory");
-        self.measure(&label, work, self.rounds(10), process::peak)
+        self.measure(&label, work, self.rounds(10), process::resident)
     }
 
     fn measure<T>(

@@ -39,24 +39,37 @@ pub(super) fn cost(command: Command) -> Result<Cost> {
     })
 }
 
-/// Runs it to its end and gives what it had resident at most, in bytes: itself alone, not what it has started.
+/// What a process had resident, in bytes: itself alone, not what it has started.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Resident {
+    /// At most, all of it.
+    pub(super) peak: f64,
+    /// At its end, without the pages of files, which all processes share that have the same files open.
+    pub(super) own: f64,
+}
+
+/// Runs it to its end and gives what it had resident.
 ///
 /// Not `ru_maxrss` of wait4: that begins with what the process had before it became this program, a copy of our own, and
 /// counts the largest of what it has started, too. So the process is stopped when it exits, and asked.
-pub(super) fn peak(command: Command) -> Result<f64> {
+pub(super) fn resident(command: Command) -> Result<Resident> {
     let pid = Pid::from_raw(spawn(command)?.id().cast_signed());
     ptrace::seize(pid, Options::PTRACE_O_TRACEEXIT).context("it can't be traced")?;
-    let mut peak = None;
+    let mut resident = None;
     loop {
         match waitpid(pid, None)? {
             WaitStatus::PtraceEvent(_, _, event) => {
                 if event == Event::PTRACE_EVENT_EXIT as i32 {
-                    peak = Some(kib(&format!("/proc/{pid}/status"), "VmHWM:")?);
+                    let status = format!("/proc/{pid}/status");
+                    resident = Some(Resident {
+                        peak: kib(&status, "VmHWM:")?,
+                        own: kib(&status, "RssAnon:")?,
+                    });
                 }
                 ptrace::cont(pid, None)?;
             }
             WaitStatus::Stopped(_, signal) => ptrace::cont(pid, signal)?,
-            WaitStatus::Exited(_, 0) => return peak.context("it has exited unseen"),
+            WaitStatus::Exited(_, 0) => return resident.context("it has exited unseen"),
             status => bail!("{status:?}"),
         }
     }
