@@ -59,6 +59,7 @@ impl Refusal {
             ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
                 observed.closed.clone()
             }
+            ErrorKind::ParsingError(_) if observed.closed_unreadably => observed.closed.clone(),
             _ => None,
         }
     }
@@ -252,7 +253,7 @@ impl ConnectError {
 
     /// What a refusal leads to, by what was asked for and what it means.
     #[rustfmt::skip]
-    fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
+    pub(super) fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
         use {Exit::{Config, NoPermission, Unavailable, Unconfirmed}, Meaning as M};
         let meaning = refusal.meaning();
         let (exit, message) = match asked {

@@ -41,6 +41,8 @@ pub(super) struct Observed {
     pub(super) heartbeat: Option<u16>,
     /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
     pub(super) closed: Option<Refusal>,
+    /// Whether lapin can't read that close.
+    pub(super) closed_unreadably: bool,
     /// Whether it has cancelled a consumer.
     pub(super) cancelled: bool,
     /// Why the message that it delivers can't be read.
@@ -139,9 +141,23 @@ impl Observed {
             }
             Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
             Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
+            Err(_) => self.unreadable_close(payload),
             _ => {}
         }
         Ok(())
+    }
+
+    /// Takes note of a close whose text isn't UTF-8: RabbitMQ shortens a text to 255 bytes wherever that is in a character
+    /// (seen with 3.10).
+    fn unreadable_close(&mut self, payload: &[u8]) {
+        if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] =
+            payload
+            && let Some(text) = rest.get(..usize::from(*size))
+        {
+            let code = u16::from_be_bytes([*a, *b]);
+            self.closed = Some(Refusal::new(code, String::from_utf8_lossy(text)));
+            self.closed_unreadably = true;
+        }
     }
 }
 

@@ -186,6 +186,20 @@ fn names_do_not_change_what_a_text_means() {
 }
 
 #[test]
+fn a_text_that_lapin_cannot_read_is_a_refusal_too() {
+    let cut = b"\0\x14\0\x28\x01\x94\x05q\xc3...\0\0\0\0";
+    let error = lapin::protocol::parse_class(&cut[..]).unwrap_err();
+    let error = ErrorKind::ParsingError(error).into();
+    let mut observed = Observed::default();
+    observed.closed = Some(Refusal::new(404, "NOT_FOUND - no queue 'q\u{fffd}..."));
+    // An earlier close is not what lapin stumbled over.
+    assert!(Refusal::of(&error, &observed).is_none());
+    observed.closed_unreadably = true;
+    let refusal = Refusal::of(&error, &observed).unwrap();
+    assert_eq!(refusal.meaning(), Meaning::Missing);
+}
+
+#[test]
 fn an_unknown_code_keeps_its_text() {
     let refusal = |code, text: &str| {
         Refusal {
