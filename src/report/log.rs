@@ -111,6 +111,21 @@ fn json(level: Level, line: Line) -> String {
     text
 }
 
+/// What an error line with this message and message id looks like, as text and as JSON.
+#[cfg(fuzzing)]
+pub fn log_lines(message: &str, id: &str) -> (String, String) {
+    let line = || Line {
+        message: message.to_owned(),
+        fields: vec![("id", id.into())],
+    };
+    let lines = Lines {
+        level: Level::INFO,
+        format: LogFormat::Text,
+        colour: false,
+    };
+    (lines.text(Level::ERROR, line()), json(Level::ERROR, line()))
+}
+
 #[derive(Default)]
 pub(super) struct Line {
     pub(super) message: String,
