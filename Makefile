@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo recording check-recording test test-addresses test-manifests test-kubernetes soak bench image binaries dist docs manuals verify-dist deny
+.PHONY: help demo recording check-recording test test-addresses fuzz test-manifests test-kubernetes soak bench image binaries dist docs manuals verify-dist deny
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -23,6 +23,9 @@ test: ## all tests, against a real RabbitMQ
 
 test-addresses: ## a million addresses at random, in some minutes
 	PROPTEST_CASES=250000 $(CARGO) test --locked --lib broker::address
+
+fuzz: ## what others write, as bytes that a fuzzer finds: FUZZ_SECONDS=60 for each target; TARGET=pem for one
+	tests/fuzz/run
 
 test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
 	tests/manifests/run

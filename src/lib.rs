@@ -12,6 +12,8 @@ pub mod cli;
 mod clock;
 pub mod command;
 pub mod exit;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod program;
 pub mod publish;
 pub mod report;

@@ -9,6 +9,8 @@ mod source;
 mod tally;
 
 pub use options::QpublishOptions;
+#[cfg(fuzzing)]
+pub use source::records;
 
 use crate::{
     broker::{Heard, Publisher, declare},

@@ -4,6 +4,8 @@ mod log;
 mod reminder;
 
 pub use log::LogFormat;
+#[cfg(fuzzing)]
+pub use log::log_lines;
 pub use reminder::{HumanDuration, Reminder, counted, with_reminders};
 
 use crate::exit::Failure;

@@ -241,7 +241,9 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
              amqp://a,amqp://b",
         );
     }
-    Ok((decode(host, "the host")?, port))
+    // An IPv6 address whose colons are encoded needs no brackets.
+    let host = decode(host, "the host")?;
+    Ok((ipv6(&host).unwrap_or(host), port))
 }
 
 /// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form: `0::1` is `::1`, wherever

@@ -5,6 +5,8 @@ mod connect;
 mod connection;
 mod consumer;
 mod errors;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod lost;
 mod message;
 mod nodes;

@@ -20,6 +20,8 @@ pub(super) struct Observed {
     pub(super) heartbeat: Option<u16>,
     /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
     pub(super) closed: Option<Refusal>,
+    /// Whether lapin can't read that close.
+    pub(super) closed_unreadably: bool,
     /// Whether it has cancelled a consumer.
     pub(super) cancelled: bool,
     /// Why the message that it delivers can't be read.
@@ -38,6 +40,7 @@ impl Observed {
             ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
                 self.closed.clone()
             }
+            ErrorKind::ParsingError(_) if self.closed_unreadably => self.closed.clone(),
             _ => None,
         }
     }
@@ -59,9 +62,23 @@ impl Observed {
             }
             Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
             Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
+            Err(_) => self.unreadable_close(payload),
             _ => {}
         }
         Ok(())
+    }
+
+    /// Takes note of a close whose text isn't UTF-8: RabbitMQ shortens a text to 255 bytes wherever that is in a character
+    /// (seen with 3.10).
+    fn unreadable_close(&mut self, payload: &[u8]) {
+        if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] =
+            payload
+            && let Some(text) = rest.get(..usize::from(*size))
+        {
+            let code = u16::from_be_bytes([*a, *b]);
+            self.closed = Some(Refusal::new(code, String::from_utf8_lossy(text)));
+            self.closed_unreadably = true;
+        }
     }
 }
 
@@ -71,4 +88,26 @@ fn version(start: &connection::Start) -> Option<Version> {
     let text = version.as_long_string()?.to_string();
     let mut numbers = text.split('.').map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::errors::Meaning;
+
+    #[test]
+    fn a_text_that_lapin_cannot_read_is_a_refusal_too() {
+        let cut = b"\0\x14\0\x28\x01\x94\x05q\xc3...\0\0\0\0";
+        let error = parse_class(&cut[..]).unwrap_err();
+        let error = ErrorKind::ParsingError(error).into();
+        let mut observed = Observed {
+            closed: Some(Refusal::new(404, "NOT_FOUND - no queue 'q\u{fffd}...")),
+            ..Observed::default()
+        };
+        // An earlier close is not what lapin stumbled over.
+        assert!(observed.refusal(&error).is_none());
+        observed.closed_unreadably = true;
+        let refusal = observed.refusal(&error).unwrap();
+        assert_eq!(refusal.meaning(), Meaning::Missing);
+    }
 }

@@ -117,7 +117,7 @@ impl ConnectError {
 
     /// What a refusal leads to, by what was asked for and what it means.
     #[rustfmt::skip]
-    fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
+    pub(super) fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
         use {Exit::{Config, NoPermission, Unavailable, Unconfirmed}, Meaning as M};
         let meaning = refusal.meaning();
         let (exit, message) = match asked {

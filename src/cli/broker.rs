@@ -111,6 +111,12 @@ impl BrokerOptions {
         Broker::new(self.nodes.clone(), options)
     }
 
+    /// The nodes, once the options are checked.
+    #[cfg(fuzzing)]
+    pub fn addresses(&self) -> &[Address] {
+        &self.nodes.known
+    }
+
     /// Finds the nodes, and reads the files that they need: a flag goes over a variable; a URL and the parts of one
     /// contradict each other.
     ///

@@ -9,5 +9,7 @@ mod supervise;
 
 pub use find::{Executable, find};
 pub use reap::Reaper;
+#[cfg(fuzzing)]
+pub use spawn::environment;
 pub use spawn::{Command, Variable};
 pub use supervise::{Limits, OnLost, Process, Supervised, Target, supervise};

@@ -301,6 +301,17 @@ impl Image {
     }
 }
 
+/// The environment that a command gets: `NAME=value` each.
+#[cfg(fuzzing)]
+pub fn environment(variables: &[Variable]) -> Vec<CString> {
+    let executable = Executable {
+        path: "/".into(),
+        arguments: Vec::new(),
+    };
+    let image = Image::new(&executable, variables).expect("the inherited environment has no NUL");
+    image._strings
+}
+
 /// Has the child become the program by itself, once the standard library has set up its group and its standard input.
 #[allow(unsafe_code)]
 fn execute_in(command: &mut process::Command, image: Image) {

@@ -99,7 +99,31 @@ fn json(level: Level, line: Line) -> String {
             .into_iter()
             .map(|(name, value)| (name.into(), value)),
     );
-    Value::Object(object).to_string()
+    let mut text = String::new();
+    for c in Value::Object(object).to_string().chars() {
+        // serde_json leaves DEL and Unicode's 32 control characters as they are; terminals obey some of them.
+        if c.is_control() {
+            let _ = write!(text, "\\u{:04x}", u32::from(c));
+        } else {
+            text.push(c);
+        }
+    }
+    text
+}
+
+/// What an error line with this message and message id looks like, as text and as JSON.
+#[cfg(fuzzing)]
+pub fn log_lines(message: &str, id: &str) -> (String, String) {
+    let line = || Line {
+        message: message.to_owned(),
+        fields: vec![("id", id.into())],
+    };
+    let lines = Lines {
+        level: Level::INFO,
+        format: LogFormat::Text,
+        colour: false,
+    };
+    (lines.text(Level::ERROR, line()), json(Level::ERROR, line()))
 }
 
 #[derive(Default)]
@@ -131,5 +155,32 @@ impl Visit for Line {
 
     fn record_f64(&mut self, field: &Field, value: f64) {
         self.fields.push((field.name(), value.into()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_from_outside_controls_no_terminal_and_is_whole_in_json() {
+        let message = "two\nlines \u{1b}[31m \u{7f} \u{9b}31m \u{85} ä";
+        let line = || Line {
+            message: message.to_owned(),
+            fields: vec![("id", message.into())],
+        };
+        let lines = Lines {
+            level: Level::INFO,
+            format: LogFormat::Text,
+            colour: false,
+        };
+        let (text, json) = (lines.text(Level::ERROR, line()), json(Level::ERROR, line()));
+        assert!(!text.contains(char::is_control), "{text:?}");
+        assert!(!json.contains(char::is_control), "{json:?}");
+        let json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(
+            (&json["message"], &json["id"]),
+            (&message.into(), &message.into())
+        );
     }
 }

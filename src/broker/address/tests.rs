@@ -268,6 +268,7 @@ fn hosts() {
             defaults().host("::ffff:192.0.2.1"),
         ),
         ("amqp://[0::1]", defaults().host("::1")),
+        ("amqp://0%3A%3A1", defaults().host("::1")),
         ("amqp://[fe80:0::1%25eth0]", defaults().host("fe80::1%eth0")),
         (
             "amqp://a:b@[::1]",

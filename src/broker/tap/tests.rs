@@ -64,6 +64,24 @@ fn what_the_broker_says_is_noted_however_it_is_cut() {
 }
 
 #[test]
+fn a_close_is_noted_though_its_text_is_cut_within_a_character() {
+    for close in [
+        b"\0\x14\0\x28\x01\x94\x05q\xc3...\0\0\0\0",
+        b"\0\x0a\0\x32\x01\x94\x05q\xc3...\0\0\0\0",
+    ] {
+        let (seen, result) = observe(&[frame(METHOD, close)], 64);
+        result.unwrap();
+        let closed = seen.closed.unwrap();
+        assert_eq!((closed.code, closed.text.as_str()), (404, "q\u{fffd}..."));
+        assert!(seen.closed_unreadably);
+    }
+    let cut_short = b"\0\x14\0\x28\x01\x94\x05q\xc3";
+    let (seen, result) = observe(&[frame(METHOD, cut_short)], 64);
+    result.unwrap();
+    assert!(seen.closed.is_none() && !seen.closed_unreadably);
+}
+
+#[test]
 fn a_hundred_levels_are_read_and_no_more() {
     for kind in [b'F', b'A'] {
         let (_, result) = observe(&[frame(METHOD, DELIVER), nested(99, kind)], 64);

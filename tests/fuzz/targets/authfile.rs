@@ -1,0 +1,128 @@
+//! Files that hold credentials, read as the command line reads them: `--authfile`, and `--url-file` (`BROKER_URL_FILE`).
+//!
+//! - An authfile counts exactly when a plain reader finds its two lines, and gives the same user and password.
+//! - A URL's file means what the URL means on the command line, with a byte order mark in front or without.
+//! - Neither error shows a line of the file; the options as `Debug` shows them don't depend on the password.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use qconsume::{
+    broker::address::Address,
+    cli::{QconsumeOptions, Request, parse},
+    exit::{Exit, Failure},
+};
+use std::{ffi::OsString, fs, path::PathBuf, sync::LazyLock};
+
+/// The file, in memory where there is such a folder.
+static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
+    let memory = PathBuf::from("/dev/shm");
+    let folder = if memory.is_dir() {
+        memory
+    } else {
+        std::env::temp_dir()
+    };
+    folder.join(format!("qconsume-fuzz-authfile-{}", std::process::id()))
+});
+
+fuzz_target!(|content: &[u8]| {
+    check_authfile(content);
+    // Reading the CAs of the system, or any file that a URL names, would take most of the time.
+    let text = String::from_utf8_lossy(content).to_ascii_lowercase();
+    if !text.contains("amqps://") {
+        check_url_file(content);
+    }
+});
+
+fn check_authfile(content: &[u8]) {
+    let read = run(content, &["--server", "h", "--authfile"]);
+    let Some((username, password)) = credentials(content) else {
+        let error = read.expect_err("it isn't an authfile");
+        let unreadable = std::str::from_utf8(content).is_err();
+        let exit = if unreadable {
+            Exit::Config
+        } else {
+            Exit::Usage
+        };
+        assert_eq!(error.exit, exit, "{error}");
+        check_secret(&error.message, content);
+        return;
+    };
+    let (addresses, shown) = read.expect("it is an authfile");
+    let [address] = &addresses[..] else {
+        panic!("{addresses:?}");
+    };
+    assert_eq!(address.username, username);
+    assert_eq!(address.password.expose(), password);
+    assert!(address.password_given);
+
+    let other = format!("username:{username}\npassword:not {password}\n");
+    let (_, shown_of_other) =
+        run(other.as_bytes(), &["--server", "h", "--authfile"]).expect("so is this");
+    assert_eq!(shown, shown_of_other);
+}
+
+fn check_url_file(content: &[u8]) {
+    let read = run(content, &["--url-file"]);
+    let Ok(text) = std::str::from_utf8(content) else {
+        assert_eq!(read.expect_err("it isn't text").exit, Exit::Config);
+        return;
+    };
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let expected = qconsume::broker::address::parse_list(text);
+    match (read, expected) {
+        (Ok((read, _)), Ok(expected)) => assert_eq!(read, expected),
+        (Err(read), Err(expected)) => {
+            assert_eq!(read.exit, Exit::Usage);
+            assert_eq!(read.message, format!("--url-file: {expected}"));
+        }
+        // It logs in by a certificate, which needs amqps://.
+        (Err(read), Ok(addresses)) if format!("{addresses:?}").contains("External") => {
+            assert_eq!(read.exit, Exit::Usage);
+        }
+        (read, expected) => panic!("{read:?} instead of {expected:?}"),
+    }
+}
+
+/// What the command line makes of a file: the addresses, and all options as `Debug` shows them.
+fn run(content: &[u8], options: &[&str]) -> Result<(Vec<Address>, String), Failure> {
+    fs::write(&*FILE, content).expect("there is room");
+    let mut words: Vec<OsString> = ["qconsume", "--queue", "q"].map(OsString::from).into();
+    words.extend(options.iter().map(OsString::from));
+    words.extend([FILE.clone().into(), "true".into()]);
+    match parse::<QconsumeOptions>(&words)? {
+        Request::Run(options) => Ok((options.broker.addresses().to_vec(), format!("{options:?}"))),
+        Request::Show(text) => panic!("{text}"),
+    }
+}
+
+/// The two lines of an authfile, as rabbitmq-c's tools have it.
+fn credentials(content: &[u8]) -> Option<(&str, &str)> {
+    let text = std::str::from_utf8(content).ok()?;
+    let (first, rest) = text.split_once('\n')?;
+    let second = match rest.strip_suffix('\n') {
+        Some(line) => line.strip_suffix('\r').unwrap_or(line),
+        None => rest,
+    };
+    if second.contains('\n') {
+        return None;
+    }
+    let first = first.strip_suffix('\r').unwrap_or(first);
+    Some((
+        first.strip_prefix("username:")?,
+        second.strip_prefix("password:")?,
+    ))
+}
+
+/// No line of the file, if it is long enough to tell, is in the message.
+fn check_secret(message: &str, content: &[u8]) {
+    // The message is made of this and the file's path.
+    let fixed = "the authfile has to consist of two lines, username:USER and password:PASSWORD can't be read: stream did not contain valid UTF-8";
+    for line in String::from_utf8_lossy(content)
+        .lines()
+        .filter(|line| line.len() > 8)
+    {
+        let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
+        assert!(is_fixed || !message.contains(line), "{message}");
+    }
+}
