@@ -5,11 +5,13 @@
 //! A private node has its own port, name, cookie, epmd and data, listens on loopback only, and is gone afterwards. The
 //! broker that may run on 5672 is never touched.
 
+mod cluster;
 mod container;
 mod install;
 mod local;
 mod probe;
 
+pub(crate) use cluster::{Cluster, ClusterNode};
 pub use container::{Container, docker, docker_works, image_present};
 
 use crate::client::{Client, Queue, QueueBuilder};
@@ -38,6 +40,12 @@ const CTL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where the command line tools listen; RabbitMQ's default is a range of eleven, too few for tests side by side.
 const CLI_PORTS: (u16, u16) = (7000, 9999);
+
+/// One scheduler of each kind is enough for tests, starts faster and leaves the cores to the workers.
+const ERL_ARGS: (&str, &str) = (
+    "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+    "+S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none",
+);
 
 /// Has a node write down that it has its quorum queues. By itself it does so only when it was left alone for half a second
 /// (a "dets" table's auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after, and 4.3.6 makes it
@@ -227,20 +235,10 @@ impl Group {
 impl Settings {
     /// Writes the node's files into a folder that the node itself knows as `home`.
     fn write_files(&self, folder: &Path, home: &str) -> Result<()> {
-        let write = |name: &str, text: &str| {
-            let path = folder.join(name);
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-        };
-        write(".erlang.cookie", &self.group.cookie)?;
-        // Erlang refuses a cookie that others may read.
-        let private = fs::Permissions::from_mode(0o400);
-        fs::set_permissions(folder.join(".erlang.cookie"), private)?;
-        write("rabbitmq.conf", &self.config.replace("$folder", home))?;
-        write("enabled_plugins", &self.plugins)?;
-        // Instead of the one in /etc, which belongs to the machine's own broker.
-        write("rabbitmq-env.conf", "")?;
+        let config = self.config.replace("$folder", home);
+        write_files(folder, &self.group.cookie, &config, &self.plugins)?;
         for (name, content) in &self.files {
-            write(name, content)?;
+            write_file(folder, name, content)?;
         }
         Ok(())
     }
@@ -248,37 +246,58 @@ impl Settings {
     /// What tells this node apart from every other, and keeps it in its folder.
     fn environment(&self, home: &str) -> Vec<(&'static str, String)> {
         let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
-        let path = |name: &str| format!("{home}/{name}");
-        vec![
-            ("HOME", home.into()),
-            ("LANG", "C.UTF-8".into()),
-            ("LC_ALL", "C.UTF-8".into()),
+        let mut environment = in_folder(home);
+        environment.extend([
             ("ERL_EPMD_PORT", self.group.epmd_port.number().to_string()),
             ("ERL_EPMD_ADDRESS", "127.0.0.1".into()),
-            ("ERL_CRASH_DUMP_BYTES", "0".into()),
             ("RABBITMQ_NODENAME", self.name.clone()),
             ("RABBITMQ_DIST_PORT", self.dist_port.number().to_string()),
             ("RABBITMQ_CTL_DIST_PORT_MIN", CLI_PORTS.0.to_string()),
             ("RABBITMQ_CTL_DIST_PORT_MAX", CLI_PORTS.1.to_string()),
             ("RABBITMQ_CTL_ERL_ARGS", loopback.into()),
-            (
-                // One scheduler of each kind is enough for tests, starts faster and leaves the cores to the workers.
-                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
-                format!("{loopback} +S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none"),
-            ),
-            ("RABBITMQ_MNESIA_BASE", path("data")),
-            ("RABBITMQ_LOG_BASE", path("logs")),
-            ("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf")),
-            // An image's own drop-in files would apply beside ours.
-            ("RABBITMQ_CONFIG_FILES", path("conf.d")),
-            ("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config")),
-            ("RABBITMQ_CONF_ENV_FILE", path("rabbitmq-env.conf")),
-            ("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins")),
-            ("RABBITMQ_FEATURE_FLAGS_FILE", path("feature_flags")),
-            ("RABBITMQ_GENERATED_CONFIG_DIR", path("generated")),
-            ("RABBITMQ_PID_FILE", path("pid")),
-        ]
+            (ERL_ARGS.0, format!("{loopback} {}", ERL_ARGS.1)),
+        ]);
+        environment
     }
+}
+
+/// Writes what every node has into its folder.
+fn write_files(folder: &Path, cookie: &str, config: &str, plugins: &str) -> Result<()> {
+    write_file(folder, ".erlang.cookie", cookie)?;
+    // Erlang refuses a cookie that others may read.
+    let private = fs::Permissions::from_mode(0o400);
+    fs::set_permissions(folder.join(".erlang.cookie"), private)?;
+    write_file(folder, "rabbitmq.conf", config)?;
+    write_file(folder, "enabled_plugins", plugins)?;
+    // Instead of the one in /etc, which belongs to the machine's own broker.
+    write_file(folder, "rabbitmq-env.conf", "")
+}
+
+fn write_file(folder: &Path, name: &str, text: &str) -> Result<()> {
+    let path = folder.join(name);
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// What keeps a node in its folder.
+fn in_folder(home: &str) -> Vec<(&'static str, String)> {
+    let path = |name: &str| format!("{home}/{name}");
+    vec![
+        ("HOME", home.into()),
+        ("LANG", "C.UTF-8".into()),
+        ("LC_ALL", "C.UTF-8".into()),
+        ("ERL_CRASH_DUMP_BYTES", "0".into()),
+        ("RABBITMQ_MNESIA_BASE", path("data")),
+        ("RABBITMQ_LOG_BASE", path("logs")),
+        ("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf")),
+        // An image's own drop-in files would apply beside ours.
+        ("RABBITMQ_CONFIG_FILES", path("conf.d")),
+        ("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config")),
+        ("RABBITMQ_CONF_ENV_FILE", path("rabbitmq-env.conf")),
+        ("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins")),
+        ("RABBITMQ_FEATURE_FLAGS_FILE", path("feature_flags")),
+        ("RABBITMQ_GENERATED_CONFIG_DIR", path("generated")),
+        ("RABBITMQ_PID_FILE", path("pid")),
+    ]
 }
 
 impl Broker {

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// of its command, and 90 s to settle the message, three times should it be one that takes three.
 const HANG: Duration = Duration::from_secs(200);
 
+/// The same in a cluster, where it waits longer, and may have to connect a second time.
+const HANG_CLUSTER: Duration = Duration::from_secs(300);
+
 /// What a worker has started may live so long after it, while the kernel and a loaded machine catch up.
 const LEFTOVER: Duration = Duration::from_secs(5);
 
@@ -21,7 +24,10 @@ const LEFTOVER: Duration = Duration::from_secs(5);
 const LAST_ORDERS: Duration = Duration::from_secs(180);
 
 /// How long a worker waits for a message before it says that there is none.
-const WAIT: &str = "2s";
+const WAIT: Duration = Duration::from_secs(2);
+
+/// The same in a cluster, until the end is near: longer than any fault, because one that nobody watches has no `--wait` at all.
+const WAIT_CLUSTER: Duration = Duration::from_secs(60);
 
 /// How often a worker's log is looked at, for the time at which it says something.
 const LOOK: Duration = Duration::from_millis(10);
@@ -67,15 +73,16 @@ impl Soak<'_> {
             0 if how == How::Succeed => 3,
             _ => 1,
         };
-        let url = if random.bool() {
-            self.proxy.url()
-        } else {
-            self.broker.url()
+        let url = self.site.url(random);
+        let wait = match self.options.cluster {
+            Some(_) if !ending => WAIT_CLUSTER,
+            _ => WAIT,
         };
         let finish = random.u32(0..10) == 0;
         let mut worker = Program::new(&self.options.qconsume)
             .args(["--heartbeat", "2", "--connect-timeout", "60s"])
-            .args(["--wait", WAIT, "--kill-after", "300ms"])
+            .args(["--wait", &format!("{}s", wait.as_secs())])
+            .args(["--kill-after", "300ms"])
             .args(["--count", &count.to_string()])
             .args(["--on-lost", if finish { "finish" } else { "terminate" }]);
         if let Some(limit) = self.options.ack_timeout_ms {
@@ -95,16 +102,19 @@ impl Soak<'_> {
             .env(RUN, number.to_string());
         let worker = Arc::new(worker.spawn());
         self.register().insert(number, worker.clone());
-        let run = self.follow(number, &worker, count);
+        let run = self.follow(number, &worker, count, wait);
         self.register().remove(&number);
         Ok(run)
     }
 
     /// Waits for the end of a worker, and of all that it has started.
-    fn follow(&self, number: u64, worker: &Running, count: u64) -> Run {
-        let started = Instant::now();
-        let mut acknowledged = Vec::new();
-        let mut hung = false;
+    fn follow(&self, number: u64, worker: &Running, count: u64, wait: Duration) -> Run {
+        let (started, limit) = match self.options.cluster {
+            Some(_) => (Instant::now(), HANG_CLUSTER),
+            None => (Instant::now(), HANG),
+        };
+        let (mut acknowledged, began) = (Vec::new(), now());
+        let (mut hung, mut told) = (false, false);
         loop {
             let ended = worker.has_ended();
             let said = worker.stderr();
@@ -114,7 +124,12 @@ impl Soak<'_> {
             if ended {
                 break;
             }
-            if started.elapsed() > HANG {
+            if !told && wait > WAIT && self.ending.load(Relaxed) {
+                // It would wait for a message that nobody publishes any more.
+                worker.signal(Signal::SIGTERM);
+                told = true;
+            }
+            if started.elapsed() > limit {
                 hung = true;
                 worker.signal(Signal::SIGKILL);
             }
@@ -136,6 +151,7 @@ impl Soak<'_> {
         }
         Run {
             number,
+            started: began,
             end,
             at,
             count,
