@@ -139,16 +139,17 @@ impl Cluster {
         for node in &cluster.nodes {
             node.await_start()?;
         }
-        let all = format!("length(rabbit_nodes:list_running()) == {size}.");
-        for node in &cluster.nodes {
-            let joined = || node.eval(&all).is_ok_and(|answer| answer == "true");
-            ensure!(
-                eventually(START_LIMIT, joined),
-                "{} hadn't joined the cluster after {START_LIMIT:?}; its log ends with\n{}",
-                node.name,
-                node.log()
-            );
-        }
+        let joined = || {
+            let question = format!("{}.", cluster.all_see_all());
+            cluster.nodes[0]
+                .eval(&question)
+                .is_ok_and(|answer| answer == "true")
+        };
+        ensure!(
+            eventually(START_LIMIT, joined),
+            "{size} nodes hadn't formed a cluster after {START_LIMIT:?}\n{}",
+            cluster.logs()
+        );
         Ok(cluster)
     }
 
@@ -157,26 +158,40 @@ impl Cluster {
         self.nodes[0].greeting()
     }
 
+    /// The last lines of every node's log.
+    pub(crate) fn logs(&self) -> String {
+        let logs = self.nodes.iter();
+        let logs = logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log()));
+        logs.collect::<Vec<_>>().join("\n")
+    }
+
     /// Has every node write down which quorum queues it has: see [`WRITE_DOWN`].
     pub(crate) fn write_down(&self) -> Result<()> {
-        for node in &self.nodes {
-            node.eval(WRITE_DOWN)?;
-        }
-        Ok(())
+        let write_down = WRITE_DOWN.trim_end_matches('.');
+        let all = "rabbit_nodes:list_members()";
+        let everywhere = format!("[erpc:call(N, fun() -> {write_down} end) || N <- {all}].");
+        self.nodes[0].eval(&everywhere).map(drop)
+    }
+
+    /// An Erlang expression that is true when every node sees all of them.
+    fn all_see_all(&self) -> String {
+        let size = self.nodes.len();
+        format!(
+            "lists:duplicate({size}, {size}) == \
+             [catch length(erpc:call(N, rabbit_nodes, list_running, [], 5000)) || N <- rabbit_nodes:list_members()]"
+        )
     }
 
     /// The index of the node that leads the quorum queue, once every node sees all others, and the queue has a leader and all
     /// its members; None until then.
     pub(crate) fn leader_if_whole(&self, queue: &str) -> Option<usize> {
-        let size = self.nodes.len();
         let question = format!(
-            "Running = [catch length(erpc:call(N, rabbit_nodes, list_running, [], 5000)) || N <- rabbit_nodes:list_members()], \
-             {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+            "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
              Info = rabbit_quorum_queue:info(Q, [leader, online]), \
-             case Running == lists:duplicate({size}, {size}) andalso length(proplists:get_value(online, Info)) == {size} of \
-                 true -> proplists:get_value(leader, Info); \
-                 false -> {{Running, Info}} \
-             end."
+             Whole = length(proplists:get_value(online, Info)) == {} andalso {}, \
+             case Whole of true -> proplists:get_value(leader, Info); false -> Info end.",
+            self.nodes.len(),
+            self.all_see_all()
         );
         // All of them, because one that has just come back may not listen yet.
         if !self.nodes.iter().all(|node| node.greeting().is_ok()) {
@@ -186,16 +201,22 @@ impl Cluster {
         self.nodes.iter().position(|node| node.name == answer)
     }
 
-    /// Makes another node the leader of the quorum queue.
-    pub(crate) fn move_leader(&self, queue: &str, to: usize) -> Result<()> {
-        let to = &self.nodes[to];
-        to.eval(&format!(
+    /// Gives the quorum queue another leader, so many times, with a second between.
+    pub(crate) fn move_leader(&self, queue: &str, times: usize) -> Result<()> {
+        // In one call: starting the tool takes as long as all of it.
+        let moves = format!(
             "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
-             {{Name, _}} = Leader = amqqueue:get_pid(Q), \
-             ok = ra:transfer_leadership(Leader, {{Name, '{}'}}).",
-            to.name
-        ))
-        .map(drop)
+             {{Name, _}} = amqqueue:get_pid(Q), \
+             Move = fun(_) -> \
+                 {{ok, Members, Leader}} = ra:members({{Name, node()}}), \
+                 Others = Members -- [Leader], \
+                 Next = lists:nth(rand:uniform(length(Others)), Others), \
+                 ok = ra:transfer_leadership(Leader, Next), \
+                 timer:sleep(1000) \
+             end, \
+             lists:foreach(Move, lists:seq(1, {times}))."
+        );
+        self.nodes[0].eval(&moves).map(drop)
     }
 }
 

@@ -167,6 +167,7 @@ struct Soak<'a> {
     register: Mutex<workers::Register>,
     next_run: AtomicU64,
     killed: AtomicU32,
+    begun: Instant,
     deadline: Instant,
     /// No more faults and messages; what is in the queue gets done.
     ending: AtomicBool,
@@ -296,12 +297,13 @@ pub fn run(options: &Options) -> Result<Report> {
         register: Mutex::default(),
         next_run: AtomicU64::new(1),
         killed: AtomicU32::new(0),
+        begun: Instant::now(),
         deadline: Instant::now() + Duration::from_secs(options.seconds),
         ending: AtomicBool::new(false),
     };
     let mut seeds = fastrand::Rng::with_seed(options.seed);
     let faults_over = AtomicBool::new(false);
-    std::thread::scope(|scope| -> Result<()> {
+    let ended = std::thread::scope(|scope| -> Result<()> {
         let slots: Vec<_> = (0..options.workers)
             .map(|_| {
                 let random = seeds.fork();
@@ -331,7 +333,7 @@ pub fn run(options: &Options) -> Result<Report> {
             result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
         }
         Ok(())
-    })?;
+    });
     let mut books = soak
         .books
         .into_inner()
@@ -353,6 +355,9 @@ pub fn run(options: &Options) -> Result<Report> {
         options.seed,
         started.elapsed().as_secs()
     );
+    if let Err(error) = ended {
+        report.failures.push(format!("{error:#}"));
+    }
     if (books.confirmed.len() as u64) < options.messages
         || books.broker_faults < options.faults
         || report.killed < options.kills as usize

@@ -100,27 +100,37 @@ impl Soak<'_> {
             .queue(&self.queue)
             .env(BOOK, &self.book)
             .env(RUN, number.to_string());
+        let mut run = Run {
+            number,
+            started: now(),
+            end: End::Hung,
+            at: 0,
+            count,
+            acknowledged: Vec::new(),
+            said: String::new(),
+        };
         let worker = Arc::new(worker.spawn());
         self.register().insert(number, worker.clone());
-        let run = self.follow(number, &worker, count, wait);
+        self.follow(&worker, &mut run, wait);
         self.register().remove(&number);
         Ok(run)
     }
 
     /// Waits for the end of a worker, and of all that it has started.
-    fn follow(&self, number: u64, worker: &Running, count: u64, wait: Duration) -> Run {
-        let (started, limit) = match self.options.cluster {
-            Some(_) => (Instant::now(), HANG_CLUSTER),
-            None => (Instant::now(), HANG),
+    fn follow(&self, worker: &Running, run: &mut Run, wait: Duration) {
+        let started = Instant::now();
+        let limit = match self.options.cluster {
+            Some(_) => HANG_CLUSTER,
+            None => HANG,
         };
-        let (mut acknowledged, began) = (Vec::new(), now());
         let (mut hung, mut told) = (false, false);
         loop {
             let ended = worker.has_ended();
             let said = worker.stderr();
             let new = said.lines().filter_map(acknowledged_in);
-            let new: Vec<_> = new.skip(acknowledged.len()).collect();
-            acknowledged.extend(new.into_iter().map(|message| (message, now())));
+            let new: Vec<_> = new.skip(run.acknowledged.len()).collect();
+            run.acknowledged
+                .extend(new.into_iter().map(|message| (message, now())));
             if ended {
                 break;
             }
@@ -135,28 +145,20 @@ impl Soak<'_> {
             }
             std::thread::sleep(LOOK);
         }
-        let at = now();
+        run.at = now();
         let finished = worker.finish(LOOK);
-        let end = match (finished.code, finished.signal) {
+        run.end = match (finished.code, finished.signal) {
             _ if hung => End::Hung,
             (Some(code), _) => End::Exited(code as u8),
             (None, signal) => End::Signalled(signal.unwrap_or_default()),
         };
-        if end == End::Signalled(Signal::SIGKILL as i32) {
+        run.said = finished.stderr;
+        if run.end == End::Signalled(Signal::SIGKILL as i32) {
             self.killed.fetch_add(1, Relaxed);
         }
         if !eventually(LEFTOVER, || worker.leftovers().is_empty()) {
-            let text = format!("processes {:?} of run {number}", worker.leftovers());
+            let text = format!("processes {:?} of run {}", worker.leftovers(), run.number);
             self.note(|books| books.leftovers.push(text));
-        }
-        Run {
-            number,
-            started: began,
-            end,
-            at,
-            count,
-            acknowledged,
-            said: finished.stderr,
         }
     }
 
