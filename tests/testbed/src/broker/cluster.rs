@@ -4,9 +4,8 @@
 //! outside: no image needs a tool for it, no rule of this machine is touched, and the rules go with the container. That takes root.
 
 use super::container::{ContainerNode, FOLDER, docker};
-use super::{
-    ERL_ARGS, Node, START_LIMIT, Source, WRITE_DOWN, in_folder, install, probe, write_files,
-};
+use super::settings::{ERL_ARGS, in_folder, write_files};
+use super::{DEFAULT_IMAGE, Node, START_LIMIT, Source, WRITE_DOWN, install, probe};
 use crate::owner::{self, docker_label, is_root};
 use crate::{Signal, eventually};
 use anyhow::{Context, Result, ensure};
@@ -99,7 +98,7 @@ impl Cluster {
         ensure!(is_root(), "a cluster whose network can be cut needs root");
         let image = match install::find()? {
             Source::Image(image) => image,
-            Source::Local(_) => super::DEFAULT_IMAGE.to_owned(),
+            Source::Local(_) => DEFAULT_IMAGE.to_owned(),
         };
         install::image(&image)?;
         let network = Network::create()?;

@@ -3,7 +3,8 @@
 //! The container of a single node shares this machine's network, so that its ports are loopback ports like a local node's.
 //! Nothing needs to be mounted: a node's files are copied into its container. They take the place of the image's own.
 
-use super::{CTL_LIMIT, Node, Settings};
+use super::settings::Settings;
+use super::{CTL_LIMIT, Node};
 use crate::Signal;
 use crate::exec;
 use crate::owner::{self, docker_label, find_in_path};

@@ -1,10 +1,11 @@
 //! The soak: thousands of messages, dozens of workers at a time with commands that succeed, fail, die and hang, a broker that is
 //! killed, stopped and frozen, a network that cuts, delays and swallows, and the books about it all.
 //!
-//! With `--cluster 3` the broker is a cluster instead, whose network is cut in every way, and a table says how long work stood still.
+//! With `--cluster 3` it is three nodes that are broken, and the network between them, and a table says how long work stood still.
 //!
-//! It fails on: a message lost; an exit 0 whose message came back, unless its broker was killed within a second after (ten for
-//! classic queues: see `books`); a hang; a process left behind. What is drawn at random follows from the seed; the timing, of course, doesn't.
+//! It fails on: a message lost; an exit 0 whose message came back, unless a node was killed, frozen or cut off within a second
+//! after (ten for classic queues: see `books`); a hang; a process left behind. What is drawn at random follows from the seed; the
+//! timing, of course, doesn't.
 
 mod books;
 mod cluster;

@@ -32,7 +32,7 @@ struct Row {
     one_worker: Vec<u64>,
     /// How long until the cluster was whole again.
     faults: Vec<u64>,
-    /// The last that the worker said which stood still the longest.
+    /// What the worker warned of that stood still the longest.
     said: String,
 }
 
@@ -68,8 +68,10 @@ impl Table {
             if let Some(run) = who
                 && one > known
             {
-                let last = run.said.lines().last().unwrap_or_default();
-                row.said = format!("run {} {:?}: {last}", run.number, run.end);
+                let mut lines = run.said.lines();
+                let warning = lines.find(|line| line.contains("warning: "));
+                let warning = warning.unwrap_or("no warning");
+                row.said = format!("run {}, {:?}: {warning}", run.number, run.end);
             }
         }
         table
@@ -136,7 +138,7 @@ impl Display for Table {
         }
         writeln!(
             formatter,
-            "  {:<44} {:>5} {:>14} {:>14} {:>14}   longest: how that worker ended",
+            "  {:<44} {:>5} {:>14} {:>14} {:>14}   what the longest one warned of",
             "seconds: median / longest", "times", "fault", "nothing moved", "one worker"
         )?;
         for (fault, row) in &self.0 {
@@ -182,7 +184,7 @@ mod tests {
             at: at * SECOND,
             count: 1,
             acknowledged: acknowledged.iter().map(second).collect(),
-            said: format!("first of {number}\nlast of {number}\n"),
+            said: format!("qconsume: warning: of {number}\nlast of {number}\n"),
         }
     }
 
@@ -215,7 +217,7 @@ mod tests {
         assert_eq!(row.one_worker, [6 * SECOND]);
         assert_eq!(row.nothing_moved, [6 * SECOND]);
         assert_eq!(row.faults, [10 * SECOND]);
-        assert_eq!(row.said, "run 1 Exited(0): last of 1");
+        assert_eq!(row.said, "run 1, Exited(0): qconsume: warning: of 1");
     }
 
     #[test]
