@@ -33,7 +33,7 @@ test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
 test-kubernetes: ## the READMEs of examples/, on the cluster of kubectl's current context; LOAD_IMAGES='kind load docker-image' brings the images there
 	tests/kubernetes/run
 
-soak: ## minutes of random faults, with a record of every message; SOAK='--queue classic --seed 7' for more
+soak: ## minutes of random faults, with a record of every message; SOAK='--queue classic --seed 7' or SOAK='--cluster 3' for more
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
 

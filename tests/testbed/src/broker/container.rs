@@ -1,9 +1,10 @@
 //! A private node in a container.
 //!
-//! The container shares this machine's network, so that its ports are loopback ports like a local node's, and nothing needs
-//! to be mounted: its files are copied into it. They take the place of the image's own.
+//! The container of a single node shares this machine's network, so that its ports are loopback ports like a local node's.
+//! Nothing needs to be mounted: a node's files are copied into its container. They take the place of the image's own.
 
-use super::{CTL_LIMIT, Node, Settings};
+use super::settings::Settings;
+use super::{CTL_LIMIT, Node};
 use crate::Signal;
 use crate::exec;
 use crate::owner::{self, docker_label, find_in_path};
@@ -20,8 +21,11 @@ const DOCKER_LIMIT: Duration = Duration::from_secs(60);
 /// A pull may take its time.
 const PULL_LIMIT: Duration = Duration::from_secs(600);
 
+/// The network of a container that shares this machine's.
+const HOST: [&str; 2] = ["--network", "host"];
+
 /// Where a node's files are, in its container.
-const FOLDER: &str = "/testbed";
+pub(super) const FOLDER: &str = "/testbed";
 
 /// Finds RabbitMQ's scripts in the container: behind Debian's wrappers or, in the official image, in PATH.
 const SCRIPTS: &str = r#"[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && PATH="/usr/lib/rabbitmq/bin:$PATH"
@@ -74,7 +78,7 @@ impl Container {
     /// Creates one that a test starts by itself, from an image that is here, with `options` of `docker create` and the
     /// command to run.
     pub fn create(image: &str, options: &[&str], command: &[&str]) -> Self {
-        let options = [&["--pull", "never"][..], options, &[image], command].concat();
+        let options = [&HOST, &["--pull", "never"][..], options, &[image], command].concat();
         Self::make("create", &options).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
@@ -87,7 +91,7 @@ impl Container {
         let mut command = Command::new("docker");
         command.args(how.split(' '));
         command.args(["--name", &container.name, "--label", &label]);
-        command.args(["--network", "host"]).args(arguments);
+        command.args(arguments);
         exec::run(&mut command, DOCKER_LIMIT).context("cannot start a container")?;
         Ok(container)
     }
@@ -125,35 +129,72 @@ pub fn docker(args: &[&str]) -> Result<String> {
 pub(super) fn start_epmd(image: &str, port: u16) -> Result<Container> {
     let epmd = ["--init", "--entrypoint", "epmd", image];
     let listen = ["-address", "127.0.0.1", "-port", &port.to_string()];
-    Container::make("run --detach", &[epmd, listen].concat())
+    Container::make("run --detach", &[&HOST[..], &epmd, &listen].concat())
 }
 
 /// A node in a container.
 pub(super) struct ContainerNode {
     container: Container,
-    /// Its ports are reserved for as long as it is there.
-    _settings: Settings,
+    /// The ports of one that shares this machine's network are reserved for as long as it is there.
+    _settings: Option<Settings>,
 }
 
 impl ContainerNode {
     pub(super) fn launch(image: &str, settings: Settings) -> Result<Self> {
-        let env = settings.environment(FOLDER);
-        let env = env
-            .iter()
-            .map(|(name, value)| format!("--env={name}={value}"));
-        let env: Vec<String> = env.collect();
-        let mut arguments: Vec<&str> = env.iter().map(String::as_str).collect();
-        let script = format!("{SCRIPTS}exec rabbitmq-server");
-        arguments.extend(["--entrypoint", "sh", image, "-c", &script]);
-        let container = Container::make("create", &arguments)?;
         let files = owner::temp_folder("node");
         settings.write_files(&files, FOLDER)?;
+        let mut node = Self::start(image, &HOST, &settings.environment(FOLDER), &files)?;
+        node._settings = Some(settings);
+        Ok(node)
+    }
+
+    /// Starts one with more `options` of `docker create`; what is in the folder `files` becomes its [`FOLDER`].
+    pub(super) fn start(
+        image: &str,
+        options: &[&str],
+        environment: &[(&str, String)],
+        files: &Path,
+    ) -> Result<Self> {
+        let env = environment.iter();
+        let env: Vec<String> = env
+            .map(|(name, value)| format!("--env={name}={value}"))
+            .collect();
+        let script = format!("{SCRIPTS}exec rabbitmq-server");
+        let mut arguments = options.to_vec();
+        arguments.extend(env.iter().map(String::as_str));
+        arguments.extend(["--entrypoint", "sh", image, "-c", &script]);
+        let container = Container::make("create", &arguments)?;
         container.copy_in(&files.join("."), FOLDER);
         docker(&["start", container.name()])?;
         Ok(Self {
             container,
-            _settings: settings,
+            _settings: None,
         })
+    }
+
+    /// Runs one of RabbitMQ's tools in it, and gives what it printed.
+    pub(super) fn tool(&self, name: &str, args: &[&str]) -> Result<String> {
+        let script = format!("{SCRIPTS}exec {name} -q \"$@\"");
+        let mut command = Command::new("docker");
+        command
+            .args(["exec", &self.container.name, "sh", "-c", &script, "sh"])
+            .args(args);
+        exec::run(&mut command, CTL_LIMIT)
+    }
+
+    /// Runs a program of this machine in the container's network namespace; needs root.
+    pub(super) fn in_its_network(&self, arguments: &[&str]) -> Result<()> {
+        let pid = docker(&[
+            "inspect",
+            "--format",
+            "{{.State.Pid}}",
+            &self.container.name,
+        ])?;
+        let mut command = Command::new("nsenter");
+        command
+            .args(["--target", pid.trim(), "--net", "--"])
+            .args(arguments);
+        exec::run(&mut command, CTL_LIMIT).map(drop)
     }
 }
 
@@ -177,12 +218,7 @@ impl Node for ContainerNode {
     }
 
     fn ctl(&self, args: &[&str]) -> Result<String> {
-        let script = format!("{SCRIPTS}exec rabbitmqctl -q \"$@\"");
-        let mut command = Command::new("docker");
-        command
-            .args(["exec", &self.container.name, "sh", "-c", &script, "sh"])
-            .args(args);
-        exec::run(&mut command, CTL_LIMIT)
+        self.tool("rabbitmqctl", args)
     }
 
     fn start_again(&self) -> Result<()> {

@@ -1,6 +1,7 @@
 //! A private node of the `rabbitmq-server` on this machine.
 
-use super::{CTL_LIMIT, Node, Settings};
+use super::settings::Settings;
+use super::{CTL_LIMIT, Node};
 use crate::owner::{self, find_in_path};
 use crate::{eventually, exec};
 use anyhow::{Context, Result, bail, ensure};

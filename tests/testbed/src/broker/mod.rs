@@ -5,23 +5,26 @@
 //! A private node has its own port, name, cookie, epmd and data, listens on loopback only, and is gone afterwards. The
 //! broker that may run on 5672 is never touched.
 
+mod cluster;
 mod container;
 mod install;
 mod local;
+mod options;
 mod probe;
+mod settings;
 
+pub(crate) use cluster::{Cluster, ClusterNode};
 pub use container::{Container, docker, docker_works, image_present};
+pub use options::BrokerOptions;
 
 use crate::client::{Client, Queue, QueueBuilder};
-use crate::ports::{Port, reserve_port};
 use crate::{PATIENCE, Signal, eventually};
 use anyhow::{Context, Result, bail, ensure};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
-use std::fs;
+use settings::Settings;
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Names the image of the containers to test with, for example `rabbitmq:4.3-management`.
@@ -35,9 +38,6 @@ const START_LIMIT: Duration = Duration::from_secs(240);
 
 /// `rabbitmqctl` needs one to two seconds, more while nodes are starting.
 const CTL_LIMIT: Duration = Duration::from_secs(60);
-
-/// Where the command line tools listen; RabbitMQ's default is a range of eleven, too few for tests side by side.
-const CLI_PORTS: (u16, u16) = (7000, 9999);
 
 /// Has a node write down that it has its quorum queues. By itself it does so only when it was left alone for half a second
 /// (a "dets" table's auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after, and 4.3.6 makes it
@@ -75,210 +75,6 @@ trait Node: Send + Sync {
 pub(crate) enum Source {
     Local(local::Installation),
     Image(String),
-}
-
-/// What every node of a cluster has in common (a single node is a cluster of one).
-pub(crate) struct Group {
-    cookie: String,
-    epmd_port: Port,
-    /// A port mapper of our own, so that no daemon is left running that a node has started on the way; gone when dropped.
-    /// None inside a lone container, which runs its own.
-    _epmd: Option<Box<dyn Send + Sync>>,
-}
-
-/// One node's identity and settings, the same for a process and a container.
-pub(crate) struct Settings {
-    pub(crate) name: String,
-    pub(crate) port: Port,
-    pub(crate) dist_port: Port,
-    pub(crate) config: String,
-    pub(crate) plugins: String,
-    pub(crate) files: Vec<(String, String)>,
-    pub(crate) group: Arc<Group>,
-}
-
-/// What a private node shall be like.
-#[derive(Clone, Debug, Default)]
-#[must_use]
-pub struct BrokerOptions {
-    config: String,
-    plugins: Vec<String>,
-    image: Option<String>,
-    files: Vec<(String, String)>,
-}
-
-impl BrokerOptions {
-    /// Adds lines to the node's rabbitmq.conf.
-    pub fn config(mut self, lines: &str) -> Self {
-        self.config.push_str(lines);
-        self.config.push('\n');
-        self
-    }
-
-    /// Enables a plugin, such as `rabbitmq_management`; none are unless asked for, because they slow the start down.
-    pub fn plugin(mut self, name: &str) -> Self {
-        self.plugins.push(name.to_owned());
-        self
-    }
-
-    /// Puts a file into the node's folder, which the configuration calls `$folder`:
-    /// `.config("ssl_options.certfile = $folder/cert.pem").file("cert.pem", &pem)`.
-    pub fn file(mut self, name: &str, content: &str) -> Self {
-        self.files.push((name.to_owned(), content.to_owned()));
-        self
-    }
-
-    /// Asks for containers of this image, whatever else is there.
-    pub fn image(mut self, image: &str) -> Self {
-        self.image = Some(image.to_owned());
-        self
-    }
-
-    /// Starts a private node and waits until it answers.
-    pub fn start(&self) -> Result<Broker> {
-        Ok(self.cluster(1)?.remove(0))
-    }
-
-    /// Starts private nodes that form one cluster, and waits until they do.
-    pub fn cluster(&self, size: usize) -> Result<Vec<Broker>> {
-        let source = self.source()?;
-        let group = Group::start(&source, size > 1)?;
-        let settings = (0..size).map(|_| self.settings(&group));
-        let mut settings = settings.collect::<Result<Vec<_>>>()?;
-        let mut peers = String::from("cluster_formation.peer_discovery_backend = classic_config\n");
-        for (index, node) in settings.iter().enumerate() {
-            peers += &format!(
-                "cluster_formation.classic_config.nodes.{} = {}\n",
-                index + 1,
-                node.name
-            );
-        }
-        if size > 1 {
-            for node in &mut settings {
-                node.config.push_str(&peers);
-            }
-        }
-        let brokers = settings.into_iter();
-        let brokers = brokers.map(|node| Broker::launch(&source, node));
-        let brokers = brokers.collect::<Result<Vec<_>>>()?;
-        for broker in &brokers {
-            broker.await_start()?;
-        }
-        if size > 1 {
-            for broker in &brokers {
-                broker.await_cluster(size)?;
-            }
-        }
-        Ok(brokers)
-    }
-
-    fn source(&self) -> Result<Source> {
-        match &self.image {
-            Some(image) => install::image(image),
-            None => install::find(),
-        }
-    }
-
-    fn settings(&self, group: &Arc<Group>) -> Result<Settings> {
-        let port = reserve_port()?;
-        let dist_port = reserve_port()?;
-        let name = format!("qc{:08x}@localhost", fastrand::u32(..));
-        let mut config = format!(
-            "listeners.tcp.1 = 127.0.0.1:{}\n\
-             # A worker in a network namespace of the tests' own reaches us through a proxy, so from loopback too; a container's\n\
-             # image may say otherwise, and then this makes the versions alike.\n\
-             loopback_users = none\n\
-             log.console = true\n\
-             log.console.level = info\n\
-             log.file = false\n\
-             disk_free_limit.absolute = 50MB\n",
-            port.number()
-        );
-        config.push_str(&self.config);
-        Ok(Settings {
-            name,
-            port,
-            dist_port,
-            config,
-            plugins: format!("[{}].\n", self.plugins.join(",")),
-            files: self.files.clone(),
-            group: group.clone(),
-        })
-    }
-}
-
-impl Group {
-    fn start(source: &Source, several: bool) -> Result<Arc<Self>> {
-        let epmd_port = reserve_port()?;
-        let port = epmd_port.number();
-        let epmd: Option<Box<dyn Send + Sync>> = match source {
-            Source::Local(installation) => Some(Box::new(installation.start_epmd(port)?)),
-            Source::Image(image) if several => Some(Box::new(container::start_epmd(image, port)?)),
-            Source::Image(_) => None,
-        };
-        Ok(Arc::new(Self {
-            cookie: format!("{:016x}", fastrand::u64(..)),
-            epmd_port,
-            _epmd: epmd,
-        }))
-    }
-}
-
-impl Settings {
-    /// Writes the node's files into a folder that the node itself knows as `home`.
-    fn write_files(&self, folder: &Path, home: &str) -> Result<()> {
-        let write = |name: &str, text: &str| {
-            let path = folder.join(name);
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-        };
-        write(".erlang.cookie", &self.group.cookie)?;
-        // Erlang refuses a cookie that others may read.
-        let private = fs::Permissions::from_mode(0o400);
-        fs::set_permissions(folder.join(".erlang.cookie"), private)?;
-        write("rabbitmq.conf", &self.config.replace("$folder", home))?;
-        write("enabled_plugins", &self.plugins)?;
-        // Instead of the one in /etc, which belongs to the machine's own broker.
-        write("rabbitmq-env.conf", "")?;
-        for (name, content) in &self.files {
-            write(name, content)?;
-        }
-        Ok(())
-    }
-
-    /// What tells this node apart from every other, and keeps it in its folder.
-    fn environment(&self, home: &str) -> Vec<(&'static str, String)> {
-        let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
-        let path = |name: &str| format!("{home}/{name}");
-        vec![
-            ("HOME", home.into()),
-            ("LANG", "C.UTF-8".into()),
-            ("LC_ALL", "C.UTF-8".into()),
-            ("ERL_EPMD_PORT", self.group.epmd_port.number().to_string()),
-            ("ERL_EPMD_ADDRESS", "127.0.0.1".into()),
-            ("ERL_CRASH_DUMP_BYTES", "0".into()),
-            ("RABBITMQ_NODENAME", self.name.clone()),
-            ("RABBITMQ_DIST_PORT", self.dist_port.number().to_string()),
-            ("RABBITMQ_CTL_DIST_PORT_MIN", CLI_PORTS.0.to_string()),
-            ("RABBITMQ_CTL_DIST_PORT_MAX", CLI_PORTS.1.to_string()),
-            ("RABBITMQ_CTL_ERL_ARGS", loopback.into()),
-            (
-                // One scheduler of each kind is enough for tests, starts faster and leaves the cores to the workers.
-                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
-                format!("{loopback} +S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none"),
-            ),
-            ("RABBITMQ_MNESIA_BASE", path("data")),
-            ("RABBITMQ_LOG_BASE", path("logs")),
-            ("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf")),
-            // An image's own drop-in files would apply beside ours.
-            ("RABBITMQ_CONFIG_FILES", path("conf.d")),
-            ("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config")),
-            ("RABBITMQ_CONF_ENV_FILE", path("rabbitmq-env.conf")),
-            ("RABBITMQ_ENABLED_PLUGINS_FILE", path("enabled_plugins")),
-            ("RABBITMQ_FEATURE_FLAGS_FILE", path("feature_flags")),
-            ("RABBITMQ_GENERATED_CONFIG_DIR", path("generated")),
-            ("RABBITMQ_PID_FILE", path("pid")),
-        ]
-    }
 }
 
 impl Broker {

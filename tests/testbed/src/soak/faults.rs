@@ -1,8 +1,9 @@
-//! What happens to the broker and to the network between it and the workers.
+//! What happens to a single node, and to the network between it and the workers.
 
 use super::Soak;
+use super::books::Crash;
 use super::command::now;
-use crate::Direction;
+use crate::{Broker, Direction, Proxy};
 use anyhow::Result;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -29,7 +30,7 @@ impl Fault {
 
 impl Soak<'_> {
     /// Breaks the broker as often as was asked for, one fault after the other.
-    pub(super) fn break_broker(&self, mut random: fastrand::Rng) -> Result<()> {
+    pub(super) fn break_broker(&self, broker: &Broker, mut random: fastrand::Rng) -> Result<()> {
         use Fault::{Freeze, Kill, Restart, Stop};
         // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
         let mut faults = Vec::new();
@@ -50,24 +51,29 @@ impl Soak<'_> {
             match fault {
                 Kill => {
                     let before = now();
-                    self.broker.kill()?;
+                    broker.kill()?;
                     let after = now();
-                    self.note(|books| books.kills.push((before, after)));
-                    self.start()?;
+                    let crash = Crash {
+                        name: fault.name(),
+                        before,
+                        after,
+                    };
+                    self.note(|books| books.crashes.push(crash));
+                    self.start(broker)?;
                 }
                 Stop => {
-                    self.broker.stop()?;
+                    broker.stop()?;
                     self.pause(length / 2);
-                    self.start()?;
+                    self.start(broker)?;
                 }
                 Restart => {
-                    self.broker.stop()?;
-                    self.start()?;
+                    broker.stop()?;
+                    self.start(broker)?;
                 }
                 Freeze => {
-                    self.broker.freeze()?;
+                    broker.freeze()?;
                     self.pause(length);
-                    self.broker.thaw()?;
+                    broker.thaw()?;
                 }
             }
             let done = self.note(|books| {
@@ -87,21 +93,20 @@ impl Soak<'_> {
     }
 
     /// A node that was killed sometimes hangs when it starts again, and another start helps (seen with 3.10.8).
-    fn start(&self) -> Result<()> {
-        if self.broker.start_again().is_ok() {
+    fn start(&self, broker: &Broker) -> Result<()> {
+        if broker.start_again().is_ok() {
             return Ok(());
         }
         self.note(|books| *books.faults.entry("start repeated").or_default() += 1);
-        self.broker.kill()?;
-        self.broker.start_again()
+        broker.kill()?;
+        broker.start_again()
     }
 
     /// Cuts, delays and swallows for as long as the broker is being broken.
-    pub(super) fn break_network(&self, mut random: fastrand::Rng) {
+    pub(super) fn break_network(&self, proxy: &Proxy, mut random: fastrand::Rng) {
         if self.options.faults == 0 {
             // The end of a command can meet the acknowledgement timeout in more ways when answers take their time.
-            self.proxy
-                .delay(Direction::ToClient, Duration::from_millis(5));
+            proxy.delay(Direction::ToClient, Duration::from_millis(5));
             return;
         }
         while !self.ending.load(Relaxed) && !self.out_of_time() {
@@ -114,30 +119,30 @@ impl Soak<'_> {
             };
             let name = match random.u32(0..5) {
                 0 | 1 => {
-                    self.proxy.cut();
+                    proxy.cut();
                     "connections cut"
                 }
                 2 => {
-                    self.proxy.delay(direction, length / 10);
+                    proxy.delay(direction, length / 10);
                     self.pause(length);
                     "bytes delayed"
                 }
                 3 => {
-                    self.proxy.swallow(direction);
+                    proxy.swallow(direction);
                     self.pause(length);
                     // What was lost on the way makes the rest unintelligible; a network loses connections, not bytes.
-                    self.proxy.cut();
+                    proxy.cut();
                     "bytes swallowed"
                 }
                 _ => {
-                    self.proxy.stall();
+                    proxy.stall();
                     self.pause(length);
                     "network stalled"
                 }
             };
-            self.proxy.pass();
+            proxy.pass();
             self.note(|books| *books.faults.entry(name).or_default() += 1);
         }
-        self.proxy.pass();
+        proxy.pass();
     }
 }

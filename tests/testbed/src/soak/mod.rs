@@ -1,22 +1,29 @@
 //! The soak: thousands of messages, dozens of workers at a time with commands that succeed, fail, die and hang, a broker that is
 //! killed, stopped and frozen, a network that cuts, delays and swallows, and the books about it all.
 //!
-//! It fails on: a message lost; an exit 0 whose message came back, unless its broker was killed within a second after (ten for
-//! classic queues: see `books`); a hang; a process left behind. What is drawn at random follows from the seed; the timing, of course, doesn't.
+//! With `--cluster 3` it is three nodes that are broken, and the network between them, and a table says how long work stood still.
+//!
+//! It fails on: a message lost; an exit 0 whose message came back, unless a node was killed, frozen or cut off within a second
+//! after (ten for classic queues: see `books`); a hang; a process left behind. What is drawn at random follows from the seed; the
+//! timing, of course, doesn't.
 
 mod books;
+mod cluster;
 mod command;
 mod faults;
+mod standstill;
 mod workers;
 
 pub use books::Report;
 pub use command::Plan;
 
+use crate::broker::Cluster;
 use crate::{Broker, Client, Proxy, QueueKind, beside_this_program, block_on};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use books::Books;
 use clap::value_parser;
 use lapin::BasicProperties;
+use lapin::options::QueueDeclareOptions;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
@@ -28,6 +35,9 @@ const HUNGRY: u32 = 200;
 
 /// How long a broker may take to confirm them; it may be frozen.
 const CONFIRMED: Duration = Duration::from_secs(10);
+
+/// How long a node may take to say how many are ready, before another one is asked.
+const ANSWERED: Duration = Duration::from_secs(3);
 
 /// Breaks everything at random, and keeps books about every message
 ///
@@ -41,6 +51,9 @@ pub struct Options {
     /// The queue's type
     #[arg(long, value_enum, default_value_t = QueueKind::Quorum)]
     queue: QueueKind,
+    /// Break a cluster of so many nodes, each in a container, and the network between them; needs root and a quorum queue
+    #[arg(long, value_parser = value_parser!(u8).range(3..=7))]
+    cluster: Option<u8>,
     /// Publish at least so many
     #[arg(long, default_value_t = 2000)]
     messages: u64,
@@ -50,9 +63,12 @@ pub struct Options {
     /// Kill so many workers
     #[arg(long, default_value_t = 200)]
     kills: u32,
-    /// Stop, kill, restart or freeze the broker so often
+    /// Stop, kill, restart or freeze the broker so often; in a cluster also cut its network
     #[arg(long, default_value_t = 20)]
     faults: u32,
+    /// How long a cut through a cluster's network lasts at most
+    #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..))]
+    cut_seconds: u64,
     /// No new faults after so long; that is a failure if there were too few
     #[arg(long, default_value_t = 360, value_parser = value_parser!(u64).range(1..))]
     seconds: u64,
@@ -81,24 +97,78 @@ pub enum Role {
 impl Options {
     /// Kills are spread over the time that the faults take.
     fn kill_pause(&self) -> Duration {
-        // A fault takes six seconds on average; seven in ten signals are kills.
-        let time = Duration::from_secs(u64::from(self.faults.max(2)) * 6);
+        // So long a fault takes on average; seven in ten signals are kills.
+        let fault = if self.cluster.is_some() { 18 } else { 6 };
+        let time = Duration::from_secs(u64::from(self.faults.max(2)) * fault);
         time.mul_f64(0.7) / self.kills.max(1)
+    }
+}
+
+/// What is broken.
+enum Site {
+    /// A single node, and a proxy in front of it.
+    Node { broker: Broker, proxy: Proxy },
+    /// A cluster on a network of its own.
+    Cluster(Cluster),
+}
+
+impl Site {
+    fn start(options: &Options) -> Result<Self> {
+        let Some(size) = options.cluster else {
+            let broker = Broker::options().start()?;
+            let proxy = Proxy::of(&broker);
+            return Ok(Self::Node { broker, proxy });
+        };
+        // A classic queue is on one node, so it is lost for as long as that node is.
+        let quorum = options.queue == QueueKind::Quorum;
+        ensure!(quorum, "--cluster needs --queue quorum");
+        Ok(Self::Cluster(Cluster::start(size)?))
+    }
+
+    fn version(&self) -> Result<(u32, u32, u32)> {
+        match self {
+            Self::Node { broker, .. } => Ok(broker.version()),
+            Self::Cluster(cluster) => cluster.version(),
+        }
+    }
+
+    fn clients(&self) -> Vec<Client> {
+        match self {
+            Self::Node { broker, .. } => vec![broker.client().clone()],
+            Self::Cluster(cluster) => {
+                let nodes = cluster.nodes.iter();
+                nodes.map(|node| Client::new(&node.url())).collect()
+            }
+        }
+    }
+
+    /// What a worker gets as its `BROKER_URL`.
+    fn url(&self, random: &mut fastrand::Rng) -> String {
+        match self {
+            Self::Node { proxy, .. } if random.bool() => proxy.url(),
+            Self::Node { broker, .. } => broker.url(),
+            Self::Cluster(cluster) => {
+                let mut urls: Vec<_> = cluster.nodes.iter().map(|node| node.url()).collect();
+                random.shuffle(&mut urls);
+                urls.join(",")
+            }
+        }
     }
 }
 
 /// Everything that the threads share.
 struct Soak<'a> {
     options: &'a Options,
-    broker: Broker,
-    proxy: Proxy,
-    client: Client,
+    site: Site,
+    /// One for each node.
+    clients: Vec<Client>,
     queue: String,
     book: PathBuf,
     books: Mutex<Books>,
     register: Mutex<workers::Register>,
     next_run: AtomicU64,
     killed: AtomicU32,
+    begun: Instant,
     deadline: Instant,
     /// No more faults and messages; what is in the queue gets done.
     ending: AtomicBool,
@@ -120,24 +190,53 @@ impl Soak<'_> {
 
     /// Keeps the queue filled, and publishes at least as much as was asked for.
     fn publish(&self, mut random: fastrand::Rng, faults_over: &AtomicBool) {
+        let mut clients = self.clients.iter().cycle();
+        let Some(mut client) = clients.next() else {
+            return;
+        };
         loop {
             let enough = self.note(|books| books.confirmed.len()) as u64 >= self.options.messages;
             if (enough && faults_over.load(Relaxed)) || self.out_of_time() {
                 return;
             }
-            let ready = self.client.counts(&self.queue);
-            if matches!(ready, Ok(Some((ready, _))) if ready < HUNGRY) {
-                let batch = self.publish_batch(&mut random);
-                let _ = block_on(async { tokio::time::timeout(CONFIRMED, batch).await });
-            } else {
-                self.pause(Duration::from_millis(200));
+            let ready = self.ready(client);
+            let well = match block_on(async { tokio::time::timeout(ANSWERED, ready).await }) {
+                Ok(Ok(ready)) if ready < HUNGRY => {
+                    let batch = self.publish_batch(client, &mut random);
+                    let done = block_on(async { tokio::time::timeout(CONFIRMED, batch).await });
+                    matches!(done, Ok(Ok(())))
+                }
+                Ok(Ok(_)) => {
+                    self.pause(Duration::from_millis(200));
+                    true
+                }
+                _ => {
+                    self.pause(Duration::from_millis(200));
+                    false
+                }
+            };
+            if !well {
+                client = clients.next().unwrap_or(client);
             }
         }
     }
 
+    async fn ready(&self, client: &Client) -> Result<u32> {
+        let channel = client.open_channel().await?;
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..Default::default()
+        };
+        let queue = self.queue.as_str().into();
+        let declared = channel.queue_declare(queue, options, Default::default());
+        let ready = declared.await?.message_count();
+        channel.close(200, "".into()).await?;
+        Ok(ready)
+    }
+
     /// Publishes messages in one flight, and notes those that the broker confirms.
-    async fn publish_batch(&self, random: &mut fastrand::Rng) -> Result<()> {
-        let channel = self.client.open_channel().await?;
+    async fn publish_batch(&self, client: &Client, random: &mut fastrand::Rng) -> Result<()> {
+        let channel = client.open_channel().await?;
         channel.confirm_select(Default::default()).await?;
         let first = self.note(|books| books.published) + 1;
         let mut pending = Vec::new();
@@ -168,9 +267,9 @@ impl Soak<'_> {
 /// Runs it; what it finds is in the report.
 pub fn run(options: &Options) -> Result<Report> {
     let started = Instant::now();
-    let broker = Broker::options().start()?;
-    let proxy = Proxy::of(&broker);
-    let client = broker.client().clone();
+    let site = Site::start(options)?;
+    let clients = site.clients();
+    let client = clients[0].clone();
     let dead = client.declare("soak-dead").kind(options.queue).create();
     let mut queue = client
         .declare("soak")
@@ -180,26 +279,32 @@ pub fn run(options: &Options) -> Result<Report> {
         // From 4.0 on there is a limit of 20 unless one is set.
         queue = queue.arg("x-delivery-limit", 10_000);
     }
+    if let Some(size) = options.cluster {
+        queue = queue.arg("x-quorum-initial-group-size", i32::from(size));
+    }
     let queue = queue.create();
+    if let Site::Cluster(cluster) = &site {
+        cluster.write_down()?;
+    }
     let book = crate::owner::temp_folder("soak").join("book");
     std::fs::write(&book, "")?;
     let soak = Soak {
         options,
-        proxy,
-        client,
+        site,
+        clients,
         queue: queue.name().to_owned(),
         book,
         books: Mutex::default(),
         register: Mutex::default(),
         next_run: AtomicU64::new(1),
         killed: AtomicU32::new(0),
+        begun: Instant::now(),
         deadline: Instant::now() + Duration::from_secs(options.seconds),
         ending: AtomicBool::new(false),
-        broker,
     };
     let mut seeds = fastrand::Rng::with_seed(options.seed);
     let faults_over = AtomicBool::new(false);
-    std::thread::scope(|scope| -> Result<()> {
+    let ended = std::thread::scope(|scope| -> Result<()> {
         let slots: Vec<_> = (0..options.workers)
             .map(|_| {
                 let random = seeds.fork();
@@ -207,10 +312,16 @@ pub fn run(options: &Options) -> Result<Report> {
             })
             .collect();
         let (one, two, three, four) = (seeds.fork(), seeds.fork(), seeds.fork(), seeds.fork());
-        let broker = scope.spawn(|| soak.break_broker(one));
+        let broker = scope.spawn(|| match &soak.site {
+            Site::Node { broker, .. } => soak.break_broker(broker, one),
+            Site::Cluster(cluster) => soak.break_cluster(cluster, one),
+        });
         let assassin = scope.spawn(|| soak.assassin(two));
         let publisher = scope.spawn(|| soak.publish(three, &faults_over));
-        let network = scope.spawn(|| soak.break_network(four));
+        let network = scope.spawn(|| match &soak.site {
+            Site::Node { proxy, .. } => soak.break_network(proxy, four),
+            Site::Cluster(_) => {}
+        });
         // Whatever happens, the others must come to their end.
         let broken = broker.join();
         let _ = assassin.join();
@@ -223,7 +334,7 @@ pub fn run(options: &Options) -> Result<Report> {
             result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
         }
         Ok(())
-    })?;
+    });
     let mut books = soak
         .books
         .into_inner()
@@ -235,15 +346,19 @@ pub fn run(options: &Options) -> Result<Report> {
     };
     books.left = queue.ready();
     books.dead = dead.ready();
-    let (major, minor, patch) = soak.broker.version();
+    let (major, minor, patch) = soak.site.version()?;
+    let nodes = options.cluster.unwrap_or(1);
     let mut report = Report::of(&books);
     report.title = format!(
-        "RabbitMQ {major}.{minor}.{patch}, {} queue, {} workers, seed {}: {} s",
+        "RabbitMQ {major}.{minor}.{patch}, nodes: {nodes}, {} queue, {} workers, seed {}: {} s",
         options.queue.as_str(),
         options.workers,
         options.seed,
         started.elapsed().as_secs()
     );
+    if let Err(error) = ended {
+        report.failures.push(format!("{error:#}"));
+    }
     if (books.confirmed.len() as u64) < options.messages
         || books.broker_faults < options.faults
         || report.killed < options.kills as usize

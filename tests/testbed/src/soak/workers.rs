@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// of its command, and 90 s to settle the message, three times should it be one that takes three.
 const HANG: Duration = Duration::from_secs(200);
 
+/// The same in a cluster, where it waits longer, and may have to connect a second time.
+const HANG_CLUSTER: Duration = Duration::from_secs(300);
+
 /// What a worker has started may live so long after it, while the kernel and a loaded machine catch up.
 const LEFTOVER: Duration = Duration::from_secs(5);
 
@@ -21,7 +24,10 @@ const LEFTOVER: Duration = Duration::from_secs(5);
 const LAST_ORDERS: Duration = Duration::from_secs(180);
 
 /// How long a worker waits for a message before it says that there is none.
-const WAIT: &str = "2s";
+const WAIT: Duration = Duration::from_secs(2);
+
+/// The same in a cluster, until the end is near: longer than any fault, because one that nobody watches has no `--wait` at all.
+const WAIT_CLUSTER: Duration = Duration::from_secs(60);
 
 /// How often a worker's log is looked at, for the time at which it says something.
 const LOOK: Duration = Duration::from_millis(10);
@@ -67,15 +73,16 @@ impl Soak<'_> {
             0 if how == How::Succeed => 3,
             _ => 1,
         };
-        let url = if random.bool() {
-            self.proxy.url()
-        } else {
-            self.broker.url()
+        let url = self.site.url(random);
+        let wait = match self.options.cluster {
+            Some(_) if !ending => WAIT_CLUSTER,
+            _ => WAIT,
         };
         let finish = random.u32(0..10) == 0;
         let mut worker = Program::new(&self.options.qconsume)
             .args(["--heartbeat", "2", "--connect-timeout", "60s"])
-            .args(["--wait", WAIT, "--kill-after", "300ms"])
+            .args(["--wait", &format!("{}s", wait.as_secs())])
+            .args(["--kill-after", "300ms"])
             .args(["--count", &count.to_string()])
             .args(["--on-lost", if finish { "finish" } else { "terminate" }]);
         if let Some(limit) = self.options.ack_timeout_ms {
@@ -93,54 +100,65 @@ impl Soak<'_> {
             .queue(&self.queue)
             .env(BOOK, &self.book)
             .env(RUN, number.to_string());
+        let mut run = Run {
+            number,
+            started: now(),
+            end: End::Hung,
+            at: 0,
+            count,
+            acknowledged: Vec::new(),
+            said: String::new(),
+        };
         let worker = Arc::new(worker.spawn());
         self.register().insert(number, worker.clone());
-        let run = self.follow(number, &worker, count);
+        self.follow(&worker, &mut run, wait);
         self.register().remove(&number);
         Ok(run)
     }
 
     /// Waits for the end of a worker, and of all that it has started.
-    fn follow(&self, number: u64, worker: &Running, count: u64) -> Run {
+    fn follow(&self, worker: &Running, run: &mut Run, wait: Duration) {
         let started = Instant::now();
-        let mut acknowledged = Vec::new();
-        let mut hung = false;
+        let limit = match self.options.cluster {
+            Some(_) => HANG_CLUSTER,
+            None => HANG,
+        };
+        let (mut hung, mut told) = (false, false);
         loop {
             let ended = worker.has_ended();
             let said = worker.stderr();
             let new = said.lines().filter_map(acknowledged_in);
-            let new: Vec<_> = new.skip(acknowledged.len()).collect();
-            acknowledged.extend(new.into_iter().map(|message| (message, now())));
+            let new: Vec<_> = new.skip(run.acknowledged.len()).collect();
+            run.acknowledged
+                .extend(new.into_iter().map(|message| (message, now())));
             if ended {
                 break;
             }
-            if started.elapsed() > HANG {
+            if !told && wait > WAIT && self.ending.load(Relaxed) {
+                // It would wait for a message that nobody publishes any more.
+                worker.signal(Signal::SIGTERM);
+                told = true;
+            }
+            if started.elapsed() > limit {
                 hung = true;
                 worker.signal(Signal::SIGKILL);
             }
             std::thread::sleep(LOOK);
         }
-        let at = now();
+        run.at = now();
         let finished = worker.finish(LOOK);
-        let end = match (finished.code, finished.signal) {
+        run.end = match (finished.code, finished.signal) {
             _ if hung => End::Hung,
             (Some(code), _) => End::Exited(code as u8),
             (None, signal) => End::Signalled(signal.unwrap_or_default()),
         };
-        if end == End::Signalled(Signal::SIGKILL as i32) {
+        run.said = finished.stderr;
+        if run.end == End::Signalled(Signal::SIGKILL as i32) {
             self.killed.fetch_add(1, Relaxed);
         }
         if !eventually(LEFTOVER, || worker.leftovers().is_empty()) {
-            let text = format!("processes {:?} of run {number}", worker.leftovers());
+            let text = format!("processes {:?} of run {}", worker.leftovers(), run.number);
             self.note(|books| books.leftovers.push(text));
-        }
-        Run {
-            number,
-            end,
-            at,
-            count,
-            acknowledged,
-            said: finished.stderr,
         }
     }
 

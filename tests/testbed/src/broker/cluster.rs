@@ -1,0 +1,332 @@
+//! A cluster on a network of its own, which can be cut.
+//!
+//! Each node is a container with an address of its own. Packets are dropped by iptables in the node's network namespace, from
+//! outside: no image needs a tool for it, no rule of this machine is touched, and the rules go with the container. That takes root.
+
+use super::container::{ContainerNode, FOLDER, docker};
+use super::settings::{ERL_ARGS, in_folder, write_files};
+use super::{DEFAULT_IMAGE, Node, START_LIMIT, Source, WRITE_DOWN, install, probe};
+use crate::owner::{self, docker_label, is_root};
+use crate::{Signal, eventually};
+use anyhow::{Context, Result, ensure};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+/// RFC 2544 keeps 198.18.0.0/15 for tests of networks, so nobody needs an address of it that is somewhere else.
+const SUBNET: [u8; 2] = [198, 18];
+
+/// Docker refuses a subnet that another of its networks has; there are 256 to choose from.
+const SUBNET_ATTEMPTS: usize = 20;
+
+/// The last number of the first node's address; Docker's bridge, where the workers come from, has 1.
+const FIRST_NODE: u8 = 11;
+
+const AMQP: &str = "5672";
+
+/// A node that answers at all answers a greeting within this time.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// What differs from RabbitMQ's defaults. `pause_minority` is what RabbitMQ recommends for three nodes (with Khepri, from 4.3 on
+/// always, it is without effect). `net_ticktime`, in seconds, is 60 unless set: nodes notice a silent one after 45 to 75 seconds.
+/// A fifth of that lets a fault of half a minute show what one of minutes does otherwise.
+const CONFIG: &str = "listeners.tcp.default = 5672\n\
+    loopback_users = none\n\
+    log.console = true\n\
+    log.console.level = info\n\
+    log.file = false\n\
+    disk_free_limit.absolute = 50MB\n\
+    cluster_partition_handling = pause_minority\n\
+    net_ticktime = 12\n\
+    cluster_formation.peer_discovery_backend = classic_config\n";
+
+/// Nodes that form one cluster. All of it is removed when dropped.
+pub(crate) struct Cluster {
+    pub(crate) nodes: Vec<ClusterNode>,
+    /// Behind the nodes, which have to be gone first.
+    _network: Network,
+}
+
+/// A node of a [`Cluster`].
+pub(crate) struct ClusterNode {
+    /// As RabbitMQ has it: `rabbit@node1`.
+    pub(crate) name: String,
+    address: Ipv4Addr,
+    container: ContainerNode,
+}
+
+struct Network {
+    name: String,
+    /// The first three numbers of all its addresses.
+    prefix: [u8; 3],
+}
+
+impl Network {
+    fn create() -> Result<Self> {
+        let label = docker_label()?;
+        let name = format!("{}-{:08x}", owner::id(), fastrand::u32(..));
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let prefix = [SUBNET[0], SUBNET[1], fastrand::u8(..)];
+            let subnet = format!("{}.{}.{}.0/24", prefix[0], prefix[1], prefix[2]);
+            let create = ["network", "create", "--internal", "--label", &label];
+            match docker(&[&create[..], &["--subnet", &subnet, &name]].concat()) {
+                Ok(_) => return Ok(Self { name, prefix }),
+                Err(error) if attempts == SUBNET_ATTEMPTS => {
+                    return Err(error.context("cannot create a network for a cluster"));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn address(&self, last: u8) -> Ipv4Addr {
+        let [one, two, three] = self.prefix;
+        Ipv4Addr::new(one, two, three, last)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let _ = docker(&["network", "rm", &self.name]);
+    }
+}
+
+impl Cluster {
+    /// Starts so many nodes, of the image that the tests use, and waits until they form a cluster.
+    pub(crate) fn start(size: u8) -> Result<Self> {
+        ensure!(is_root(), "a cluster whose network can be cut needs root");
+        let image = match install::find()? {
+            Source::Image(image) => image,
+            Source::Local(_) => DEFAULT_IMAGE.to_owned(),
+        };
+        install::image(&image)?;
+        let network = Network::create()?;
+        let cookie = format!("{:016x}", fastrand::u64(..));
+        let mut config = CONFIG.to_owned();
+        let mut hosts = Vec::new();
+        for number in 1..=size {
+            config +=
+                &format!("cluster_formation.classic_config.nodes.{number} = rabbit@node{number}\n");
+            let address = network.address(FIRST_NODE + number - 1);
+            // Docker's own name server can't be reached from a node that is cut off.
+            hosts.push(format!("--add-host=node{number}:{address}"));
+        }
+        let nodes = (1..=size).map(|number| {
+            let host = format!("node{number}");
+            let name = format!("rabbit@{host}");
+            let address = network.address(FIRST_NODE + number - 1);
+            let files = owner::temp_folder("node");
+            write_files(&files, &cookie, &config, "[].\n")?;
+            let ip = address.to_string();
+            let mut options = vec!["--network", &network.name, "--ip", &ip, "--hostname", &host];
+            options.extend(hosts.iter().map(String::as_str));
+            let mut environment = in_folder(FOLDER);
+            environment.push(("RABBITMQ_NODENAME", name.clone()));
+            environment.push((ERL_ARGS.0, ERL_ARGS.1.to_owned()));
+            let container = ContainerNode::start(&image, &options, &environment, &files)?;
+            Ok(ClusterNode {
+                name,
+                address,
+                container,
+            })
+        });
+        let cluster = Self {
+            nodes: nodes.collect::<Result<_>>()?,
+            _network: network,
+        };
+        for node in &cluster.nodes {
+            node.await_start()?;
+        }
+        let joined = || {
+            let question = format!("{}.", cluster.all_see_all());
+            cluster.nodes[0]
+                .eval(&question)
+                .is_ok_and(|answer| answer == "true")
+        };
+        ensure!(
+            eventually(START_LIMIT, joined),
+            "{size} nodes hadn't formed a cluster after {START_LIMIT:?}\n{}",
+            cluster.logs()
+        );
+        Ok(cluster)
+    }
+
+    /// RabbitMQ's version.
+    pub(crate) fn version(&self) -> Result<(u32, u32, u32)> {
+        self.nodes[0].greeting()
+    }
+
+    /// The last lines of every node's log.
+    pub(crate) fn logs(&self) -> String {
+        let logs = self.nodes.iter();
+        let logs = logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log()));
+        logs.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Has every node write down which quorum queues it has: see [`WRITE_DOWN`].
+    pub(crate) fn write_down(&self) -> Result<()> {
+        let write_down = WRITE_DOWN.trim_end_matches('.');
+        let all = "rabbit_nodes:list_members()";
+        let everywhere = format!("[erpc:call(N, fun() -> {write_down} end) || N <- {all}].");
+        self.nodes[0].eval(&everywhere).map(drop)
+    }
+
+    /// An Erlang expression that is true when every node sees all of them.
+    fn all_see_all(&self) -> String {
+        let size = self.nodes.len();
+        format!(
+            "lists:duplicate({size}, {size}) == \
+             [catch length(erpc:call(N, rabbit_nodes, list_running, [], 5000)) || N <- rabbit_nodes:list_members()]"
+        )
+    }
+
+    /// The index of the node that leads the quorum queue, once every node sees all others, and the queue has a leader and all
+    /// its members; None until then.
+    pub(crate) fn leader_if_whole(&self, queue: &str) -> Option<usize> {
+        let question = format!(
+            "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+             Info = rabbit_quorum_queue:info(Q, [leader, online]), \
+             Whole = length(proplists:get_value(online, Info)) == {} andalso {}, \
+             case Whole of true -> proplists:get_value(leader, Info); false -> Info end.",
+            self.nodes.len(),
+            self.all_see_all()
+        );
+        // All of them, because one that has just come back may not listen yet.
+        if !self.nodes.iter().all(|node| node.greeting().is_ok()) {
+            return None;
+        }
+        let answer = self.nodes[0].eval(&question).ok()?;
+        self.nodes.iter().position(|node| node.name == answer)
+    }
+
+    /// Gives the quorum queue another leader, so many times, with a second between.
+    pub(crate) fn move_leader(&self, queue: &str, times: usize) -> Result<()> {
+        // In one call: starting the tool takes as long as all of it.
+        let moves = format!(
+            "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+             {{Name, _}} = amqqueue:get_pid(Q), \
+             Move = fun(_) -> \
+                 {{ok, Members, Leader}} = ra:members({{Name, node()}}), \
+                 Others = Members -- [Leader], \
+                 Next = lists:nth(rand:uniform(length(Others)), Others), \
+                 ok = ra:transfer_leadership(Leader, Next), \
+                 timer:sleep(1000) \
+             end, \
+             lists:foreach(Move, lists:seq(1, {times}))."
+        );
+        self.nodes[0].eval(&moves).map(drop)
+    }
+}
+
+impl ClusterNode {
+    /// Its address for `BROKER_URL`.
+    pub(crate) fn url(&self) -> String {
+        format!("amqp://guest:guest@{}:{AMQP}", self.address)
+    }
+
+    fn greeting(&self) -> Result<(u32, u32, u32)> {
+        let port = AMQP.parse()?;
+        probe::probe(SocketAddr::from((self.address, port)), GREETING)
+    }
+
+    /// Waits until it greets a client.
+    fn await_start(&self) -> Result<()> {
+        let greets = || self.greeting().is_ok();
+        ensure!(
+            eventually(START_LIMIT, || greets() || !self.container.is_running()) && greets(),
+            "{} ended while starting, or hadn't started after {START_LIMIT:?}; its log ends with\n{}",
+            self.name,
+            self.log()
+        );
+        Ok(())
+    }
+
+    /// Evaluates Erlang on it, and gives the value as text.
+    pub(crate) fn eval(&self, expression: &str) -> Result<String> {
+        Ok(self.container.ctl(&["eval", expression])?.trim().to_owned())
+    }
+
+    /// The last lines of its log.
+    pub(crate) fn log(&self) -> String {
+        self.container.log()
+    }
+
+    /// Kills it with SIGKILL, as a crash or a power failure would.
+    pub(crate) fn kill(&self) -> Result<()> {
+        self.container.kill()
+    }
+
+    /// Shuts it down in an orderly way.
+    pub(crate) fn stop(&self) -> Result<()> {
+        self.container.stop()
+    }
+
+    /// Starts it again with its data, and waits until it answers.
+    pub(crate) fn start_again(&self) -> Result<()> {
+        self.container.start_again()?;
+        self.await_start()
+    }
+
+    /// Stops its emulator: its connections stay open, and nothing is answered.
+    pub(crate) fn freeze(&self) -> Result<()> {
+        self.container.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on.
+    pub(crate) fn thaw(&self) -> Result<()> {
+        self.container.signal(Signal::SIGCONT)
+    }
+
+    /// Puts it into maintenance mode: it closes its connections, takes no new ones, and leads no queue any more.
+    pub(crate) fn drain(&self) -> Result<()> {
+        self.container
+            .tool("rabbitmq-upgrade", &["drain"])
+            .map(drop)
+    }
+
+    /// Ends its maintenance mode.
+    pub(crate) fn revive(&self) -> Result<()> {
+        self.container
+            .tool("rabbitmq-upgrade", &["revive"])
+            .map(drop)
+    }
+
+    /// Drops what comes from these nodes.
+    pub(crate) fn hear_nothing_from(&self, others: &[&Self]) -> Result<()> {
+        self.drop_packets("INPUT", &["--source", &addresses(others)])
+    }
+
+    /// Drops all packets between it and these nodes.
+    pub(crate) fn cut_off_from(&self, others: &[&Self]) -> Result<()> {
+        self.hear_nothing_from(others)?;
+        self.drop_packets("OUTPUT", &["--destination", &addresses(others)])
+    }
+
+    /// Drops all packets between it and its clients. Other nodes never use the port.
+    pub(crate) fn cut_off_from_clients(&self) -> Result<()> {
+        let tcp = ["--protocol", "tcp"];
+        self.drop_packets("INPUT", &[&tcp[..], &["--dport", AMQP]].concat())?;
+        self.drop_packets("OUTPUT", &[&tcp[..], &["--sport", AMQP]].concat())
+    }
+
+    fn drop_packets(&self, chain: &str, which: &[&str]) -> Result<()> {
+        let append = ["iptables", "--wait", "--append", chain];
+        self.container
+            .in_its_network(&[&append[..], which, &["--jump", "DROP"]].concat())
+            .with_context(|| format!("cannot cut {} off", self.name))
+    }
+
+    /// Lets all packets pass again.
+    pub(crate) fn heal(&self) -> Result<()> {
+        self.container
+            .in_its_network(&["iptables", "--wait", "--flush"])
+            .with_context(|| format!("cannot heal the network of {}", self.name))
+    }
+}
+
+/// As iptables has several.
+fn addresses(nodes: &[&ClusterNode]) -> String {
+    let addresses: Vec<_> = nodes.iter().map(|it| it.address.to_string()).collect();
+    addresses.join(",")
+}

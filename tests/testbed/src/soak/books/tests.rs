@@ -1,0 +1,115 @@
+use super::*;
+
+const SECOND: u64 = 1_000_000_000;
+
+fn run(number: u64, end: End, at: u64, acknowledged: &[(u64, u64)]) -> Run {
+    Run {
+        number,
+        started: 0,
+        end,
+        at,
+        count: 1,
+        acknowledged: acknowledged.to_vec(),
+        said: String::new(),
+    }
+}
+
+fn books(confirmed: &[u64], runs: Vec<Run>, text: &str) -> Books {
+    let mut books = Books {
+        published: confirmed.len() as u64,
+        confirmed: confirmed.iter().copied().collect(),
+        runs,
+        crash_window: CRASH_WINDOW,
+        ..Books::default()
+    };
+    books.read(text).unwrap();
+    books
+}
+
+fn crash(before: u64, after: u64) -> Crash {
+    Crash {
+        name: "killed",
+        before,
+        after,
+    }
+}
+
+#[test]
+fn one_success_a_message_balances() {
+    let books = books(
+        &[1],
+        vec![
+            run(1, End::Exited(3), 20, &[]),
+            run(2, End::Exited(0), 40, &[(1, 40)]),
+        ],
+        "10 1 1 start 1\n30 2 1 start 2\n35 2 1 done 2\n",
+    );
+    let report = Report::of(&books);
+    assert_eq!(report.failures, Vec::<String>::new());
+    assert_eq!((report.gone, report.claims), (1, 1));
+}
+
+#[test]
+fn a_message_that_nobody_has_done_is_lost() {
+    let failed = books(
+        &[1],
+        vec![run(1, End::Exited(3), 20, &[])],
+        "10 1 1 start 1\n",
+    );
+    assert!(Report::of(&failed).failures[0].starts_with("LOST"));
+    let never = books(&[1], vec![], "");
+    assert!(Report::of(&never).failures[0].starts_with("LOST"));
+    let unknown = books(
+        &[1],
+        vec![run(1, End::Exited(75), 20, &[])],
+        "10 1 1 start 1\n15 1 1 done 1\n",
+    );
+    assert_eq!(Report::of(&unknown).failures, Vec::<String>::new());
+    assert_eq!(Report::of(&unknown).unknown_but_gone, 1);
+}
+
+#[test]
+fn an_exit_0_whose_message_came_back_is_false_unless_the_broker_crashed() {
+    let mut twice = books(
+        &[1],
+        vec![
+            run(1, End::Exited(0), 20, &[(1, 20)]),
+            run(2, End::Exited(0), 40, &[(1, 40)]),
+        ],
+        "10 1 1 start 1\n15 1 1 done 1\n30 2 1 start 2\n35 2 1 done 2\n",
+    );
+    assert!(Report::of(&twice).failures[0].starts_with("FALSE"));
+    twice.crashes = vec![crash(25, 27)];
+    assert_eq!(Report::of(&twice).failures, Vec::<String>::new());
+    assert_eq!(Report::of(&twice).excused.len(), 1);
+    twice.crashes = vec![crash(20 + 2 * SECOND, 21 + 2 * SECOND)];
+    assert!(Report::of(&twice).failures[0].starts_with("FALSE"));
+}
+
+#[test]
+fn a_delivery_on_a_dead_connection_is_no_return() {
+    let books = books(
+        &[1],
+        vec![
+            run(1, End::Exited(0), 20, &[(1, 20)]),
+            run(2, End::Exited(75), 40, &[]),
+        ],
+        "10 1 1 start 2\n15 1 1 done 2\n30 2 1 start 1\n",
+    );
+    let report = Report::of(&books);
+    assert_eq!(report.failures, Vec::<String>::new());
+    assert_eq!(report.late, 1);
+}
+
+#[test]
+fn an_exit_0_without_a_successful_command_is_false() {
+    let books = books(
+        &[1],
+        vec![
+            run(1, End::Exited(0), 20, &[]),
+            run(2, End::Exited(0), 40, &[(1, 40)]),
+        ],
+        "10 1 1 start 1\n30 2 1 start 2\n35 2 1 done 2\n",
+    );
+    assert_eq!(Report::of(&books).failures.len(), 1);
+}
