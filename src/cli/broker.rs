@@ -239,7 +239,8 @@ impl BrokerOptions {
                 format!("the authfile {shown} can't be read: {error}"),
             )
         })?;
-        let mut lines = text.lines();
+        // Some editors begin a file with a byte order mark.
+        let mut lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines();
         let mut line = |prefix| lines.next().and_then(|line| line.strip_prefix(prefix));
         match (line("username:"), line("password:"), lines.next()) {
             (Some(username), Some(password), None) => {

@@ -92,7 +92,7 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
     let queue = queue();
     let (host, port) = (broker.addr().ip().to_string(), broker.port().to_string());
     let authfile = temp_folder("auth").join("auth");
-    fs::write(&authfile, "username:guest\npassword:guest\n").unwrap();
+    fs::write(&authfile, "\u{feff}username:guest\npassword:guest\n").unwrap();
     let authfile = authfile.display().to_string();
     let with_port = format!("{host}:{port}");
     let lines: [&[&str]; 5] = [

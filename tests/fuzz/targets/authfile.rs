@@ -1,7 +1,8 @@
 //! Files that hold credentials, read as the command line reads them: `--authfile`, and `--url-file` (`BROKER_URL_FILE`).
 //!
 //! - An authfile counts exactly when a plain reader finds its two lines, and gives the same user and password.
-//! - A URL's file means what the URL means on the command line, with a byte order mark in front or without.
+//! - A URL's file means what the URL means on the command line.
+//! - Either may begin with a byte order mark.
 //! - Neither error shows a line of the file; the options as `Debug` shows them don't depend on the password.
 
 #![no_main]
@@ -99,6 +100,7 @@ fn run(content: &[u8], options: &[&str]) -> Result<(Vec<Address>, String), Failu
 /// The two lines of an authfile, as rabbitmq-c's tools have it.
 fn credentials(content: &[u8]) -> Option<(&str, &str)> {
     let text = std::str::from_utf8(content).ok()?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let (first, rest) = text.split_once('\n')?;
     let second = match rest.strip_suffix('\n') {
         Some(line) => line.strip_suffix('\r').unwrap_or(line),
