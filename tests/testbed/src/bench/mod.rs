@@ -11,11 +11,9 @@ mod waiting;
 
 use crate::certificates::{authority, identity};
 use crate::owner::{self, find_in_path, temp_folder};
-use crate::{
-    Broker, Direction, Port, Proxy, Queue, beside_this_program, eventually, exec, reserve_port,
-};
+use crate::{Broker, Direction, Port, Proxy, Queue, beside_this_program, eventually, reserve_port};
 use anyhow::{Context, Result, ensure};
-use page::{MEASURED, Results};
+use page::Results;
 use process::{Cost, Resident};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -152,26 +150,6 @@ impl Bench {
 
     fn rounds(&self, full: usize) -> usize {
         if self.quick { 3 } else { full }
-    }
-
-    /// What was measured, where and when.
-    fn circumstances(&self) -> Result<String> {
-        let (major, minor, patch) = self.broker.version();
-        let said = |command: &mut Command| exec::run(command, Duration::from_secs(30));
-        let date = said(Command::new("date").args(["-u", "+%F"]))?;
-        let tools = said(Command::new("dpkg-query").args(["-W", "-f", "${Version}", "amqp-tools"]))
-            .unwrap_or_else(|_| "of an unknown version".to_owned());
-        let qconsume = said(Command::new(&self.programs.qconsume).arg("--version"))?;
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-        Ok(format!(
-            "{MEASURED}{}: {} ({} bytes), amqp-tools {tools}, RabbitMQ {major}.{minor}.{patch}, Linux {} on {} with {} processors.",
-            date.trim(),
-            qconsume.trim(),
-            fs::metadata(&self.programs.qconsume)?.len(),
-            kernel.trim(),
-            std::env::consts::ARCH,
-            std::thread::available_parallelism()?
-        ))
     }
 
     /// One small message for each process, near.

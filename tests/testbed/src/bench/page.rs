@@ -1,12 +1,16 @@
 //! What the parts have measured, and where it goes: to standard output, and into the page with its plot.
 
+use super::Bench;
 use super::table::Table;
+use crate::exec;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 /// How the line below the first table begins.
-pub(super) const MEASURED: &str = "Measured on ";
+const MEASURED: &str = "Measured on ";
 
 /// The plot's name, beside the page.
 const PLOT: &str = "cost-curve.svg";
@@ -61,6 +65,28 @@ impl Results {
             text.replace_range(start..end, block);
         }
         Ok(text)
+    }
+}
+
+impl Bench {
+    /// What was measured, where and when: the line below the first table.
+    pub(super) fn circumstances(&self) -> Result<String> {
+        let (major, minor, patch) = self.broker.version();
+        let said = |command: &mut Command| exec::run(command, Duration::from_secs(30));
+        let date = said(Command::new("date").args(["-u", "+%F"]))?;
+        let tools = said(Command::new("dpkg-query").args(["-W", "-f", "${Version}", "amqp-tools"]))
+            .unwrap_or_else(|_| "of an unknown version".to_owned());
+        let qconsume = said(Command::new(&self.programs.qconsume).arg("--version"))?;
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        Ok(format!(
+            "{MEASURED}{}: {} ({} bytes), amqp-tools {tools}, RabbitMQ {major}.{minor}.{patch}, Linux {} on {} with {} processors.",
+            date.trim(),
+            qconsume.trim(),
+            fs::metadata(&self.programs.qconsume)?.len(),
+            kernel.trim(),
+            std::env::consts::ARCH,
+            std::thread::available_parallelism()?
+        ))
     }
 }
 
