@@ -47,7 +47,7 @@ const CURVES: [Curve; 2] = [
     Curve {
         class: "drain",
         name: "--drain",
-        left: 330.0,
+        left: 290.0,
         figures: |it| &it.drain,
     },
 ];
@@ -68,9 +68,12 @@ pub(super) fn draw(points: &[Point]) -> String {
     }
     let [first, second] = PANELS;
     svg += &panel(points, first, "messages a second", |it| it.rate);
-    svg += &panel(points, second, "broker's processor, ms a message", |it| {
-        it.broker * 1e3
-    });
+    svg += &panel(
+        points,
+        second,
+        "broker's processor time, ms a message",
+        |it| it.broker * 1e3,
+    );
     svg + "</svg>\n"
 }
 
