@@ -26,6 +26,9 @@ use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
+/// The stack for reading the command line, in bytes: three times of what a debug build needs.
+const PARSING_STACK: usize = 1 << 20;
+
 /// Parse, run, print one error, exit.
 pub fn main(program: Program) -> ! {
     // First of all: as PID 1 a signal without a handler would be lost.
@@ -71,11 +74,13 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
 /// Reads the command line on a thread of its own, as clap needs 90 KiB of stack: a worker that waits would keep them.
 fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new();
-        let parsing = thread
-            .spawn_scoped(scope, || cli::parse(arguments))
-            .map_err(|error| Failure::system("can't start", &error))?;
-        parsing.join().expect("a panic ends the process")
+        // By itself it would depend on RUST_MIN_STACK, which is there for the command, perhaps.
+        let thread = std::thread::Builder::new().stack_size(PARSING_STACK);
+        match thread.spawn_scoped(scope, || cli::parse(arguments)) {
+            Ok(parsing) => parsing.join().expect("a panic ends the process"),
+            // Whatever is short will be told once the options say how.
+            Err(_) => cli::parse(arguments),
+        }
     })
 }
 

@@ -207,12 +207,9 @@ impl Consumer {
 
     /// Waits until the message that is held is lost.
     pub async fn lost(&mut self) -> DeliveryLost {
-        loop {
-            match self.registration().step().await {
-                Err(lost) => return lost,
-                // With a prefetch of one the broker doesn't; if it did, the message is requeued with the connection.
-                Ok(_) => tracing::warn!("the broker delivered a second message; it is requeued"),
-            }
+        match self.registration().step().await {
+            Err(lost) => lost,
+            Ok(_) => DeliveryLost::delivered_again(),
         }
     }
 

@@ -41,9 +41,19 @@ impl DeliveryLost {
             ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320 => {
                 "channel"
             }
+            ErrorKind::ParsingError(_) => "channel or the connection",
             _ => "connection",
         };
         Self::because(format!("the broker closed the {what}: {refusal}"))
+    }
+
+    /// With a prefetch of one a second message comes only when the broker has requeued the first one: so does a quorum queue
+    /// whose leader has lost sight of our node for some time. It would drop our acknowledgement without a word (seen with 4.0,
+    /// where the network between its nodes was cut). The second message is requeued with the connection.
+    pub(super) fn delivered_again() -> Self {
+        Self::because(
+            "the broker delivered another message, so it has requeued this one: its nodes have lost each other, or the queue's leader has changed",
+        )
     }
 
     /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.

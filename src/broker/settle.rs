@@ -13,8 +13,9 @@ use lapin::{
     options::{BasicAckOptions, BasicCancelOptions, BasicRejectOptions},
     types::DeliveryTag,
 };
-use std::{mem, time::Duration};
+use std::{future::ready, mem, time::Duration};
 use tokio::time::{sleep, timeout};
+use tokio_stream::StreamExt;
 
 /// Longest wait for the broker to confirm a settlement: nodes of a cluster notice a frozen leader after 45 to 75 seconds
 /// (Erlang's net_ticktime of 60), and only then elect another one, which confirms.
@@ -75,23 +76,30 @@ impl Registration {
     ) -> Result<(), DeliveryLost> {
         let ran = held.since.elapsed();
         let sent = self.send(held.tag, settlement, cancel).await;
-        sent.map_err(|error| self.delivery_lost(&error))?;
+        let cancelled = sent.map_err(|error| self.delivery_lost(&error))?;
         self.check_still_owned()?;
+        if let Some(consumer) = cancelled
+            && has_another(consumer).await
+        {
+            return Err(DeliveryLost::delivered_again());
+        }
         if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
             self.recheck_after_consumer_timeout(ran).await?;
         }
         Ok(())
     }
 
-    /// Cancels with `cancel`, settles, and waits for the broker to have processed both.
+    /// Cancels with `cancel`, settles, and waits for the broker to have processed both; returns the consumer that is
+    /// cancelled.
     async fn send(
         &mut self,
         tag: DeliveryTag,
         settlement: Settlement,
         cancel: bool,
-    ) -> lapin::Result<()> {
+    ) -> lapin::Result<Option<lapin::Consumer>> {
         let channel = &self.channel;
-        if let Some(consumer) = self.consumer.take_if(|_| cancel) {
+        let cancelled = self.consumer.take_if(|_| cancel);
+        if let Some(consumer) = &cancelled {
             // Without waiting for its reply: it only has to be in front of the settlement.
             let cancel = BasicCancelOptions { nowait: true };
             channel.basic_cancel(consumer.tag(), cancel).await?;
@@ -107,7 +115,8 @@ impl Registration {
             }
             Settlement::Release => channel.basic_nack(tag, RELEASE).await?,
         }
-        self.barrier().await
+        self.barrier().await?;
+        Ok(cancelled)
     }
 
     /// RabbitMQ 4.3's acknowledgement timeout only cancels the consumer; what comes after is answered as if nothing had
@@ -135,11 +144,25 @@ impl Registration {
         }
         sleep(RECHECK_PAUSE).await;
         match self.barrier().await {
-            // A connection that is lost now was good when the settlement was confirmed.
-            Err(_) if self.connection.is_connected() => {
+            // A connection that is lost now was good when the settlement was confirmed; but for one that lapin has ended
+            // itself, as it can't read why the channel was closed.
+            Err(_)
+                if self.connection.is_connected()
+                    || self.connection.observed().closed_unreadably =>
+            {
                 Err(DeliveryLost::timed_out(self.connection.version()))
             }
             _ => self.check_still_owned(),
         }
+    }
+}
+
+/// Whether a message has come to a consumer before it was cancelled: whatever the broker sent in front of the barrier's
+/// reply is here by now.
+async fn has_another(mut consumer: lapin::Consumer) -> bool {
+    tokio::select! {
+        biased;
+        next = consumer.next() => matches!(next, Some(Ok(_))),
+        () = ready(()) => false,
     }
 }

@@ -315,7 +315,11 @@ impl Worker {
             (Phase::Settling(it), Reply::QosOk) if !it.cancelled => self.waited(system),
             (Phase::Settling(_), Reply::QosOk) => self.lost(system, true),
             (_, Reply::ConsumerCancelled | Reply::ChannelClosed) => self.lost(system, true),
-            // A second message, which only a seeded bug makes the broker deliver: it goes back with the connection.
+            // A second message, which only a seeded bug makes the broker deliver: the first one is taken for lost.
+            (Phase::Running(_) | Phase::Settling(_), Reply::Deliver { .. }) => {
+                self.lost(system, true);
+            }
+            // It goes back with the connection.
             (_, Reply::Deliver { .. }) => {}
             (phase, reply) => unreachable!("{reply:?} in {phase:?}"),
         }
