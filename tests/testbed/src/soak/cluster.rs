@@ -6,7 +6,7 @@ use super::command::now;
 use super::standstill::Window;
 use crate::broker::{Cluster, ClusterNode};
 use crate::eventually;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::time::{Duration, Instant};
 
 /// So long after a fault the cluster must be whole again: a node that starts beside two dozen workers takes half a minute.
@@ -153,18 +153,18 @@ impl Soak<'_> {
             Fault::Isolated => {
                 self.crash(fault, || node.cut_off_from(&others))?;
                 self.pause(length);
-                node.heal()
+                node.heal_cut()
             }
             Fault::OneWay => {
                 let other = others[random.usize(0..others.len())];
                 self.crash(fault, || node.hear_nothing_from(&[other]))?;
                 self.pause(length);
-                node.heal()
+                node.heal_cut()
             }
             Fault::Unreachable => {
                 node.cut_off_from_clients()?;
                 self.pause(length);
-                node.heal()
+                node.heal_cut()
             }
             Fault::Flapping => {
                 let end = Instant::now() + length;
@@ -184,6 +184,7 @@ impl Soak<'_> {
             Fault::Frozen => {
                 self.crash(fault, || node.freeze())?;
                 self.pause(length);
+                ensure!(!node.greets(), "it isn't frozen");
                 node.thaw()
             }
             Fault::Drained => {

@@ -50,6 +50,42 @@ fn one_success_a_message_balances() {
 }
 
 #[test]
+fn a_message_is_not_acknowledged_twice() {
+    let both = |crashes| {
+        let mut books = books(
+            &[1],
+            vec![
+                run(1, End::Exited(0), 16, &[(1, 16)]),
+                run(2, End::Exited(0), 21, &[(1, 21)]),
+            ],
+            "10 1 1 start\n12 2 1 start\n15 1 1 done\n20 2 1 done\n",
+        );
+        books.crashes = crashes;
+        Report::of(&books).failures
+    };
+    assert!(both(vec![])[0].starts_with("FALSE SUCCESS"));
+    assert_eq!(both(vec![crash(16, 17)]), Vec::<String>::new());
+}
+
+#[test]
+fn a_crash_long_before_an_exit_0_excuses_nothing() {
+    let mut books = books(
+        &[1],
+        vec![
+            run(1, End::Exited(0), 30 * SECOND, &[(1, 30 * SECOND)]),
+            run(2, End::Exited(0), 41 * SECOND, &[(1, 41 * SECOND)]),
+        ],
+        &format!(
+            "1 1 1 start\n2 1 1 done\n{} 2 1 start\n{} 2 1 done\n",
+            31 * SECOND,
+            40 * SECOND
+        ),
+    );
+    books.crashes = vec![crash(3, 4)];
+    assert!(Report::of(&books).failures[0].starts_with("FALSE SUCCESS"));
+}
+
+#[test]
 fn a_message_that_nobody_has_done_is_lost() {
     let failed = books(
         &[1],
