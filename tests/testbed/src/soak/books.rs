@@ -121,6 +121,25 @@ impl Books {
     }
 }
 
+impl Books {
+    /// What happened to a message that came back, in seconds after the beginning of a cluster's fault.
+    fn timeline(&self, [taken, done, claimed, back]: [u64; 4]) -> String {
+        let Some(window) = self.windows.iter().rfind(|it| it.from <= back) else {
+            return String::new();
+        };
+        let after = |at: u64| (at as f64 - window.from as f64) / 1e9;
+        format!(
+            " ({}, which took {:.3} s: taken at {:.3}, done at {:.3}, acknowledged at {:.3}, back at {:.3})",
+            window.fault,
+            after(window.until),
+            after(taken),
+            after(done),
+            after(claimed),
+            after(back)
+        )
+    }
+}
+
 /// What the books come to, as the soak prints it.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -146,6 +165,8 @@ pub struct Report {
     pub(super) killed: usize,
     /// A delivery that reached a worker only after somebody else had done the message (75, of course).
     late: usize,
+    /// Workers that were delivered another message while they had one, which a prefetch of 1 doesn't allow.
+    second: usize,
     /// Exits 0 whose message came back because the broker crashed at that moment.
     excused: Vec<String>,
     /// What must not be.
@@ -256,6 +277,9 @@ impl Report {
             }
             End::Exited(_) => {}
         }
+        if run.said.contains("delivered a second message") {
+            self.second += 1;
+        }
         *self.by_end.entry(name).or_default() += 1;
     }
 
@@ -317,7 +341,7 @@ impl Report {
         for (claimer, claimed) in &message.claims {
             let mut deliveries = message.deliveries.iter();
             let own = deliveries.rfind(|it| it.is_of(claimer.number));
-            let Some(finished) = own.and_then(|own| own.done) else {
+            let Some((taken, finished)) = own.and_then(|own| Some((own.started, own.done?))) else {
                 continue;
             };
             let came_back = |it: &&Delivery<'_>| it.started > finished && !it.is_of(claimer.number);
@@ -336,8 +360,9 @@ impl Report {
                 .map(|it| it.run.map(|run| (run.number, run.end)))
                 .collect();
             let text = format!(
-                "message {number} came back after run {} had exited with 0, to run {whom:?}",
-                claimer.number
+                "message {number} came back after run {} had exited with 0, to run {whom:?}{}",
+                claimer.number,
+                books.timeline([taken, finished, *claimed, later[0].started])
             );
             let crash = books.crashes.iter().find(|it| it.after >= finished);
             let crash = crash.map(|it| (it.name, it.before.saturating_sub(*claimed)));

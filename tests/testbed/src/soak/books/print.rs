@@ -10,7 +10,7 @@ impl Display for Report {
             let failures = self.failures.iter();
             failures.filter(|text| text.starts_with(what)).count()
         };
-        let rows: [(&str, &dyn Display); 12] = [
+        let rows: [(&str, &dyn Display); 13] = [
             ("messages published", &self.published),
             ("  and without confirmation", &self.stowaways),
             ("messages gone", &self.gone),
@@ -26,6 +26,7 @@ impl Display for Report {
                 "deliveries that came late, on a dead connection",
                 &self.late,
             ),
+            ("workers with a second message", &self.second),
             (
                 "exits 0 undone by a fault right after them",
                 &self.excused.len(),
