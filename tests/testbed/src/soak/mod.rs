@@ -73,6 +73,9 @@ pub struct Options {
     /// Stop, kill, restart or freeze the broker so often; in a cluster also cut its network
     #[arg(long, default_value_t = 20)]
     faults: u32,
+    /// Break a cluster in these ways only, in turn
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<cluster::Fault>,
     /// How long a cut through a cluster's network lasts at most
     #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..))]
     cut_seconds: u64,

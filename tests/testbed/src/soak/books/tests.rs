@@ -68,6 +68,35 @@ fn a_message_is_not_acknowledged_twice() {
 }
 
 #[test]
+fn a_leader_that_loses_sight_of_a_node_is_counted_and_bounded() {
+    let failures = |messages: u64, separates| {
+        let confirmed: Vec<_> = (1..=messages).collect();
+        let runs = confirmed.iter().flat_map(|message| {
+            let end = End::Exited(0);
+            [(0, 20), (100, 50)].map(|(more, at)| run(message + more, end, at, &[(*message, at)]))
+        });
+        let text: String = confirmed
+            .iter()
+            .map(|it| {
+                let again = it + 100;
+                format!("10 {it} {it} start\n15 {it} {it} done\n30 {again} {it} start\n40 {again} {it} done\n")
+            })
+            .collect();
+        let mut books = books(&confirmed, runs.collect(), &text);
+        books.windows = vec![Window {
+            fault: "cut",
+            from: 12,
+            until: 18,
+            separates,
+        }];
+        Report::of(&books).failures
+    };
+    assert_eq!(failures(2, true), Vec::<String>::new());
+    assert!(failures(3, true)[0].starts_with("3 of 1: more messages"));
+    assert!(failures(1, false)[0].starts_with("FALSE SUCCESS"));
+}
+
+#[test]
 fn a_crash_long_before_an_exit_0_excuses_nothing() {
     let mut books = books(
         &[1],
