@@ -230,9 +230,14 @@ impl ClusterNode {
         probe::probe(SocketAddr::from((self.address, port)), GREETING)
     }
 
+    /// Whether it greets a client.
+    pub(crate) fn greets(&self) -> bool {
+        self.greeting().is_ok()
+    }
+
     /// Waits until it greets a client.
     fn await_start(&self) -> Result<()> {
-        let greets = || self.greeting().is_ok();
+        let greets = || self.greets();
         ensure!(
             eventually(START_LIMIT, || greets() || !self.container.is_running()) && greets(),
             "{} ended while starting, or hadn't started after {START_LIMIT:?}; its log ends with\n{}",
@@ -252,7 +257,7 @@ impl ClusterNode {
         self.container.log()
     }
 
-    /// Kills it with SIGKILL, as a crash or a power failure would.
+    /// Kills it with SIGKILL, as a crash would.
     pub(crate) fn kill(&self) -> Result<()> {
         self.container.kill()
     }
@@ -314,13 +319,33 @@ impl ClusterNode {
         let append = ["iptables", "--wait", "--append", chain];
         self.container
             .in_its_network(&[&append[..], which, &["--jump", "DROP"]].concat())
+            .map(drop)
             .with_context(|| format!("cannot cut {} off", self.name))
+    }
+
+    /// Lets all packets pass again, after a cut that must have stopped some.
+    pub(crate) fn heal_cut(&self) -> Result<()> {
+        let list = [
+            "iptables",
+            "--wait",
+            "--list",
+            "--numeric",
+            "--exact",
+            "--verbose",
+        ];
+        let rules = self.container.in_its_network(&list)?;
+        let dropped = rules.lines().filter(|line| line.contains(" DROP "));
+        let packets = |line: &str| line.split_whitespace().next()?.parse::<u64>().ok();
+        let dropped: u64 = dropped.filter_map(packets).sum();
+        ensure!(dropped > 0, "the cut has stopped no packet:\n{rules}");
+        self.heal()
     }
 
     /// Lets all packets pass again.
     pub(crate) fn heal(&self) -> Result<()> {
         self.container
             .in_its_network(&["iptables", "--wait", "--flush"])
+            .map(drop)
             .with_context(|| format!("cannot heal the network of {}", self.name))
     }
 }

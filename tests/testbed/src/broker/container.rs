@@ -183,7 +183,7 @@ impl ContainerNode {
     }
 
     /// Runs a program of this machine in the container's network namespace; needs root.
-    pub(super) fn in_its_network(&self, arguments: &[&str]) -> Result<()> {
+    pub(super) fn in_its_network(&self, arguments: &[&str]) -> Result<String> {
         let pid = docker(&[
             "inspect",
             "--format",
@@ -194,7 +194,7 @@ impl ContainerNode {
         command
             .args(["--target", pid.trim(), "--net", "--"])
             .args(arguments);
-        exec::run(&mut command, CTL_LIMIT).map(drop)
+        exec::run(&mut command, CTL_LIMIT)
     }
 }
 

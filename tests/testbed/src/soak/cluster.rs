@@ -6,7 +6,8 @@ use super::command::now;
 use super::standstill::Window;
 use crate::broker::{Cluster, ClusterNode};
 use crate::eventually;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use std::time::{Duration, Instant};
 
 /// So long after a fault the cluster must be whole again: a node that starts beside two dozen workers takes half a minute.
@@ -19,8 +20,8 @@ const FLAP_MS: u64 = 400;
 const MOVES: usize = 5;
 
 /// What happens to the cluster. The node is the queue's leader in one half of the faults, any node in the other.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fault {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Fault {
     /// A node loses its network to the others, not to its clients.
     Isolated,
     /// Nothing reaches a node from one of the others; what it sends does arrive.
@@ -67,8 +68,19 @@ impl Fault {
         }
     }
 
+    /// Whether the queue's leader may lose sight of a node whose connections go on.
+    fn separates(self) -> bool {
+        matches!(
+            self,
+            Self::Isolated | Self::OneWay | Self::Flapping | Self::Frozen
+        )
+    }
+
     /// Every kind gets its turn, then as its share is, in an order that was drawn.
-    fn draw(count: usize, random: &mut fastrand::Rng) -> Vec<Self> {
+    fn draw(only: &[Self], count: usize, random: &mut fastrand::Rng) -> Vec<Self> {
+        if !only.is_empty() {
+            return only.iter().copied().cycle().take(count).collect();
+        }
         let mut faults: Vec<_> = Self::ALL.iter().map(|(fault, _)| *fault).collect();
         let more = Self::ALL
             .iter()
@@ -90,7 +102,8 @@ impl Soak<'_> {
     /// Breaks the cluster as often as was asked for, one fault after the other, and waits after each until it is whole again.
     pub(super) fn break_cluster(&self, cluster: &Cluster, mut random: fastrand::Rng) -> Result<()> {
         let mut leader = self.await_whole(cluster)?;
-        for fault in Fault::draw(self.options.faults as usize, &mut random) {
+        let count = self.options.faults as usize;
+        for fault in Fault::draw(&self.options.only, count, &mut random) {
             // Work gets done in between, and whoever was hit notices, which takes two and a half heartbeats.
             self.pause(Duration::from_millis(random.u64(5500..8000)));
             if self.out_of_time() {
@@ -112,6 +125,7 @@ impl Soak<'_> {
                 fault: fault.name(),
                 from,
                 until: now(),
+                separates: fault.separates(),
             };
             let done = self.note(|books| {
                 books.windows.push(window);
@@ -153,18 +167,18 @@ impl Soak<'_> {
             Fault::Isolated => {
                 self.crash(fault, || node.cut_off_from(&others))?;
                 self.pause(length);
-                node.heal()
+                node.heal_cut()
             }
             Fault::OneWay => {
                 let other = others[random.usize(0..others.len())];
                 self.crash(fault, || node.hear_nothing_from(&[other]))?;
                 self.pause(length);
-                node.heal()
+                node.heal_cut()
             }
             Fault::Unreachable => {
                 node.cut_off_from_clients()?;
                 self.pause(length);
-                node.heal()
+                node.heal_cut()
             }
             Fault::Flapping => {
                 let end = Instant::now() + length;
@@ -184,6 +198,7 @@ impl Soak<'_> {
             Fault::Frozen => {
                 self.crash(fault, || node.freeze())?;
                 self.pause(length);
+                ensure!(!node.greets(), "it isn't frozen");
                 node.thaw()
             }
             Fault::Drained => {

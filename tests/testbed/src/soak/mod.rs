@@ -18,8 +18,8 @@ pub use books::Report;
 pub use command::Plan;
 
 use crate::broker::Cluster;
-use crate::{Broker, Client, Proxy, QueueKind, beside_this_program, block_on};
-use anyhow::{Result, ensure};
+use crate::{Broker, Client, Proxy, Queue, QueueKind, beside_this_program, block_on, eventually};
+use anyhow::{Error, Result, bail, ensure};
 use books::Books;
 use clap::value_parser;
 use lapin::BasicProperties;
@@ -32,6 +32,13 @@ use std::time::{Duration, Instant};
 /// So many messages are published in one flight, when fewer than [`HUNGRY`] are ready.
 const BATCH: u64 = 50;
 const HUNGRY: u32 = 200;
+
+/// The same in a cluster, where a fault may keep the publisher waiting for some time, and the workers must not run out of
+/// messages meanwhile.
+const HUNGRY_CLUSTER: u32 = 1000;
+
+/// How long the connections of the last workers may take to go, when those have been killed.
+const GONE: Duration = Duration::from_secs(30);
 
 /// How long a broker may take to confirm them; it may be frozen.
 const CONFIRMED: Duration = Duration::from_secs(10);
@@ -66,6 +73,9 @@ pub struct Options {
     /// Stop, kill, restart or freeze the broker so often; in a cluster also cut its network
     #[arg(long, default_value_t = 20)]
     faults: u32,
+    /// Break a cluster in these ways only, in turn
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<cluster::Fault>,
     /// How long a cut through a cluster's network lasts at most
     #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..))]
     cut_seconds: u64,
@@ -190,6 +200,10 @@ impl Soak<'_> {
 
     /// Keeps the queue filled, and publishes at least as much as was asked for.
     fn publish(&self, mut random: fastrand::Rng, faults_over: &AtomicBool) {
+        let hungry = match self.options.cluster {
+            Some(_) => HUNGRY_CLUSTER,
+            None => HUNGRY,
+        };
         let mut clients = self.clients.iter().cycle();
         let Some(mut client) = clients.next() else {
             return;
@@ -201,7 +215,7 @@ impl Soak<'_> {
             }
             let ready = self.ready(client);
             let well = match block_on(async { tokio::time::timeout(ANSWERED, ready).await }) {
-                Ok(Ok(ready)) if ready < HUNGRY => {
+                Ok(Ok(ready)) if ready < hungry => {
                     let batch = self.publish_batch(client, &mut random);
                     let done = block_on(async { tokio::time::timeout(CONFIRMED, batch).await });
                     matches!(done, Ok(Ok(())))
@@ -262,12 +276,67 @@ impl Soak<'_> {
         }
         Ok(channel.close(200, "".into()).await?)
     }
+
+    /// Runs everything at the same time, until the queue is empty in the end.
+    fn all(&self) -> Result<()> {
+        let mut seeds = fastrand::Rng::with_seed(self.options.seed);
+        let faults_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let slots: Vec<_> = (0..self.options.workers)
+                .map(|_| {
+                    let random = seeds.fork();
+                    scope.spawn(|| self.slot(random))
+                })
+                .collect();
+            let (one, two, three, four) = (seeds.fork(), seeds.fork(), seeds.fork(), seeds.fork());
+            let broker = scope.spawn(|| match &self.site {
+                Site::Node { broker, .. } => self.break_broker(broker, one),
+                Site::Cluster(cluster) => self.break_cluster(cluster, one),
+            });
+            let assassin = scope.spawn(|| self.assassin(two));
+            let publisher = scope.spawn(|| self.publish(three, &faults_over));
+            let network = scope.spawn(|| match &self.site {
+                Site::Node { proxy, .. } => self.break_network(proxy, four),
+                Site::Cluster(_) => {}
+            });
+            // Whatever happens, the others must come to their end.
+            let broken = broker.join();
+            let _ = assassin.join();
+            faults_over.store(true, Relaxed);
+            let _ = publisher.join();
+            self.ending.store(true, Relaxed);
+            let _ = network.join();
+            let ended: Vec<_> = slots.into_iter().map(|slot| slot.join()).collect();
+            for result in std::iter::once(broken).chain(ended) {
+                result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
+            }
+            Ok(())
+        })
+    }
+
+    /// How many messages are in a queue. One that a consumer holds isn't ready, so no consumer must be left.
+    fn left_in(&self, queue: &Queue) -> Result<u32> {
+        let mut counts = None;
+        eventually(GONE, || {
+            let mut clients = self.clients.iter();
+            counts = clients.find_map(|client| client.counts(queue.name()).ok().flatten());
+            matches!(counts, Some((_, 0)))
+        });
+        match counts {
+            Some((ready, 0)) => Ok(ready),
+            counts => bail!(
+                "what is in queue {} is not known after {GONE:?}: (ready, consumers) is {counts:?}",
+                queue.name()
+            ),
+        }
+    }
 }
 
 /// Runs it; what it finds is in the report.
 pub fn run(options: &Options) -> Result<Report> {
     let started = Instant::now();
     let site = Site::start(options)?;
+    let (major, minor, patch) = site.version()?;
     let clients = site.clients();
     let client = clients[0].clone();
     let dead = client.declare("soak-dead").kind(options.queue).create();
@@ -302,39 +371,11 @@ pub fn run(options: &Options) -> Result<Report> {
         deadline: Instant::now() + Duration::from_secs(options.seconds),
         ending: AtomicBool::new(false),
     };
-    let mut seeds = fastrand::Rng::with_seed(options.seed);
-    let faults_over = AtomicBool::new(false);
-    let ended = std::thread::scope(|scope| -> Result<()> {
-        let slots: Vec<_> = (0..options.workers)
-            .map(|_| {
-                let random = seeds.fork();
-                scope.spawn(|| soak.slot(random))
-            })
-            .collect();
-        let (one, two, three, four) = (seeds.fork(), seeds.fork(), seeds.fork(), seeds.fork());
-        let broker = scope.spawn(|| match &soak.site {
-            Site::Node { broker, .. } => soak.break_broker(broker, one),
-            Site::Cluster(cluster) => soak.break_cluster(cluster, one),
-        });
-        let assassin = scope.spawn(|| soak.assassin(two));
-        let publisher = scope.spawn(|| soak.publish(three, &faults_over));
-        let network = scope.spawn(|| match &soak.site {
-            Site::Node { proxy, .. } => soak.break_network(proxy, four),
-            Site::Cluster(_) => {}
-        });
-        // Whatever happens, the others must come to their end.
-        let broken = broker.join();
-        let _ = assassin.join();
-        faults_over.store(true, Relaxed);
-        let _ = publisher.join();
-        soak.ending.store(true, Relaxed);
-        let _ = network.join();
-        let ended: Vec<_> = slots.into_iter().map(|slot| slot.join()).collect();
-        for result in std::iter::once(broken).chain(ended) {
-            result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
-        }
-        Ok(())
-    });
+    let mut failures = Vec::new();
+    let mut fail = |error: Error| failures.push(format!("{error:#}"));
+    soak.all().unwrap_or_else(&mut fail);
+    let mut left_in = |queue| soak.left_in(queue).map_err(&mut fail).unwrap_or_default();
+    let (left, dead) = (left_in(&queue), left_in(&dead));
     let mut books = soak
         .books
         .into_inner()
@@ -344,9 +385,8 @@ pub fn run(options: &Options) -> Result<Report> {
         QueueKind::Quorum => books::CRASH_WINDOW,
         QueueKind::Classic => books::CRASH_WINDOW_CLASSIC,
     };
-    books.left = queue.ready();
-    books.dead = dead.ready();
-    let (major, minor, patch) = soak.site.version()?;
+    books.left = left;
+    books.dead = dead;
     let nodes = options.cluster.unwrap_or(1);
     let mut report = Report::of(&books);
     report.title = format!(
@@ -356,9 +396,7 @@ pub fn run(options: &Options) -> Result<Report> {
         options.seed,
         started.elapsed().as_secs()
     );
-    if let Err(error) = ended {
-        report.failures.push(format!("{error:#}"));
-    }
+    report.failures.append(&mut failures);
     if (books.confirmed.len() as u64) < options.messages
         || books.broker_faults < options.faults
         || report.killed < options.kills as usize

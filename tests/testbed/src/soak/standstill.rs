@@ -15,6 +15,8 @@ pub(super) struct Window {
     pub(super) from: u64,
     /// When the cluster was whole again.
     pub(super) until: u64,
+    /// Whether the queue's leader may lose sight of a node whose connections go on.
+    pub(super) separates: bool,
 }
 
 /// Time in which something stood still, and who that was.
@@ -195,6 +197,7 @@ mod tests {
                 fault: "cut",
                 from: 10 * SECOND,
                 until: 20 * SECOND,
+                separates: false,
             }],
             // The first waits from 4 to 16; the second's command runs from 6 to 19, and it waits for a confirmation until 22.
             runs: vec![
@@ -226,6 +229,7 @@ mod tests {
             fault,
             from: from * SECOND,
             until: (from + 1) * SECOND,
+            separates: false,
         };
         let books = Books {
             windows: vec![window(10, "first"), window(20, "second")],

@@ -165,7 +165,7 @@ impl Soak<'_> {
     /// Sends signals to workers at random, until so many were killed.
     pub(super) fn assassin(&self, mut random: fastrand::Rng) {
         while self.killed.load(Relaxed) < self.options.kills && !self.out_of_time() {
-            std::thread::sleep(self.options.kill_pause());
+            self.pause(self.options.kill_pause());
             let live: Vec<_> = self.register().values().cloned().collect();
             let signal = match random.u32(0..10) {
                 0..7 => Signal::SIGKILL,

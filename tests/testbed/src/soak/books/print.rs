@@ -10,7 +10,7 @@ impl Display for Report {
             let failures = self.failures.iter();
             failures.filter(|text| text.starts_with(what)).count()
         };
-        let rows: [(&str, &dyn Display); 12] = [
+        let rows: [(&str, &dyn Display); 14] = [
             ("messages published", &self.published),
             ("  and without confirmation", &self.stowaways),
             ("messages gone", &self.gone),
@@ -26,9 +26,14 @@ impl Display for Report {
                 "deliveries that came late, on a dead connection",
                 &self.late,
             ),
+            ("workers with a second message", &self.second),
             (
                 "exits 0 undone by a fault right after them",
                 &self.excused.len(),
+            ),
+            (
+                "exits 0 undone as nodes had lost each other",
+                &self.parted.len(),
             ),
             ("lost", &failed("LOST")),
             ("false successes", &failed("FALSE")),
@@ -40,6 +45,9 @@ impl Display for Report {
         write!(formatter, "{}", self.standstills)?;
         for text in &self.excused {
             writeln!(formatter, "  excused: {text}")?;
+        }
+        for text in &self.parted {
+            writeln!(formatter, "  undone: {text}")?;
         }
         for text in &self.failures {
             writeln!(formatter, "  FAILED: {text}")?;

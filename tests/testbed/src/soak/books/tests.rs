@@ -50,6 +50,71 @@ fn one_success_a_message_balances() {
 }
 
 #[test]
+fn a_message_is_not_acknowledged_twice() {
+    let both = |crashes| {
+        let mut books = books(
+            &[1],
+            vec![
+                run(1, End::Exited(0), 16, &[(1, 16)]),
+                run(2, End::Exited(0), 21, &[(1, 21)]),
+            ],
+            "10 1 1 start\n12 2 1 start\n15 1 1 done\n20 2 1 done\n",
+        );
+        books.crashes = crashes;
+        Report::of(&books).failures
+    };
+    assert!(both(vec![])[0].starts_with("FALSE SUCCESS"));
+    assert_eq!(both(vec![crash(16, 17)]), Vec::<String>::new());
+}
+
+#[test]
+fn a_leader_that_loses_sight_of_a_node_is_counted_and_bounded() {
+    let failures = |messages: u64, separates| {
+        let confirmed: Vec<_> = (1..=messages).collect();
+        let runs = confirmed.iter().flat_map(|message| {
+            let end = End::Exited(0);
+            [(0, 20), (100, 50)].map(|(more, at)| run(message + more, end, at, &[(*message, at)]))
+        });
+        let text: String = confirmed
+            .iter()
+            .map(|it| {
+                let again = it + 100;
+                format!("10 {it} {it} start\n15 {it} {it} done\n30 {again} {it} start\n40 {again} {it} done\n")
+            })
+            .collect();
+        let mut books = books(&confirmed, runs.collect(), &text);
+        books.windows = vec![Window {
+            fault: "cut",
+            from: 12,
+            until: 18,
+            separates,
+        }];
+        Report::of(&books).failures
+    };
+    assert_eq!(failures(2, true), Vec::<String>::new());
+    assert!(failures(3, true)[0].starts_with("3 of 1: more messages"));
+    assert!(failures(1, false)[0].starts_with("FALSE SUCCESS"));
+}
+
+#[test]
+fn a_crash_long_before_an_exit_0_excuses_nothing() {
+    let mut books = books(
+        &[1],
+        vec![
+            run(1, End::Exited(0), 30 * SECOND, &[(1, 30 * SECOND)]),
+            run(2, End::Exited(0), 41 * SECOND, &[(1, 41 * SECOND)]),
+        ],
+        &format!(
+            "1 1 1 start\n2 1 1 done\n{} 2 1 start\n{} 2 1 done\n",
+            31 * SECOND,
+            40 * SECOND
+        ),
+    );
+    books.crashes = vec![crash(3, 4)];
+    assert!(Report::of(&books).failures[0].starts_with("FALSE SUCCESS"));
+}
+
+#[test]
 fn a_message_that_nobody_has_done_is_lost() {
     let failed = books(
         &[1],
