@@ -1,14 +1,11 @@
 //! The way of what a broker sends, from the frame on the wire to what qconsume makes of it.
 
 use super::{
-    address::Address,
-    errors::{ConnectError, Refusal},
-    message::Message,
-    observed::Observed,
-    refused::Asked,
+    address::Address, errors::ConnectError, message::Message, observed::Observed, refused::Asked,
     tap::Tap,
 };
 use lapin::{
+    ConnectionState, ErrorKind,
     message::Delivery,
     protocol::{AMQPClass, basic, parse_class},
 };
@@ -94,11 +91,13 @@ pub fn answer(
     put_short(&mut close, text);
     close.extend([0; 4]);
     let observed = observe(&frame(1, &close), NonZeroUsize::MAX).ok()?;
-    let refusal: Refusal = observed
-        .lock()
-        .expect("nobody panics with it")
-        .closed
-        .clone()?;
+    // As lapin has it: it can't read the close, or says of a code that it doesn't know only that all is closed now.
+    let error = match parse_class(&close[..]) {
+        Err(error) => ErrorKind::ParsingError(error),
+        Ok(_) => ErrorKind::InvalidConnectionState(ConnectionState::Closed),
+    };
+    let observed = observed.lock().expect("nobody panics with it");
+    let refusal = observed.refusal(&error.into())?;
     let asked = match request {
         Request::Login => Asked::Login(address),
         Request::Consume => Asked::Queue("consume from", name),

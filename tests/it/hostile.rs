@@ -352,3 +352,32 @@ fn what_is_no_message_and_cannot_be_read_is_a_broken_connection() {
     done.assert_status(69).assert_stderr("trying again");
     assert!(peer.count(Method::PROTOCOL_HEADER) > 1);
 }
+
+/// A quorum queue delivers to a consumer with a prefetch of one again when it has requeued what the consumer holds, as its
+/// leader had lost sight of the consumer's node. The acknowledgement would be dropped without a word.
+#[test]
+fn a_second_delivery_is_no_success() {
+    for command in [&["sleep", "60"][..], &["true"]] {
+        let peer = Peer::new(|request| {
+            let message = |tag| {
+                let deliver = peer::deliver(request.channel, tag, b"x");
+                [deliver, peer::content_header(request.channel, 0, &[0, 0])].concat()
+            };
+            match request.method {
+                Method::BASIC_CONSUME => {
+                    Answer::Bytes([peer::usual(request), message(1), message(2)].concat())
+                }
+                _ => Answer::Usual,
+            }
+        });
+        let worker = qconsume().url(&peer.url()).queue("x").args(command);
+        worker
+            .run()
+            .assert_status(75)
+            .assert_stderr("the broker delivered another message")
+            .assert_stderr("outcome=");
+        if command != ["true"] {
+            assert_eq!(peer.count(Method::BASIC_ACK), 0);
+        }
+    }
+}

@@ -3,7 +3,7 @@
 //! - An authfile counts exactly when a plain reader finds its two lines, and gives the same user and password.
 //! - A URL's file means what the URL means on the command line.
 //! - Either may begin with a byte order mark.
-//! - Neither error shows a line of the file; the options as `Debug` shows them don't depend on the password.
+//! - An authfile's error shows no line of it (broker_url has the same for URLs); the options as `Debug` shows them don't depend on the password.
 
 #![no_main]
 
