@@ -381,3 +381,42 @@ fn a_second_delivery_is_no_success() {
         }
     }
 }
+
+/// RabbitMQ 4.3 may requeue the delivery and answer the barrier all the same, so qconsume asks once more. A text that RabbitMQ
+/// has cut within a character makes lapin end the connection, which must not pass for one that was lost afterwards.
+#[test]
+fn a_refusal_that_cannot_be_read_is_no_confirmation() {
+    let asked = AtomicUsize::new(0);
+    let peer = Peer::new(move |request| match request.method {
+        Method::PROTOCOL_HEADER => {
+            let (name, version) = (frames::short(b"version"), frames::long(b"4.3.6"));
+            let properties = frames::long(&[&name[..], b"S", &version].concat());
+            let lists = [frames::long(b"PLAIN"), frames::long(b"en_US")].concat();
+            let arguments = [&[0, 9][..], &properties, &lists].concat();
+            Answer::Bytes(method_frame(0, Method::CONNECTION_START, &arguments))
+        }
+        Method::BASIC_CONSUME => {
+            let message = [
+                peer::usual(request),
+                peer::deliver(request.channel, 1, b"x"),
+                peer::content_header(request.channel, 0, &[0, 0]),
+            ];
+            Answer::Bytes(message.concat())
+        }
+        // Behind the one for the prefetch and the barrier.
+        Method::BASIC_QOS if asked.fetch_add(1, Relaxed) == 2 => {
+            let text = frames::short(b"PRECONDITION_FAILED - \xc3...");
+            let arguments = [&406_u16.to_be_bytes()[..], &text, &[0; 4]].concat();
+            let close = method_frame(request.channel, Method::CHANNEL_CLOSE, &arguments);
+            Answer::Bytes(close)
+        }
+        _ => Answer::Usual,
+    });
+    let worker = qconsume().url(&peer.url()).queue("x");
+    worker
+        .args(["--ack-timeout", "1s", "--", "sleep", "1"])
+        .run()
+        .assert_status(75)
+        .assert_stderr("acknowledgement not confirmed");
+    assert_eq!(peer.count(Method::BASIC_QOS), 3);
+}
