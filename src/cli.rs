@@ -7,7 +7,7 @@ mod values;
 
 pub use broker::BrokerOptions;
 pub use output::OutputOptions;
-pub(crate) use parse::{AMQP_TOOLS, VERSION, help_of_statuses};
+pub(crate) use parse::{AMQP_TOOLS, VERSION};
 pub use parse::{Given, Options, Request, command_line, parse};
 pub(crate) use values::{name, queue_name, switch};
 
@@ -29,8 +29,6 @@ use std::{ffi::OsString, time::Duration};
     name = "qconsume",
     version = VERSION,
     override_usage = "qconsume [OPTIONS] [--] COMMAND [ARG]...",
-    after_help = help_of_statuses(Program::Qconsume, false),
-    after_long_help = help_of_statuses(Program::Qconsume, true),
 )]
 #[rustfmt::skip]
 pub struct QconsumeOptions {
@@ -124,6 +122,8 @@ pub struct QconsumeOptions {
 }
 
 impl Options for QconsumeOptions {
+    const PROGRAM: Program = Program::Qconsume;
+
     fn output(&self) -> &OutputOptions {
         &self.output
     }

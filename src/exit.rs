@@ -99,9 +99,10 @@ pub const fn status_of_signal(signal: i32) -> u8 {
 }
 
 /// What the system answers when it has nothing left to give for now.
-const SHORTAGE: [i32; 5] = [
+const SHORTAGE: [i32; 6] = [
     libc::EAGAIN,
     libc::ENOMEM,
+    libc::ENOSPC,
     libc::EMFILE,
     libc::ENFILE,
     libc::ETXTBSY,

@@ -7,6 +7,8 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(target_env = "musl")]
+mod allocator;
 pub mod broker;
 pub mod cli;
 mod clock;
@@ -26,9 +28,6 @@ use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
-/// The stack for reading the command line, in bytes: three times of what a debug build needs.
-const PARSING_STACK: usize = 1 << 20;
-
 /// Parse, run, print one error, exit.
 pub fn main(program: Program) -> ! {
     // First of all: as PID 1 a signal without a handler would be lost.
@@ -46,9 +45,7 @@ pub fn main(program: Program) -> ! {
         let failure = error
             .downcast::<Failure>()
             .unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
-        let status = failure.exit.status();
-        report::failure(failure);
-        status
+        report::failure(failure)
     });
     // Not by returning: see `block_on`.
     std::process::exit(status.into())
@@ -58,7 +55,7 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     arguments: &[OsString],
     entry: impl FnOnce(O, signals::Signals) -> F,
 ) -> anyhow::Result<u8> {
-    match parse::<O>(arguments)? {
+    match cli::parse::<O>(arguments)? {
         Request::Run(options) => {
             options.output().start();
             Ok(block_on(|signals| entry(*options, signals))?)
@@ -69,19 +66,6 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
             Ok(0)
         }
     }
-}
-
-/// Reads the command line on a thread of its own, as clap needs 90 KiB of stack: a worker that waits would keep them.
-fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    std::thread::scope(|scope| {
-        // By itself it would depend on RUST_MIN_STACK, which is there for the command, perhaps.
-        let thread = std::thread::Builder::new().stack_size(PARSING_STACK);
-        match thread.spawn_scoped(scope, || cli::parse(arguments)) {
-            Ok(parsing) => parsing.join().expect("a panic ends the process"),
-            // Whatever is short will be told once the options say how.
-            Err(_) => cli::parse(arguments),
-        }
-    })
 }
 
 /// Drives a program's asynchronous entry (`worker::work`, `publish::publish`) on this thread alone: a command dies with the thread that started it.
@@ -110,8 +94,6 @@ fn exit_on_panic() {
             Some(error) => Failure::system("can't go on", &error),
             None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
         };
-        let status = failure.exit.status();
-        report::failure(failure);
-        std::process::exit(status.into());
+        std::process::exit(report::failure(failure).into());
     }));
 }

@@ -185,22 +185,22 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// Reports a failure that has reached `main`, or a panic; starts the log if nothing has. qconsume's runs report by their
-/// [`RunSummary`].
-pub fn failure(failure: Failure) {
+/// Reports a failure that has reached `main`, or a panic, and returns its status; starts the log if nothing has. qconsume's
+/// runs report by their [`RunSummary`].
+pub fn failure(failure: Failure) -> u8 {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
-    RunSummary::without_message(failure.exit.status(), failure.message).report();
+    let status = failure.exit.status();
+    RunSummary::without_message(status, failure.message).report();
+    status
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::{log::Line, *};
-    use std::sync::{Arc, Mutex};
-    use tracing::{Event, Subscriber};
-    use tracing_subscriber::{
-        Layer,
-        layer::{Context, SubscriberExt},
+    use super::{
+        log::{Events, Line},
+        *,
     };
+    use std::sync::{Arc, Mutex};
 
     /// What is said, without the fields; as long as the guard is there.
     #[derive(Clone, Default)]
@@ -209,20 +209,15 @@ pub(crate) mod tests {
     impl Said {
         pub(crate) fn listen() -> (Self, tracing::subscriber::DefaultGuard) {
             let said = Self::default();
-            let subscriber = tracing_subscriber::registry().with(said.clone());
-            (said, tracing::subscriber::set_default(subscriber))
+            let lines = Arc::clone(&said.0);
+            let write = move |_, line: Line| lines.lock().unwrap().push(line.message);
+            let level = Level::TRACE;
+            let guard = tracing::subscriber::set_default(Events { level, write });
+            (said, guard)
         }
 
         pub(crate) fn lines(&self) -> Vec<String> {
             self.0.lock().unwrap().clone()
-        }
-    }
-
-    impl<S: Subscriber> Layer<S> for Said {
-        fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-            let mut line = Line::default();
-            event.record(&mut line);
-            self.0.lock().unwrap().push(line.message);
         }
     }
 

@@ -76,8 +76,11 @@ pub fn install() -> io::Result<Signals> {
     // Its successor `register` is unsafe, for types that may hand out another descriptor; a `SignalFd` owns its one.
     #[allow(deprecated)]
     let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
+    // A file that would grow over its limit (ulimit -f) is an error of write(2) then, instead of the end.
+    let mut blocked = taken;
+    blocked.add(Signal::SIGXFSZ);
     // No others: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&taken), None)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
     let (sender, signals) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         let next = |source: &SignalFd| {

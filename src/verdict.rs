@@ -141,48 +141,34 @@ pub struct Verdict {
 
 /// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
+    use Settlement::{Ack, DeadLetter, Release, Requeue};
     let lost = Exit::Unconfirmed.status();
-    if !result.still_owned {
-        return Verdict {
-            settlement: None,
-            exit_code: lost,
-            exit_code_if_unconfirmed: lost,
-        };
-    }
     let timed_out = result.stop == Some(StopReason::TimeLimit);
-    if result.ended == Ended::Exited(0) && !timed_out {
-        return Verdict {
-            settlement: Some(Settlement::Ack),
-            exit_code: 0,
-            exit_code_if_unconfirmed: lost,
-        };
-    }
     // 124 is qconsume's own status, so `--failure-exit-code` doesn't hide it.
-    let raw = if timed_out {
-        Exit::TimedOut.status()
+    let (raw, mapped) = if timed_out {
+        (Exit::TimedOut.status(), None)
     } else {
-        result.ended.status()
+        (result.ended.status(), policy.failure_exit_code)
     };
-    let failed = match policy.failure_exit_code {
-        Some(mapped) if !timed_out => mapped,
-        _ => raw,
-    };
-    let (settlement, exit_code) = if matches!(result.stop, Some(StopReason::Signal(_))) {
-        (Settlement::Release, failed)
+    // An unconfirmed message may be requeued: a failure like any other, and never a `--reject-exit-code`, which a
+    // Job takes for the end of this message.
+    let failed = mapped.unwrap_or(raw);
+    let (settlement, exit_code, exit_code_if_unconfirmed) = if !result.still_owned {
+        (None, lost, lost)
+    } else if result.ended == Ended::Exited(0) && !timed_out {
+        (Some(Ack), 0, lost)
+    } else if matches!(result.stop, Some(StopReason::Signal(_))) {
+        (Some(Release), failed, failed)
     } else if rejects(raw, result.failures_before, policy) {
-        (
-            Settlement::DeadLetter,
-            policy.reject_exit_code.unwrap_or(failed),
-        )
+        let exit_code = policy.reject_exit_code.unwrap_or(failed);
+        (Some(DeadLetter), exit_code, failed)
     } else {
-        (Settlement::Requeue, failed)
+        (Some(Requeue), failed, failed)
     };
     Verdict {
-        settlement: Some(settlement),
+        settlement,
         exit_code,
-        // An unconfirmed message may be requeued: a failure like any other, and never a `--reject-exit-code`, which a
-        // Job takes for the end of this message.
-        exit_code_if_unconfirmed: failed,
+        exit_code_if_unconfirmed,
     }
 }
 

@@ -6,19 +6,16 @@ mod task;
 use crate::{
     broker::{Consumer, ConsumerOptions, DeliveryLost},
     cli::QconsumeOptions,
-    command::{Command, Executable, Reaper, Variable, find, supervise},
+    command::{Command, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
     report::{HumanDuration, Outcome, RunSummary, Subject, program},
     signals::{Signals, unless_stopped},
     verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
 };
 use nix::sys::signal::Signal;
-use std::future::pending;
+use std::{future::pending, path::PathBuf};
 use task::{Tally, describe_end, describe_settlement, log_taken, summary};
 use tokio::time::timeout;
-
-/// What became of the message with `--no-ack`.
-const ACKNOWLEDGED_BEFORE: &str = "message was acknowledged before the command (--no-ack)";
 
 /// The share of `--ack-timeout` after which a command that still runs is mentioned.
 const ACK_WARNING: f64 = 0.8;
@@ -28,7 +25,7 @@ const ACK_WARNING: f64 = 0.8;
 /// # Errors
 /// A [`Failure`] when qconsume itself, not the command, is what failed.
 pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, Failure> {
-    let executable = find(&options.command, std::env::var_os("PATH").as_deref())?;
+    let executable = find(&options.command[0], std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start()
         .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
     let consumer = Consumer::new(
@@ -64,7 +61,8 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
 
 struct Worker {
     options: QconsumeOptions,
-    executable: Executable,
+    /// The command's file.
+    executable: PathBuf,
     reaper: Reaper,
     consumer: Consumer,
     tally: Tally,
@@ -91,7 +89,14 @@ impl Worker {
         let (body, mut variables) = (message.body, message.variables);
         let hidden = self.options.hidden_variables().iter();
         variables.extend(hidden.map(|name| Variable { name, value: None }));
-        let mut command = match Command::spawn(&self.executable, &variables, body, &self.reaper) {
+        let spawned = Command::spawn(
+            &self.executable,
+            &self.options.command,
+            &variables,
+            body,
+            &self.reaper,
+        );
+        let mut command = match spawned {
             Ok(command) => command,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
         };
@@ -161,25 +166,21 @@ impl Worker {
             self.warn_of_uncounted();
         }
 
-        let (outcome, became, unconfirmed) = if self.options.no_ack {
-            (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned(), None)
+        // A quorum queue applies a requeue some time after the broker has confirmed it, and until then it is not
+        // among the ready messages: `--drain` would find an empty queue (seen with RabbitMQ 3.10 under load). A consumer
+        // that is registered anew is applied behind it, so it gets the message, or sees it.
+        let cancel = ends_run || settlement == Settlement::Requeue;
+        let (outcome, became) = self.tell(settlement, cancel).await;
+        let confirmed = outcome != Outcome::Unconfirmed;
+        let status = if confirmed {
+            verdict.exit_code
         } else {
-            // A quorum queue applies a requeue some time after the broker has confirmed it, and until then it is not
-            // among the ready messages: `--drain` would find an empty queue (seen with RabbitMQ 3.10 under load). A consumer
-            // that is registered anew is applied behind it, so it gets the message, or sees it.
-            let cancel = ends_run || settlement == Settlement::Requeue;
-            let unconfirmed = self.consumer.settle(settlement, cancel).await.err();
-            let (outcome, became) = describe_settlement(settlement, unconfirmed.as_ref());
-            (outcome, became, unconfirmed)
-        };
-        let status = match unconfirmed {
-            Some(_) => verdict.exit_code_if_unconfirmed,
-            None => verdict.exit_code,
+            verdict.exit_code_if_unconfirmed
         };
         let text = format!("{}; {became}", describe_end(result));
         let mut summary = summary(subject, status, outcome, text);
         let timed_out = result.stop == Some(StopReason::TimeLimit);
-        if !timed_out && (unconfirmed.is_none() || settlement != Settlement::Ack) {
+        if !timed_out && (confirmed || settlement != Settlement::Ack) {
             summary.source = "command";
         }
         match outcome {
@@ -196,7 +197,7 @@ impl Worker {
             }
             None if self.options.keep_going => {
                 summary.log();
-                Some(self.all_done())
+                Some(self.count_done())
             }
             // This message is done, but a stop before all are is no completion.
             Some(signal) if !count_reached => Some(RunSummary {
@@ -210,6 +211,16 @@ impl Worker {
             }),
             _ => Some(summary),
         }
+    }
+
+    /// Tells the broker, unless it was told before the command; what became of the message, for machines and for people.
+    async fn tell(&mut self, settlement: Settlement, cancel: bool) -> (Outcome, String) {
+        if self.options.no_ack {
+            let before = "message was acknowledged before the command (--no-ack)";
+            return (Outcome::Acknowledged, before.to_owned());
+        }
+        let unconfirmed = self.consumer.settle(settlement, cancel).await.err();
+        describe_settlement(settlement, unconfirmed.as_ref())
     }
 
     /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
@@ -242,23 +253,19 @@ impl Worker {
 
     /// The end of a run that found nothing more to do.
     fn nothing_left(&self) -> RunSummary {
-        if self.options.drain {
-            return self.all_done();
-        }
         let queue = self.consumer.queue();
+        if self.options.drain {
+            return RunSummary::without_message(0, format!("queue {queue:?} is empty"));
+        }
         let waited = HumanDuration(self.options.wait.unwrap_or_default());
         let text = format!("no message in queue {queue:?} within {waited} (--wait)");
         RunSummary::without_message(self.options.empty_exit_code, text)
     }
 
-    /// The end of a run that has done all it was asked for.
-    fn all_done(&self) -> RunSummary {
+    /// The end of a run that has done as many messages as it was asked for.
+    fn count_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
-        let text = if self.options.drain {
-            format!("queue {queue:?} is empty")
-        } else {
-            format!("all messages are done that --count asked for, of queue {queue:?}")
-        };
+        let text = format!("all messages are done that --count asked for, of queue {queue:?}");
         RunSummary::without_message(0, text)
     }
 
@@ -286,12 +293,7 @@ impl Worker {
 
     /// Nobody has run the message, so it is released, which RabbitMQ 4.3 doesn't count.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
-        let (outcome, became) = if self.options.no_ack {
-            (Outcome::Acknowledged, ACKNOWLEDGED_BEFORE.to_owned())
-        } else {
-            let settled = self.consumer.settle(Settlement::Release, true).await;
-            describe_settlement(Settlement::Release, settled.err().as_ref())
-        };
+        let (outcome, became) = self.tell(Settlement::Release, true).await;
         let text = format!("{failure}; {became}");
         summary(subject, failure.exit.status(), outcome, text)
     }

@@ -28,15 +28,6 @@ use tokio::{
 /// connection ends.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How full a queue is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Depth {
-    /// So many messages are ready for a consumer.
-    Ready(u32),
-    /// The broker knows of no consumer, though there is one here: its figures come from no queue that answers.
-    Unknown,
-}
-
 /// Takes messages from one queue, one after the other, over as many connections as it needs.
 pub struct Consumer {
     broker: Broker,
@@ -213,11 +204,12 @@ impl Consumer {
         }
     }
 
-    /// How full the queue is, by a passive declare.
+    /// How many messages are ready, by a passive declare; `None` where the broker knows of no consumer, though there is one
+    /// here: its figures come from no queue that answers.
     ///
     /// # Errors
     /// Why the consumer is no longer registered.
-    pub async fn depth(&mut self) -> Result<Depth, DeliveryLost> {
+    pub async fn depth(&mut self) -> Result<Option<u32>, DeliveryLost> {
         let registration = self.registration();
         let queue = registration.queue.as_str().into();
         let passive = QueueDeclareOptions {
@@ -228,8 +220,7 @@ impl Consumer {
             .channel
             .queue_declare(queue, passive, FieldTable::default());
         match declare.await {
-            Ok(declared) if declared.consumer_count() == 0 => Ok(Depth::Unknown),
-            Ok(declared) => Ok(Depth::Ready(declared.message_count())),
+            Ok(declared) => Ok((declared.consumer_count() > 0).then(|| declared.message_count())),
             Err(error) => {
                 let lost = registration.delivery_lost(&error);
                 Err(self.end(lost).await)

@@ -25,7 +25,7 @@ mod transport;
 
 pub use connect::{Broker, ConnectOptions};
 pub use connection::OpenConnection;
-pub use consumer::{Consumer, Depth};
+pub use consumer::Consumer;
 pub use errors::{ConnectError, unreadable};
 pub use lost::DeliveryLost;
 pub use message::Message;

@@ -1,10 +1,20 @@
-//! What one connection's broker was seen to say: lapin 4.12 keeps it to itself.
+//! What one connection's broker was seen to say: lapin 4.12 keeps it to itself; and what lapin must not read.
 
 use super::errors::Refusal;
 use lapin::{
     ErrorKind,
-    protocol::{AMQPClass, basic, channel, connection, parse_class},
+    protocol::{AMQPClass, basic, connection, parse_class},
 };
+
+/// Class and method of `basic.deliver`, as its payload begins.
+const DELIVER: [u8; 4] = [0, 60, 0, 60];
+
+/// What begins the payload of a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, size of the body.
+const BEFORE_PROPERTIES: usize = 12;
+
+/// How deep tables and arrays may be nested: lapin's parser calls itself for each level, and a thousand of them
+/// overflow its thread's stack of 2 MiB.
+const NESTING_MAX: usize = 100;
 
 /// RabbitMQ's version: major and minor.
 pub(super) type Version = (u32, u32);
@@ -27,7 +37,7 @@ pub(super) struct Observed {
     /// Why the message that it delivers can't be read.
     pub(super) unreadable: Option<&'static str>,
     /// `basic.deliver` was the last method: a message's content comes next.
-    pub(super) delivering: bool,
+    delivering: bool,
 }
 
 impl Observed {
@@ -45,40 +55,61 @@ impl Observed {
         }
     }
 
-    /// Takes note of a method.
+    /// Takes note of a method, by the payload of its frame.
+    ///
+    /// # Errors
+    /// Why lapin must not read it.
     pub(super) fn method(&mut self, payload: &[u8]) -> Result<(), &'static str> {
-        use {basic::AMQPMethod as B, channel::AMQPMethod as Ch, connection::AMQPMethod as Co};
-        match parse_class(payload).map(|(_, class)| class) {
-            Ok(AMQPClass::Connection(Co::Start(start))) => {
-                self.version = version(&start);
-                self.mechanisms = Some(start.mechanisms.to_string());
-            }
-            Ok(AMQPClass::Connection(Co::Tune(tune))) => self.heartbeat = Some(tune.heartbeat),
-            Ok(AMQPClass::Connection(Co::Close(close))) => {
-                self.closed = Some(Refusal::new(close.reply_code, &close.reply_text));
-            }
-            Ok(AMQPClass::Channel(Ch::Close(close))) => {
-                self.closed = Some(Refusal::new(close.reply_code, &close.reply_text));
-            }
-            Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
-            Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
-            Err(_) => self.unreadable_close(payload),
-            _ => {}
-        }
-        Ok(())
+        self.delivering = payload.starts_with(&DELIVER);
+        let read = check_nesting(payload).and_then(|()| self.read_method(payload));
+        self.note_unreadable(read)
     }
 
-    /// Takes note of a close whose text isn't UTF-8: RabbitMQ shortens a text to 255 bytes wherever that is in a character
-    /// (seen with 3.10).
-    fn unreadable_close(&mut self, payload: &[u8]) {
+    /// Looks at the properties of a message, by the payload of a content header's frame.
+    ///
+    /// # Errors
+    /// Why lapin must not read them.
+    pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), &'static str> {
+        let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
+        let read = check_nesting(payload).and_then(|()| {
+            let read = basic::parse_properties(properties);
+            read.map(drop)
+                .map_err(|_| "its properties are not valid AMQP")
+        });
+        self.note_unreadable(read)
+    }
+
+    fn note_unreadable(&mut self, read: Result<(), &'static str>) -> Result<(), &'static str> {
+        read.inspect_err(|problem| {
+            // Only a message that was delivered comes again over a new connection.
+            self.unreadable = self.delivering.then_some(problem);
+        })
+    }
+
+    fn read_method(&mut self, payload: &[u8]) -> Result<(), &'static str> {
+        use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
+        let method = parse_class(payload).map(|(_, class)| class);
+        // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in a
+        // character (seen with 3.10), and lapin can't read that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] =
             payload
             && let Some(text) = rest.get(..usize::from(*size))
         {
             let code = u16::from_be_bytes([*a, *b]);
             self.closed = Some(Refusal::new(code, String::from_utf8_lossy(text)));
-            self.closed_unreadably = true;
+            self.closed_unreadably = method.is_err();
         }
+        match method {
+            Ok(AMQPClass::Connection(Co::Start(start))) => {
+                self.version = version(&start);
+                self.mechanisms = Some(start.mechanisms.to_string());
+            }
+            Ok(AMQPClass::Connection(Co::Tune(tune))) => self.heartbeat = Some(tune.heartbeat),
+            Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
+            Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
+            _ => {}
+        }
+        Ok(())
     }
 }
 
@@ -88,6 +119,25 @@ fn version(start: &connection::Start) -> Option<Version> {
     let text = version.as_long_string()?.to_string();
     let mut numbers = text.split('.').map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+/// Refuses tables and arrays that may be nested too deep, wherever they stand: each begins with its type and its size
+/// (4.2.5.5). What only looks like one, in a text, counts too, as long as it would fit.
+fn check_nesting(payload: &[u8]) -> Result<(), &'static str> {
+    let mut ends = Vec::new();
+    for (at, field) in payload.windows(5).enumerate() {
+        if let &[b'A' | b'F', a, b, c, d] = field {
+            let end = at + 5 + u32::from_be_bytes([a, b, c, d]) as usize;
+            ends.retain(|end| *end > at);
+            if end <= payload.len() {
+                ends.push(end);
+            }
+            if ends.len() > NESTING_MAX {
+                return Err("its headers are nested more than 100 deep");
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -94,30 +94,34 @@ impl Publisher {
         properties: Properties,
         limit: Duration,
     ) -> Result<Self, Failure> {
+        // Kept until the connection is closed, for the reason that `OpenConnection::last_channel` has.
+        let mut channel = None;
         let open = async {
-            let channel = connection.lapin.create_channel().await?;
-            let confirms = ConfirmSelectOptions::default();
-            channel.confirm_select(confirms).await?;
-            lapin::Result::Ok(channel)
+            let channel = channel.insert(connection.lapin.create_channel().await?);
+            channel
+                .confirm_select(ConfirmSelectOptions::default())
+                .await
         };
-        match within(limit, open).await? {
-            Ok(channel) => Ok(Self {
-                connection,
-                channel,
-                route,
-                properties: properties.into_amqp(),
-                sending: None,
-                confirms: VecDeque::new(),
-                unanswered: VecDeque::new(),
-                answered: 0,
-            }),
-            Err(error) => {
+        let opened = within(limit, open).await.and_then(|opened| {
+            opened.map_err(|error| {
                 let asked = Asked::Publish(&route.exchange);
-                let failure = ConnectError::refused(&error, &connection, asked).failure;
-                connection.close().await;
-                Err(failure)
-            }
+                ConnectError::refused(&error, &connection, asked).failure
+            })
+        });
+        if let Err(failure) = opened {
+            connection.close().await;
+            return Err(failure);
         }
+        Ok(Self {
+            connection,
+            channel: channel.expect("it was opened"),
+            route,
+            properties: properties.into_amqp(),
+            sending: None,
+            confirms: VecDeque::new(),
+            unanswered: VecDeque::new(),
+            answered: 0,
+        })
     }
 
     /// Whether a message is still being sent; the next one has to wait.

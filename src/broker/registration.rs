@@ -5,7 +5,7 @@ use super::{
     errors::{ConnectError, Meaning},
     lost::DeliveryLost,
     refused::Asked,
-    topology::{Ask, NotRegistered, Topology},
+    topology::{Ask, Declare, NotRegistered, Topology},
 };
 use lapin::{
     Channel, Event,
@@ -170,7 +170,10 @@ async fn register(
             topology.set_up(connection, &options.queue, ask).await?
         }
     };
-    let may_ask = ask.ack_timeout && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE);
+    // An exclusive queue is a classic one, which refuses: a refusal costs the connection, and with it the queue.
+    let may_ask = ask.ack_timeout
+        && options.topology.declare != Declare::Exclusive
+        && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE);
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
     connection.observed().cancelled = false;
     match consume(connection, &queue, ack_timeout).await {
@@ -181,9 +184,10 @@ async fn register(
                 && connection.meaning(&error) == Some(Meaning::Precondition) =>
         {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
+            // What was to be created is there by now.
             Err(NotRegistered::RetryWith(Ask {
+                create: false,
                 ack_timeout: false,
-                ..ask
             }))
         }
         Err(error) => {

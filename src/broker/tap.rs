@@ -2,7 +2,6 @@
 //! lapin must not. It alters, delays, invents and swallows nothing.
 
 use super::observed::Observed;
-use lapin::protocol::basic::parse_properties;
 use std::{
     io,
     sync::{Arc, Mutex},
@@ -15,13 +14,6 @@ const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
-/// Class and method of `basic.deliver`, as its payload begins.
-const DELIVER: [u8; 4] = [0, 60, 0, 60];
-/// What begins the payload of a content header (2.3.5.2), in bytes: class, weight, size of the body.
-const BEFORE_PROPERTIES: usize = 12;
-/// How deep tables and arrays may be nested: lapin's parser calls itself for each level, and a thousand of them
-/// overflow its thread's stack of 2 MiB.
-const NESTING_MAX: usize = 100;
 
 /// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
@@ -78,20 +70,11 @@ impl Tap {
     fn inspect(&self, kind: u8, size: usize) -> io::Result<()> {
         let payload = &self.frame[HEADER..HEADER + size];
         let mut observed = self.observed.lock().expect("nobody panics with it");
-        if kind == METHOD {
-            observed.delivering = payload.starts_with(&DELIVER);
-        }
-        let read = check_nesting(payload).and_then(|()| match kind {
+        let read = match kind {
             METHOD => observed.method(payload),
-            _ => parse_properties(payload.get(BEFORE_PROPERTIES..).unwrap_or_default())
-                .map(drop)
-                .map_err(|_| "its properties are not valid AMQP"),
-        });
-        read.map_err(|problem| {
-            // Only a message that was delivered comes again over a new connection.
-            observed.unreadable = observed.delivering.then_some(problem);
-            refuse(problem)
-        })
+            _ => observed.content_header(payload),
+        };
+        read.map_err(refuse)
     }
 }
 
@@ -103,25 +86,6 @@ fn refuse(why: &'static str) -> io::Error {
 fn payload_size(frame: &[u8]) -> Option<usize> {
     let &[_, _, _, a, b, c, d] = frame.first_chunk::<HEADER>()?;
     Some(u32::from_be_bytes([a, b, c, d]) as usize)
-}
-
-/// Refuses tables and arrays that may be nested too deep, wherever they stand: each begins with its type and its size
-/// (4.2.5.5). What only looks like one, in a text, counts too, as long as it would fit.
-fn check_nesting(payload: &[u8]) -> Result<(), &'static str> {
-    let mut ends = Vec::new();
-    for (at, field) in payload.windows(5).enumerate() {
-        if let &[b'A' | b'F', a, b, c, d] = field {
-            let end = at + 5 + u32::from_be_bytes([a, b, c, d]) as usize;
-            ends.retain(|end| *end > at);
-            if end <= payload.len() {
-                ends.push(end);
-            }
-            if ends.len() > NESTING_MAX {
-                return Err("its headers are nested more than 100 deep");
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ impl OutputOptions {
                 }
             }
         }
-        let matches = super::parse::with_environment(
+        let matches = super::parse::without_empty_variables(
             Self::augment_args(Command::new("").no_binary_name(true)).ignore_errors(true),
         )
         .try_get_matches_from(own)

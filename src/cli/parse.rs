@@ -34,7 +34,13 @@ pub enum Request<T> {
 }
 
 /// A program's options.
-pub trait Options: Parser + Send {
+pub trait Options: Parser {
+    /// The program.
+    const PROGRAM: Program;
+
+    /// What its long help ends with.
+    const EXAMPLES: &'static str = "";
+
     /// Checks what one option can't know of another.
     ///
     /// # Errors
@@ -98,31 +104,36 @@ pub(super) fn is_address(text: impl AsRef<OsStr>) -> bool {
     text.starts_with("amqp://") || text.starts_with("amqps://")
 }
 
-/// A program's command line.
-pub fn command_line<C: Parser>() -> Command {
-    with_environment(C::command())
+/// A program's command line, as help and the documentation show it.
+pub fn command_line<O: Options>() -> Command {
+    O::command()
+        .term_width(WIDTH)
+        .after_help(help_of_statuses(O::PROGRAM, false))
+        .after_long_help(help_of_statuses(O::PROGRAM, true) + O::EXAMPLES)
+        // Help names variables and leaves alone what this machine has in them: it goes where it is pasted.
+        .mut_args(|arg| arg.hide_env_values(true))
 }
 
-/// Help names variables and leaves alone what this machine has in them: it goes where it is pasted. A variable that is
-/// empty is unset, as templates leave them; but for the two that matter, and the one that means "none".
-pub(super) fn with_environment(command: Command) -> Command {
+/// A variable that is empty is unset, as templates leave them; but for the two that matter, and the one that means "none".
+pub(super) fn without_empty_variables(command: Command) -> Command {
     const MAY_BE_EMPTY: [&str; 3] = ["BROKER_URL", "QUEUE", "QCONSUME_TERMINATION_LOG"];
-    command.term_width(WIDTH).mut_args(|arg| {
-        let is_empty = arg.get_env().is_some_and(|name| {
-            std::env::var_os(name).is_some_and(|value| value.is_empty())
-                && !MAY_BE_EMPTY.iter().any(|known| name == *known)
-        });
-        if is_empty {
-            arg.env(None)
-        } else {
-            arg.hide_env_values(true)
-        }
+    let mut empty: Vec<_> = std::env::vars_os()
+        .filter(|(_, value)| value.is_empty())
+        .map(|(name, _)| name)
+        .collect();
+    empty.retain(|name| !MAY_BE_EMPTY.iter().any(|known| name == known));
+    if empty.is_empty() {
+        return command;
+    }
+    command.mut_args(|arg| match arg.get_env() {
+        Some(name) if empty.iter().any(|empty| empty == name) => arg.env(None),
+        _ => arg,
     })
 }
 
 /// One screen: of the variables only those that matter most.
-fn short_help<C: Parser>() -> String {
-    let mut command = command_line::<C>().mut_args(|arg| {
+fn short_help<O: Options>() -> String {
+    let mut command = command_line::<O>().mut_args(|arg| {
         let matters = matches!(arg.get_id().as_str(), "url" | "queue");
         arg.hide_env(!matters)
     });
@@ -139,18 +150,19 @@ pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> 
 }
 
 fn understand<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    // Once: with its dozens of options it costs more than anything else before the connection.
-    let mut command = command_line::<O>();
+    // Once, and without what only help shows: with its dozens of options it costs more than anything else before the
+    // connection.
+    let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
         Err(error) if !error.use_stderr() => {
             let text = error.render().to_string();
-            let is_full = text.contains("see a summary with '-h'");
-            let is_short = error.kind() == ErrorKind::DisplayHelp && !is_full;
-            return Ok(Request::Show(if is_short {
-                short_help::<O>()
-            } else {
-                text
+            return Ok(Request::Show(match error.kind() {
+                ErrorKind::DisplayHelp if text.contains("see a summary with '-h'") => {
+                    command_line::<O>().render_long_help().to_string()
+                }
+                ErrorKind::DisplayHelp => short_help::<O>(),
+                _ => text,
             }));
         }
         Err(error) => return Err(usage(&error, &command)),
@@ -200,7 +212,7 @@ fn usage(error: &clap::Error, command: &Command) -> Failure {
 }
 
 /// The exit statuses, for the end of the help: in a paragraph, or as a list.
-pub(crate) fn help_of_statuses(program: Program, in_full: bool) -> String {
+fn help_of_statuses(program: Program, in_full: bool) -> String {
     let own = match program {
         Program::Qconsume => "COMMAND's own, and qconsume's",
         Program::Qpublish => "qpublish's",

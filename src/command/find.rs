@@ -3,7 +3,7 @@
 use crate::exit::{Exit, Failure};
 use nix::unistd::{AccessFlags, access};
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     fs::File,
     io::{ErrorKind, Read},
     os::unix::ffi::OsStrExt,
@@ -16,29 +16,14 @@ const INTERPRETER_LINE_MAX: u64 = 256;
 /// Where execvp(3) looks when there is no `PATH` (musl's default).
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
-/// A command that was found: what to execute, and with which arguments.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Executable {
-    /// The file.
-    pub path: PathBuf,
-    /// The arguments, from `argv[0]` on, the name that it was called by.
-    pub arguments: Vec<OsString>,
-}
-
-/// Finds the program that `command`'s first word names.
+/// Finds the program that a command's first word names, in the folders of `path` unless it has a slash.
 ///
 /// # Errors
 /// 127 when there is no such file or its interpreter isn't there, 126 when one of them can't be executed.
-///
-/// # Panics
-/// When `command` is empty, which the command line doesn't allow.
-pub fn find(command: &[OsString], path: Option<&OsStr>) -> Result<Executable, Failure> {
-    let file = look_up(&command[0], path)?;
+pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
+    let file = look_up(name, path)?;
     check_interpreter(&file)?;
-    Ok(Executable {
-        path: file,
-        arguments: command.to_vec(),
-    })
+    Ok(file)
 }
 
 fn look_up(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
@@ -149,8 +134,8 @@ mod tests {
             path
         }
 
-        fn find(&self, name: &str) -> Result<Executable, Failure> {
-            find(&[name.into()], Some(self.0.as_os_str()))
+        fn find(&self, name: &str) -> Result<PathBuf, Failure> {
+            find(OsStr::new(name), Some(self.0.as_os_str()))
         }
     }
 
@@ -175,7 +160,7 @@ mod tests {
         folder.file("unable", interpreted.as_bytes(), 0o755);
 
         for name in ["good", "spaced", "binary"] {
-            assert_eq!(folder.find(name).unwrap().path, folder.0.join(name));
+            assert_eq!(folder.find(name).unwrap(), folder.0.join(name));
         }
         for (name, exit, says) in [
             ("nowhere", Exit::NotFound, "none of the folders of PATH"),
@@ -205,8 +190,6 @@ mod tests {
         first.file("tool", b"", 0o644);
         let good = second.file("tool", b"", 0o755);
         let path = std::env::join_paths([&first.0, &second.0]).unwrap();
-        let program = find(&["tool".into(), "-x".into()], Some(&path)).unwrap();
-        assert_eq!(program.path, good);
-        assert_eq!(program.arguments, ["tool", "-x"]);
+        assert_eq!(find(OsStr::new("tool"), Some(&path)).unwrap(), good);
     }
 }

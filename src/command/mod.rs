@@ -7,7 +7,7 @@ mod spawn;
 mod stdin;
 mod supervise;
 
-pub use find::{Executable, find};
+pub use find::find;
 pub use reap::Reaper;
 #[cfg(fuzzing)]
 pub use spawn::environment;

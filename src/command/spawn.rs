@@ -1,9 +1,9 @@
 //! Starts the command: its group, its environment, its standard input.
 
 use super::{
-    Executable, Process, Reaper, Target,
+    Process, Reaper, Target,
     left::{Stat, descendants},
-    stdin::feed,
+    stdin::holding,
 };
 use crate::{
     exit::{Exit, Failure, is_shortage},
@@ -15,7 +15,7 @@ use nix::{
     libc,
     sys::{
         prctl::set_pdeathsig,
-        signal::{SigSet, SigmaskHow, Signal, kill, killpg},
+        signal::{Signal, kill, killpg},
     },
     unistd::{Pid, getpid, getppid},
 };
@@ -24,9 +24,10 @@ use std::{
     ffi::{CString, OsStr, OsString},
     io,
     os::unix::{ffi::OsStrExt, process::CommandExt},
+    path::Path,
     process,
 };
-use tokio::{sync::oneshot, task::JoinHandle};
+use tokio::sync::oneshot;
 
 /// Longest `NAME=value` with its NUL that Linux's execve(2) takes: `MAX_ARG_STRLEN`, in bytes.
 const VARIABLE_MAX: usize = 128 * 1024;
@@ -54,11 +55,10 @@ pub struct Command {
     shares_group: bool,
     ended: oneshot::Receiver<Ended>,
     reaper: Reaper,
-    feeder: JoinHandle<()>,
 }
 
 impl Command {
-    /// Starts `executable` with `body` on its standard input.
+    /// Starts the program at `path`, called with these words, with `body` on its standard input.
     ///
     /// It gets a process group of its own, except where we are in the foreground of a terminal: only processes of the
     /// foreground group may read from it.
@@ -69,7 +69,8 @@ impl Command {
     /// 71 when the system is short of something for now, 127 when the kernel doesn't find the program, its interpreter or
     /// its loader after all, 126 for anything else.
     pub fn spawn(
-        executable: &Executable,
+        path: &Path,
+        words: &[OsString],
         variables: &[Variable],
         body: Vec<u8>,
         reaper: &Reaper,
@@ -81,24 +82,18 @@ impl Command {
         }
         let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
         let begin = || -> io::Result<Self> {
-            let (stdin, feeder) = feed(body)?;
-            let mut command = process::Command::new(&executable.path);
-            command.stdin(stdin);
+            let mut command = process::Command::new(path);
+            command.stdin(holding(body)?);
             if !shares_group {
                 command.process_group(0);
             }
-            execute_in(&mut command, Image::new(executable, variables)?);
-            // A signal that comes before the command is executed waits for it: our handlers would swallow it.
-            let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-            let child = command.spawn();
-            mask.thread_set_mask()?;
-            let leader = Pid::from_raw(child.inspect_err(|_| feeder.abort())?.id().cast_signed());
+            execute_in(&mut command, Image::new(path, words, variables)?);
+            let leader = Pid::from_raw(command.spawn()?.id().cast_signed());
             Ok(Self {
                 leader,
                 shares_group,
                 ended: reaper.watch(leader),
                 reaper: reaper.clone(),
-                feeder,
             })
         };
         begin().map_err(|error| {
@@ -115,13 +110,17 @@ impl Command {
                     Exit::NotExecutable,
                     "built for another machine, or a script without a #! line",
                 ),
+                Some(libc::EFBIG) => (
+                    Exit::OsError,
+                    "its message is larger than files may be here (ulimit -f)",
+                ),
                 Some(libc::E2BIG) => (
                     Exit::NotExecutable,
                     "its arguments and environment are too long",
                 ),
                 _ => (Exit::NotExecutable, "the system refused"),
             };
-            let path = executable.path.display();
+            let path = path.display();
             Failure::new(
                 exit,
                 format!("the command can't be started: {path}: {why} ({error})"),
@@ -181,7 +180,8 @@ impl Process for Command {
 
     fn signal(&self, target: Target, signal: Signal) {
         // Once it is reaped its number may be another's.
-        if target != Target::Left && !self.ended.is_empty() {
+        let reaped = self.ended.is_terminated() || !self.ended.is_empty();
+        if target != Target::Left && reaped {
             return;
         }
         match target {
@@ -222,13 +222,6 @@ impl Process for Command {
     }
 }
 
-impl Drop for Command {
-    fn drop(&mut self) {
-        // What a child that couldn't be killed keeps open of the pipe mustn't hold the body in memory.
-        self.feeder.abort();
-    }
-}
-
 fn fits(name: &str, value: &OsStr) -> bool {
     let value = value.as_encoded_bytes();
     !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX
@@ -254,11 +247,9 @@ unsafe impl Send for Image {}
 unsafe impl Sync for Image {}
 
 impl Image {
-    fn new(executable: &Executable, variables: &[Variable]) -> io::Result<Self> {
-        let arguments = executable.arguments.iter();
-        let mut strings = arguments
-            .map(|argument| CString::new(argument.as_bytes()))
-            .collect::<Result<Vec<_>, _>>()?;
+    fn new(path: &Path, words: &[OsString], variables: &[Variable]) -> io::Result<Self> {
+        let words = words.iter().map(|word| CString::new(word.as_bytes()));
+        let mut strings = words.collect::<Result<Vec<_>, _>>()?;
         let count = strings.len();
         let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
         // The termination message is the outermost program's: a qpublish or qconsume that the command calls leaves none.
@@ -284,7 +275,7 @@ impl Image {
             pointers.chain([std::ptr::null()]).collect()
         };
         Ok(Self {
-            path: CString::new(executable.path.as_os_str().as_bytes())?,
+            path: CString::new(path.as_os_str().as_bytes())?,
             arguments: pointers(&strings[..count]),
             environment: pointers(&strings[count..]),
             _strings: strings,
@@ -304,11 +295,8 @@ impl Image {
 /// The environment that a command gets: `NAME=value` each.
 #[cfg(fuzzing)]
 pub fn environment(variables: &[Variable]) -> Vec<CString> {
-    let executable = Executable {
-        path: "/".into(),
-        arguments: Vec::new(),
-    };
-    let image = Image::new(&executable, variables).expect("the inherited environment has no NUL");
+    let image =
+        Image::new(Path::new("/"), &[], variables).expect("the inherited environment has no NUL");
     image._strings
 }
 
@@ -329,6 +317,7 @@ fn execute_in(command: &mut process::Command, image: Image) {
                 let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
                 libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SIGSET);
             }
+            // Last: what has come since the fork is pending, and meets the default action now.
             let none = 0_u64;
             let (how, old) = (libc::SIG_SETMASK, std::ptr::null_mut::<u64>());
             libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const none, old, SIGSET);

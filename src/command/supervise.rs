@@ -111,7 +111,8 @@ pub async fn supervise<L: std::fmt::Display>(
     let mut lost = None;
     let mut stop = None;
     let mut time_limit = limits.timeout.map(|timeout| Instant::now() + timeout);
-    let mut kill_at: Option<Instant> = None;
+    // When it is killed, and the option that says so.
+    let mut kill_at: Option<(Instant, &'static str)> = None;
     let mut told: Option<Reminder> = None;
 
     let ended = loop {
@@ -128,7 +129,7 @@ pub async fn supervise<L: std::fmt::Display>(
                 if limits.on_lost == OnLost::Terminate {
                     terminate(process, Target::Group, Signal::SIGTERM);
                     told.get_or_insert_default();
-                    kill_at = sooner(kill_at, limits.kill_after);
+                    kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
                 }
                 lost = Some(why);
             }
@@ -143,14 +144,14 @@ pub async fn supervise<L: std::fmt::Display>(
                     told.get_or_insert_default();
                     stop.get_or_insert(StopReason::Signal(signal as i32));
                     if let Some(grace) = limits.grace {
-                        kill_at = sooner(kill_at, grace);
+                        kill_at = sooner(kill_at, grace, "--grace");
                     }
                 } else if !has_it {
                     process.signal(Target::Leader, signal);
                 }
             }
             ended = process.ended() => break ended,
-            () = sleep_until_or_never(kill_at) => {
+            () = sleep_until_or_never(kill_at.map(|(at, _)| at)) => {
                 tracing::warn!("the command has not ended on its signal: killing it and its process group");
                 process.signal(Target::Group, Signal::SIGKILL);
                 kill_at = None;
@@ -160,13 +161,13 @@ pub async fn supervise<L: std::fmt::Display>(
                 tracing::warn!("the command has reached its time limit: terminating it");
                 terminate(process, Target::Group, Signal::SIGTERM);
                 told.get_or_insert_default();
-                kill_at = sooner(kill_at, limits.kill_after);
+                kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
                 time_limit = None;
                 stop.get_or_insert(StopReason::TimeLimit);
             }
             since = due(&mut told) => {
                 let then = match (kill_at, time_limit) {
-                    (Some(at), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
+                    (Some((at, _)), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
                     (None, Some(at)) => format!("its time limit is in {}", HumanDuration(at - Instant::now())),
                     (None, None) => "without --grace it isn't killed".to_owned(),
                 };
@@ -178,8 +179,10 @@ pub async fn supervise<L: std::fmt::Display>(
     let failed = ended != Ended::Exited(0) || outcome.stop == Some(StopReason::TimeLimit);
     if !failed && !stops_on_loss(&outcome, limits) {
         // The command has kept its time limit, but what it has left gets no more time than that.
+        let time_limit = time_limit.map(|at| (at, "--timeout"));
+        let end = (Instant::now() + limits.kill_after, "--kill-after");
         let bounds = [kill_at, time_limit].into_iter().flatten();
-        let end = bounds.fold(Instant::now() + limits.kill_after, Instant::min);
+        let end = bounds.fold(end, Ord::min);
         let_finish(process, limits, signals, lost_future, end, &mut outcome).await;
     }
     kill_left(process).await;
@@ -190,7 +193,7 @@ fn stops_on_loss<L>(outcome: &Supervised<L>, limits: &Limits) -> bool {
     outcome.lost.is_some() && limits.on_lost == OnLost::Terminate
 }
 
-/// Lets what a successful command has left behind finish, until `end` at most.
+/// Lets what a successful command has left behind finish, until `end` at most, which an option has set.
 ///
 /// The command's success stands: neither the time nor a signal changes it any more, only the loss of the delivery.
 async fn let_finish<L: std::fmt::Display>(
@@ -198,7 +201,7 @@ async fn let_finish<L: std::fmt::Display>(
     limits: &Limits,
     signals: &mut Signals,
     mut lost: Pin<&mut impl Future<Output = L>>,
-    mut end: Instant,
+    mut end: (Instant, &'static str),
     outcome: &mut Supervised<L>,
 ) {
     let started = Instant::now();
@@ -223,14 +226,15 @@ async fn let_finish<L: std::fmt::Display>(
                 }
                 outcome.stop.get_or_insert(StopReason::Signal(signal as i32));
                 if let Some(grace) = limits.grace {
-                    end = end.min(Instant::now() + grace);
+                    end = end.min((Instant::now() + grace, "--grace"));
                 }
             }
-            () = sleep_until(end) => {
+            () = sleep_until(end.0) => {
                 tracing::warn!(
-                    "the command has left {} behind that still ran {} after its success (--kill-after): killing them",
+                    "the command has left {} behind that still ran {} after its success ({}): killing them",
                     counted(process.left() as u64, "process", "processes"),
-                    HumanDuration(started.elapsed())
+                    HumanDuration(started.elapsed()),
+                    end.1
                 );
                 return;
             }
@@ -264,8 +268,12 @@ fn terminate(process: &impl Process, target: Target, signal: Signal) {
     process.signal(target, Signal::SIGCONT);
 }
 
-fn sooner(planned: Option<Instant>, after: Duration) -> Option<Instant> {
-    let new = Instant::now() + after;
+fn sooner(
+    planned: Option<(Instant, &'static str)>,
+    after: Duration,
+    option: &'static str,
+) -> Option<(Instant, &'static str)> {
+    let new = (Instant::now() + after, option);
     Some(planned.map_or(new, |planned| planned.min(new)))
 }
 

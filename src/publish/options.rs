@@ -3,9 +3,7 @@
 use super::source::Source;
 use crate::{
     broker::{Properties, QueueType, Route},
-    cli::{
-        BrokerOptions, Given, Options, OutputOptions, VERSION, help_of_statuses, name, queue_name,
-    },
+    cli::{BrokerOptions, Given, Options, OutputOptions, VERSION, name, queue_name},
     clock::duration_above_zero,
     exit::Failure,
     program::Program,
@@ -27,8 +25,6 @@ const PROPERTIES: &str = "Properties of every message";
     name = "qpublish",
     version = VERSION,
     override_usage = "qpublish [OPTIONS] [--] [MESSAGE]...",
-    after_help = help_of_statuses(Program::Qpublish, false),
-    after_long_help = help_of_statuses(Program::Qpublish, true) + EXAMPLES,
     group = ArgGroup::new("input").args(["messages", "body", "file", "lines", "null"]),
 )]
 #[rustfmt::skip]
@@ -132,7 +128,9 @@ pub struct QpublishOptions {
     pub(super) properties: Properties,
 }
 
-const EXAMPLES: &str = "
+impl Options for QpublishOptions {
+    const PROGRAM: Program = Program::Qpublish;
+    const EXAMPLES: &'static str = "
 
 Examples:
   qpublish -q job1 --declare apple banana cherry
@@ -140,7 +138,6 @@ Examples:
   find . -name '*.png' -print0 | qpublish -q images --null
   qpublish -q job1 -f tasks/*.json";
 
-impl Options for QpublishOptions {
     fn output(&self) -> &OutputOptions {
         &self.output
     }

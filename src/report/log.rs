@@ -10,10 +10,8 @@ use std::{
 use tracing::{
     Event, Level, Metadata, Subscriber,
     field::{Field, Visit},
-};
-use tracing_subscriber::{
-    Layer,
-    layer::{Context, SubscriberExt},
+    level_filters::LevelFilter,
+    span,
 };
 
 /// What log lines look like.
@@ -30,12 +28,9 @@ pub enum LogFormat {
 pub(super) fn start(level: Level, format: LogFormat) {
     let colour =
         io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
-    let lines = Lines {
-        level,
-        format,
-        colour,
-    };
-    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(lines));
+    let lines = Lines { format, colour };
+    let write = move |level, line| lines.write(level, line);
+    let _ = tracing::subscriber::set_global_default(Events { level, write });
 }
 
 /// What the broker, the message or an option says mustn't pass for a line of ours.
@@ -43,23 +38,46 @@ pub(super) fn one_line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
 }
 
-struct Lines {
-    level: Level,
-    format: LogFormat,
-    colour: bool,
+/// Hands qconsume's own events of this level and the more important ones to `write`.
+pub(super) struct Events<W> {
+    pub(super) level: Level,
+    pub(super) write: W,
 }
 
-impl<S: Subscriber> Layer<S> for Lines {
-    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
-        // Only qconsume's own: lapin's include frames, and one of those carries the password.
+impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        // Not lapin's: they include frames, and one of those carries the password.
         *metadata.level() <= self.level
             && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
     }
 
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.level.into())
+    }
+
+    fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();
         event.record(&mut line);
-        let level = *event.metadata().level();
+        (self.write)(*event.metadata().level(), line);
+    }
+
+    // qconsume opens no spans, and lapin's are not enabled.
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+    fn enter(&self, _: &span::Id) {}
+    fn exit(&self, _: &span::Id) {}
+}
+
+struct Lines {
+    format: LogFormat,
+    colour: bool,
+}
+
+impl Lines {
+    fn write(&self, level: Level, line: Line) {
         let text = match self.format {
             LogFormat::Text => self.text(level, line),
             LogFormat::Json => json(level, line),
@@ -67,9 +85,7 @@ impl<S: Subscriber> Layer<S> for Lines {
         // In one write, so that lines of several processes don't mix. Nobody may be reading; that is no reason to fail.
         let _ = io::stderr().write_all((text + "\n").as_bytes());
     }
-}
 
-impl Lines {
     /// `qconsume: what happened key=value …`, the level named where it is more than information.
     fn text(&self, level: Level, line: Line) -> String {
         let name = match (level, self.colour) {
@@ -112,14 +128,13 @@ fn json(level: Level, line: Line) -> String {
 }
 
 /// What an error line with this message and message id looks like, as text and as JSON.
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub fn log_lines(message: &str, id: &str) -> (String, String) {
     let line = || Line {
         message: message.to_owned(),
         fields: vec![("id", id.into())],
     };
     let lines = Lines {
-        level: Level::INFO,
         format: LogFormat::Text,
         colour: false,
     };
@@ -165,16 +180,7 @@ mod tests {
     #[test]
     fn text_from_outside_controls_no_terminal_and_is_whole_in_json() {
         let message = "two\nlines \u{1b}[31m \u{7f} \u{9b}31m \u{85} ä";
-        let line = || Line {
-            message: message.to_owned(),
-            fields: vec![("id", message.into())],
-        };
-        let lines = Lines {
-            level: Level::INFO,
-            format: LogFormat::Text,
-            colour: false,
-        };
-        let (text, json) = (lines.text(Level::ERROR, line()), json(Level::ERROR, line()));
+        let (text, json) = log_lines(message, message);
         assert!(!text.contains(char::is_control), "{text:?}");
         assert!(!json.contains(char::is_control), "{json:?}");
         let json: Value = serde_json::from_str(&json).unwrap();

@@ -2,7 +2,7 @@
 
 use super::Worker;
 use crate::{
-    broker::{DeliveryLost, Depth, Message, unreadable},
+    broker::{DeliveryLost, Message, unreadable},
     clock::sleep_until_or_never,
     exit::{Exit, Failure},
     report::{HumanDuration, Reminder},
@@ -83,16 +83,16 @@ impl Worker {
                 return self.consumer.cancel().await;
             }
             match self.consumer.depth().await? {
-                Depth::Ready(0) => return self.consumer.cancel().await,
-                Depth::Ready(ready) if held_up.is_due() => tracing::info!(
+                Some(0) => return self.consumer.cancel().await,
+                Some(ready) if held_up.is_due() => tracing::info!(
                     "queue {:?} has {ready} ready messages, but the broker delivers none of them here: another consumer is the active one (single active consumer), or the queue is moving to another node",
                     self.consumer.queue()
                 ),
-                Depth::Unknown if held_up.is_due() => tracing::info!(
+                None if held_up.is_due() => tracing::info!(
                     "the broker can't say whether queue {:?} is empty: its leader doesn't answer",
                     self.consumer.queue()
                 ),
-                Depth::Ready(_) | Depth::Unknown => {}
+                _ => {}
             }
             look = Some(Instant::now() + pause);
             pause = (pause * 2).min(LOOK_AGAIN_LONGEST);

@@ -485,7 +485,11 @@ async fn what_a_success_leaves_may_finish_within_kill_after() {
     }
     let mut warnings = said.lines();
     warnings.retain(|line| line.contains("left 3 processes behind"));
-    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    let kept = |line: &String, option| line.contains(&format!("its success ({option})"));
+    assert!(
+        matches!(&warnings[..], [first, second] if kept(first, "--kill-after") && kept(second, "--timeout")),
+        "{warnings:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -513,6 +517,7 @@ async fn what_a_failure_leaves_is_killed_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn a_signal_reaches_what_is_left_and_the_success_stands() {
+    let (said, _guard) = crate::report::tests::Said::listen();
     let mut process = Fake::new(&[])
         .ending(SECOND, Ended::Exited(0))
         .leaving(1, 1000);
@@ -526,6 +531,36 @@ async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(process.signals(), [(Target::Left, Signal::SIGTERM, 4)]);
     assert_eq!(*process.left_killed.borrow(), [6]);
+    assert!(
+        said.lines()
+            .iter()
+            .any(|line| line.contains("5s after its success (--grace)")),
+        "{:?}",
+        said.lines()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
+    let (said, _guard) = crate::report::tests::Said::listen();
+    let mut process = Fake::new(&[])
+        .ending(8 * SECOND, Ended::Exited(0))
+        .leaving(1, 1000);
+    let limits = Limits {
+        timeout: Some(4 * SECOND),
+        ..limits()
+    };
+    // The signal came first, so the success counts; without --grace only the time limit's KILL is planned.
+    let mut signals = signals(&[(3, Signal::SIGTERM)]);
+    supervise(&mut process, &limits, &mut signals, never()).await;
+    assert_eq!(*process.left_killed.borrow(), [14]);
+    assert!(
+        said.lines()
+            .iter()
+            .any(|line| line.contains("6s after its success (--kill-after)")),
+        "{:?}",
+        said.lines()
+    );
 }
 
 #[tokio::test(start_paused = true)]

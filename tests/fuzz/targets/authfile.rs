@@ -15,15 +15,9 @@ use qconsume::{
 };
 use std::{ffi::OsString, fs, path::PathBuf, sync::LazyLock};
 
-/// The file, in memory where there is such a folder.
+/// The file.
 static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
-    let memory = PathBuf::from("/dev/shm");
-    let folder = if memory.is_dir() {
-        memory
-    } else {
-        std::env::temp_dir()
-    };
-    folder.join(format!("qconsume-fuzz-authfile-{}", std::process::id()))
+    std::env::temp_dir().join(format!("qconsume-fuzz-authfile-{}", std::process::id()))
 });
 
 fuzz_target!(|content: &[u8]| {

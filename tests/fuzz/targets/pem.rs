@@ -33,14 +33,9 @@ struct Files {
     file: PathBuf,
 }
 
-/// The files, in memory where there is such a folder.
+/// The files.
 static FILES: LazyLock<Files> = LazyLock::new(|| {
-    let memory = PathBuf::from("/dev/shm");
-    let folder = if memory.is_dir() {
-        memory
-    } else {
-        std::env::temp_dir()
-    };
+    let folder = std::env::temp_dir();
     let path = |name: &str| folder.join(format!("qconsume-fuzz-{}-{name}", std::process::id()));
     let files = Files {
         ca: path("ca"),
