@@ -1,6 +1,7 @@
 //! The life of the delivery on three nodes of a cluster, of which one is gone or silent.
 
-use crate::common::qconsume;
+use crate::common::{qconsume, until_there};
+use std::path::PathBuf;
 use std::time::Duration;
 use testbed::owner::temp_folder;
 use testbed::{Broker, PATIENCE, Program, Queue, Running};
@@ -14,17 +15,13 @@ fn worker<'a>(nodes: impl IntoIterator<Item = &'a Broker>, queue: &Queue) -> Pro
     qconsume()
         .url(&urls.join(","))
         .queue(queue.name())
-        .args(["--heartbeat", "2"])
+        .args(["--heartbeat", "4"])
 }
 
-/// A command that says that it has started, and ends with success when the file is there.
-fn until_there(worker: Program) -> (Running, std::path::PathBuf) {
+/// Its command has started, and ends with success when the file is there.
+fn started(worker: Program) -> (Running, PathBuf) {
     let file = temp_folder("cluster").join("file");
-    let script = format!(
-        "echo started; while [ ! -e '{}' ]; do sleep 0.05; done",
-        file.display()
-    );
-    let run = worker.shell(&script).spawn();
+    let run = worker.shell(&until_there(&file)).spawn();
     run.wait_for_stdout("started", LONG);
     (run, file)
 }
@@ -65,7 +62,7 @@ fn the_node_that_a_worker_is_connected_to_dies_while_its_command_runs(
 ) {
     let queue = second.declare("running").quorum().create();
     queue.publish("body");
-    let (run, _) = until_there(worker([first, second, third], &queue));
+    let (run, _) = started(worker([first, second, third], &queue));
     first.kill().unwrap();
     run.wait(LONG).assert_status(75);
     // By the list as it is: its first node is still down.
@@ -98,7 +95,7 @@ fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(
     // A queue's leader is on the node that declares it.
     let queue = first.declare("leader").quorum().create();
     queue.publish("body");
-    let (run, file) = until_there(worker([second, third], &queue));
+    let (run, file) = started(worker([second, third], &queue));
     first.freeze().unwrap();
     std::fs::write(&file, "").unwrap();
     // Longer than a settlement takes anywhere else: the connection's own node is fine, and says so by its heartbeats.

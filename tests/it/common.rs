@@ -1,7 +1,7 @@
 //! What the tests have in common: the programs under test, brokers and what is in them, and where a message is in the end.
 
 use std::ops::Deref;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use testbed::{Broker, Got, Program, Proxy, Queue, QueueKind};
 
 /// The qconsume under test: the file that `QCONSUME_BIN` names (the shipped one, for example), or what the build has left.
@@ -34,6 +34,14 @@ pub fn worker(queue: &Queue) -> Program {
 /// The same, with a proxy before the queue's broker.
 pub fn behind(proxy: &Proxy, queue: &Queue) -> Program {
     worker(queue).url(&proxy.url())
+}
+
+/// A script that says that it has started, and ends with success when the file is there.
+pub fn until_there(file: &Path) -> String {
+    format!(
+        "echo started; while [ ! -e '{}' ]; do sleep 0.05; done",
+        file.display()
+    )
 }
 
 /// A queue of each kind.

@@ -377,6 +377,29 @@ fn a_queue_of_the_connections_own_is_not_looked_for_after_it() {
 }
 
 #[test]
+fn a_queue_of_the_connections_own_keeps_its_messages_with_an_acknowledgement_timeout() {
+    let queue = absent();
+    // RabbitMQ 4.3 would refuse to consume from it with such a timeout, and each message is consumed for anew.
+    let running = worker()
+        .args(["--log-level=debug", "-x", "-q", queue.name(), "--no-ack"])
+        .args([
+            "--ack-timeout",
+            "1h",
+            "--count",
+            "2",
+            "--wait",
+            "30s",
+            "cat",
+        ])
+        .spawn();
+    running.wait_for_stderr("waiting for a message", PATIENCE);
+    queue.publish_all(["one", "two"]);
+    let ended = running.wait(PATIENCE);
+    ended.assert_status(0);
+    assert_eq!(ended.stdout_text(), "onetwo");
+}
+
+#[test]
 fn no_ack_takes_one_message_and_settles_it_before_the_command_starts() {
     let queue = queue();
     queue.publish_all(["1", "2", "3"]);

@@ -301,8 +301,8 @@ fn links_between_the_pages_lead_somewhere() {
 }
 
 /// Where the programs are that the tests run.
-fn programs() -> &'static Path {
-    Path::new(env!("CARGO_BIN_EXE_qconsume"))
-        .parent()
-        .expect("it is in a folder")
+fn programs() -> PathBuf {
+    let mut program = crate::common::qconsume_path();
+    program.pop();
+    program
 }

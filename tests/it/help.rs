@@ -82,6 +82,16 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
 }
 
 #[test]
+fn a_narrow_terminal_changes_nothing() {
+    for option in ["-h", "--help"] {
+        for program in [qconsume, qpublish] {
+            let narrow = shown(program().env("COLUMNS", "30"), option);
+            assert_eq!(narrow, shown(program(), option));
+        }
+    }
+}
+
+#[test]
 fn the_version_begins_with_the_packages() {
     for (program, name) in [(qconsume(), "qconsume"), (qpublish(), "qpublish")] {
         let version = shown(program, "--version");

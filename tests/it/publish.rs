@@ -340,7 +340,7 @@ fn a_message_that_comes_back_alone_is_not_taken_for_a_confirmed_one() {
     let (mut input, running) = Fifo::feed("alone", line);
     for n in 1..=2 {
         input.write("same\n");
-        proxy.wait_for_nth(Direction::ToClient, Method::BASIC_ACK, n, PATIENCE);
+        proxy.wait_for_nth(Direction::ToClient, Method::BASIC_ACK, n);
     }
     queue.delete();
     input.write("same\n");
@@ -435,7 +435,7 @@ fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
     let (mut input, running) = Fifo::feed("lost", line);
     input.write("1\n2\n");
     queue.wait_ready(2);
-    proxy.wait_for(Direction::ToClient, Method::BASIC_ACK, PATIENCE);
+    proxy.wait_for(Direction::ToClient, Method::BASIC_ACK);
     // Noticed at once, though nothing is in flight: the next line wouldn't be confirmed any more.
     input.write("3\n");
     queue.wait_ready(3);
@@ -467,7 +467,7 @@ fn an_answer_that_never_comes_is_no_confirmation() {
         .assert_stderr("may have arrived or not");
     // Told to stop, it waits for the answers only so long.
     let running = line().arg("a").spawn();
-    proxy.wait_for_nth(Direction::ToBroker, Method::BASIC_PUBLISH, 3, PATIENCE);
+    proxy.wait_for_nth(Direction::ToBroker, Method::BASIC_PUBLISH, 3);
     running.signal(Signal::SIGTERM);
     let ended = running.wait(PATIENCE);
     ended
@@ -493,6 +493,26 @@ fn no_more_is_read_than_the_window_holds() {
     ended
         .assert_status(75)
         .assert_stderr("confirmed: 0 of 2048 messages sent");
+}
+
+#[test]
+fn a_channel_that_never_gets_ready_is_given_up_with_a_goodbye() {
+    let queue = Broker::shared().queue("unready");
+    let proxy = Proxy::of(Broker::shared());
+    proxy.on(
+        Direction::ToClient,
+        Method::CONFIRM_SELECT_OK,
+        Action::SwallowFrame,
+    );
+    let line = qpublish().url(&proxy.url()).queue(queue.name());
+    let ended = line.args(["--timeout", "1s", "orange"]).run();
+    ended
+        .assert_status(69)
+        .assert_stderr("no reply from the broker within 1s (--timeout)");
+    assert_eq!(
+        proxy.count(Direction::ToBroker, Method::CONNECTION_CLOSE),
+        1
+    );
 }
 
 #[test]
@@ -592,7 +612,7 @@ fn a_broker_that_is_not_there_is_no_success_and_the_wait_for_it_can_be_ended() {
         .assert_status(69);
     let silent = Proxy::silent();
     let running = qpublish().url(&silent.url()).queue("q").arg("x").spawn();
-    silent.wait_accepted(1, PATIENCE);
+    silent.wait_accepted(1);
     running.signal(Signal::SIGTERM);
     let ended = running.wait(PATIENCE);
     ended

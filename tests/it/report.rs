@@ -342,7 +342,7 @@ fn json_is_kept_when_the_options_themselves_are_wrong() {
 fn on_a_terminal(queue: &Queue, environment: &[(&str, &str)], options: &[&str]) -> Option<String> {
     let script =
         "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
-    let program = Path::new(env!("CARGO_BIN_EXE_qconsume"));
+    let program = crate::common::qconsume_path();
     let mut python = Program::new("python3").args(["-c", script]);
     if !Command::new("python3")
         .args(["-c", "import pty"])

@@ -683,7 +683,7 @@ fn an_image_without_ca_files_is_told_so() {
         return;
     }
     let image = temp_folder("image");
-    fs::copy(env!("CARGO_BIN_EXE_qconsume"), image.join("qconsume")).unwrap();
+    fs::copy(crate::common::qconsume_path(), image.join("qconsume")).unwrap();
     let program = || {
         Program::new("/qconsume")
             .through(["chroot".as_ref(), image.as_os_str()])

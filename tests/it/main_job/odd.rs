@@ -1,16 +1,13 @@
 //! Odd circumstances that a worker may be started in, and odd commands.
 
 use super::{assert_gone, assert_returned, queues, worker};
-use crate::common::qconsume;
+use crate::common::{qconsume, qconsume_path};
 use std::{fs, os::unix::fs::PermissionsExt};
 use testbed::{
     BasicProperties, Broker, PATIENCE, missing,
     owner::temp_folder,
     types::{AMQPValue, FieldTable},
 };
-
-/// The path of the program under test, for scripts that start it in their own way.
-const QCONSUME: &str = env!("CARGO_BIN_EXE_qconsume");
 
 #[test]
 fn closed_standard_streams_change_nothing() {
@@ -23,7 +20,8 @@ fn closed_standard_streams_change_nothing() {
             testbed::Program::new("/bin/sh")
                 .url(&Broker::shared().url())
                 .queue(queue.name())
-                .args(["-c", &script, QCONSUME])
+                .args(["-c", &script])
+                .arg(qconsume_path())
                 .arg(&own)
         };
         queue.publish("apple");
@@ -37,7 +35,8 @@ fn closed_standard_streams_change_nothing() {
     testbed::Program::new("/bin/bash")
         .url(&Broker::shared().url())
         .queue(queue.name())
-        .args(["-c", script, QCONSUME])
+        .args(["-c", script])
+        .arg(qconsume_path())
         .arg(&status)
         .run();
     assert_eq!(fs::read_to_string(&status).unwrap(), "4\n");
@@ -171,6 +170,7 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     let away = temp_folder("away");
     let script = "exec 3<&0; setsid sh -c 'echo >away; exec sleep 1000' &
         until [ -s away ]; do sleep 0.02; done; rm away
+        while ls -l /proc/$PPID/fd | grep -q memfd:message; do sleep 0.02; done
         set -- /proc/$PPID/fd/*; echo $#";
     let running = worker(&queue)
         .args(["--count", "3", "--kill-after", "100ms"])

@@ -16,19 +16,19 @@ use testbed::{
 };
 
 /// How long qconsume tries in the tests that see it give up.
-const LIMIT: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(4);
 
 /// How much longer it may take, on a machine that is busy with other things.
-const SLACK: Duration = Duration::from_secs(10);
+const SLACK: Duration = Duration::from_secs(20);
 
 /// Runs it against what never works, and checks that it has tried for as long as it was told to, and no longer.
 #[track_caller]
 fn gives_up(program: Program, status: i32, says: &str) -> Finished {
     let done = program
-        .args(["--connect-timeout", "2s", "--", "touch", "/proc/never/run"])
+        .args(["--connect-timeout", "4s", "--", "touch", "/proc/never/run"])
         .run();
     done.assert_status(status)
-        .assert_stderr("gave up after 2s (--connect-timeout)")
+        .assert_stderr("gave up after 4s (--connect-timeout)")
         .assert_stderr(says);
     assert!(done.wall >= LIMIT, "gave up after {:?}", done.wall);
     assert!(
@@ -89,6 +89,7 @@ fn a_wrong_password_is_77_at_once_and_is_not_shown() {
     let program = qconsume().queue("q").url(&url);
     ends_at_once(program.clone(), 77, "check the user and the password");
     let done = program.args(["--log-level", "debug", "cat"]).run();
+    done.assert_status(77);
     assert!(!done.stderr.contains("hunter2"), "{}", done.stderr);
     let unknown = broker.url_for("nobody-here", "x", "/");
     ends_at_once(qconsume().queue("q").url(&unknown), 77, "\"nobody-here\"");
@@ -200,6 +201,7 @@ fn a_broker_that_falls_silent_during_the_handshake_is_69_at_the_connect_timeout(
         proxy.on(ToBroker, method, Action::Stall);
         let program = behind(&proxy, &queue);
         gives_up(program, 69, "no answer while");
+        assert!(proxy.count(ToBroker, method) > 0);
     }
 }
 
@@ -248,7 +250,7 @@ fn an_address_that_swallows_packets_is_69_at_the_connect_timeout() {
 #[test]
 fn a_name_that_does_not_resolve_is_69_at_the_connect_timeout() {
     let program = qconsume().queue("q").url("amqp://no-such-host.invalid");
-    gives_up(program, 69, "no-such-host.invalid");
+    gives_up(program, 69, "look");
 }
 
 #[test]
@@ -423,29 +425,50 @@ fn credentials_that_no_handshake_frame_holds_are_78_and_named() {
 
 #[test]
 fn every_orderly_end_without_a_message_says_goodbye() {
-    // One of its own: other tests leave such lines in the shared one's log.
+    // One of its own, for its log.
     let broker = Broker::start();
-    let queue = broker.queue("empty");
-    let at = |queue| qconsume().url(&broker.url()).queue(queue);
+    let at = |queue: &str| qconsume().url(&broker.url()).queue(queue);
+    // How many open connections have ended, by what the broker says of their names, which end with the queue's.
+    let ended = |level: &str, queue: &str| {
+        let name = format!(" {queue}, vhost: ");
+        let log = broker.log();
+        let ends = log.lines().filter(|line| {
+            line.contains(level) && line.contains("closing AMQP connection") && line.contains(&name)
+        });
+        ends.count()
+    };
+    let with_goodbye = |queue: &str| ended("[info]", queue);
+    let without = |queue: &str| ended("[warning]", queue);
+    let [waited, stopped, killed] = ["waited", "stopped", "killed"].map(|name| broker.queue(name));
+
     let options = ["--connect-timeout", "5s", "cat"];
     at("not-there").args(options).run().assert_status(78);
     let options = ["--wait", "100ms", "cat"];
-    at(queue.name()).args(options).run().assert_status(66);
-    let running = at(queue.name()).arg("cat").spawn();
-    queue.wait_consumers(1);
+    at(waited.name()).args(options).run().assert_status(66);
+    let running = at(stopped.name()).arg("cat").spawn();
+    stopped.wait_consumers(1);
     running.signal(Signal::SIGTERM);
     running.finish(PATIENCE).assert_status(143);
 
-    // This one can't, and its line stands behind those of the others, if there are any.
-    let killed = at(queue.name()).arg("cat").spawn();
-    queue.wait_consumers(1);
-    killed.signal(Signal::SIGKILL);
-    let lines = || {
-        broker
-            .log_tail()
-            .matches("client unexpectedly closed")
-            .count()
-    };
-    assert!(testbed::eventually(PATIENCE, || lines() > 0));
-    assert_eq!(lines(), 1, "{}", broker.log_tail());
+    // This one can't, and its line shows that there would be lines of the others.
+    let running = at(killed.name()).arg("cat").spawn();
+    killed.wait_consumers(1);
+    running.signal(Signal::SIGKILL);
+    let log = || broker.log();
+    assert!(
+        testbed::eventually(PATIENCE, || without(killed.name()) == 1),
+        "{}",
+        log()
+    );
+    for queue in [waited.name(), stopped.name()] {
+        let ends = (with_goodbye(queue), without(queue));
+        assert_eq!(ends, (1, 0), "{queue}: {}", log());
+    }
+    // The time limit may have cut the last of its attempts.
+    let refused = "not-there";
+    assert!(
+        with_goodbye(refused) > 0 && without(refused) <= 1,
+        "{}",
+        log()
+    );
 }

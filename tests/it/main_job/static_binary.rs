@@ -70,7 +70,7 @@ fn names_are_looked_up_in_an_image_with_a_newer_c_library() {
         ("no-such-name", "\"no-such-name\" can't be looked up"),
     ];
     let script = "for name; do
-        /qconsume --url amqp://$name --queue q --connect-timeout 1s true 2>&1
+        /qconsume --url amqp://$name --queue q --connect-timeout 3s true 2>&1
         echo \"$name: $?\"
     done";
     let name = format!("qconsume-names-{}", process::id());

@@ -226,7 +226,7 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
                 ))
                 .current_dir(owner::temp_folder("background"))
                 .spawn();
-            proxy.wait_for(Direction::ToBroker, Method::BASIC_REJECT, PATIENCE);
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_REJECT);
             // Nothing is settled yet, and qconsume itself is still there.
             running.wait_no_leftovers(PROMPT);
             assert!(!running.has_ended());

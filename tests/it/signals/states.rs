@@ -147,7 +147,7 @@ fn a_signal_ends_a_tls_handshake() {
         let silent = Proxy::silent();
         let url = format!("amqps://guest:guest@{}", silent.addr());
         let running = never_runs(qconsume().url(&url).queue("any")).spawn();
-        silent.wait_accepted(1, PATIENCE);
+        silent.wait_accepted(1);
         stop_idle(&running, signal, status);
     }
 }
@@ -157,7 +157,7 @@ fn a_signal_ends_an_amqp_handshake() {
     for (signal, status) in STOPS {
         let silent = Proxy::silent();
         let running = never_runs(qconsume().url(&silent.url()).queue("any")).spawn();
-        silent.wait_accepted(1, PATIENCE);
+        silent.wait_accepted(1);
         stop_idle(&running, signal, status);
     }
     // At each later step of it, too.
@@ -170,7 +170,7 @@ fn a_signal_ends_an_amqp_handshake() {
         let (queue, proxy) = one_message("handshake", QueueKind::Classic);
         proxy.once(Direction::ToBroker, step, Action::Stall);
         let running = never_runs(behind(&proxy, &queue)).spawn();
-        proxy.wait_for(Direction::ToBroker, step, PATIENCE);
+        proxy.wait_for(Direction::ToBroker, step);
         stop_idle(&running, Signal::SIGTERM, 143);
         assert_back(&queue);
     }
@@ -192,7 +192,7 @@ fn a_signal_ends_a_pause_between_attempts() {
     let running = never_runs(behind(&proxy, &absent)).spawn();
     running.wait_for_stderr("trying again", PATIENCE);
     stop_idle(&running, Signal::SIGTERM, 143);
-    proxy.wait_open(0, PATIENCE);
+    proxy.wait_open(0);
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn a_signal_ends_a_registration_that_is_not_answered() {
         let (queue, proxy) = one_message("consume-stalled", kind);
         proxy.once(Direction::ToBroker, Method::BASIC_CONSUME, Action::Stall);
         let running = never_runs(behind(&proxy, &queue)).spawn();
-        proxy.wait_for(Direction::ToBroker, Method::BASIC_CONSUME, PATIENCE);
+        proxy.wait_for(Direction::ToBroker, Method::BASIC_CONSUME);
         stop_idle(&running, Signal::SIGTERM, 143);
         drop(proxy);
         assert_back(&queue);
@@ -215,7 +215,7 @@ fn a_message_that_arrives_while_the_registration_is_given_up_is_given_back() {
         // The broker has registered the consumer and pushed the message; neither is here yet.
         proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Hold);
         let running = never_runs(behind(&proxy, &queue)).spawn();
-        proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK, PATIENCE);
+        proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK);
         queue.wait_ready(0);
         running.signal(Signal::SIGTERM);
         proxy.release();
@@ -263,7 +263,7 @@ fn a_signal_ends_the_wait_for_a_message_from_a_broker_that_answers_nothing() {
     let before = proxy.accepted();
     proxy.stall();
     proxy.cut();
-    proxy.wait_accepted(before + 1, PATIENCE);
+    proxy.wait_accepted(before + 1);
     stop_idle(&running, Signal::SIGTERM, 143);
 }
 
@@ -280,9 +280,9 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
             let body = vec![b'x'; 300_000];
             queue.publish(&body);
             let running = never_runs(behind(&proxy, &queue)).spawn();
-            proxy.wait_for_nth(Direction::ToClient, Method::BODY, 2, PATIENCE);
+            proxy.wait_for_nth(Direction::ToClient, Method::BODY, 2);
             running.signal(Signal::SIGTERM);
-            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
             if completes {
                 proxy.release();
             }
@@ -306,9 +306,9 @@ fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
         // The cancel of `--wait` is on its way when the message and then the signal come.
         proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
         let running = never_runs(behind(&proxy, &queue).args(["--wait", "200ms"])).spawn();
-        proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+        proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
         queue.publish("the message");
-        proxy.wait_for(Direction::ToClient, Method::BODY, PATIENCE);
+        proxy.wait_for(Direction::ToClient, Method::BODY);
         running.signal(Signal::SIGTERM);
         let noticed = || taken_note(&running, Signal::SIGTERM);
         assert!(eventually(PATIENCE, noticed), "the signal is still pending");
@@ -340,7 +340,7 @@ fn a_signal_while_settling_changes_nothing() {
             let (queue, proxy) = one_message("settling", kind);
             proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
             let running = behind(&proxy, &queue).shell(script).spawn();
-            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
             for (signal, _) in STOPS {
                 running.signal(signal);
             }
@@ -362,7 +362,7 @@ fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
     let (queue, proxy) = one_message("settling-stalled", QueueKind::Classic);
     proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Stall);
     let running = behind(&proxy, &queue).shell("exit 0").spawn();
-    proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL, PATIENCE);
+    proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
     running.signal(Signal::SIGTERM);
     proxy.cut();
     running
@@ -379,7 +379,7 @@ fn a_signal_cuts_the_goodbye_short() {
         let (queue, proxy) = one_message("goodbye", QueueKind::Classic);
         proxy.once(Direction::ToBroker, Method::CONNECTION_CLOSE, Action::Stall);
         let running = behind(&proxy, &queue).shell(script).spawn();
-        proxy.wait_for(Direction::ToBroker, Method::CONNECTION_CLOSE, PATIENCE);
+        proxy.wait_for(Direction::ToBroker, Method::CONNECTION_CLOSE);
         stop(&running, Signal::SIGTERM).assert_status(status);
         drop(proxy);
         if status == 0 {

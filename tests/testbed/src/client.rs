@@ -3,23 +3,22 @@
 //! [`Client`]'s methods give a `Result`, for the soak, whose broker comes and goes. [`Queue`]'s panic, so that a test reads as a
 //! sentence.
 
-use crate::{PATIENCE, block_on, eventually};
+mod queue;
+
+pub use queue::{Consumer, Queue, QueueBuilder, QueueKind};
+
+use crate::{PATIENCE, block_on};
 use anyhow::{Context, Result, bail};
 use lapin::message::{BasicGetMessage, Delivery};
-use lapin::options::{
-    BasicConsumeOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions,
-};
+use lapin::options::{BasicNackOptions, BasicPublishOptions, QueueDeclareOptions};
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
-use lapin::types::{AMQPValue, FieldTable, LongString};
+use lapin::types::AMQPValue;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::Mutex;
-
-/// The longest that any single operation may take; a broker under load on two cores stays far below.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a dropped queue waits for a broker that may be gone or frozen by then.
 const DROP_LIMIT: Duration = Duration::from_secs(2);
@@ -143,15 +142,7 @@ impl Client {
 
     /// Declares a queue with a type and arguments.
     pub fn declare(&self, name: &str) -> QueueBuilder {
-        QueueBuilder {
-            client: self.clone(),
-            name: format!("{name}-{:08x}", fastrand::u32(..)),
-            options: QueueDeclareOptions {
-                durable: true,
-                ..Default::default()
-            },
-            arguments: FieldTable::default(),
-        }
+        QueueBuilder::new(self, name)
     }
 
     /// Ready messages and consumers of a queue; None if there is no such queue.
@@ -203,11 +194,24 @@ impl Client {
 
     /// Takes the next ready message out of a queue for good.
     pub fn get(&self, queue: &str) -> Result<Option<Got>> {
+        self.next(queue, false)
+    }
+
+    fn next(&self, queue: &str, requeue: bool) -> Result<Option<Got>> {
         self.operate(async |channel| {
             let got = channel.basic_get(queue.into(), Default::default()).await?;
-            if let Some(got) = &got {
-                let tag = got.delivery.delivery_tag;
-                channel.basic_ack(tag, Default::default()).await?;
+            match &got {
+                Some(got) if requeue => {
+                    let options = BasicNackOptions {
+                        requeue,
+                        ..Default::default()
+                    };
+                    got.nack(options).await?;
+                }
+                Some(got) => {
+                    got.ack(Default::default()).await?;
+                }
+                None => {}
             }
             Ok(got.map(Got))
         })
@@ -225,10 +229,10 @@ impl Client {
 }
 
 async fn limited<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::time::timeout(LIMIT, operation)
+    tokio::time::timeout(PATIENCE, operation)
         .await
         .unwrap_or_else(|_| {
-            bail!("the broker didn't answer the test's own client within {LIMIT:?}")
+            bail!("the broker didn't answer the test's own client within {PATIENCE:?}")
         })
 }
 
@@ -246,322 +250,5 @@ fn is_not_found(error: &lapin::Error) -> bool {
                 && error.get_message().as_str().contains("no queue")
         }
         _ => false,
-    }
-}
-
-/// The type of a queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum QueueKind {
-    /// On one node; tells about earlier deliveries only by `redelivered`.
-    Classic,
-    /// Replicated; counts deliveries.
-    Quorum,
-}
-
-impl QueueKind {
-    /// Both, for a test that loops over them.
-    pub const ALL: [Self; 2] = [Self::Classic, Self::Quorum];
-
-    /// As in the argument `x-queue-type`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Classic => "classic",
-            Self::Quorum => "quorum",
-        }
-    }
-}
-
-/// A queue about to be declared.
-#[must_use]
-pub struct QueueBuilder {
-    client: Client,
-    name: String,
-    options: QueueDeclareOptions,
-    arguments: FieldTable,
-}
-
-impl QueueBuilder {
-    /// Its type; classic unless set.
-    pub fn kind(self, kind: QueueKind) -> Self {
-        self.arg("x-queue-type", LongString::from(kind.as_str()))
-    }
-
-    /// A quorum queue.
-    pub fn quorum(self) -> Self {
-        self.kind(QueueKind::Quorum)
-    }
-
-    /// Any argument: `x-delivery-limit`, `x-single-active-consumer`, `x-max-priority`, …
-    pub fn arg(mut self, name: &str, value: impl Into<AMQPValue>) -> Self {
-        self.arguments.insert(name.into(), value.into());
-        self
-    }
-
-    /// Where a rejected message goes: another queue of the test's.
-    pub fn dead_letter_to(self, queue: &Queue) -> Self {
-        self.arg("x-dead-letter-exchange", LongString::from(""))
-            .arg("x-dead-letter-routing-key", LongString::from(queue.name()))
-    }
-
-    /// Exactly this name instead of one that is made unique.
-    pub fn exact_name(mut self, name: &str) -> Self {
-        self.name = name.to_owned();
-        self
-    }
-
-    /// Only for the connection that declares it.
-    pub fn exclusive(mut self) -> Self {
-        self.options.exclusive = true;
-        self
-    }
-
-    /// The handle of a queue with this name that is not declared (yet).
-    pub fn absent(self) -> Queue {
-        Queue {
-            client: self.client,
-            name: self.name,
-        }
-    }
-
-    /// Declares it.
-    #[track_caller]
-    pub fn create(self) -> Queue {
-        let queue = Queue {
-            client: self.client,
-            name: self.name,
-        };
-        if self.arguments.inner().get("x-queue-type") == Some(&LongString::from("quorum").into()) {
-            queue.client.inner.quorum_declared.store(true, Relaxed);
-        }
-        let declared = queue.client.operate(async |channel| {
-            let name = queue.name.as_str().into();
-            Ok(channel
-                .queue_declare(name, self.options, self.arguments)
-                .await?)
-        });
-        queue.must("declare", declared);
-        queue
-    }
-}
-
-/// A queue of a test's own, deleted when dropped. Every method panics when the broker fails it.
-pub struct Queue {
-    client: Client,
-    name: String,
-}
-
-impl Queue {
-    /// Its name, for `QUEUE`.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Its broker's address, for `BROKER_URL`.
-    pub fn url(&self) -> &str {
-        &self.client.inner.url
-    }
-
-    /// Puts one message in; returns when the broker has confirmed it.
-    #[track_caller]
-    pub fn publish(&self, body: impl AsRef<[u8]>) {
-        self.publish_with(BasicProperties::default().with_delivery_mode(2), body);
-    }
-
-    /// Puts one message in, with properties and headers.
-    #[track_caller]
-    pub fn publish_with(&self, properties: BasicProperties, body: impl AsRef<[u8]>) {
-        self.must(
-            "publish to",
-            self.client.publish(&self.name, [body], properties),
-        );
-    }
-
-    /// Puts many messages in, all in flight; returns when the broker has confirmed every one.
-    #[track_caller]
-    pub fn publish_all<B: AsRef<[u8]>>(&self, bodies: impl IntoIterator<Item = B>) {
-        let properties = BasicProperties::default().with_delivery_mode(2);
-        self.must(
-            "publish to",
-            self.client.publish(&self.name, bodies, properties),
-        );
-    }
-
-    /// How many messages are ready. A quorum queue's count lags behind; see [`Queue::wait_ready`].
-    #[track_caller]
-    pub fn ready(&self) -> u32 {
-        self.counts().0
-    }
-
-    /// How many consumers it has.
-    #[track_caller]
-    pub fn consumers(&self) -> u32 {
-        self.counts().1
-    }
-
-    #[track_caller]
-    fn counts(&self) -> (u32, u32) {
-        let counts = self.must("look at", self.client.counts(&self.name));
-        counts.unwrap_or_else(|| panic!("queue {} is not there", self.name))
-    }
-
-    /// Waits until exactly so many messages are ready.
-    #[track_caller]
-    pub fn wait_ready(&self, count: u32) {
-        self.wait_count("ready", count, Self::ready);
-    }
-
-    /// Waits until it has exactly so many consumers.
-    #[track_caller]
-    pub fn wait_consumers(&self, count: u32) {
-        self.wait_count("consumers", count, Self::consumers);
-    }
-
-    #[track_caller]
-    fn wait_count(&self, what: &str, count: u32, look: fn(&Self) -> u32) {
-        let mut seen = 0;
-        let reached = eventually(PATIENCE, || {
-            seen = look(self);
-            seen == count
-        });
-        assert!(
-            reached,
-            "queue {}: {seen} {what} instead of {count} after {PATIENCE:?}",
-            self.name
-        );
-    }
-
-    /// Takes the next ready message out for good.
-    #[track_caller]
-    pub fn get(&self) -> Option<Got> {
-        self.must("get from", self.client.get(&self.name))
-    }
-
-    /// The same, waiting for a message that is on its way back.
-    #[track_caller]
-    pub fn wait_get(&self) -> Got {
-        let mut got = None;
-        let came = eventually(PATIENCE, || {
-            got = self.get();
-            got.is_some()
-        });
-        assert!(came, "no message in queue {} after {PATIENCE:?}", self.name);
-        got.expect("it came")
-    }
-
-    /// Takes the next ready message and keeps it unacknowledged until told otherwise.
-    #[track_caller]
-    pub fn hold(&self) -> Option<Held> {
-        let held = block_on(limited(async {
-            let channel = self.client.open_channel().await?;
-            let queue = self.name.as_str().into();
-            let got = channel.basic_get(queue, Default::default()).await?;
-            Ok(got.map(|got| Held {
-                got: Got(got),
-                channel,
-            }))
-        }));
-        self.must("get from", held)
-    }
-
-    /// Consumes from it (one message at a time), like a worker that never ends its first message; `exclusive` lets nobody else.
-    #[track_caller]
-    pub fn consume(&self, exclusive: bool) -> Consumer {
-        let consumer = block_on(limited(async {
-            let channel = self.client.open_channel().await?;
-            channel.basic_qos(1, Default::default()).await?;
-            let options = BasicConsumeOptions {
-                exclusive,
-                ..Default::default()
-            };
-            let queue = self.name.as_str().into();
-            let deliveries = channel.basic_consume(queue, "".into(), options, Default::default());
-            Ok(Consumer {
-                _deliveries: deliveries.await?,
-                channel,
-            })
-        }));
-        self.must("consume from", consumer)
-    }
-
-    /// Throws away what is ready.
-    #[track_caller]
-    pub fn purge(&self) {
-        let purged = self.client.operate(async |channel| {
-            let queue = self.name.as_str().into();
-            Ok(channel.queue_purge(queue, Default::default()).await?)
-        });
-        self.must("purge", purged);
-    }
-
-    /// Deletes it under its consumers' feet.
-    #[track_caller]
-    pub fn delete(&self) {
-        let deleted = self.client.operate(async |channel| {
-            let queue = self.name.as_str().into();
-            Ok(channel.queue_delete(queue, Default::default()).await?)
-        });
-        self.must("delete", deleted);
-    }
-
-    /// Whether the broker has it.
-    #[track_caller]
-    pub fn exists(&self) -> bool {
-        self.must("look at", self.client.counts(&self.name))
-            .is_some()
-    }
-
-    #[track_caller]
-    fn must<T>(&self, what: &str, result: Result<T>) -> T {
-        match result {
-            Ok(value) => value,
-            Err(error) => panic!("cannot {what} queue {}: {error:#}", self.name),
-        }
-    }
-}
-
-impl Drop for Queue {
-    fn drop(&mut self) {
-        last_wish(async {
-            let channel = self.client.open_channel().await?;
-            let queue = self.name.as_str().into();
-            channel.queue_delete(queue, Default::default()).await?;
-            Ok(channel.close(200, "".into()).await?)
-        });
-    }
-}
-
-/// A message that is kept unacknowledged. Dropping it without a word closes its channel, and the broker requeues it.
-pub struct Held {
-    /// The message.
-    pub got: Got,
-    channel: Channel,
-}
-
-impl Held {
-    /// Puts it back.
-    pub fn requeue(self) -> Result<()> {
-        let options = BasicNackOptions {
-            requeue: true,
-            ..Default::default()
-        };
-        block_on(limited(async {
-            self.got.nack(options).await?;
-            Ok(self.channel.close(200, "".into()).await?)
-        }))
-    }
-}
-
-/// A consumer of the test's own; dropping it closes its channel.
-pub struct Consumer {
-    channel: Channel,
-    _deliveries: lapin::Consumer,
-}
-
-impl Consumer {
-    /// Ends it and waits until the broker has taken note.
-    pub fn close(self) -> Result<()> {
-        block_on(limited(async {
-            Ok(self.channel.close(200, "".into()).await?)
-        }))
     }
 }

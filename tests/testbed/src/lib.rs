@@ -32,7 +32,7 @@ pub mod soak;
 
 pub use backlog::FullBacklog;
 pub use broker::{Broker, BrokerOptions, Container, docker, docker_works, image_present};
-pub use client::{Client, Consumer, Got, Held, Queue, QueueBuilder, QueueKind};
+pub use client::{Client, Consumer, Got, Queue, QueueBuilder, QueueKind};
 pub use lapin::{self, BasicProperties, types};
 pub use nix::sys::signal::Signal;
 

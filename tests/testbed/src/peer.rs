@@ -3,10 +3,11 @@
 
 use crate::proxy::frames::{self, Method, frame, long, method_frame, short};
 use crate::{Action, Broker, Client, Direction, Proxy};
+use parking_lot::Mutex;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -77,17 +78,13 @@ impl Peer {
 
     /// What it was sent so far.
     pub fn seen(&self) -> Vec<Request> {
-        self.lock().clone()
+        self.seen.lock().clone()
     }
 
     /// How many frames of this method it was sent.
     pub fn count(&self, method: Method) -> usize {
-        let seen = self.lock();
+        let seen = self.seen.lock();
         seen.iter().filter(|seen| seen.method == method).count()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Request>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -113,7 +110,7 @@ fn serve(
     loop {
         let (channel, method, arguments) = next?;
         let request = {
-            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut seen = seen.lock();
             let earlier = seen
                 .iter()
                 .filter(|seen| seen.connection == connection && seen.method == method);

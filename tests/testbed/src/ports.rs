@@ -1,7 +1,8 @@
 //! TCP ports that no other node, proxy or test process takes while we hold them.
 
-use anyhow::{Result, bail};
-use std::net::{Ipv4Addr, TcpListener};
+use anyhow::{Context, Result, bail};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::ops::Range;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -31,19 +32,27 @@ impl Port {
 
 /// Reserves a free port of 127.0.0.1.
 pub fn reserve_port() -> Result<Port> {
+    Ok(listen(Ipv4Addr::LOCALHOST.into())?.0)
+}
+
+/// Reserves a free port and listens on it.
+pub(crate) fn listen(ip: IpAddr) -> Result<(Port, TcpListener)> {
     for _ in 0..1000 {
         let number = fastrand::u16(PORTS);
         let Some(lock) = lock(&format!("port-{number}")) else {
             continue;
         };
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, number)).is_ok() {
-            return Ok(Port {
-                number,
-                _lock: lock,
-            });
+        let port = Port {
+            number,
+            _lock: lock,
+        };
+        match TcpListener::bind((ip, number)) {
+            Ok(listener) => return Ok((port, listener)),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+            Err(error) => return Err(error).context(format!("cannot listen on {ip}:{number}")),
         }
     }
-    bail!("no free port of {PORTS:?} on 127.0.0.1 after 1000 attempts")
+    bail!("no free port of {PORTS:?} on {ip} after 1000 attempts")
 }
 
 /// A lock between test processes, or nothing if another holds it. It is freed when dropped, or when the process ends.

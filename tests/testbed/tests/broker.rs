@@ -19,6 +19,9 @@ fn two_brokers_start_side_by_side() {
             .map(|thread| thread.join().expect("both start"))
     });
     assert_ne!(brokers[0].port(), brokers[1].port());
+    let processes = [0, 1].map(|index| brokers[index].processes());
+    assert!(processes.iter().all(|pids| !pids.is_empty()));
+    assert!(processes[0].iter().all(|pid| !processes[1].contains(pid)));
     let first = works(&brokers[0], QueueKind::Classic);
     assert!(
         brokers[1]

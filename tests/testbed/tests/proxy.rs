@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use testbed::{
     Action, Broker, Client, Direction, FullBacklog, Method, PATIENCE, Proxy, Queue, block_on,
@@ -17,7 +18,7 @@ fn methods_are_seen_in_order() {
     let proxy = Proxy::of(broker);
     let client = Client::new(&proxy.url());
     assert!(client.get(queue.name()).expect("an answer").is_some());
-    proxy.wait_for(Direction::ToBroker, Method::CHANNEL_CLOSE, PATIENCE);
+    proxy.wait_for(Direction::ToBroker, Method::CHANNEL_CLOSE);
     let expected = [
         Method::CONNECTION_START_OK,
         Method::CONNECTION_TUNE_OK,
@@ -30,7 +31,7 @@ fn methods_are_seen_in_order() {
     assert_eq!(proxy.sent(), expected);
     assert_eq!((proxy.accepted(), proxy.open()), (1, 1));
     client.disconnect();
-    proxy.wait_open(0, PATIENCE);
+    proxy.wait_open(0);
 }
 
 #[test]
@@ -43,7 +44,7 @@ fn an_ack_can_be_cut_off_before_and_after() {
         proxy.once(Direction::ToBroker, Method::BASIC_ACK, action);
         let client = Client::new(&proxy.url());
         assert!(client.get(queue.name()).is_err());
-        proxy.wait_open(0, PATIENCE);
+        proxy.wait_open(0);
         queue.wait_ready(left);
     }
 }
@@ -65,7 +66,7 @@ fn an_ack_can_disappear_and_a_channel_error_can_cross_it() {
         Action::Replace(Arc::new(frames::unknown_ack)),
     );
     let _ = client.get(queue.name());
-    proxy.wait_for(Direction::ToClient, Method::CHANNEL_CLOSE, PATIENCE);
+    proxy.wait_for(Direction::ToClient, Method::CHANNEL_CLOSE);
 
     let client = Client::new(&proxy.url());
     let close = frames::channel_close(1, 406, "PRECONDITION_FAILED - from the proxy");
@@ -104,7 +105,7 @@ fn counts_come_after(proxy: &Proxy, queue: &Queue, meanwhile: impl FnOnce()) {
     let client = Client::new(&proxy.url());
     std::thread::scope(|scope| {
         let counts = scope.spawn(|| client.counts(queue.name()));
-        proxy.wait_accepted(1, PATIENCE);
+        proxy.wait_accepted(1);
         assert!(!counts.is_finished());
         meanwhile();
         let counts = counts.join().expect("no panic").expect("counts");
@@ -119,7 +120,7 @@ fn a_frame_can_be_held_and_released() {
     let proxy = Proxy::of(broker);
     proxy.once(Direction::ToClient, Method::CONNECTION_TUNE, Action::Hold);
     counts_come_after(&proxy, &queue, || {
-        proxy.wait_for(Direction::ToClient, Method::CONNECTION_TUNE, PATIENCE);
+        proxy.wait_for(Direction::ToClient, Method::CONNECTION_TUNE);
         let answers = proxy.count(Direction::ToBroker, Method::CONNECTION_TUNE_OK);
         assert_eq!(answers, 0);
         proxy.release();
@@ -155,6 +156,33 @@ fn a_refusing_proxy_listens_again() {
     assert!(client.counts(queue.name()).is_err());
     proxy.pass();
     assert_eq!(client.counts(queue.name()).expect("counts"), Some((0, 0)));
+}
+
+#[test]
+fn a_cut_ends_what_is_there_and_nothing_that_comes_later() {
+    let proxy = Proxy::silent();
+    let mut there = TcpStream::connect(proxy.addr()).expect("a connection");
+    proxy.wait_accepted(1);
+    let is_cut = AtomicBool::new(false);
+    let others = std::thread::scope(|scope| {
+        let others = scope.spawn(|| {
+            let mut others = Vec::new();
+            while !is_cut.load(Relaxed) {
+                others.push(TcpStream::connect(proxy.addr()).expect("a connection"));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            others
+        });
+        proxy.wait_accepted(2);
+        proxy.cut();
+        is_cut.store(true, Relaxed);
+        others.join().expect("no panic")
+    });
+    let error = there.read(&mut [0]).expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    let _late = TcpStream::connect(proxy.addr()).expect("a connection");
+    proxy.wait_accepted(others.len() + 2);
+    assert!(proxy.open() > 0);
 }
 
 #[test]

@@ -165,6 +165,7 @@ impl Bench {
     }
 
     fn one_message(&self, results: &mut Results) -> Result<()> {
+        let table = &mut results.table;
         let rounds = self.rounds(150);
         let costs = self.costs("one message", &self.near(), rounds)?;
         let memory = self.memory("one message", &self.near())?;
@@ -173,24 +174,18 @@ impl Bench {
             .map(|_| Ok(process::cost(owner::command("cat"))?.cpu))
             .collect::<Result<Vec<_>>>()?;
         let command = median(&command);
-        results
-            .table
-            .beside("one small message: time", Time, &costs, |it| it.wall);
-        results
-            .table
-            .beside("… processor", Time, &costs, |it| it.cpu);
+        table.beside("one small message: time", Time, &costs, |it| it.wall);
+        table.beside("… processor", Time, &costs, |it| it.cpu);
         let less = "… processor, less `cat`'s";
-        results
-            .table
-            .beside(less, Time, &costs, |it| it.cpu - command);
-        let peak = |it: &Resident| it.peak;
-        results.table.beside("… memory", Memory, &memory, peak);
+        table.beside(less, Time, &costs, |it| it.cpu - command);
+        table.beside("… memory", Memory, &memory, |it| it.peak);
         let own = "… memory, less files' pages";
-        results.table.beside(own, Memory, &memory, |it| it.own);
+        table.beside(own, Memory, &memory, |it| it.own);
         Ok(())
     }
 
     fn far_away(&self, results: &mut Results) -> Result<()> {
+        let table = &mut results.table;
         let proxy = Proxy::of(&self.broker);
         proxy.delay(Direction::ToBroker, ONE_WAY);
         proxy.delay(Direction::ToClient, ONE_WAY);
@@ -199,13 +194,12 @@ impl Bench {
             ..self.near()
         };
         let costs = self.costs("one message, 20 ms away", &work, self.rounds(150))?;
-        results
-            .table
-            .beside("one, 20 ms round trip: time", Time, &costs, |it| it.wall);
+        table.beside("one, 20 ms round trip: time", Time, &costs, |it| it.wall);
         Ok(())
     }
 
     fn tls(&self, results: &mut Results) -> Result<()> {
+        let table = &mut results.table;
         let work = Work {
             url: format!("amqps://guest:guest@localhost:{}", self.tls.number()),
             cacert: Some(self.ca.clone()),
@@ -213,33 +207,27 @@ impl Bench {
         };
         let costs = self.costs("one message over TLS", &work, self.rounds(150))?;
         let memory = self.memory("one message over TLS", &work)?;
-        results
-            .table
-            .beside("one over TLS: time", Time, &costs, |it| it.wall);
-        results
-            .table
-            .beside("… processor", Time, &costs, |it| it.cpu);
-        let peak = |it: &Resident| it.peak;
-        results.table.beside("… memory", Memory, &memory, peak);
+        table.beside("one over TLS: time", Time, &costs, |it| it.wall);
+        table.beside("… processor", Time, &costs, |it| it.cpu);
+        table.beside("… memory", Memory, &memory, |it| it.peak);
         Ok(())
     }
 
     fn large(&self, results: &mut Results) -> Result<()> {
+        let table = &mut results.table;
         let work = Work {
             body: (0..12 << 20).map(|index| (index % 251) as u8).collect(),
             ..self.near()
         };
         let costs = self.costs("one of 12 MiB", &work, self.rounds(30))?;
         let memory = self.memory("one of 12 MiB", &work)?;
-        results
-            .table
-            .beside("one of 12 MiB: time", Time, &costs, |it| it.wall);
-        let peak = |it: &Resident| it.peak;
-        results.table.beside("… memory", Memory, &memory, peak);
+        table.beside("one of 12 MiB: time", Time, &costs, |it| it.wall);
+        table.beside("… memory", Memory, &memory, |it| it.peak);
         Ok(())
     }
 
     fn series(&self, results: &mut Results) -> Result<()> {
+        let table = &mut results.table;
         for (what, prefetch) in [
             ("300 in one process (`-c 300`): time", None),
             ("… both one at a time (`-p 1`): time", Some(1)),
@@ -250,16 +238,15 @@ impl Bench {
                 ..self.near()
             };
             let costs = self.costs(what, &work, self.rounds(20))?;
-            results.table.beside(what, Time, &costs, |it| it.wall);
-            results
-                .table
-                .beside("… processor", Time, &costs, |it| it.cpu);
+            table.beside(what, Time, &costs, |it| it.wall);
+            table.beside("… processor", Time, &costs, |it| it.cpu);
         }
         Ok(())
     }
 
     /// Many workers that wait, and then get a message each.
     fn crowd(&self, results: &mut Results) -> Result<()> {
+        let table = &mut results.table;
         let size = if self.quick { 20 } else { 500 };
         let work = self.near();
         let queue = self.broker.queue("bench");
@@ -278,11 +265,9 @@ impl Bench {
             Ok((memory, time))
         })?;
         let what = format!("{size} that wait: memory of all");
-        results
-            .table
-            .beside(&what, Memory, &crowds, |(memory, _)| *memory);
+        table.beside(&what, Memory, &crowds, |(memory, _)| *memory);
         let what = "… until all have done a message";
-        results.table.beside(what, Time, &crowds, |(_, time)| *time);
+        table.beside(what, Time, &crowds, |(_, time)| *time);
         Ok(())
     }
 

@@ -55,10 +55,8 @@ impl Results {
         let table = format!("{}\n{measured}\n", self.table.text());
         let mut text = format!("{}{table}{}", &text[..start], &text[end..]);
         for (name, block) in &self.blocks {
-            let (open, close) = (
-                format!("<!-- bench {name} -->\n"),
-                format!("<!-- end of bench {name} -->"),
-            );
+            let open = format!("<!-- bench {name} -->\n");
+            let close = format!("<!-- end of bench {name} -->");
             let missing = || format!("the page has no block {name}");
             let start = text.find(&open).with_context(missing)? + open.len();
             let end = text.find(&close).with_context(missing)?;

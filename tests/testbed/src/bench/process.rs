@@ -1,7 +1,6 @@
 //! Runs a process and says what it has cost.
 
 use crate::Broker;
-use crate::owner::processes_with;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
@@ -101,9 +100,7 @@ pub(super) fn memory(pids: &[u32]) -> Result<f64> {
 
 /// The processes of a private broker.
 pub(super) fn of_broker(broker: &Broker) -> Result<Vec<u32>> {
-    let folder = broker.folder().context("the broker is not a private one")?;
-    let pid_file = format!("{}/pid", folder.display());
-    let pids = processes_with("RABBITMQ_PID_FILE", &pid_file);
+    let pids = broker.processes();
     ensure!(!pids.is_empty(), "the broker's processes can't be seen");
     Ok(pids.into_iter().map(i32::cast_unsigned).collect())
 }

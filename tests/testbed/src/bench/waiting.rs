@@ -205,7 +205,8 @@ fn back(counted: &Counted, wanted: usize) -> f64 {
 fn peak(counted: &Counted) -> usize {
     let within_a_second = |(end, count): &(f64, usize)| {
         let before = counted.iter().rfind(|(start, _)| *start <= end - 1.0);
-        count - before.map_or(0, |(_, count)| *count)
+        // Fewer than before when a connection was lost again.
+        count.saturating_sub(before.map_or(0, |(_, count)| *count))
     };
     counted
         .iter()
@@ -270,5 +271,6 @@ mod tests {
             [0.5, 1.2, 3.0]
         );
         assert_eq!(peak(&counted), 80);
+        assert_eq!(peak(&vec![(0.1, 5), (1.5, 3)]), 5);
     }
 }

@@ -5,12 +5,12 @@
 
 use super::container::{ContainerNode, FOLDER, docker};
 use super::settings::{ERL_ARGS, in_folder, write_files};
-use super::{DEFAULT_IMAGE, Node, START_LIMIT, Source, WRITE_DOWN, install, probe};
+use super::{Broker, DEFAULT_IMAGE, Source, WRITE_DOWN, install};
 use crate::owner::{self, docker_label, is_root};
-use crate::{Signal, eventually};
 use anyhow::{Context, Result, ensure};
-use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
+use std::net::Ipv4Addr;
+use std::ops::Deref;
+use std::sync::Arc;
 
 /// RFC 2544 keeps 198.18.0.0/15 for tests of networks, so nobody needs an address of it that is somewhere else.
 const SUBNET: [u8; 2] = [198, 18];
@@ -21,10 +21,7 @@ const SUBNET_ATTEMPTS: usize = 20;
 /// The last number of the first node's address; Docker's bridge, where the workers come from, has 1.
 const FIRST_NODE: u8 = 11;
 
-const AMQP: &str = "5672";
-
-/// A node that answers at all answers a greeting within this time.
-const GREETING: Duration = Duration::from_secs(2);
+const AMQP: u16 = 5672;
 
 /// What differs from RabbitMQ's defaults. `pause_minority` is what RabbitMQ recommends for three nodes (with Khepri, from 4.3 on
 /// always, it is without effect). `net_ticktime`, in seconds, is 60 unless set: nodes notice a silent one after 45 to 75 seconds.
@@ -50,8 +47,16 @@ pub(crate) struct Cluster {
 pub(crate) struct ClusterNode {
     /// As RabbitMQ has it: `rabbit@node1`.
     pub(crate) name: String,
-    address: Ipv4Addr,
-    container: ContainerNode,
+    broker: Broker,
+    container: Arc<ContainerNode>,
+}
+
+impl Deref for ClusterNode {
+    type Target = Broker;
+
+    fn deref(&self) -> &Broker {
+        &self.broker
+    }
 }
 
 struct Network {
@@ -125,9 +130,10 @@ impl Cluster {
             environment.push(("RABBITMQ_NODENAME", name.clone()));
             environment.push((ERL_ARGS.0, ERL_ARGS.1.to_owned()));
             let container = ContainerNode::start(&image, &options, &environment, &files)?;
+            let container = Arc::new(container);
             Ok(ClusterNode {
                 name,
-                address,
+                broker: Broker::on(container.clone(), (address, AMQP).into()),
                 container,
             })
         });
@@ -138,38 +144,35 @@ impl Cluster {
         for node in &cluster.nodes {
             node.await_start()?;
         }
-        let joined = || {
-            let question = format!("{}.", cluster.all_see_all());
-            cluster.nodes[0]
-                .eval(&question)
-                .is_ok_and(|answer| answer == "true")
-        };
+        let version = cluster.nodes[0].version();
         ensure!(
-            eventually(START_LIMIT, joined),
-            "{size} nodes hadn't formed a cluster after {START_LIMIT:?}\n{}",
-            cluster.logs()
+            version >= (4, 0, 0),
+            "a cluster whose network can be cut needs RabbitMQ 4.0 or newer, not {version:?}"
         );
+        cluster.nodes[0]
+            .await_cluster(size.into(), &cluster.all_see_all())
+            .with_context(|| cluster.logs())?;
         Ok(cluster)
-    }
-
-    /// RabbitMQ's version.
-    pub(crate) fn version(&self) -> Result<(u32, u32, u32)> {
-        self.nodes[0].greeting()
     }
 
     /// The last lines of every node's log.
     pub(crate) fn logs(&self) -> String {
         let logs = self.nodes.iter();
-        let logs = logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log()));
+        let logs =
+            logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log_tail()));
         logs.collect::<Vec<_>>().join("\n")
     }
 
     /// Has every node write down which quorum queues it has: see [`WRITE_DOWN`].
     pub(crate) fn write_down(&self) -> Result<()> {
-        let write_down = WRITE_DOWN.trim_end_matches('.');
         let all = "rabbit_nodes:list_members()";
-        let everywhere = format!("[erpc:call(N, fun() -> {write_down} end) || N <- {all}].");
-        self.nodes[0].eval(&everywhere).map(drop)
+        let everywhere = format!("[erpc:call(N, fun() -> {WRITE_DOWN} end) || N <- {all}]");
+        self.nodes[0].eval(&everywhere)?;
+        for node in &self.nodes {
+            // So that no node does it once more before it is killed.
+            node.client().take_quorum_declared();
+        }
+        Ok(())
     }
 
     /// An Erlang expression that is true when every node sees all of them.
@@ -188,12 +191,12 @@ impl Cluster {
             "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
              Info = rabbit_quorum_queue:info(Q, [leader, online]), \
              Whole = length(proplists:get_value(online, Info)) == {} andalso {}, \
-             case Whole of true -> proplists:get_value(leader, Info); false -> Info end.",
+             case Whole of true -> proplists:get_value(leader, Info); false -> Info end",
             self.nodes.len(),
             self.all_see_all()
         );
         // All of them, because one that has just come back may not listen yet.
-        if !self.nodes.iter().all(|node| node.greeting().is_ok()) {
+        if !self.nodes.iter().all(|node| node.greets()) {
             return None;
         }
         let answer = self.nodes[0].eval(&question).ok()?;
@@ -213,76 +216,13 @@ impl Cluster {
                  ok = ra:transfer_leadership(Leader, Next), \
                  timer:sleep(1000) \
              end, \
-             lists:foreach(Move, lists:seq(1, {times}))."
+             lists:foreach(Move, lists:seq(1, {times}))"
         );
         self.nodes[0].eval(&moves).map(drop)
     }
 }
 
 impl ClusterNode {
-    /// Its address for `BROKER_URL`.
-    pub(crate) fn url(&self) -> String {
-        format!("amqp://guest:guest@{}:{AMQP}", self.address)
-    }
-
-    fn greeting(&self) -> Result<(u32, u32, u32)> {
-        let port = AMQP.parse()?;
-        probe::probe(SocketAddr::from((self.address, port)), GREETING)
-    }
-
-    /// Whether it greets a client.
-    pub(crate) fn greets(&self) -> bool {
-        self.greeting().is_ok()
-    }
-
-    /// Waits until it greets a client.
-    fn await_start(&self) -> Result<()> {
-        let greets = || self.greets();
-        ensure!(
-            eventually(START_LIMIT, || greets() || !self.container.is_running()) && greets(),
-            "{} ended while starting, or hadn't started after {START_LIMIT:?}; its log ends with\n{}",
-            self.name,
-            self.log()
-        );
-        Ok(())
-    }
-
-    /// Evaluates Erlang on it, and gives the value as text.
-    pub(crate) fn eval(&self, expression: &str) -> Result<String> {
-        Ok(self.container.ctl(&["eval", expression])?.trim().to_owned())
-    }
-
-    /// The last lines of its log.
-    pub(crate) fn log(&self) -> String {
-        self.container.log()
-    }
-
-    /// Kills it with SIGKILL, as a crash would.
-    pub(crate) fn kill(&self) -> Result<()> {
-        self.container.kill()
-    }
-
-    /// Shuts it down in an orderly way.
-    pub(crate) fn stop(&self) -> Result<()> {
-        self.container.stop()
-    }
-
-    /// Starts it again with its data, and waits until it answers.
-    pub(crate) fn start_again(&self) -> Result<()> {
-        self.container.start_again()?;
-        self.await_start()
-    }
-
-    /// Stops its emulator: its connections stay open, and nothing is answered.
-    pub(crate) fn freeze(&self) -> Result<()> {
-        self.container.signal(Signal::SIGSTOP)
-    }
-
-    /// Lets it go on.
-    pub(crate) fn thaw(&self) -> Result<()> {
-        self.container.signal(Signal::SIGCONT)
-    }
-
     /// Puts it into maintenance mode: it closes its connections, takes no new ones, and leads no queue any more.
     pub(crate) fn drain(&self) -> Result<()> {
         self.container
@@ -310,30 +250,25 @@ impl ClusterNode {
 
     /// Drops all packets between it and its clients. Other nodes never use the port.
     pub(crate) fn cut_off_from_clients(&self) -> Result<()> {
-        let tcp = ["--protocol", "tcp"];
-        self.drop_packets("INPUT", &[&tcp[..], &["--dport", AMQP]].concat())?;
-        self.drop_packets("OUTPUT", &[&tcp[..], &["--sport", AMQP]].concat())
+        let port = AMQP.to_string();
+        self.drop_packets("INPUT", &["--protocol", "tcp", "--dport", &port])?;
+        self.drop_packets("OUTPUT", &["--protocol", "tcp", "--sport", &port])
     }
 
     fn drop_packets(&self, chain: &str, which: &[&str]) -> Result<()> {
-        let append = ["iptables", "--wait", "--append", chain];
-        self.container
-            .in_its_network(&[&append[..], which, &["--jump", "DROP"]].concat())
+        self.iptables(&[&["--append", chain], which, &["--jump", "DROP"]].concat())
             .map(drop)
-            .with_context(|| format!("cannot cut {} off", self.name))
+    }
+
+    fn iptables(&self, arguments: &[&str]) -> Result<String> {
+        self.container
+            .in_its_network(&[&["iptables", "--wait"], arguments].concat())
+            .with_context(|| format!("cannot change or see what {} may reach", self.name))
     }
 
     /// Lets all packets pass again, after a cut that must have stopped some.
     pub(crate) fn heal_cut(&self) -> Result<()> {
-        let list = [
-            "iptables",
-            "--wait",
-            "--list",
-            "--numeric",
-            "--exact",
-            "--verbose",
-        ];
-        let rules = self.container.in_its_network(&list)?;
+        let rules = self.iptables(&["--list", "--numeric", "--exact", "--verbose"])?;
         let dropped = rules.lines().filter(|line| line.contains(" DROP "));
         let packets = |line: &str| line.split_whitespace().next()?.parse::<u64>().ok();
         let dropped: u64 = dropped.filter_map(packets).sum();
@@ -343,15 +278,12 @@ impl ClusterNode {
 
     /// Lets all packets pass again.
     pub(crate) fn heal(&self) -> Result<()> {
-        self.container
-            .in_its_network(&["iptables", "--wait", "--flush"])
-            .map(drop)
-            .with_context(|| format!("cannot heal the network of {}", self.name))
+        self.iptables(&["--flush"]).map(drop)
     }
 }
 
 /// As iptables has several.
 fn addresses(nodes: &[&ClusterNode]) -> String {
-    let addresses: Vec<_> = nodes.iter().map(|it| it.address.to_string()).collect();
+    let addresses: Vec<_> = nodes.iter().map(|it| it.addr().ip().to_string()).collect();
     addresses.join(",")
 }

@@ -211,7 +211,7 @@ impl Node for ContainerNode {
 
     fn log(&self) -> String {
         // Both of its streams, so through a shell.
-        let script = "docker logs --tail 60 \"$1\" 2>&1";
+        let script = "docker logs \"$1\" 2>&1";
         let mut command = Command::new("sh");
         command.args(["-c", script, "sh", &self.container.name]);
         exec::run(&mut command, DOCKER_LIMIT).unwrap_or_else(|error| format!("{error:#}"))

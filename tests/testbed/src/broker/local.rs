@@ -7,11 +7,11 @@ use crate::{eventually, exec};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 use std::fs;
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Where Debian keeps the scripts that its wrappers in /usr/sbin run. The wrappers insist on one user and, for `rabbitmqctl`,
@@ -111,10 +111,6 @@ impl LocalNode {
             .current_dir(&self.folder);
         command
     }
-
-    fn child(&self) -> MutexGuard<'_, Option<Child>> {
-        self.child.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Node for LocalNode {
@@ -123,7 +119,7 @@ impl Node for LocalNode {
     }
 
     fn is_running(&self) -> bool {
-        let mut child = self.child();
+        let mut child = self.child.lock();
         child
             .as_mut()
             .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
@@ -152,12 +148,12 @@ impl Node for LocalNode {
             .env("RABBITMQ_SERVER_START_ARGS", "-noinput +B i")
             .stdout(log.try_clone()?)
             .stderr(log);
-        *self.child() = Some(command.spawn().context("cannot run rabbitmq-server")?);
+        *self.child.lock() = Some(command.spawn().context("cannot run rabbitmq-server")?);
         Ok(())
     }
 
     fn stop(&self) -> Result<()> {
-        let Some(mut child) = self.child().take() else {
+        let Some(mut child) = self.child.lock().take() else {
             return Ok(());
         };
         signal(&child, Signal::SIGTERM)?;
@@ -170,7 +166,7 @@ impl Node for LocalNode {
     }
 
     fn kill(&self) -> Result<()> {
-        if let Some(mut child) = self.child().take() {
+        if let Some(mut child) = self.child.lock().take() {
             child.kill().context("cannot kill a private RabbitMQ")?;
             child.wait()?;
         }
@@ -178,7 +174,10 @@ impl Node for LocalNode {
     }
 
     fn signal(&self, wanted: Signal) -> Result<()> {
-        signal(self.child().as_ref().context("it isn't running")?, wanted)
+        signal(
+            self.child.lock().as_ref().context("it isn't running")?,
+            wanted,
+        )
     }
 }
 

@@ -13,18 +13,18 @@ mod options;
 mod probe;
 mod settings;
 
-pub(crate) use cluster::{Cluster, ClusterNode};
+pub(crate) use cluster::Cluster;
 pub use container::{Container, docker, docker_works, image_present};
 pub use options::BrokerOptions;
 
 use crate::client::{Client, Queue, QueueBuilder};
-use crate::{PATIENCE, Signal, eventually};
+use crate::{PATIENCE, Signal, eventually, owner};
 use anyhow::{Context, Result, bail, ensure};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, utf8_percent_encode};
-use settings::Settings;
+use settings::{PORT_MARK, Settings};
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Names the image of the containers to test with, for example `rabbitmq:4.3-management`.
@@ -36,13 +36,16 @@ pub const DEFAULT_IMAGE: &str = "rabbitmq:4-management";
 /// A node needs 5 to 12 seconds on two idle cores; with several at a time and much else to do it was over 90.
 const START_LIMIT: Duration = Duration::from_secs(240);
 
+/// A node that answers at all answers a greeting within this time.
+const GREETING: Duration = Duration::from_secs(2);
+
 /// `rabbitmqctl` needs one to two seconds, more while nodes are starting.
 const CTL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Has a node write down that it has its quorum queues. By itself it does so only when it was left alone for half a second
 /// (a "dets" table's auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after, and 4.3.6 makes it
 /// anew: empty, whatever it had confirmed.
-const WRITE_DOWN: &str = "[ok = dets:sync(Table) || Table <- dets:all()].";
+const WRITE_DOWN: &str = "[ok = dets:sync(Table) || Table <- dets:all()]";
 
 /// A broker to test with. Private ones are removed, data and all, when dropped.
 pub struct Broker {
@@ -53,7 +56,7 @@ pub struct Broker {
     version: OnceLock<(u32, u32, u32)>,
     client: OnceLock<Client>,
     /// None: someone else's broker, named by `BROKER_URL`.
-    node: Option<Box<dyn Node>>,
+    node: Option<Arc<dyn Node>>,
 }
 
 /// A private node: a process of this machine, or in a container.
@@ -151,11 +154,15 @@ impl Broker {
 
     fn launch(source: &Source, settings: Settings) -> Result<Self> {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, settings.port.number()));
-        let node: Box<dyn Node> = match source {
-            Source::Local(local) => Box::new(local::LocalNode::launch(local, settings)?),
-            Source::Image(image) => Box::new(container::ContainerNode::launch(image, settings)?),
+        let node: Arc<dyn Node> = match source {
+            Source::Local(local) => Arc::new(local::LocalNode::launch(local, settings)?),
+            Source::Image(image) => Arc::new(container::ContainerNode::launch(image, settings)?),
         };
-        Ok(Self {
+        Ok(Self::on(node, addr))
+    }
+
+    fn on(node: Arc<dyn Node>, addr: SocketAddr) -> Self {
+        Self {
             user: "guest".into(),
             password: "guest".into(),
             vhost: None,
@@ -163,7 +170,7 @@ impl Broker {
             version: OnceLock::new(),
             client: OnceLock::new(),
             node: Some(node),
-        })
+        }
     }
 
     /// Waits until the node greets a client. Its listeners are the last thing it starts.
@@ -178,19 +185,15 @@ impl Broker {
             std::thread::sleep(Duration::from_millis(50));
         }
         bail!(
-            "a private RabbitMQ on port {} ended while starting, or hadn't started after {START_LIMIT:?}; its log ends with\n{}",
-            self.port(),
+            "a private RabbitMQ at {} ended while starting, or hadn't started after {START_LIMIT:?}; its log ends with\n{}",
+            self.addr,
             self.log_tail()
         )
     }
 
-    fn await_cluster(&self, size: usize) -> Result<()> {
-        // Visible nodes only: the asking tool is a hidden one.
-        let all = format!("length(nodes()) == {}.", size - 1);
-        let joined = || {
-            self.ctl(&["eval", &all])
-                .is_ok_and(|answer| answer.trim() == "true")
-        };
+    /// Waits until this expression in Erlang is true.
+    fn await_cluster(&self, size: usize, formed: &str) -> Result<()> {
+        let joined = || self.eval(formed).is_ok_and(|answer| answer == "true");
         ensure!(
             eventually(START_LIMIT, joined),
             "{size} nodes hadn't formed a cluster after {START_LIMIT:?}; the log ends with\n{}",
@@ -259,6 +262,11 @@ impl Broker {
         Some(self.node.as_ref()?.folder())
     }
 
+    /// The pids of a private node's processes.
+    pub fn processes(&self) -> Vec<i32> {
+        owner::processes_with(PORT_MARK, &self.port().to_string())
+    }
+
     /// Runs `rabbitmqctl` on it: `ctl(&["add_vhost", "other"])`. Gives what it printed.
     pub fn ctl(&self, args: &[&str]) -> Result<String> {
         let node = self.private()?;
@@ -274,6 +282,17 @@ impl Broker {
         }
     }
 
+    /// Evaluates Erlang on it, and gives the value as text.
+    pub(crate) fn eval(&self, expression: &str) -> Result<String> {
+        let value = self.ctl(&["eval", &format!("{expression}.")])?;
+        Ok(value.trim().to_owned())
+    }
+
+    /// Whether it greets a client.
+    pub(crate) fn greets(&self) -> bool {
+        probe::probe(self.addr, GREETING).is_ok()
+    }
+
     /// Shuts it down in an orderly way and waits until it has ended.
     pub fn stop(&self) -> Result<()> {
         self.private()?.stop()
@@ -284,7 +303,7 @@ impl Broker {
     /// A quorum queue that [`Broker::client`] has declared is written down before.
     pub fn kill(&self) -> Result<()> {
         if self.client.get().is_some_and(Client::take_quorum_declared) {
-            self.ctl(&["eval", WRITE_DOWN])?;
+            self.eval(WRITE_DOWN)?;
         }
         self.private()?.kill()
     }
@@ -313,12 +332,17 @@ impl Broker {
         self.start_again()
     }
 
+    /// Its log so far; empty for a broker that somebody else runs.
+    pub fn log(&self) -> String {
+        let log = self.node.as_ref().map(|node| node.log());
+        log.unwrap_or_default()
+    }
+
     /// The last lines of its log, which say why it didn't start.
     pub fn log_tail(&self) -> String {
-        let log = self.node.as_ref().map(|node| node.log());
-        let log = log.unwrap_or_default();
+        let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
     /// The tests' own connection to it.

@@ -74,8 +74,10 @@ impl BrokerOptions {
             broker.await_start()?;
         }
         if size > 1 {
+            // Visible nodes only: the asking tool is a hidden one.
+            let formed = format!("length(nodes()) == {}", size - 1);
             for broker in &brokers {
-                broker.await_cluster(size)?;
+                broker.await_cluster(size, &formed)?;
             }
         }
         Ok(brokers)

@@ -17,6 +17,9 @@ pub(super) const ERL_ARGS: (&str, &str) = (
     "+S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none",
 );
 
+/// The variable that tells a node's processes apart from every other node's, also in its container: the port on which it listens.
+pub(super) const PORT_MARK: &str = "QCONSUME_TESTBED_PORT";
+
 /// What every node of a cluster has in common (a single node is a cluster of one).
 pub(crate) struct Group {
     cookie: String,
@@ -70,6 +73,7 @@ impl Settings {
         let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
         let mut environment = in_folder(home);
         environment.extend([
+            (PORT_MARK, self.port.number().to_string()),
             ("ERL_EPMD_PORT", self.group.epmd_port.number().to_string()),
             ("ERL_EPMD_ADDRESS", "127.0.0.1".into()),
             ("RABBITMQ_NODENAME", self.name.clone()),

@@ -9,10 +9,10 @@ mod relay;
 pub use frames::Method;
 
 use crate::broker::Broker;
-use crate::ports::{Port, reserve_port};
-use crate::runtime;
-use anyhow::{Context, Result, bail};
-use std::io::ErrorKind;
+use crate::ports::{self, Port};
+use crate::{PATIENCE, runtime};
+use anyhow::Result;
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -113,7 +113,8 @@ struct State {
     rules: Vec<Rule>,
     seen: Vec<Seen>,
     accepted: usize,
-    open: usize,
+    /// The connections by their number, behind the [`Control::cut`] at which they were accepted.
+    open: BTreeSet<(u64, usize)>,
     listening: bool,
 }
 
@@ -149,7 +150,10 @@ impl Proxy {
 
     /// In front of any address, listening on another than 127.0.0.1: a network namespace's way to the broker.
     pub fn listen(ip: IpAddr, upstream: Option<SocketAddr>) -> Result<Self> {
-        let (port, listener) = Self::bind(ip)?;
+        // A port of its own rather than 0, because it is needed again after `refuse`.
+        let (port, listener) = ports::listen(ip)?;
+        listener.set_nonblocking(true)?;
+        let listener = runtime::block_on(async { TcpListener::from_std(listener) })?;
         let addr = SocketAddr::new(ip, port.number());
         let shared = Arc::new(Shared {
             state: watch::Sender::new(State {
@@ -170,23 +174,6 @@ impl Proxy {
         })
     }
 
-    /// A port of its own rather than 0, because it is needed again after `refuse`.
-    fn bind(ip: IpAddr) -> Result<(Port, TcpListener)> {
-        for _ in 0..10 {
-            let port = reserve_port()?;
-            let addr = SocketAddr::new(ip, port.number());
-            match runtime::block_on(TcpListener::bind(addr)) {
-                Ok(listener) => return Ok((port, listener)),
-                // Between fork and exec another thread's child has a copy of the socket that tried the port out.
-                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
-                Err(error) => {
-                    return Err(error).context(format!("the proxy can't listen on {addr}"));
-                }
-            }
-        }
-        bail!("ten ports that were free on {ip} can't be listened on")
-    }
-
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
@@ -198,6 +185,7 @@ impl Proxy {
     }
 
     /// Ends every fault: connections are accepted and everything passes at once. What was swallowed stays lost.
+    #[track_caller]
     pub fn pass(&self) {
         self.control(|control| {
             control.swallow = [false; 2];
@@ -206,15 +194,19 @@ impl Proxy {
             control.refuse = false;
             control.release += 1;
         });
-        self.shared
-            .wait(Duration::from_secs(10), |state| state.listening);
+        self.must(|| "it doesn't listen".into(), |state| state.listening);
     }
 
-    /// Resets every connection, both sides.
+    /// Resets every connection, both sides; not those that come meanwhile.
+    #[track_caller]
     pub fn cut(&self) {
-        self.control(|control| control.cut += 1);
-        self.shared
-            .wait(Duration::from_secs(10), |state| state.open == 0);
+        let mut cut = 0;
+        self.control(|control| {
+            control.cut += 1;
+            cut = control.cut;
+        });
+        let cut = |state: &State| state.open.iter().all(|(accepted, _)| *accepted >= cut);
+        self.must(|| "a connection isn't cut".into(), cut);
     }
 
     /// Lets everything in one direction disappear, like a firewall that has forgotten the connection.
@@ -235,10 +227,10 @@ impl Proxy {
     }
 
     /// Stops listening, so that new connections are refused; those there are stay. Ended by [`Proxy::pass`].
+    #[track_caller]
     pub fn refuse(&self) {
         self.control(|control| control.refuse = true);
-        self.shared
-            .wait(Duration::from_secs(10), |state| !state.listening);
+        self.must(|| "it still listens".into(), |state| !state.listening);
     }
 
     /// Lets go what [`Action::Hold`] holds.
@@ -298,41 +290,49 @@ impl Proxy {
 
     /// How many connections are open.
     pub fn open(&self) -> usize {
-        self.shared.state.borrow().open
+        self.shared.state.borrow().open.len()
     }
 
     /// Waits until the method has come along in that direction, and has passed or met its fault.
     #[track_caller]
-    pub fn wait_for(&self, direction: Direction, method: Method, limit: Duration) {
-        self.wait_for_nth(direction, method, 1, limit);
+    pub fn wait_for(&self, direction: Direction, method: Method) {
+        self.wait_for_nth(direction, method, 1);
     }
 
     /// Waits until the method has come along so many times.
     #[track_caller]
-    pub fn wait_for_nth(&self, direction: Direction, method: Method, n: usize, limit: Duration) {
+    pub fn wait_for_nth(&self, direction: Direction, method: Method, n: usize) {
         let settled = |state: &State| count(state, direction, method, |seen| seen.settled);
-        let came = self.shared.wait(limit, |state| settled(state) >= n);
-        assert!(
-            came,
-            "no {method:?} {direction:?} (number {n}) within {limit:?}; the worker has sent {:?}",
-            self.sent()
-        );
+        let otherwise = || {
+            let sent = self.sent();
+            format!("no {method:?} {direction:?} (number {n}); the worker has sent {sent:?}")
+        };
+        self.must(otherwise, |state| settled(state) >= n);
     }
 
     /// Waits until so many connections have been accepted.
     #[track_caller]
-    pub fn wait_accepted(&self, count: usize, limit: Duration) {
-        let reached = self.shared.wait(limit, |state| state.accepted >= count);
-        let accepted = self.accepted();
-        assert!(reached, "{accepted} of {count} connections after {limit:?}");
+    pub fn wait_accepted(&self, count: usize) {
+        let otherwise = || format!("{} of {count} connections", self.accepted());
+        self.must(otherwise, |state| state.accepted >= count);
     }
 
     /// Waits until exactly so many connections are open.
     #[track_caller]
-    pub fn wait_open(&self, count: usize, limit: Duration) {
-        let reached = self.shared.wait(limit, |state| state.open == count);
-        let open = self.open();
-        assert!(reached, "{open} open, not {count}, after {limit:?}");
+    pub fn wait_open(&self, count: usize) {
+        let otherwise = || format!("{} open, not {count}", self.open());
+        self.must(otherwise, |state| state.open.len() == count);
+    }
+
+    /// Waits until this has come true, and panics where it doesn't.
+    #[track_caller]
+    fn must(&self, otherwise: impl FnOnce() -> String, condition: impl Fn(&State) -> bool) {
+        let mut state = self.shared.state.subscribe();
+        let met = runtime::block_on(async {
+            let met = state.wait_for(condition);
+            tokio::time::timeout(PATIENCE, met).await.is_ok()
+        });
+        assert!(met, "after {PATIENCE:?}: {}", otherwise());
     }
 
     fn control(&self, change: impl FnOnce(&mut Control)) {
@@ -364,13 +364,5 @@ impl Shared {
         let mut value = None;
         self.state.send_modify(|state| value = Some(change(state)));
         value.expect("it was changed")
-    }
-
-    fn wait(&self, limit: Duration, condition: impl Fn(&State) -> bool) -> bool {
-        let mut state = self.state.subscribe();
-        runtime::block_on(async {
-            let met = state.wait_for(condition);
-            tokio::time::timeout(limit, met).await.is_ok()
-        })
     }
 }

@@ -46,12 +46,13 @@ pub(super) async fn accept(shared: Arc<Shared>, addr: SocketAddr, listener: TcpL
         tokio::select! {
             accepted = listening.accept() => {
                 if let Ok((client, _)) = accepted {
+                    let cut = shared.control.borrow().cut;
                     let number = shared.change(|state| {
                         state.accepted += 1;
-                        state.open += 1;
+                        state.open.insert((cut, state.accepted));
                         state.accepted
                     });
-                    tokio::spawn(connection(shared.clone(), number, client));
+                    tokio::spawn(connection(shared.clone(), cut, number, client));
                 }
             }
             _ = control.changed() => {}
@@ -95,7 +96,7 @@ enum Item {
     Cut,
 }
 
-async fn connection(shared: Arc<Shared>, number: usize, mut client: TcpStream) {
+async fn connection(shared: Arc<Shared>, cut: u64, number: usize, mut client: TcpStream) {
     let connection = Connection {
         shared: shared.clone(),
         number,
@@ -103,7 +104,6 @@ async fn connection(shared: Arc<Shared>, number: usize, mut client: TcpStream) {
         foreign: AtomicBool::new(false),
     };
     let mut control = shared.control.subscribe();
-    let cut = control.borrow().cut;
     let mut broker = None;
     let end = tokio::select! {
         end = connection.serve(&mut client, &mut broker) => end,
@@ -122,7 +122,8 @@ async fn connection(shared: Arc<Shared>, number: usize, mut client: TcpStream) {
     if reset(Direction::ToClient) {
         let _ = client.set_zero_linger();
     }
-    shared.change(|state| state.open -= 1);
+    drop(client);
+    shared.change(|state| state.open.remove(&(cut, number)));
 }
 
 impl Connection {

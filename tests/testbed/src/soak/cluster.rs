@@ -1,10 +1,9 @@
 //! What happens to a cluster, and to the network between its nodes.
 
 use super::Soak;
-use super::books::Crash;
 use super::command::now;
 use super::standstill::Window;
-use crate::broker::{Cluster, ClusterNode};
+use crate::broker::Cluster;
 use crate::eventually;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
@@ -41,39 +40,29 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    /// Each with how many of them are among a hundred: those that take long are rarer.
-    const ALL: [(Self, usize); 9] = [
-        (Self::Isolated, 14),
-        (Self::OneWay, 14),
-        (Self::Unreachable, 14),
-        (Self::Flapping, 11),
-        (Self::Killed, 13),
-        (Self::Frozen, 14),
-        (Self::Drained, 5),
-        (Self::Rolling, 3),
-        (Self::Moved, 12),
+    /// Each with how many of them are among a hundred (those that take long are rarer), and its name.
+    const ALL: [(Self, usize, &str); 9] = [
+        (Self::Isolated, 14, "node cut off from the others"),
+        (Self::OneWay, 14, "node hears nothing from one other"),
+        (Self::Unreachable, 14, "node cut off from its workers"),
+        (Self::Flapping, 11, "network of a node flapping"),
+        (Self::Killed, 13, "node killed"),
+        (Self::Frozen, 14, "node frozen"),
+        (Self::Drained, 5, "node in maintenance, restarted"),
+        (Self::Rolling, 3, "all nodes restarted in turn"),
+        (Self::Moved, 12, "leader moved, five times"),
     ];
 
     fn name(self) -> &'static str {
-        match self {
-            Self::Isolated => "node cut off from the others",
-            Self::OneWay => "node hears nothing from one other",
-            Self::Unreachable => "node cut off from its workers",
-            Self::Flapping => "network of a node flapping",
-            Self::Killed => "node killed",
-            Self::Frozen => "node frozen",
-            Self::Drained => "node in maintenance, restarted",
-            Self::Rolling => "all nodes restarted in turn",
-            Self::Moved => "leader moved, five times",
-        }
+        let row = Self::ALL.iter().find(|(fault, ..)| *fault == self);
+        row.expect("every fault has a row").2
     }
 
-    /// Whether the queue's leader may lose sight of a node whose connections go on.
+    /// Whether an acknowledgement may be lost between a worker's node and the queue's leader: the leader loses sight of a node
+    /// whose connections go on, or another node becomes the leader while it is on its way. Maintenance and a node that ends
+    /// give the queue another leader, too.
     fn separates(self) -> bool {
-        matches!(
-            self,
-            Self::Isolated | Self::OneWay | Self::Flapping | Self::Frozen
-        )
+        self != Self::Unreachable
     }
 
     /// Every kind gets its turn, then as its share is, in an order that was drawn.
@@ -81,17 +70,13 @@ impl Fault {
         if !only.is_empty() {
             return only.iter().copied().cycle().take(count).collect();
         }
-        let mut faults: Vec<_> = Self::ALL.iter().map(|(fault, _)| *fault).collect();
-        let more = Self::ALL
-            .iter()
-            .flat_map(|(fault, share)| vec![*fault; share - 1]);
+        let mut faults = Self::ALL.map(|(fault, ..)| fault).to_vec();
+        let more = Self::ALL.iter();
+        let more = more.flat_map(|(fault, share, _)| vec![*fault; share - 1]);
         let mut more: Vec<_> = more.collect();
         random.shuffle(&mut more);
-        faults.extend(
-            more.into_iter()
-                .cycle()
-                .take(count.saturating_sub(faults.len())),
-        );
+        let missing = count.saturating_sub(faults.len());
+        faults.extend(more.into_iter().cycle().take(missing));
         random.shuffle(&mut faults);
         faults.truncate(count);
         faults
@@ -99,16 +84,14 @@ impl Fault {
 }
 
 impl Soak<'_> {
-    /// Breaks the cluster as often as was asked for, one fault after the other, and waits after each until it is whole again.
+    /// Breaks the cluster as often as was asked for, and waits after each fault until it is whole again.
     pub(super) fn break_cluster(&self, cluster: &Cluster, mut random: fastrand::Rng) -> Result<()> {
         let mut leader = self.await_whole(cluster)?;
         let count = self.options.faults as usize;
-        for fault in Fault::draw(&self.options.only, count, &mut random) {
-            // Work gets done in between, and whoever was hit notices, which takes two and a half heartbeats.
-            self.pause(Duration::from_millis(random.u64(5500..8000)));
-            if self.out_of_time() {
-                return Ok(());
-            }
+        let faults = Fault::draw(&self.options.only, count, &mut random);
+        // Whoever was hit notices in between, which takes two and a half heartbeats.
+        let between = 5500..8000;
+        self.cause_all(&faults, Fault::name, between, random, |fault, random| {
             let victim = if random.bool() {
                 leader
             } else {
@@ -116,7 +99,7 @@ impl Soak<'_> {
             };
             let begun = Instant::now();
             let from = now();
-            self.break_node(fault, cluster, victim, &mut random)
+            self.break_node(fault, cluster, victim, random)
                 .with_context(|| format!("{}: {}", fault.name(), cluster.nodes[victim].name))?;
             let broken = begun.elapsed();
             let led = leader == victim;
@@ -127,25 +110,14 @@ impl Soak<'_> {
                 until: now(),
                 separates: fault.separates(),
             };
-            let done = self.note(|books| {
-                books.windows.push(window);
-                *books.faults.entry(fault.name()).or_default() += 1;
-                books.broker_faults += 1;
-                (books.confirmed.len(), books.runs.len())
-            });
-            eprintln!(
-                "soak: {} s: {} ({}{}), for {:.1} s, whole after {:.1} s; {} messages published, {} workers ended",
-                self.begun.elapsed().as_secs(),
-                fault.name(),
+            self.note(|books| books.windows.push(window));
+            Ok(format!(
+                " ({}{}), for {:.1} s",
                 cluster.nodes[victim].name,
                 if led { ", the leader" } else { "" },
-                broken.as_secs_f64(),
-                begun.elapsed().as_secs_f64(),
-                done.0,
-                done.1
-            );
-        }
-        Ok(())
+                broken.as_secs_f64()
+            ))
+        })
     }
 
     fn break_node(
@@ -165,13 +137,13 @@ impl Soak<'_> {
         let length = Duration::from_millis(random.u64(longest / 5..=longest));
         match fault {
             Fault::Isolated => {
-                self.crash(fault, || node.cut_off_from(&others))?;
+                self.crash(fault.name(), || node.cut_off_from(&others))?;
                 self.pause(length);
                 node.heal_cut()
             }
             Fault::OneWay => {
                 let other = others[random.usize(0..others.len())];
-                self.crash(fault, || node.hear_nothing_from(&[other]))?;
+                self.crash(fault.name(), || node.hear_nothing_from(&[other]))?;
                 self.pause(length);
                 node.heal_cut()
             }
@@ -183,7 +155,7 @@ impl Soak<'_> {
             Fault::Flapping => {
                 let end = Instant::now() + length;
                 while Instant::now() < end && !self.out_of_time() {
-                    self.crash(fault, || node.cut_off_from(&others))?;
+                    self.crash(fault.name(), || node.cut_off_from(&others))?;
                     self.pause(Duration::from_millis(random.u64(0..FLAP_MS)));
                     node.heal()?;
                     self.pause(Duration::from_millis(random.u64(0..FLAP_MS)));
@@ -191,43 +163,30 @@ impl Soak<'_> {
                 Ok(())
             }
             Fault::Killed => {
-                self.crash(fault, || node.kill())?;
+                self.crash(fault.name(), || node.kill())?;
                 self.pause(length / 3);
                 node.start_again()
             }
             Fault::Frozen => {
-                self.crash(fault, || node.freeze())?;
+                self.crash(fault.name(), || node.freeze())?;
                 self.pause(length);
                 ensure!(!node.greets(), "it isn't frozen");
                 node.thaw()
             }
             Fault::Drained => {
                 node.drain()?;
-                restart(node)?;
+                node.restart()?;
                 node.revive()
             }
             Fault::Rolling => {
                 for node in &cluster.nodes {
-                    restart(node)?;
+                    node.restart()?;
                     self.await_whole(cluster)?;
                 }
                 Ok(())
             }
             Fault::Moved => cluster.move_leader(&self.queue, MOVES),
         }
-    }
-
-    /// Does what may undo an exit 0 right before it, and notes when.
-    fn crash(&self, fault: Fault, what: impl FnOnce() -> Result<()>) -> Result<()> {
-        let before = now();
-        what()?;
-        let crash = Crash {
-            name: fault.name(),
-            before,
-            after: now(),
-        };
-        self.note(|books| books.crashes.push(crash));
-        Ok(())
     }
 
     /// The index of the leader's node, once the cluster is whole.
@@ -244,9 +203,4 @@ impl Soak<'_> {
             )
         })
     }
-}
-
-fn restart(node: &ClusterNode) -> Result<()> {
-    node.stop()?;
-    node.start_again()
 }

@@ -1,10 +1,11 @@
-//! What happens to a single node, and to the network between it and the workers.
+//! One fault after the other; and those of a single node, and of the network between it and the workers.
 
 use super::Soak;
 use super::books::Crash;
 use super::command::now;
 use crate::{Broker, Direction, Proxy};
 use anyhow::Result;
+use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -29,36 +30,70 @@ impl Fault {
 }
 
 impl Soak<'_> {
-    /// Breaks the broker as often as was asked for, one fault after the other.
-    pub(super) fn break_broker(&self, broker: &Broker, mut random: fastrand::Rng) -> Result<()> {
-        use Fault::{Freeze, Kill, Restart, Stop};
-        // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
-        let mut faults = Vec::new();
-        while faults.len() < self.options.faults as usize {
-            faults.extend([Freeze, Kill, Freeze, Freeze, Stop]);
-            faults.extend([Kill, Freeze, Restart, Freeze, Freeze]);
-        }
-        faults.truncate(self.options.faults as usize);
-        random.shuffle(&mut faults);
+    /// Breaks the broker or the cluster in these ways, one after the other; work gets done in the milliseconds between.
+    /// `cause` returns when all is well again, and says more about the fault.
+    pub(super) fn cause_all<F: Copy>(
+        &self,
+        faults: &[F],
+        name: fn(F) -> &'static str,
+        between: Range<u64>,
+        mut random: fastrand::Rng,
+        mut cause: impl FnMut(F, &mut fastrand::Rng) -> Result<String>,
+    ) -> Result<()> {
         for fault in faults {
-            // Work gets done in between.
-            self.pause(Duration::from_millis(random.u64(500..3000)));
+            self.pause(Duration::from_millis(random.u64(between.clone())));
             if self.out_of_time() {
                 return Ok(());
             }
-            let length = Duration::from_millis(random.u64(200..7000));
             let begun = Instant::now();
+            let more = cause(*fault, &mut random)?;
+            let (published, ended) = self.note(|books| {
+                *books.faults.entry(name(*fault)).or_default() += 1;
+                books.broker_faults += 1;
+                (books.confirmed.len(), books.runs.len())
+            });
+            eprintln!(
+                "soak: {} s: {}{more}, whole after {:.1} s; {published} messages published, {ended} workers ended",
+                self.begun.elapsed().as_secs(),
+                name(*fault),
+                begun.elapsed().as_secs_f64(),
+            );
+        }
+        Ok(())
+    }
+
+    /// Does what may undo an exit 0 right before it, and notes when.
+    pub(super) fn crash(
+        &self,
+        name: &'static str,
+        what: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let before = now();
+        what()?;
+        let crash = Crash {
+            name,
+            before,
+            after: now(),
+        };
+        self.note(|books| books.crashes.push(crash));
+        Ok(())
+    }
+
+    /// Breaks the broker as often as was asked for.
+    pub(super) fn break_broker(&self, broker: &Broker, mut random: fastrand::Rng) -> Result<()> {
+        use Fault::{Freeze, Kill, Restart, Stop};
+        // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
+        let kinds = [
+            Freeze, Kill, Freeze, Freeze, Stop, Kill, Freeze, Restart, Freeze, Freeze,
+        ];
+        let faults = kinds.into_iter().cycle();
+        let mut faults: Vec<_> = faults.take(self.options.faults as usize).collect();
+        random.shuffle(&mut faults);
+        self.cause_all(&faults, Fault::name, 500..3000, random, |fault, random| {
+            let length = Duration::from_millis(random.u64(200..7000));
             match fault {
                 Kill => {
-                    let before = now();
-                    broker.kill()?;
-                    let after = now();
-                    let crash = Crash {
-                        name: fault.name(),
-                        before,
-                        after,
-                    };
-                    self.note(|books| books.crashes.push(crash));
+                    self.crash(fault.name(), || broker.kill())?;
                     self.start(broker)?;
                 }
                 Stop => {
@@ -76,20 +111,8 @@ impl Soak<'_> {
                     broker.thaw()?;
                 }
             }
-            let done = self.note(|books| {
-                *books.faults.entry(fault.name()).or_default() += 1;
-                books.broker_faults += 1;
-                (books.confirmed.len(), books.runs.len())
-            });
-            eprintln!(
-                "soak: {}, for {:.1} s; {} messages published, {} workers ended",
-                fault.name(),
-                begun.elapsed().as_secs_f64(),
-                done.0,
-                done.1
-            );
-        }
-        Ok(())
+            Ok(String::new())
+        })
     }
 
     /// A node that was killed sometimes hangs when it starts again, and another start helps (seen with 3.10.8).

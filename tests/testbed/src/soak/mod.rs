@@ -23,9 +23,10 @@ use crate::{Broker, Client, Proxy, Queue, QueueKind, beside_this_program, eventu
 use anyhow::{Error, Result, bail, ensure};
 use books::Books;
 use clap::value_parser;
+use parking_lot::Mutex;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long the connections of the last workers may take to go, when those have been killed.
@@ -120,20 +121,10 @@ impl Site {
         Ok(Self::Cluster(Cluster::start(size)?))
     }
 
-    fn version(&self) -> Result<(u32, u32, u32)> {
+    fn nodes(&self) -> Vec<&Broker> {
         match self {
-            Self::Node { broker, .. } => Ok(broker.version()),
-            Self::Cluster(cluster) => cluster.version(),
-        }
-    }
-
-    fn clients(&self) -> Vec<Client> {
-        match self {
-            Self::Node { broker, .. } => vec![broker.client().clone()],
-            Self::Cluster(cluster) => {
-                let nodes = cluster.nodes.iter();
-                nodes.map(|node| Client::new(&node.url())).collect()
-            }
+            Self::Node { broker, .. } => vec![broker],
+            Self::Cluster(cluster) => cluster.nodes.iter().map(|node| &**node).collect(),
         }
     }
 
@@ -142,8 +133,8 @@ impl Site {
         match self {
             Self::Node { proxy, .. } if random.bool() => proxy.url(),
             Self::Node { broker, .. } => broker.url(),
-            Self::Cluster(cluster) => {
-                let mut urls: Vec<_> = cluster.nodes.iter().map(|node| node.url()).collect();
+            Self::Cluster(_) => {
+                let mut urls: Vec<_> = self.nodes().into_iter().map(Broker::url).collect();
                 random.shuffle(&mut urls);
                 urls.join(",")
             }
@@ -171,7 +162,7 @@ struct Soak<'a> {
 
 impl Soak<'_> {
     fn note<T>(&self, change: impl FnOnce(&mut Books) -> T) -> T {
-        change(&mut self.books.lock().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.books.lock())
     }
 
     fn out_of_time(&self) -> bool {
@@ -199,24 +190,28 @@ impl Soak<'_> {
                 Site::Node { broker, .. } => self.break_broker(broker, one),
                 Site::Cluster(cluster) => self.break_cluster(cluster, one),
             });
-            let assassin = scope.spawn(|| self.assassin(two));
-            let publisher = scope.spawn(|| self.publish(three, &faults_over));
-            let network = scope.spawn(|| match &self.site {
-                Site::Node { proxy, .. } => self.break_network(proxy, four),
-                Site::Cluster(_) => {}
+            let assassin = scope.spawn(|| {
+                self.assassin(two);
+                Ok(())
+            });
+            let publisher = scope.spawn(|| {
+                self.publish(three, &faults_over);
+                Ok(())
+            });
+            let network = scope.spawn(|| {
+                if let Site::Node { proxy, .. } = &self.site {
+                    self.break_network(proxy, four);
+                }
+                Ok(())
             });
             // Whatever happens, the others must come to their end.
-            let broken = broker.join();
-            let _ = assassin.join();
+            let mut ends = vec![end(broker), end(assassin)];
             faults_over.store(true, Relaxed);
-            let _ = publisher.join();
+            ends.push(end(publisher));
             self.ending.store(true, Relaxed);
-            let _ = network.join();
-            let ended: Vec<_> = slots.into_iter().map(|slot| slot.join()).collect();
-            for result in std::iter::once(broken).chain(ended) {
-                result.map_err(|_| anyhow::anyhow!("a thread of the soak has panicked"))??;
-            }
-            Ok(())
+            ends.push(end(network));
+            ends.extend(slots.into_iter().map(end));
+            ends.into_iter().collect()
         })
     }
 
@@ -238,12 +233,19 @@ impl Soak<'_> {
     }
 }
 
+/// Waits for the end of one of the soak's threads, which must neither fail nor panic.
+fn end(thread: ScopedJoinHandle<'_, Result<()>>) -> Result<()> {
+    let panicked = |_| bail!("a thread of the soak has panicked");
+    thread.join().unwrap_or_else(panicked)
+}
+
 /// Runs it; what it finds is in the report.
 pub fn run(options: &Options) -> Result<Report> {
     let started = Instant::now();
     let site = Site::start(options)?;
-    let (major, minor, patch) = site.version()?;
-    let clients = site.clients();
+    let (major, minor, patch) = site.nodes()[0].version();
+    let clients = site.nodes().into_iter();
+    let clients: Vec<_> = clients.map(|node| node.client().clone()).collect();
     let client = clients[0].clone();
     let dead = client.declare("soak-dead").kind(options.queue).create();
     let mut queue = client
@@ -282,10 +284,7 @@ pub fn run(options: &Options) -> Result<Report> {
     soak.all().unwrap_or_else(&mut fail);
     let mut left_in = |queue| soak.left_in(queue).map_err(&mut fail).unwrap_or_default();
     let (left, dead) = (left_in(&queue), left_in(&dead));
-    let mut books = soak
-        .books
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut books = soak.books.into_inner();
     books.read(&std::fs::read_to_string(&soak.book)?)?;
     books.crash_window = match options.queue {
         QueueKind::Quorum => books::CRASH_WINDOW,
@@ -312,4 +311,18 @@ pub fn run(options: &Options) -> Result<Report> {
         report.failures.push(text);
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_or_fails_is_told() {
+        std::thread::scope(|scope| {
+            assert!(end(scope.spawn(|| Ok(()))).is_ok());
+            assert!(end(scope.spawn(|| bail!("it fails"))).is_err());
+            assert!(end(scope.spawn(|| panic!("it panics"))).is_err());
+        });
+    }
 }

@@ -15,7 +15,7 @@ pub(super) struct Window {
     pub(super) from: u64,
     /// When the cluster was whole again.
     pub(super) until: u64,
-    /// Whether the queue's leader may lose sight of a node whose connections go on.
+    /// Whether an acknowledgement may be lost between a worker's node and the queue's leader.
     pub(super) separates: bool,
 }
 

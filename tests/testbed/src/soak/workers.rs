@@ -6,8 +6,8 @@ use super::command::{BOOK, How, Plan, RUN, now};
 use crate::{Program, Running, Signal, eventually};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A worker that lives longer hangs: the longest that it may take is its `--connect-timeout` of 60 s, some seconds of waiting and
@@ -110,9 +110,9 @@ impl Soak<'_> {
             said: String::new(),
         };
         let worker = Arc::new(worker.spawn());
-        self.register().insert(number, worker.clone());
+        self.register.lock().insert(number, worker.clone());
         self.follow(&worker, &mut run, wait);
-        self.register().remove(&number);
+        self.register.lock().remove(&number);
         Ok(run)
     }
 
@@ -166,7 +166,7 @@ impl Soak<'_> {
     pub(super) fn assassin(&self, mut random: fastrand::Rng) {
         while self.killed.load(Relaxed) < self.options.kills && !self.out_of_time() {
             self.pause(self.options.kill_pause());
-            let live: Vec<_> = self.register().values().cloned().collect();
+            let live: Vec<_> = self.register.lock().values().cloned().collect();
             let signal = match random.u32(0..10) {
                 0..7 => Signal::SIGKILL,
                 7..9 => Signal::SIGTERM,
@@ -176,10 +176,6 @@ impl Soak<'_> {
                 victim.signal(signal);
             }
         }
-    }
-
-    fn register(&self) -> MutexGuard<'_, Register> {
-        self.register.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -32,7 +32,7 @@ impl Display for Report {
                 &self.excused.len(),
             ),
             (
-                "exits 0 undone as nodes had lost each other",
+                "exits 0 undone between a node and the leader",
                 &self.parted.len(),
             ),
             ("lost", &failed("LOST")),

@@ -14,6 +14,11 @@ fn run(number: u64, end: End, at: u64, acknowledged: &[(u64, u64)]) -> Run {
     }
 }
 
+/// One that exits with 0 after message 1.
+fn success(number: u64, at: u64) -> Run {
+    run(number, End::Exited(0), at, &[(1, at)])
+}
+
 fn books(confirmed: &[u64], runs: Vec<Run>, text: &str) -> Books {
     let mut books = Books {
         published: confirmed.len() as u64,
@@ -38,10 +43,7 @@ fn crash(before: u64, after: u64) -> Crash {
 fn one_success_a_message_balances() {
     let books = books(
         &[1],
-        vec![
-            run(1, End::Exited(3), 20, &[]),
-            run(2, End::Exited(0), 40, &[(1, 40)]),
-        ],
+        vec![run(1, End::Exited(3), 20, &[]), success(2, 40)],
         "10 1 1 start 1\n30 2 1 start 2\n35 2 1 done 2\n",
     );
     let report = Report::of(&books);
@@ -54,10 +56,7 @@ fn a_message_is_not_acknowledged_twice() {
     let both = |crashes| {
         let mut books = books(
             &[1],
-            vec![
-                run(1, End::Exited(0), 16, &[(1, 16)]),
-                run(2, End::Exited(0), 21, &[(1, 21)]),
-            ],
+            vec![success(1, 16), success(2, 21)],
             "10 1 1 start\n12 2 1 start\n15 1 1 done\n20 2 1 done\n",
         );
         books.crashes = crashes;
@@ -100,10 +99,7 @@ fn a_leader_that_loses_sight_of_a_node_is_counted_and_bounded() {
 fn a_crash_long_before_an_exit_0_excuses_nothing() {
     let mut books = books(
         &[1],
-        vec![
-            run(1, End::Exited(0), 30 * SECOND, &[(1, 30 * SECOND)]),
-            run(2, End::Exited(0), 41 * SECOND, &[(1, 41 * SECOND)]),
-        ],
+        vec![success(1, 30 * SECOND), success(2, 41 * SECOND)],
         &format!(
             "1 1 1 start\n2 1 1 done\n{} 2 1 start\n{} 2 1 done\n",
             31 * SECOND,
@@ -137,10 +133,7 @@ fn a_message_that_nobody_has_done_is_lost() {
 fn an_exit_0_whose_message_came_back_is_false_unless_the_broker_crashed() {
     let mut twice = books(
         &[1],
-        vec![
-            run(1, End::Exited(0), 20, &[(1, 20)]),
-            run(2, End::Exited(0), 40, &[(1, 40)]),
-        ],
+        vec![success(1, 20), success(2, 40)],
         "10 1 1 start 1\n15 1 1 done 1\n30 2 1 start 2\n35 2 1 done 2\n",
     );
     assert!(Report::of(&twice).failures[0].starts_with("FALSE"));
@@ -155,10 +148,7 @@ fn an_exit_0_whose_message_came_back_is_false_unless_the_broker_crashed() {
 fn a_delivery_on_a_dead_connection_is_no_return() {
     let books = books(
         &[1],
-        vec![
-            run(1, End::Exited(0), 20, &[(1, 20)]),
-            run(2, End::Exited(75), 40, &[]),
-        ],
+        vec![success(1, 20), run(2, End::Exited(75), 40, &[])],
         "10 1 1 start 2\n15 1 1 done 2\n30 2 1 start 1\n",
     );
     let report = Report::of(&books);
@@ -167,13 +157,18 @@ fn a_delivery_on_a_dead_connection_is_no_return() {
 }
 
 #[test]
+fn more_messages_than_were_published_are_a_failure() {
+    let mut books = books(&[1], vec![], "");
+    books.left = 2;
+    let failures = Report::of(&books).failures;
+    assert_eq!(failures[0], "2 messages are still there, of 1");
+}
+
+#[test]
 fn an_exit_0_without_a_successful_command_is_false() {
     let books = books(
         &[1],
-        vec![
-            run(1, End::Exited(0), 20, &[]),
-            run(2, End::Exited(0), 40, &[(1, 40)]),
-        ],
+        vec![run(1, End::Exited(0), 20, &[]), success(2, 40)],
         "10 1 1 start 1\n30 2 1 start 2\n35 2 1 done 2\n",
     );
     assert_eq!(Report::of(&books).failures.len(), 1);
