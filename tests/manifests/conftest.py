@@ -8,7 +8,7 @@ import subprocess
 import tomllib
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pika
@@ -58,7 +58,8 @@ def image(docker):
     if ready := os.environ.get("QCONSUME_TEST_IMAGE"):
         return ready
     need(RUST)
-    subprocess.run(["make", "--directory", ROOT, "image", f"IMAGE={engine.RUN}", f"REVISION={REVISION}"], check=True, timeout=1800)
+    subprocess.run(["make", "--directory", ROOT, "image", f"IMAGE={engine.RUN}", f"REVISION={REVISION}"], check=True,
+                   timeout=7200)
     return f"{engine.RUN}:{VERSION}"
 
 
@@ -110,10 +111,11 @@ class Broker:
     @contextmanager
     def channel(self):
         credentials = pika.PlainCredentials(self.user, self.password)
-        with pika.BlockingConnection(pika.ConnectionParameters(self.address, credentials=credentials)) as connection:
+        parameters = pika.ConnectionParameters(self.address, credentials=credentials, socket_timeout=60, stack_timeout=120)
+        with pika.BlockingConnection(parameters) as connection:
             yield connection.channel()
 
-    def wait(self, timeout=180):
+    def wait(self, timeout=600):
         def answers():
             assert kube.running(self.name), engine.logs(self.name)
             try:
@@ -131,7 +133,7 @@ class Broker:
         request = urllib.request.Request(f"http://{self.address}:15672/api/{path}", method=method)
         login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read() or "null")
 
     def queues(self):
@@ -139,6 +141,12 @@ class Broker:
         names = [queue["name"] for queue in self.http("GET", "queues", "/")]
         with self.channel() as channel:
             return {name: channel.queue_declare(name, passive=True).method.message_count for name in names}
+
+    def comes_to(self, queues):
+        """Waits for these numbers: messages come back, or are dead-lettered, some time after their worker has ended."""
+        with suppress(AssertionError):
+            engine.until("the queues' numbers", lambda: self.queues() == queues)
+        assert self.queues() == queues
 
     def policies(self):
         return {policy["name"]: policy["definition"] for policy in self.http("GET", "policies", "/")}

@@ -25,7 +25,7 @@ RUN = f"qct-{_NAMESPACE}-{os.getpid()}-{_started(os.getpid())}"
 _NAME = re.compile(r"qct-(\d+)-(\d+)-(\d+)")
 
 
-def docker(*args, check=True, input=None, timeout=120, stderr=subprocess.PIPE):
+def docker(*args, check=True, input=None, timeout=600, stderr=subprocess.PIPE):
     """Runs the client; gives back what it printed, stripped."""
     done = subprocess.run(["docker", *map(str, args)], input=input, stdout=subprocess.PIPE, stderr=stderr, text=True,
                           timeout=timeout)
@@ -36,7 +36,7 @@ def docker(*args, check=True, input=None, timeout=120, stderr=subprocess.PIPE):
 
 def available():
     try:
-        docker("info", timeout=20)
+        docker("info", timeout=120)
         return True
     except (OSError, RuntimeError, subprocess.TimeoutExpired):
         return False
@@ -46,14 +46,14 @@ def has_image(name):
     """Whether the image is here, or can be had."""
     for attempt in (("image", "inspect", name), ("pull", "--quiet", name)):
         try:
-            docker(*attempt, timeout=300)
+            docker(*attempt)
             return True
         except (RuntimeError, subprocess.TimeoutExpired):
             pass
     return False
 
 
-def build(tag, context, dockerfile, *, text=None, args=(), timeout=1800):
+def build(tag, context, dockerfile, *, text=None, args=(), timeout=7200):
     """Builds an image of this run. `text` stands in for the Dockerfile's own."""
     command = ["build", "--quiet", "--tag", tag, "--file", "-" if text else dockerfile]
     for arg in args:
@@ -70,18 +70,18 @@ def address(name, network, key="IPAddress"):
     return inspect(name)["NetworkSettings"]["Networks"][network][key]
 
 
-def wait(name, timeout=60):
+def wait(name, timeout=600):
     """The exit status of a container, once it has one."""
     return int(docker("wait", name, timeout=timeout))
 
 
 def logs(name):
     """Standard output and standard error, in the order of their lines' times."""
-    done = subprocess.run(["docker", "logs", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+    done = subprocess.run(["docker", "logs", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     return done.stdout
 
 
-def until(what, condition, timeout=60, every=0.2):
+def until(what, condition, timeout=600, every=0.2):
     """Waits for a condition, and says which one it was in vain."""
     deadline = time.monotonic() + timeout
     while True:

@@ -107,10 +107,6 @@ class Outcome:
     pods: list[Pod]
     most_at_a_time: int
     failed_indexes: list[int] = field(default_factory=list)
-    # How long the Job took, on the controller's clock.
-    seconds: float = 0
-    # Before the last one come those that say what it will be, while pods are still stopped: from Kubernetes 1.31 on.
-    conditions: list[str] = field(default_factory=list)
 
     @property
     def failed(self):
@@ -221,7 +217,7 @@ class Cluster:
         lowest = sorted(set(range(completions)) - ended)[:wanted]
         return [index for index in lowest if index not in running]
 
-    def run_job(self, manifest, *, environment=None, args=None, timeout=300, on_tick=None):
+    def run_job(self, manifest, *, environment=None, args=None, timeout=1800, on_tick=None):
         """Runs a Job to its end, as the Job controller does it, and stops what is left of it."""
         spec = manifest["spec"]
         parallelism = spec.get("parallelism", 1)
@@ -238,12 +234,10 @@ class Cluster:
             return back_offs.setdefault(pod.index if per_index else None, BackOff())
 
         def finish(condition, reason=""):
-            seconds = clock.now()
             for pod in active:
                 pod.stop()
                 pod.status = engine.wait(pod.name)
-            first = {"Failed": ["FailureTarget"], "Complete": ["SuccessCriteriaMet"]}.get(condition, [])
-            return Outcome(condition, reason, pods, most, failed_indexes, seconds, [*first, condition])
+            return Outcome(condition, reason, pods, most, failed_indexes)
 
         while True:
             # Who has ended?

@@ -26,9 +26,10 @@ def compose(docker):
     need(RABBITMQ, PYTHON, RUST)
     name = f"{engine.RUN}-compose"
     environment = os.environ | {"QCONSUME_IMAGE": name, "COMPOSE_PROJECT_NAME": name, "REVISION": REVISION, "DOCKER_BUILDKIT":
-                                os.environ.get("DOCKER_BUILDKIT", "0" if client == ["docker-compose"] else "1")}
+                                os.environ.get("DOCKER_BUILDKIT", "0" if client == ["docker-compose"] else "1"),
+                                "COMPOSE_HTTP_TIMEOUT": "600"}
 
-    def run(*args, timeout=900):
+    def run(*args, timeout=7200):
         return subprocess.run([*client, "--file", FILE, *args], env=environment, text=True, timeout=timeout,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -115,11 +115,11 @@ KINDS = ["a name of Docker's DNS", "a name in /etc/hosts", "an IPv6 address in /
 def test_it_finds_its_broker_by(kind, image, network, somewhere):
     host, options = where(kind, somewhere)
     run = ["run", "--rm", "--network", network.network, "--dns", network.dns_address, *options, *HARDENED,
-           "--env", f"BROKER_URL=amqp://{host}", "--env", "QUEUE=found", "--env", "QCONSUME_CONNECT_TIMEOUT=10s", image]
+           "--env", f"BROKER_URL=amqp://{host}", "--env", "QUEUE=found", "--env", "QCONSUME_CONNECT_TIMEOUT=60s", image]
     engine.docker(*run, "/qpublish", "--declare", "-q", "found", "hello")
     engine.docker(*run, "/qpublish", "--declare", "-q", "handed-on")
     # There is no other program in the image: the message is handed on to a second queue.
-    engine.docker(*run, "/qconsume", "--wait=5s", "--", "/qpublish", "-q", "handed-on")
+    engine.docker(*run, "/qconsume", "--wait=60s", "--", "/qpublish", "-q", "handed-on")
     assert somewhere.queues() == {"found": 0, "handed-on": 1}
     somewhere.clear()
 
@@ -130,6 +130,6 @@ def test_it_works_in_debians_image(debian_image, network, somewhere):
     run = ["run", "--rm", "--network", network.network, "--dns", network.dns_address,
            "--dns-search", "somewhere.svc.example", "--dns-opt", "ndots:5", "--env", "BROKER_URL=amqp://broker", debian_image]
     engine.docker(*run, "qpublish", "--declare", "-q", "debian", "hello")
-    assert engine.docker(*run, "qconsume", "-q", "debian", "--wait=5s", "--", "cat") == "hello"
+    assert engine.docker(*run, "qconsume", "-q", "debian", "--wait=60s", "--", "cat") == "hello"
     script = 'qpublish -q debian again && qconsume -q debian -- sh -c "exit 3"; echo $?; qconsume -q debian --drain -- cat'
     assert engine.docker(*run, "sh", "-c", script).splitlines()[-2:] == ["3", "again"]

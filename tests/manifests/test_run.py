@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 
 import pytest
 
@@ -23,6 +22,12 @@ def empty(broker, queue="job1"):
     return broker.queues()[queue] == 0
 
 
+def endless(when):
+    """The arguments of a worker that, when this is so, ends only when it is told to: by then its pod can't have succeeded."""
+    return ["sh", "-c", f'task=$(cat); if [ {when} ]; then export WORK_SECONDS=1000000; fi; '
+                        'printf %s "$task" | /usr/bin/worker.py']
+
+
 def kill_at(task, times=100):
     """Kills the pods that start on this task, as for too much memory: with all in it, and nobody can say goodbye."""
     killed = []
@@ -31,7 +36,7 @@ def kill_at(task, times=100):
         for pod in active:
             if len(killed) < times and pod not in killed and f"Processing {task}\n" in pod.logs:
                 killed.append(pod)
-                engine.docker("kill", pod.name, check=False)
+                engine.docker("kill", pod.name)
 
     return look
 
@@ -69,8 +74,9 @@ def test_a_job_is_not_complete_while_a_task_keeps_failing(cluster, broker, fill)
     outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2, backoffLimit=3), environment={
         "QCONSUME_MAX_ATTEMPTS": "100"}, args=["sh", "-c", '[ "$(cat)" = banana ]'])
     assert (outcome.condition, outcome.reason) == ("Failed", "BackoffLimitExceeded")
-    assert sorted(outcome.statuses) == [0, 1, 1, 1, 1] or outcome.statuses.count(1) == 4
-    assert broker.queues()["job1"] >= 1
+    assert outcome.statuses.count(1) == 4
+    # A banana may be left, too: what came back is delivered first.
+    broker.comes_to({"job1": 2 - outcome.statuses.count(0)})
 
 
 def test_fewer_completions_leave_messages_in_the_queue(cluster, broker, fill):
@@ -83,7 +89,7 @@ def test_fewer_completions_leave_messages_in_the_queue(cluster, broker, fill):
 
 def test_more_completions_fail_after_the_wait(cluster, broker, fill):
     fill()
-    outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=10), environment={"QCONSUME_WAIT": "10s"})
+    outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=10), environment={"QCONSUME_WAIT": "20s"})
     assert (outcome.condition, outcome.reason) == ("Failed", "PodFailurePolicy")
     assert 66 in outcome.statuses
     assert sorted(processed(outcome)) == FRUITS
@@ -91,32 +97,33 @@ def test_more_completions_fail_after_the_wait(cluster, broker, fill):
 
 
 ALWAYS_FAILS = ["sh", "-c", 'task=$(cat); [ "$task" = cherry ] && exit 9; printf %s "$task" | WORK_SECONDS=0 /usr/bin/worker.py']
+# A drainer waits to the end of it; and no less than another's task takes on a busy machine.
+WAITS = [("job", "5m"), ("job-drain", "20s")]
 
 
-@pytest.mark.parametrize("file", ["job", "job-drain"])
-def test_a_job_is_never_complete_with_a_task_undone(cluster, broker, fill, file):
+@pytest.mark.parametrize("file, wait", WAITS)
+def test_a_job_is_never_complete_with_a_task_undone(cluster, broker, fill, file, wait):
     """The queue as set-up.sh makes it, and a task that always fails."""
     broker.set_up()
     fill()
-    outcome = cluster.run_job(manifest(f"work-queue/{file}.yaml"), args=ALWAYS_FAILS, environment={"QCONSUME_WAIT": "5s"})
+    outcome = cluster.run_job(manifest(f"work-queue/{file}.yaml"), args=ALWAYS_FAILS, environment={"QCONSUME_WAIT": wait})
     assert (outcome.condition, outcome.reason) == ("Failed", "PodFailurePolicy")
-    assert outcome.conditions == ["FailureTarget", "Failed"]
     assert 65 in outcome.statuses
-    assert broker.queues()["job1.dead"] == 1
+    engine.until("the dead letter is there", lambda: broker.queues()["job1.dead"] == 1)
     if file == "job-drain":
         assert sorted(processed(outcome)) == sorted(set(FRUITS) - {"cherry"})
         assert empty(broker)
 
 
-@pytest.mark.parametrize("file", ["job", "job-drain"])
-def test_dead_letters_may_be_wanted(cluster, broker, fill, file):
+@pytest.mark.parametrize("file, wait", WAITS)
+def test_dead_letters_may_be_wanted(cluster, broker, fill, file, wait):
     broker.set_up()
     fill()
     outcome = cluster.run_job(manifest(f"work-queue/{file}.yaml"), args=ALWAYS_FAILS,
-                              environment={"QCONSUME_WAIT": "5s", "QCONSUME_REJECT_EXIT_CODE": "0"})
+                              environment={"QCONSUME_WAIT": wait, "QCONSUME_REJECT_EXIT_CODE": "0"})
     assert outcome.condition == "Complete"
     assert sorted(processed(outcome)) == sorted(set(FRUITS) - {"cherry"})
-    assert broker.queues() == {"job1": 0, "job1.dead": 1}
+    broker.comes_to({"job1": 0, "job1.dead": 1})
 
 
 def test_a_task_that_kills_its_pod_fails_the_job(cluster, broker, fill):
@@ -124,10 +131,10 @@ def test_a_task_that_kills_its_pod_fails_the_job(cluster, broker, fill):
     broker.set_up()
     fill("apple", "banana")
     outcome = cluster.run_job(manifest("work-queue/job-drain.yaml", parallelism=1, completions=1),
-                              environment={"WORK_SECONDS": "3"}, on_tick=kill_at("banana"))
+                              args=endless('"$task" = banana'), on_tick=kill_at("banana"))
     assert (outcome.condition, outcome.reason) == ("Failed", "BackoffLimitExceeded")
     assert outcome.statuses == [137] * 7
-    assert broker.queues() == {"job1": 1, "job1.dead": 0}
+    broker.comes_to({"job1": 1, "job1.dead": 0})
 
 
 def test_a_deleted_pod_counts_and_its_log_is_gone(cluster, broker, fill):
@@ -136,11 +143,12 @@ def test_a_deleted_pod_counts_and_its_log_is_gone(cluster, broker, fill):
 
     def delete_one(active):
         for pod in active:
-            if not deleted and "Processing" in pod.logs:
+            if not deleted and "Processing apple\n" in pod.logs:
                 deleted.append(pod)
                 pod.delete()
 
-    outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2), environment={"WORK_SECONDS": "5"}, on_tick=delete_one)
+    outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2), on_tick=delete_one,
+                              args=endless('"$task$MESSAGE_ATTEMPT" = apple1'))
     assert outcome.condition == "Complete"
     assert [pod.action for pod in deleted] == ["Count"]
     assert (outcome.failed, deleted[0].logs) == (1, "")
@@ -149,12 +157,22 @@ def test_a_deleted_pod_counts_and_its_log_is_gone(cluster, broker, fill):
 
 def test_the_end_of_a_job_stops_the_others_and_counts_them(cluster, broker, fill):
     """Their messages are back in the queue."""
-    fill("", "apple")
-    outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2), environment={"WORK_SECONDS": "60"})
+    fill("apple")
+    added = []
+
+    def add_one(active):
+        """The task that fails the Job, once the other is being worked on."""
+        if not added and any("Processing apple\n" in pod.logs for pod in active):
+            added.append("")
+            with broker.channel() as channel:
+                channel.confirm_delivery()
+                channel.basic_publish("", "job1", b"")
+
+    outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2), args=endless('"$task" = apple'), on_tick=add_one)
     assert (outcome.condition, outcome.failed) == ("Failed", 2)
     assert sorted(outcome.statuses) == [1, 65]
     assert "dead-lettered" in next(pod for pod in outcome.pods if pod.status == 65).termination_message
-    assert broker.queues()["job1"] == 1
+    broker.comes_to({"job1": 1})
 
 
 def test_a_pod_whose_success_was_not_counted_is_made_up_for(cluster, broker, fill):
@@ -163,7 +181,7 @@ def test_a_pod_whose_success_was_not_counted_is_made_up_for(cluster, broker, fil
     job = manifest("work-queue/job.yaml", completions=2, parallelism=1)
     lost = cluster.start(kube.pod_spec(job), what="lost")
     assert engine.wait(lost) == 0
-    outcome = cluster.run_job(job, environment={"QCONSUME_WAIT": "2s"})
+    outcome = cluster.run_job(job, environment={"QCONSUME_WAIT": "10s"})
     # A wrong alarm: all is done. The queues are empty, which tells.
     assert (outcome.condition, outcome.statuses) == ("Failed", [0, 66])
     assert len(processed(outcome)) == 1
@@ -176,25 +194,25 @@ def test_an_eviction_is_ignored_and_its_task_done_by_another(cluster, broker, fi
 
     def evict_one(active):
         for pod in active:
-            if not evicted and "Processing" in pod.logs:
+            if not evicted and "Processing apple\n" in pod.logs:
                 pod.disrupted = True
                 evicted.append(pod)
                 threading.Thread(target=engine.docker, args=("stop", pod.name)).start()
 
     outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2, backoffLimit=0),
-                              environment={"WORK_SECONDS": "5"}, on_tick=evict_one)
+                              args=endless('"$task$MESSAGE_ATTEMPT" = apple1'), on_tick=evict_one)
     assert outcome.condition == "Complete"
     assert [pod.action for pod in evicted] == ["Ignore"]
     # As a failure of the command from the outside: --failure-exit-code is for those, too.
-    assert sorted(outcome.statuses) in ([0, 0, 1], [0, 0, 143])
-    assert sorted(set(processed(outcome))) == ["apple", "banana"]
+    assert sorted(outcome.statuses) == [0, 0, 1]
+    assert sorted(processed(outcome)) == ["apple", "apple", "banana"]
     assert empty(broker)
 
 
 @pytest.mark.parametrize("what, changes, status", [
     ("the command isn't there", {"args": ["/usr/bin/no-such-worker.py"]}, 127),
     ("the command can't be run", {"args": ["/etc/passwd"]}, 126),
-    ("the queue isn't there", {"environment": {"QUEUE": "no-such-queue", "QCONSUME_CONNECT_TIMEOUT": "1s"}}, 78),
+    ("the queue isn't there", {"environment": {"QUEUE": "no-such-queue", "QCONSUME_CONNECT_TIMEOUT": "20s"}}, 78),
     ("the password is wrong", {"environment": {"BROKER_URL": "amqp://jobs:wrong@rabbitmq-service"}}, 77),
     ("the URL is none", {"environment": {"BROKER_URL": "rabbitmq-service:5672"}}, 64),
 ])
@@ -253,7 +271,7 @@ def test_a_broker_that_comes_late_costs_no_pod(cluster, broker, fill):
     engine.docker("pause", broker.name)
     try:
         pod = cluster.start(kube.pod_spec(manifest("work-queue/job.yaml")), what="early")
-        time.sleep(5)
+        engine.until("it says that it waits", lambda: "still waiting for the AMQP handshake" in engine.logs(pod))
         assert kube.running(pod)
     finally:
         engine.docker("unpause", broker.name)
@@ -283,7 +301,6 @@ def test_failed_tasks_cost_drainers_no_pause(cluster, broker, fill):
         "sh", "-c", 'task=$(cat); case $task in [a-d]*) [ "$MESSAGE_REDELIVERED" = true ] || exit 9;; esac; '
                     'printf %s "$task" | /usr/bin/worker.py'])
     assert (outcome.condition, outcome.statuses) == ("Complete", [0, 0])
-    assert outcome.seconds < 20
     assert sorted(processed(outcome)) == FRUITS
     assert empty(broker)
 
@@ -292,18 +309,19 @@ def test_tasks_that_fail_for_good_hold_up_no_other(cluster, broker, fill):
     """An indexed Job fills its lowest indexes, and one in back-off keeps its slot."""
     broker.set_up()
     fill("", "bad", *FRUITS[:6])
-    begin = time.monotonic()
-    outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment={"QCONSUME_WAIT": "5s"}, args=[
+    outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment={"QCONSUME_WAIT": "20s"}, args=[
         "sh", "-c", 'task=$(cat); [ "$task" = bad ] && exit 9; printf %s "$task" | WORK_SECONDS=0 /usr/bin/worker.py'])
     assert (outcome.condition, outcome.reason) == ("Failed", "PodFailurePolicy")
     assert sorted(processed(outcome)) == FRUITS[:6]
-    assert len(outcome.pods) == 2 and outcome.seconds < time.monotonic() - begin + 1
-    assert broker.queues() == {"job1": 0, "job1.dead": 2}
+    assert len(outcome.pods) == 2
+    broker.comes_to({"job1": 0, "job1.dead": 2})
 
 
 def test_a_drainer_that_died_is_replaced(cluster, broker, fill):
     fill()
-    outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment=SOON, on_tick=kill_at("melon", times=1))
+    # Not SOON: the broker has to notice first that the dead one's task is nobody's any more.
+    outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment={"QCONSUME_WAIT": "20s"},
+                              args=endless('"$task$MESSAGE_ATTEMPT" = melon1'), on_tick=kill_at("melon", times=1))
     assert outcome.condition == "Complete"
     assert sorted(outcome.statuses) == [0, 0, 137]
     assert sorted(processed(outcome)) == sorted([*FRUITS, "melon"])
@@ -322,10 +340,10 @@ def test_without_completions_a_failed_task_stays_behind(cluster, broker, fill):
         if len(active) == 1:
             engine.docker("kill", active[0].name, check=False)
 
-    outcome = cluster.run_job(job, environment=SOON, on_tick=kill_the_last, args=["sleep", "60"])
+    outcome = cluster.run_job(job, environment=SOON, on_tick=kill_the_last, args=["sleep", "infinity"])
     assert outcome.condition == "Complete"
     assert sorted(outcome.statuses) == [0, 137]
-    assert broker.queues()["job1"] == 1
+    broker.comes_to({"job1": 1})
 
 
 def test_a_drainer_finds_an_empty_queue_and_is_done(cluster, broker, fill):
@@ -342,10 +360,11 @@ def test_kedas_pods_take_one_message_each_and_a_surplus_one_ends_well(cluster, b
     [_, scaled_job] = kube.load((EXAMPLES / "keda/scaledjob.yaml").read_text())
     job = {"kind": "Job", "metadata": scaled_job["metadata"], "spec": scaled_job["spec"]["jobTargetRef"]}
     pods = [cluster.start(kube.pod_spec(job), what="keda") for _ in range(3)]
-    begin = time.monotonic()
     assert [engine.wait(pod) for pod in pods] == [0, 0, 0]
-    assert time.monotonic() - begin < 20
-    assert sorted(re.findall("^Processing (.*)$", "".join(map(engine.logs, pods)), re.MULTILINE)) == ["apple", "banana"]
+    logs = "".join(map(engine.logs, pods))
+    assert sorted(re.findall("^Processing (.*)$", logs, re.MULTILINE)) == ["apple", "banana"]
+    # The surplus one keeps a place from others no longer than this.
+    assert re.findall(r"no message in queue .* within (\S+) \(--wait\)", logs) == ["10s"]
     assert empty(broker)
 
 

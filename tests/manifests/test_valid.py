@@ -222,11 +222,8 @@ def test_a_drainer_that_failed_is_replaced(everything):
 
 
 def test_there_is_time_to_hand_the_message_back(everything):
-    for name, job in jobs(everything):
-        pod = kube.pod_spec(job)
-        for variable in pod["containers"][0].get("env", []):
-            if variable["name"] == "QCONSUME_GRACE":
-                assert int(variable["value"].removesuffix("s")) + 10 <= pod["terminationGracePeriodSeconds"], name
+    for name, job, values in consumers(everything):
+        assert seconds(values["QCONSUME_GRACE"]) + 10 <= kube.pod_spec(job)["terminationGracePeriodSeconds"], name
 
 
 def test_every_pod_is_restricted(everything):
