@@ -1,6 +1,6 @@
 //! The life of the delivery on three nodes of a cluster, of which one is gone or silent.
 
-use crate::common::{qconsume, until_there};
+use crate::common::{assert_gone, qconsume, until_there};
 use std::path::PathBuf;
 use std::time::Duration;
 use testbed::owner::temp_folder;
@@ -104,7 +104,7 @@ fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(
     let run = run.wait(2 * LONG);
     run.assert_status(0);
     assert!(run.wall > Duration::from_secs(10), "{:?}", run.wall);
-    assert_eq!(queue.ready(), 0);
+    assert_gone(&queue);
 }
 
 fn a_rolling_restart_is_waited_through(nodes: &[Broker]) {

@@ -349,12 +349,14 @@ fn an_exchange_that_is_not_there_is_asked_for_again_and_then_78() {
             "compat.nowhere",
             "-r",
             "x",
-            "--connect-timeout=5s",
+            "--connect-timeout=10s",
             "cat",
         ])
         .run();
     ended
         .assert_status(78)
+        .assert_stderr("trying again")
+        .assert_stderr("gave up after 10s (--connect-timeout)")
         .assert_stderr("no exchange 'compat.nowhere'");
 }
 

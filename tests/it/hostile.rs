@@ -5,7 +5,6 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     sync::{Arc, Mutex},
     thread,
-    time::Duration,
 };
 use testbed::{
     Finished, Method, PATIENCE, Queue, eventually,
@@ -45,25 +44,42 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
         Ok(seed) => vec![seed.parse().unwrap()],
         Err(_) => (0..CASES).collect::<Vec<u64>>(),
     };
-    let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let failures = Mutex::new(Vec::new());
     let statuses = Mutex::new(std::collections::BTreeMap::<i32, usize>::new());
-    thread::scope(|scope| {
-        for _ in 0..LANES {
-            scope.spawn(|| {
-                while let Some(seed) = seeds.get(next.fetch_add(1, Relaxed)) {
-                    match case(*seed) {
-                        Ok(status) => *statuses.lock().unwrap().entry(status).or_default() += 1,
-                        Err(why) => failures
-                            .lock()
-                            .unwrap()
-                            .push(format!("{SEED}={seed}: {why}")),
+    let play = |limit: &str, enough: &(dyn Fn() -> bool + Sync)| {
+        let next = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..LANES {
+                scope.spawn(|| {
+                    while !enough()
+                        && let Some(seed) = seeds.get(next.fetch_add(1, Relaxed))
+                    {
+                        match case(*seed, limit) {
+                            Ok(status) => *statuses.lock().unwrap().entry(status).or_default() += 1,
+                            Err(why) => failures
+                                .lock()
+                                .unwrap()
+                                .push(format!("{SEED}={seed}: {why}")),
+                        }
                     }
-                }
-            });
-        }
-    });
+                });
+            }
+        });
+    };
+    play("500ms", &|| false);
+    // Each usual end is met in these cases, or the peer has never come as far as to be hostile. Where that was too short a
+    // limit for a busy machine, a longer one is tried.
+    let all_met = || {
+        let statuses = statuses.lock().unwrap();
+        [0, 69, 70, 75]
+            .iter()
+            .all(|status| statuses.contains_key(status))
+    };
+    if seeds.len() > 1 && failures.lock().unwrap().is_empty() {
+        play("5s", &all_met);
+    }
     eprintln!("status and how often: {:?}", statuses.lock().unwrap());
-    let failures = failures.into_inner().unwrap();
+    let failures = failures.lock().unwrap();
     assert!(
         failures.is_empty(),
         "{} of {}:\n{}",
@@ -71,16 +87,20 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
         seeds.len(),
         failures.join("\n")
     );
+    assert!(
+        seeds.len() == 1 || all_met(),
+        "one of 0, 69, 70 and 75 was never met"
+    );
 }
 
 /// One run against a peer that breaks AMQP once a connection; gives the status.
-fn case(seed: u64) -> Result<i32, String> {
+fn case(seed: u64, limit: &str) -> Result<i32, String> {
     let peer = Peer::new(move |request| hostile(seed, request));
     let running = qconsume()
         .through(["sh", "-c", MEMORY])
         .url(&peer.url())
         .queue("q")
-        .args(["--connect-timeout", "500ms", "--wait", "500ms"])
+        .args(["--connect-timeout", limit, "--wait", limit])
         .args(["--kill-after", "1s"])
         .shell("cat >/dev/null; echo ran")
         .spawn();
@@ -108,7 +128,7 @@ fn judge(done: &Finished, peer: &Peer) -> Result<(), &'static str> {
                     after.any(|seen| seen.method == Method::BASIC_QOS)
                 })
             };
-            if done.stdout != b"ran\n" || !eventually(Duration::from_secs(5), acknowledged) {
+            if done.stdout != b"ran\n" || !eventually(PATIENCE, acknowledged) {
                 return Err("a false success");
             }
         }
@@ -347,7 +367,7 @@ fn what_is_no_message_and_cannot_be_read_is_a_broken_connection() {
     let done = qconsume()
         .url(&peer.url())
         .queue("q")
-        .args(["--connect-timeout", "2s", "cat"])
+        .args(["--connect-timeout", "10s", "cat"])
         .run();
     done.assert_status(69).assert_stderr("trying again");
     assert!(peer.count(Method::PROTOCOL_HEADER) > 1);

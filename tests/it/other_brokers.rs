@@ -2,7 +2,7 @@
 
 use crate::common::{qconsume, qpublish};
 use testbed::{
-    Finished, Method, Program, frames,
+    Method, PATIENCE, Program, frames,
     peer::{self, Answer, Peer, Request},
 };
 
@@ -11,9 +11,8 @@ fn worker(peer: &Peer) -> Program {
 }
 
 /// qpublish with one message to the queue.
-fn publish(peer: &Peer, options: &[&str]) -> Finished {
-    let program = qpublish().url(&peer.url()).args(["-q", "x"]);
-    program.args(options).arg("apple").run()
+fn publisher(peer: &Peer) -> Program {
+    qpublish().url(&peer.url()).args(["-q", "x", "-b", "apple"])
 }
 
 /// The usual answer to basic.consume, and a message.
@@ -60,20 +59,21 @@ fn lavinmqs_missing_queue_is_declared() {
 #[test]
 fn lavinmqs_low_disk_space_may_pass() {
     const TEXT: &str = "PRECONDITION_FAILED - Server low on disk space";
-    let peer = refuses(Method::QUEUE_DECLARE, 406, TEXT);
-    let program = worker(&peer).args(["--declare", "--connect-timeout", "2s", "cat"]);
-    let done = program.run();
+    let options = ["--declare", "--connect-timeout", "10s"];
+    let [peer, publishers] = [(); 2].map(|()| refuses(Method::QUEUE_DECLARE, 406, TEXT));
+    let declares = worker(&peer).args(options).arg("cat").spawn();
+    let publishes = publisher(&publishers).args(options).spawn();
+    let done = declares.wait(PATIENCE);
     done.assert_status(69)
         .assert_stderr("trying again")
         .assert_stderr("Server low on disk space");
     assert!(peer.count(Method::QUEUE_DECLARE) > 1);
-
-    let done = publish(&peer, &["--declare", "--connect-timeout", "2s"]);
+    let done = publishes.wait(PATIENCE);
     assert!(matches!(done.status(), 69 | 75), "{done:?}");
     done.assert_stderr("Server low on disk space");
 
     let peer = refuses(Method::BODY, 406, TEXT);
-    let done = publish(&peer, &["--timeout", "2s", "--connect-timeout", "2s"]);
+    let done = publisher(&peer).run();
     done.assert_status(75)
         .assert_stderr("Server low on disk space");
 }
@@ -81,11 +81,9 @@ fn lavinmqs_low_disk_space_may_pass() {
 #[test]
 fn an_unknown_reply_code_keeps_its_text() {
     for code in [500, 0] {
-        let peer = refuses(Method::BASIC_CONSUME, code, "UPSTREAM_ERROR: it is gone");
-        let program = worker(&peer).args(["--connect-timeout", "1s", "cat"]);
-        let done = program.run();
-        done.assert_status(69)
-            .assert_stderr("UPSTREAM_ERROR: it is gone");
+        let refusing = refuses(Method::BASIC_CONSUME, code, "UPSTREAM_ERROR: it is gone");
+        let program = worker(&refusing).args(["--connect-timeout", "10s", "cat"]);
+        let refused = program.spawn();
 
         // As the connection's end while the command runs, too.
         let peer = Peer::new(move |request| match request.method {
@@ -100,6 +98,10 @@ fn an_unknown_reply_code_keeps_its_text() {
         });
         let done = worker(&peer).shell("sleep 30").run();
         done.assert_status(75).assert_stderr("Upstream is gone");
+
+        let done = refused.wait(PATIENCE);
+        done.assert_status(69)
+            .assert_stderr("UPSTREAM_ERROR: it is gone");
     }
 }
 
@@ -153,7 +155,7 @@ fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
             }
             _ => Answer::Usual,
         });
-        let done = publish(&peer, &[]);
+        let done = publisher(&peer).run();
         done.assert_status(status).assert_stderr(says);
         let other = if status == 75 {
             "came back"

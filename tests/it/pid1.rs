@@ -159,7 +159,7 @@ fn a_command_that_ignores_the_stop_is_killed_by_the_platform() {
         let script = "trap 'echo got TERM' TERM; echo running; while :; do sleep 0.05; done";
         let worker = Worker::start(image, first, &queue, &[], script);
         worker.running.wait_for_stdout("running", PATIENCE);
-        let finished = worker.stop_within("2");
+        let finished = worker.stop_within("10");
         finished.assert_status(137);
         assert!(finished.stdout_text().contains("got TERM"));
         assert_back(&queue);
@@ -187,9 +187,9 @@ fn the_orphans_of_a_command_are_reaped_all_along() {
     // A zombie left makes it wait for ever, until the limit.
     let script = format!("{DOUBLE_FORKS}; {ALONE}; exit 5");
     let queue = one_message("orphans");
-    let limit = ["--timeout", "20s"];
+    let limit = ["--timeout", "60s"];
     let worker = Worker::start(image, First::Qconsume, &queue, &limit, &script);
-    worker.running.finish(PATIENCE).assert_status(5);
+    worker.running.finish(3 * PATIENCE).assert_status(5);
     assert_back(&queue);
 }
 
@@ -208,12 +208,13 @@ fn whoever_is_first_a_container_leaves_no_process_behind() {
             &other,
             "sh",
             "-c",
-            "grep -la ^sleep /proc/[0-9]*/cmdline",
+            // It fails where a process has ended before it comes to it.
+            "grep -las ^sleep /proc/[0-9]*/cmdline || :",
         ]);
         seen.unwrap().lines().count()
     };
     // The namespace's first process is one, too. It reaps nobody, but a zombie has no command line.
-    assert_eq!(count(), 3);
+    assert!(eventually(PATIENCE, || count() == 3));
     worker.stop().assert_status(143);
     assert!(eventually(PATIENCE, || count() == 1));
     assert_back(&queue);

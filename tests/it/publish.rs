@@ -15,7 +15,7 @@ use testbed::{
 };
 
 /// Shorter than the tests' patience, longer than a busy machine stumbles.
-const SOON: &str = "2s";
+const SOON: &str = "5s";
 
 /// Publishes to this queue of the shared broker.
 fn to(queue: &Queue) -> Program {
@@ -418,12 +418,14 @@ fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
     let first = (1..=6)
         .find(|line| !there.contains(&line.to_string()))
         .unwrap();
-    ended
-        .assert_stderr(&format!("line {first} was refused"))
-        .assert_stderr(&format!(
-            "confirmed: {count} of 6 messages sent, {} from the start",
-            first - 1
-        ));
+    ended.assert_stderr(&format!("line {first} was refused"));
+    // Nothing more is sent once the refusal is here, which may be before the last line.
+    let figures = |sent| {
+        let before = first - 1;
+        format!("confirmed: {count} of {sent} messages sent, {before} from the start")
+    };
+    let said = (first..=6).any(|sent| ended.stderr.contains(&figures(sent)));
+    assert!(said, "{}", ended.stderr);
 }
 
 #[test]
@@ -433,9 +435,10 @@ fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
     let proxy = Proxy::of(broker);
     let line = qpublish().url(&proxy.url()).queue(queue.name()).arg("-l");
     let (mut input, running) = Fifo::feed("lost", line);
-    input.write("1\n2\n");
-    queue.wait_ready(2);
-    proxy.wait_for(Direction::ToClient, Method::BASIC_ACK);
+    for n in 1..=2 {
+        input.write(&format!("{n}\n"));
+        proxy.wait_for_nth(Direction::ToClient, Method::BASIC_ACK, n);
+    }
     // Noticed at once, though nothing is in flight: the next line wouldn't be confirmed any more.
     input.write("3\n");
     queue.wait_ready(3);
@@ -462,7 +465,7 @@ fn an_answer_that_never_comes_is_no_confirmation() {
     let ended = line().args(["--timeout", SOON, "a", "b"]).run();
     ended
         .assert_status(75)
-        .assert_stderr("gave up after 2s (--timeout): the broker has confirmed nothing")
+        .assert_stderr("gave up after 5s (--timeout): the broker has confirmed nothing")
         .assert_stderr("confirmed: 0 of 2 messages sent, 0 from the start without a gap")
         .assert_stderr("may have arrived or not");
     // Told to stop, it waits for the answers only so long.
@@ -487,7 +490,8 @@ fn no_more_is_read_than_the_window_holds() {
     let ended = qpublish()
         .url(&proxy.url())
         .queue(queue.name())
-        .args(["-l", "--timeout", SOON])
+        // From the first message on, so all that the window holds has to be sent by then.
+        .args(["-l", "--timeout", "10s"])
         .through(["sh", "-c", "yes | \"$0\" \"$@\""])
         .run();
     ended
@@ -542,8 +546,8 @@ fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout(
     let ended = line().args(["--timeout", SOON, "a", "b", "c"]).run();
     ended
         .assert_status(75)
-        .assert_stderr("warning: the broker blocks publishers: low on memory; waiting for up to 2s")
-        .assert_stderr("gave up after 2s (--timeout): the broker blocks publishers: low on memory")
+        .assert_stderr("warning: the broker blocks publishers: low on memory; waiting for up to 5s")
+        .assert_stderr("gave up after 5s (--timeout): the broker blocks publishers: low on memory")
         .assert_stderr("from the start without a gap");
     // One that has more patience goes on when the broker does.
     input.write("2\n3\n");
@@ -671,10 +675,9 @@ fn a_long_run_says_how_far_it_is() {
     let queue = Broker::shared().queue("long");
     let (mut input, running) = Fifo::feed("long", to(&queue).arg("--lines"));
     input.write("1\n2\n");
-    running.wait_for_stderr(
-        "still publishing, for 10s now: 2 messages confirmed",
-        PATIENCE,
-    );
+    running.wait_for_stderr("still publishing, for ", PATIENCE);
+    // A late one says 10s 100ms.
+    running.wait_for_stderr(" now: 2 messages confirmed", PATIENCE);
     drop(input);
     says_confirmed(&running.wait(PATIENCE), "2 messages confirmed");
 }

@@ -11,7 +11,7 @@ use crate::common::{MESSAGE, assert_back, assert_gone, behind, qconsume, worker}
 use std::time::{Duration, Instant};
 use testbed::{
     Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running,
-    Signal,
+    Signal, eventually,
 };
 
 /// Longest time from a signal to the end: two for a broker that doesn't answer, and much for a busy machine.
@@ -44,6 +44,27 @@ fn stop(running: &Running, signal: Signal) -> Finished {
     eprintln!("{signal} to end: {:?}", told.elapsed());
     running.wait_no_leftovers(PROMPT);
     finished
+}
+
+/// Sends a signal and waits until the worker is asleep with it no longer pending, so that it has dealt with it, or has ended.
+#[track_caller]
+fn signal_and_wait(running: &Running, signal: Signal) {
+    running.signal(signal);
+    let dealt_with = || {
+        let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", running.pid())) else {
+            return true;
+        };
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().trim().to_owned()
+        };
+        let pending = u64::from_str_radix(&field("ShdPnd:"), 16).unwrap();
+        pending >> (signal as i32 - 1) & 1 == 0 && field("State:").starts_with('S')
+    };
+    assert!(
+        eventually(PATIENCE, dealt_with),
+        "{signal} is still pending"
+    );
 }
 
 /// How the worker settled, as the proxy has seen it.

@@ -412,6 +412,7 @@ fn a_broker_without_external_is_no_reason_to_try_again() {
     ended
         .assert_status(78)
         .assert_stderr("rabbitmq_auth_mechanism_ssl");
+    assert!(!ended.stderr.contains("trying again"), "{}", ended.stderr);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A signal while the command runs.
 
 use super::*;
-use testbed::{docker_works, image_present, missing};
+use testbed::{docker_works, eventually, image_present, missing};
 
 /// The image that tells failures from evictions.
 const COUNTING: &str = "rabbitmq:4.3-management";
@@ -132,15 +132,23 @@ fn a_failure_raises_the_delivery_count_and_an_eviction_does_not() {
     let queue = broker.declare("counted").quorum().create();
     queue.publish("the message");
     let worker = || worker(&queue);
+    let peek = || {
+        let mut got = None;
+        eventually(PATIENCE, || {
+            got = queue.peek();
+            got.is_some()
+        });
+        got.expect("it is back")
+    };
 
     for _ in 0..2 {
         stop(&running(worker().shell(WAITS)), Signal::SIGTERM).assert_status(143);
     }
-    let got = queue.peek().expect("it is back");
+    let got = peek();
     assert_eq!(got.delivery_count(), None, "an eviction was counted");
     assert_eq!(got.acquired_count(), Some(2));
 
     worker().shell("exit 3").run().assert_status(3);
-    let got = queue.peek().expect("it is back");
+    let got = peek();
     assert_eq!(got.delivery_count(), Some(1), "a failure was not counted");
 }

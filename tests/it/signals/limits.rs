@@ -2,22 +2,38 @@
 
 use super::*;
 
+/// Runs it into its time limit, which passes once the command has said `running`: on a busy machine that takes a longer one.
+#[track_caller]
+fn over_limit(
+    (name, kind): (&str, QueueKind),
+    options: &[&str],
+    script: &str,
+) -> (Queue, Proxy, Running, Duration) {
+    for limit in [300, 2_000, 10_000].map(Duration::from_millis) {
+        let (queue, proxy) = one_message(name, kind);
+        let worker = behind(&proxy, &queue).args(["--timeout", &format!("{limit:?}")]);
+        let running = worker.args(options).shell(script).spawn();
+        if running.finish(PATIENCE).stdout.starts_with(b"running\n") {
+            return (queue, proxy, running, limit);
+        }
+    }
+    panic!("the command is ended before it says anything");
+}
+
 #[test]
 fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
     for kind in QueueKind::ALL {
         for script in [
             "echo running; exec sleep 1000",
             // Its word comes too late.
-            "trap 'exit 0' TERM; sleep 1000 & wait",
+            "trap 'exit 0' TERM; echo running; sleep 1000 & wait",
             // Stopped, as by a debugger, it sees no signal before it goes on.
-            "kill -STOP $$; exec sleep 1000",
+            "echo running; kill -STOP $$; exec sleep 1000",
         ] {
-            let (queue, proxy) = one_message("limit", kind);
-            let worker = behind(&proxy, &queue).args(["--timeout", "300ms"]);
-            let running = worker.shell(script).spawn();
+            let (queue, proxy, running, limit) = over_limit(("limit", kind), &[], script);
             let finished = running.finish(PROMPT);
             finished.assert_status(124).assert_stderr("--timeout");
-            assert!(finished.wall >= Duration::from_millis(300));
+            assert!(finished.wall >= limit);
             running.wait_no_leftovers(PROMPT);
             assert_settled(&proxy, Method::BASIC_REJECT);
             assert_back(&queue);
@@ -27,14 +43,14 @@ fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
 
 #[test]
 fn a_command_that_ignores_the_time_limit_is_killed_with_its_group() {
-    let (queue, proxy) = one_message("limit-deaf", QueueKind::Classic);
-    let running = behind(&proxy, &queue)
-        .args(["--timeout", "200ms", "--kill-after", "300ms"])
-        .shell("trap '' TERM; sleep 1000 & sleep 1000")
-        .spawn();
+    let (queue, proxy, running, limit) = over_limit(
+        ("limit-deaf", QueueKind::Classic),
+        &["--kill-after", "300ms"],
+        "trap '' TERM; echo running; sleep 1000 & sleep 1000",
+    );
     let finished = running.finish(PROMPT);
     finished.assert_status(124).assert_stderr("SIGKILL");
-    assert!(finished.wall >= Duration::from_millis(500));
+    assert!(finished.wall >= limit + Duration::from_millis(300));
     running.wait_no_leftovers(PROMPT);
     assert_settled(&proxy, Method::BASIC_REJECT);
     assert_back(&queue);
@@ -62,20 +78,22 @@ fn a_time_limit_dead_letters_where_failures_do() {
 fn the_first_of_a_signal_and_the_time_limit_decides() {
     // The signal first: an eviction, though the limit is what ends the command.
     let (queue, proxy) = one_message("signal-first", QueueKind::Classic);
-    let script = "trap 'echo got TERM' TERM; echo running; while :; do sleep 0.05; done";
-    let running = running(
-        behind(&proxy, &queue)
-            .args(["--timeout", "1s", "--kill-after", "0s"])
-            .shell(script),
-    );
-    stop(&running, Signal::SIGTERM).assert_status(137);
+    let script = "trap 'echo got TERM' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
+    let running = behind(&proxy, &queue)
+        .args(["--timeout", "5s", "--kill-after", "0s"])
+        .shell(script)
+        .spawn();
+    let finished = running.finish(PATIENCE);
+    finished.assert_status(137);
+    assert!(finished.stdout.starts_with(b"got TERM\n"));
+    running.wait_no_leftovers(PROMPT);
     assert_settled(&proxy, Method::BASIC_NACK);
     assert_back(&queue);
 
     // The limit first: a failure, though a signal comes on top.
     let (queue, proxy) = one_message("limit-first", QueueKind::Classic);
     let running = behind(&proxy, &queue)
-        .args(["--timeout", "200ms", "--kill-after", "600s"])
+        .args(["--timeout", "5s", "--kill-after", "600s"])
         .shell("n=0; trap 'n=$((n+1)); echo got $n' TERM; while [ $n -lt 2 ]; do sleep 0.05; done; exit 5")
         .spawn();
     running.wait_for_stdout("got 1", PATIENCE);
@@ -113,11 +131,11 @@ fn a_lost_delivery_terminates_the_command() {
             let (queue, proxy) = one_message("lost", kind);
             let running = running(
                 behind(&proxy, &queue)
-                    .args(["--kill-after", "300ms"])
+                    .args(["--kill-after", "5s"])
                     .shell(script),
             );
             proxy.cut();
-            let finished = running.finish(PROMPT);
+            let finished = running.finish(PATIENCE);
             finished.assert_status(75).assert_stderr("delivery lost");
             assert_eq!(finished.stdout_text(), "running\nterminated\n");
             running.wait_no_leftovers(PROMPT);
@@ -169,8 +187,8 @@ fn user_signals_go_to_the_command_alone_and_end_nothing() {
         let (queue, proxy) = one_message("user-signal", QueueKind::Classic);
         // Were the child to get it, too, it would have the time to say so.
         let script = format!(
-            "sh -c 'trap \"echo child got it\" {name}; while :; do sleep 0.02; done' & child=$!
-            trap 'got=1; echo got it' {name}; echo running
+            "trap 'got=1; echo got it' {name}
+            sh -c 'trap \"echo child got it\" {name}; echo running; while :; do sleep 0.02; done' & child=$!
             while [ ! $got ]; do sleep 0.02; done; sleep 0.2; kill -0 $child && echo child is there"
         );
         let worker = behind(&proxy, &queue).args(["--kill-after", "100ms"]);
@@ -191,7 +209,8 @@ fn user_signals_end_nothing_while_there_is_no_command() {
     let running = worker(&queue).shell("exit 4").spawn();
     queue.wait_consumers(1);
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH] {
-        running.signal(signal);
+        // One that is still pending when the command runs would be for the command.
+        signal_and_wait(&running, signal);
     }
     queue.publish("the message");
     running.wait(PATIENCE).assert_status(4);

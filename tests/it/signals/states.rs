@@ -1,9 +1,10 @@
 //! A signal in each state of a run without a command, each state held by something that doesn't answer.
 
 use super::*;
+use crate::common::in_time;
 use nix::libc::O_NONBLOCK;
 use std::{fs::OpenOptions, io::Write, net::UdpSocket, os::unix::fs::OpenOptionsExt};
-use testbed::{Action, FullBacklog, eventually, missing, owner, reserve_port};
+use testbed::{Action, FullBacklog, missing, owner, reserve_port};
 
 /// All that ask for the end, with the status that they lead to.
 const STOPS: [(Signal, i32); 4] = [
@@ -21,13 +22,27 @@ fn never_runs(program: Program) -> Program {
 /// Stops a worker that has no message, and checks that it ran nothing.
 #[track_caller]
 fn stop_idle(running: &Running, signal: Signal, status: i32) {
-    let finished = stop(running, signal);
+    assert_stopped(&stop(running, signal), status);
+}
+
+#[track_caller]
+fn assert_stopped(finished: &Finished, status: i32) {
     finished
         .assert_status(status)
         .assert_stderr("while no command ran");
     // By its own exit: a default disposition would do nothing as PID 1.
     assert_eq!(finished.code, Some(status));
     assert_eq!(finished.stdout_text(), "");
+}
+
+/// Whether a worker that was told to log this has had its answers within the two seconds; `--wait` finds nothing where its
+/// cancel has none.
+fn answered(finished: &Finished) -> bool {
+    finished.status() != 66 && !finished.stderr.contains("no answer within 2s")
+}
+
+fn talkative(program: Program) -> Program {
+    program.args(["--log-level", "debug"])
 }
 
 #[test]
@@ -211,15 +226,19 @@ fn a_signal_ends_a_registration_that_is_not_answered() {
 #[test]
 fn a_message_that_arrives_while_the_registration_is_given_up_is_given_back() {
     for kind in QueueKind::ALL {
-        let (queue, proxy) = one_message("consume-late", kind);
-        // The broker has registered the consumer and pushed the message; neither is here yet.
-        proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Hold);
-        let running = never_runs(behind(&proxy, &queue)).spawn();
-        proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK);
-        queue.wait_ready(0);
-        running.signal(Signal::SIGTERM);
-        proxy.release();
-        stop_idle(&running, Signal::SIGTERM, 143);
+        let (finished, queue, proxy) = in_time(|| {
+            let (queue, proxy) = one_message("consume-late", kind);
+            // The broker has registered the consumer and pushed the message; neither is here yet.
+            proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Hold);
+            let running = never_runs(talkative(behind(&proxy, &queue))).spawn();
+            proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK);
+            queue.wait_ready(0);
+            running.signal(Signal::SIGTERM);
+            proxy.release();
+            let finished = stop(&running, Signal::SIGTERM);
+            answered(&finished).then_some((finished, queue, proxy))
+        });
+        assert_stopped(&finished, 143);
         assert_settled(&proxy, Method::BASIC_NACK);
         assert_back(&queue);
     }
@@ -231,10 +250,15 @@ fn a_signal_ends_the_wait_for_a_message() {
         let broker = Broker::shared();
         let queue = broker.declare("waiting").kind(kind).create();
         for (signal, status) in STOPS {
-            let proxy = Proxy::of(broker);
-            let running = never_runs(behind(&proxy, &queue)).spawn();
-            queue.wait_consumers(1);
-            stop_idle(&running, signal, status);
+            let (finished, proxy) = in_time(|| {
+                queue.wait_consumers(0);
+                let proxy = Proxy::of(broker);
+                let running = never_runs(talkative(behind(&proxy, &queue))).spawn();
+                queue.wait_consumers(1);
+                let finished = stop(&running, signal);
+                answered(&finished).then_some((finished, proxy))
+            });
+            assert_stopped(&finished, status);
             // It has said goodbye rather than merely gone.
             assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_CANCEL), 1);
             assert_eq!(
@@ -272,21 +296,25 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
     for kind in QueueKind::ALL {
         for completes in [true, false] {
             let broker = Broker::shared();
-            let queue = broker.declare("half-way").kind(kind).create();
-            let proxy = Proxy::of(broker);
-            // The first of three frames passes, the second doesn't.
-            proxy.once(Direction::ToClient, Method::BODY, Action::Pass);
-            proxy.once(Direction::ToClient, Method::BODY, Action::Hold);
             let body = vec![b'x'; 300_000];
-            queue.publish(&body);
-            let running = never_runs(behind(&proxy, &queue)).spawn();
-            proxy.wait_for_nth(Direction::ToClient, Method::BODY, 2);
-            running.signal(Signal::SIGTERM);
-            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
-            if completes {
-                proxy.release();
-            }
-            stop_idle(&running, Signal::SIGTERM, 143);
+            let (finished, queue, proxy) = in_time(|| {
+                let queue = broker.declare("half-way").kind(kind).create();
+                let proxy = Proxy::of(broker);
+                // The first of three frames passes, the second doesn't.
+                proxy.once(Direction::ToClient, Method::BODY, Action::Pass);
+                proxy.once(Direction::ToClient, Method::BODY, Action::Hold);
+                queue.publish(&body);
+                let running = never_runs(talkative(behind(&proxy, &queue))).spawn();
+                proxy.wait_for_nth(Direction::ToClient, Method::BODY, 2);
+                running.signal(Signal::SIGTERM);
+                proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
+                if completes {
+                    proxy.release();
+                }
+                let finished = stop(&running, Signal::SIGTERM);
+                (!completes || answered(&finished)).then_some((finished, queue, proxy))
+            });
+            assert_stopped(&finished, 143);
             if completes {
                 assert_settled(&proxy, Method::BASIC_NACK);
             }
@@ -300,34 +328,27 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
 #[test]
 fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
     for kind in QueueKind::ALL {
-        let broker = Broker::shared();
-        let queue = broker.declare("last-moment").kind(kind).create();
-        let proxy = Proxy::of(broker);
-        // The cancel of `--wait` is on its way when the message and then the signal come.
-        proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
-        let running = never_runs(behind(&proxy, &queue).args(["--wait", "200ms"])).spawn();
-        proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
-        queue.publish("the message");
-        proxy.wait_for(Direction::ToClient, Method::BODY);
-        running.signal(Signal::SIGTERM);
-        let noticed = || taken_note(&running, Signal::SIGTERM);
-        assert!(eventually(PATIENCE, noticed), "the signal is still pending");
-        proxy.release();
-        stop_idle(&running, Signal::SIGTERM, 143);
+        let (finished, queue, proxy) = in_time(|| {
+            let broker = Broker::shared();
+            let queue = broker.declare("last-moment").kind(kind).create();
+            let proxy = Proxy::of(broker);
+            // The cancel of `--wait` is on its way when the message and then the signal come.
+            proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
+            let worker = talkative(behind(&proxy, &queue)).args(["--wait", "200ms"]);
+            let running = never_runs(worker).spawn();
+            proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
+            queue.publish(MESSAGE);
+            let came = || proxy.count(Direction::ToClient, Method::BODY) > 0;
+            eventually(PATIENCE, || came() || running.has_ended());
+            signal_and_wait(&running, Signal::SIGTERM);
+            proxy.release();
+            let finished = stop(&running, Signal::SIGTERM);
+            answered(&finished).then_some((finished, queue, proxy))
+        });
+        assert_stopped(&finished, 143);
         assert_settled(&proxy, Method::BASIC_NACK);
         assert_back(&queue);
     }
-}
-
-/// Whether the process is asleep with this signal no longer pending, so that it has dealt with it.
-fn taken_note(running: &Running, signal: Signal) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", running.pid())).unwrap();
-    let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.unwrap_or_default().trim().to_owned()
-    };
-    let pending = u64::from_str_radix(&field("ShdPnd:"), 16).unwrap();
-    pending >> (signal as i32 - 1) & 1 == 0 && field("State:").starts_with('S')
 }
 
 #[test]
@@ -342,7 +363,7 @@ fn a_signal_while_settling_changes_nothing() {
             let running = behind(&proxy, &queue).shell(script).spawn();
             proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
             for (signal, _) in STOPS {
-                running.signal(signal);
+                signal_and_wait(&running, signal);
             }
             assert!(!running.has_ended());
             proxy.release();

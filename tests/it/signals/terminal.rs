@@ -135,8 +135,9 @@ fn a_signal_that_is_not_the_terminals_is_forwarded() {
     for signal in [Signal::SIGTERM, Signal::SIGHUP] {
         let (queue, proxy) = one_message("terminal-kill", QueueKind::Classic);
         // What the command has started gets it, too, as it would in a group of its own.
-        let script = "sh -c 'trap \"echo chi\"\"ld got it; exit\" TERM HUP; echo run\"\"ning
-            while :; do sleep 0.02; done' & trap 'wait; exit 9' TERM HUP; wait";
+        let script = "trap 'wait; exit 9' TERM HUP
+            sh -c 'trap \"echo chi\"\"ld got it; exit\" TERM HUP; echo run\"\"ning
+            while :; do sleep 0.02; done' & wait";
         let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
         terminal.wait_for("running");
         nix::sys::signal::kill(
