@@ -9,10 +9,11 @@
 //!
 //! The marks are there from the moment a resource exists, so there is no window in which one is not yet registered.
 
-use crate::exec;
+use crate::{PATIENCE, eventually, exec};
 use anyhow::{Context, Result};
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -28,6 +29,9 @@ const LABEL: &str = "qconsume.testbed.owner";
 
 /// A temporary policy against starting services names its owner, so that only that owner's watchdog removes it.
 pub(crate) const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// As much as Linux lets arguments and environment have together with a usual stack limit, in bytes.
+const ENVIRONMENT_MAX: usize = 2 << 20;
 
 /// Looking a program up takes milliseconds.
 const FIND_LIMIT: Duration = Duration::from_secs(30);
@@ -166,13 +170,43 @@ pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         // A zombie's environ reads as empty, so what has ended but isn't reaped doesn't count.
         .filter(|pid: &i32| {
-            fs::read(format!("/proc/{pid}/environ")).is_ok_and(|bytes| {
-                bytes
-                    .split(|byte| *byte == 0)
-                    .any(|var| var == wanted.as_bytes())
-            })
+            environment(*pid)
+                .split(|byte| *byte == 0)
+                .any(|variable| variable == wanted.as_bytes())
         })
         .collect()
+}
+
+/// The variables that a process was started with, each ended by a NUL; empty for one that has ended, or is none of ours.
+fn environment(pid: i32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    eventually(PATIENCE, || {
+        bytes = vec![0; ENVIRONMENT_MAX];
+        // In one call: between two the process may become another program, and what was read is a part.
+        let read =
+            File::open(format!("/proc/{pid}/environ")).and_then(|mut file| file.read(&mut bytes));
+        bytes.truncate(read.as_ref().copied().unwrap_or(0));
+        read.is_err() || !bytes.is_empty() || !is_in_execve(pid)
+    });
+    bytes
+}
+
+/// Whether a process whose environ reads as empty may only be becoming another program: within execve(2) the old environment
+/// is gone and the new one not yet there. By the fields of proc_pid_stat(5): 3 state, 9 flags, 26 `startcode`, which the
+/// kernel sets behind the environment, 50 and 51 `env_start` and `env_end`.
+fn is_in_execve(pid: i32) -> bool {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The second field is a name in parentheses, and may contain any character.
+    let Some((_, fields)) = stat.rsplit_once(") ") else {
+        return false;
+    };
+    let fields: Vec<&str> = fields.split(' ').collect();
+    let number = |field: usize| fields.get(field - 3)?.trim().parse::<u64>().ok();
+    let has_ended = matches!(fields[0], "Z" | "X");
+    let is_kernel_thread = number(9).is_none_or(|flags| flags & PF_KTHREAD != 0);
+    let is_without_variables = number(26) != Some(0) && number(50) == number(51);
+    !has_ended && !is_kernel_thread && !is_without_variables
 }
 
 /// The first executable file of that name in `PATH`.

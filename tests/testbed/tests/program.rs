@@ -79,6 +79,23 @@ fn what_it_leaves_behind_does_not_hold_up_its_output() {
     assert_eq!(running.leftovers().len(), 1);
 }
 
+#[test]
+fn a_process_that_becomes_another_program_is_seen_all_the_time() {
+    let running = Program::new("sh")
+        .args([
+            "-c",
+            "(exec sh -c \"$0\" \"$0\") & wait",
+            "exec sh -c \"$0\" \"$0\"",
+        ])
+        .spawn();
+    assert!(testbed::eventually(PATIENCE, || !running
+        .leftovers()
+        .is_empty()));
+    for look in 0..500 {
+        assert_eq!(running.leftovers().len(), 1, "look {look}");
+    }
+}
+
 /// What the next test kills: it has a broker, a program and a folder, and says so.
 #[test]
 #[ignore = "run by a_killed_test_process_leaves_nothing"]
