@@ -47,7 +47,7 @@ use std::time::{Duration, Instant};
 
 /// How long a test waits for something that should take milliseconds. Generous, because two cores may be starting
 /// several brokers at the same time; it is only ever reached by a failing test.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Reports that a test's optional ingredient (Docker, an image, root, tini) is absent; the test should then return.
 pub fn missing(what: &str) {

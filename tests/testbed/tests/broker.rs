@@ -90,7 +90,7 @@ fn three_nodes_form_a_cluster() {
     queue.publish("x");
     nodes[0].kill().expect("killed");
     let elsewhere = nodes[1].client().clone();
-    assert!(testbed::eventually(Duration::from_secs(30), || {
+    assert!(testbed::eventually(testbed::PATIENCE, || {
         matches!(elsewhere.counts(queue.name()), Ok(Some((1, _))))
     }));
     nodes[0].start_again().expect("it starts again");

@@ -8,6 +8,7 @@ use nix::sys::time::TimeValLike;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -91,10 +92,13 @@ pub(super) fn crowd(size: usize, command: impl Fn() -> Command) -> Result<Vec<Ch
         .collect()
 }
 
-/// The memory of all, in bytes: what several have in common is counted once.
+/// The memory of all, in bytes: what several have in common is counted once. What has ended has none: a broker's helpers come
+/// and go.
 pub(super) fn memory(pids: &[u32]) -> Result<f64> {
     pids.iter().try_fold(0.0, |sum, pid| {
-        Ok(sum + kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:")?)
+        let size = kib(&format!("/proc/{pid}/smaps_rollup"), "Pss:");
+        let there = || Path::new(&format!("/proc/{pid}")).exists();
+        Ok(sum + size.or_else(|error| if there() { Err(error) } else { Ok(0.0) })?)
     })
 }
 

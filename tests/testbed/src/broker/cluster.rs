@@ -184,14 +184,19 @@ impl Cluster {
         )
     }
 
-    /// The index of the node that leads the quorum queue, once every node sees all others, and the queue has a leader and all
-    /// its members; None until then.
-    pub(crate) fn leader_if_whole(&self, queue: &str) -> Option<usize> {
+    /// Who leads the quorum queue, once every node sees all others, and the queue has a leader and all its members; None until
+    /// then.
+    pub(crate) fn leader_if_whole(&self, queue: &str) -> Option<Leader> {
         let question = format!(
             "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+             {{Name, _}} = amqqueue:get_pid(Q), \
              Info = rabbit_quorum_queue:info(Q, [leader, online]), \
              Whole = length(proplists:get_value(online, Info)) == {} andalso {}, \
-             case Whole of true -> proplists:get_value(leader, Info); false -> Info end",
+             Leader = proplists:get_value(leader, Info), \
+             case Whole of \
+                 true -> [Leader, maps:get(term, ra:key_metrics({{Name, Leader}}))]; \
+                 false -> Info \
+             end",
             self.nodes.len(),
             self.all_see_all()
         );
@@ -200,7 +205,11 @@ impl Cluster {
             return None;
         }
         let answer = self.nodes[0].eval(&question).ok()?;
-        self.nodes.iter().position(|node| node.name == answer)
+        let answer = answer.strip_prefix('[')?.strip_suffix(']')?;
+        let (name, term) = answer.split_once(',')?;
+        let node = self.nodes.iter().position(|node| node.name == name)?;
+        let term = term.parse().ok()?;
+        Some(Leader { node, term })
     }
 
     /// Gives the quorum queue another leader, so many times, with a second between.
@@ -209,17 +218,34 @@ impl Cluster {
         let moves = format!(
             "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
              {{Name, _}} = amqqueue:get_pid(Q), \
-             Move = fun(_) -> \
-                 {{ok, Members, Leader}} = ra:members({{Name, node()}}), \
-                 Others = Members -- [Leader], \
-                 Next = lists:nth(rand:uniform(length(Others)), Others), \
-                 ok = ra:transfer_leadership(Leader, Next), \
-                 timer:sleep(1000) \
+             Once = fun() -> \
+                 case ra:members({{Name, node()}}) of \
+                     {{ok, Members, Leader}} -> \
+                         Others = Members -- [Leader], \
+                         Next = lists:nth(rand:uniform(length(Others)), Others), \
+                         ra:transfer_leadership(Leader, Next) == ok; \
+                     _ -> false \
+                 end \
              end, \
-             lists:foreach(Move, lists:seq(1, {times}))"
+             Move = fun Move(0, _) -> ok; \
+                 Move(Left, Attempts) when Attempts > 0 -> \
+                     Moved = Once(), \
+                     timer:sleep(1000), \
+                     Move(case Moved of true -> Left - 1; false -> Left end, Attempts - 1) \
+             end, \
+             Move({times}, {times} * 6)"
         );
         self.nodes[0].eval(&moves).map(drop)
     }
+}
+
+/// The leader of a quorum queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leader {
+    /// The index of its node.
+    pub(crate) node: usize,
+    /// Its term, of the Raft protocol: another one is another election.
+    pub(crate) term: u64,
 }
 
 impl ClusterNode {

@@ -9,14 +9,14 @@ use crate::Signal;
 use crate::exec;
 use crate::owner::{self, docker_label, find_in_path};
 use crate::program::Program;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 /// For everything the Docker daemon does but pulling.
-const DOCKER_LIMIT: Duration = Duration::from_secs(60);
+const DOCKER_LIMIT: Duration = Duration::from_secs(300);
 
 /// A pull may take its time.
 const PULL_LIMIT: Duration = Duration::from_secs(600);
@@ -226,7 +226,15 @@ impl Node for ContainerNode {
     }
 
     fn stop(&self) -> Result<()> {
-        docker(&["stop", "--time", "50", &self.container.name]).map(drop)
+        docker(&["stop", "--time", "240", &self.container.name])?;
+        let format = "{{.State.ExitCode}}";
+        let status = docker(&["inspect", "--format", format, &self.container.name])?;
+        // Docker kills what doesn't stop, and calls that stopped.
+        ensure!(
+            status.trim() != "137",
+            "the node hadn't stopped after 240 s"
+        );
+        Ok(())
     }
 
     fn kill(&self) -> Result<()> {

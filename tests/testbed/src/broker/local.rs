@@ -19,10 +19,10 @@ use std::time::Duration;
 const DEBIAN_SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 
 /// It takes milliseconds on an idle machine.
-const EPMD_LIMIT: Duration = Duration::from_secs(20);
+const EPMD_LIMIT: Duration = Duration::from_secs(120);
 
 /// An orderly stop takes two to five seconds.
-const STOP_LIMIT: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(240);
 
 /// RabbitMQ's own scripts on this machine.
 #[derive(Clone, Debug)]

@@ -168,25 +168,26 @@ impl Queue {
     /// Waits until exactly so many messages are ready.
     #[track_caller]
     pub fn wait_ready(&self, count: u32) {
-        self.wait_count("ready", count, Self::ready);
+        self.wait_count("ready", count, |(ready, _)| ready);
     }
 
     /// Waits until it has exactly so many consumers.
     #[track_caller]
     pub fn wait_consumers(&self, count: u32) {
-        self.wait_count("consumers", count, Self::consumers);
+        self.wait_count("consumers", count, |(_, consumers)| consumers);
     }
 
     #[track_caller]
-    fn wait_count(&self, what: &str, count: u32, look: fn(&Self) -> u32) {
-        let mut seen = 0;
+    fn wait_count(&self, what: &str, count: u32, of: fn((u32, u32)) -> u32) {
+        let mut seen = Ok(None);
         let reached = eventually(PATIENCE, || {
-            seen = look(self);
-            seen == count
+            // While a quorum queue elects its leader a look fails.
+            seen = self.client.counts(&self.name);
+            matches!(seen, Ok(Some(counts)) if of(counts) == count)
         });
         assert!(
             reached,
-            "queue {}: {seen} {what} instead of {count} after {PATIENCE:?}",
+            "queue {}: not {count} {what} after {PATIENCE:?}, but (ready, consumers) of {seen:?}",
             self.name
         );
     }

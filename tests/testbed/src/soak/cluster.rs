@@ -3,14 +3,14 @@
 use super::Soak;
 use super::command::now;
 use super::standstill::Window;
-use crate::broker::Cluster;
+use crate::broker::{Cluster, Leader};
 use crate::eventually;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use std::time::{Duration, Instant};
 
 /// So long after a fault the cluster must be whole again: a node that starts beside two dozen workers takes half a minute.
-const WHOLE: Duration = Duration::from_secs(180);
+const WHOLE: Duration = Duration::from_secs(600);
 
 /// While the network flaps, it is cut and whole for at most so long, in turn.
 const FLAP_MS: u64 = 400;
@@ -86,12 +86,13 @@ impl Fault {
 impl Soak<'_> {
     /// Breaks the cluster as often as was asked for, and waits after each fault until it is whole again.
     pub(super) fn break_cluster(&self, cluster: &Cluster, mut random: fastrand::Rng) -> Result<()> {
-        let mut leader = self.await_whole(cluster)?;
+        self.look_at_leader(cluster, None)?;
         let count = self.options.faults as usize;
         let faults = Fault::draw(&self.options.only, count, &mut random);
         // Whoever was hit notices in between, which takes two and a half heartbeats.
         let between = 5500..8000;
         self.cause_all(&faults, Fault::name, between, random, |fault, random| {
+            let leader = self.look_at_leader(cluster, None)?;
             let victim = if random.bool() {
                 leader
             } else {
@@ -103,14 +104,7 @@ impl Soak<'_> {
                 .with_context(|| format!("{}: {}", fault.name(), cluster.nodes[victim].name))?;
             let broken = begun.elapsed();
             let led = leader == victim;
-            leader = self.await_whole(cluster)?;
-            let window = Window {
-                fault: fault.name(),
-                from,
-                until: now(),
-                separates: fault.separates(),
-            };
-            self.note(|books| books.windows.push(window));
+            self.look_at_leader(cluster, Some((fault, from)))?;
             Ok(format!(
                 " ({}{}), for {:.1} s",
                 cluster.nodes[victim].name,
@@ -189,8 +183,38 @@ impl Soak<'_> {
         }
     }
 
-    /// The index of the leader's node, once the cluster is whole.
-    fn await_whole(&self, cluster: &Cluster) -> Result<usize> {
+    /// Waits until the cluster is whole, and gives the index of the leader's node. Notes the fault that has just ended, and from
+    /// when on; or, between two faults, a leader that has changed by itself.
+    pub(super) fn look_at_leader(
+        &self,
+        cluster: &Cluster,
+        fault: Option<(Fault, u64)>,
+    ) -> Result<usize> {
+        let leader = self.await_whole(cluster)?;
+        let until = now();
+        let last = self.led.lock().replace((leader.term, until));
+        let changed = last.filter(|(term, _)| *term != leader.term);
+        let window = match (fault, changed) {
+            (Some((fault, from)), _) => Some(Window {
+                fault: fault.name(),
+                from,
+                until,
+                separates: fault.separates() || changed.is_some(),
+            }),
+            (None, Some((_, from))) => Some(Window {
+                fault: "leader changed by itself",
+                from,
+                until,
+                separates: true,
+            }),
+            (None, None) => None,
+        };
+        self.note(|books| books.windows.extend(window));
+        Ok(leader.node)
+    }
+
+    /// Who leads the queue, once the cluster is whole.
+    fn await_whole(&self, cluster: &Cluster) -> Result<Leader> {
         let mut leader = None;
         eventually(WHOLE, || {
             leader = cluster.leader_if_whole(&self.queue);

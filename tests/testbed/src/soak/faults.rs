@@ -84,7 +84,7 @@ impl Soak<'_> {
         use Fault::{Freeze, Kill, Restart, Stop};
         // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
         let kinds = [
-            Freeze, Kill, Freeze, Freeze, Stop, Kill, Freeze, Restart, Freeze, Freeze,
+            Freeze, Kill, Stop, Restart, Freeze, Freeze, Kill, Freeze, Freeze, Freeze,
         ];
         let faults = kinds.into_iter().cycle();
         let mut faults: Vec<_> = faults.take(self.options.faults as usize).collect();

@@ -152,6 +152,8 @@ struct Soak<'a> {
     book: PathBuf,
     books: Mutex<Books>,
     register: Mutex<workers::Register>,
+    /// The term of the queue's leader in a cluster, and when it was looked at.
+    led: Mutex<Option<(u64, u64)>>,
     next_run: AtomicU64,
     killed: AtomicU32,
     begun: Instant,
@@ -273,6 +275,7 @@ pub fn run(options: &Options) -> Result<Report> {
         book,
         books: Mutex::default(),
         register: Mutex::default(),
+        led: Mutex::default(),
         next_run: AtomicU64::new(1),
         killed: AtomicU32::new(0),
         begun: Instant::now(),
@@ -282,6 +285,10 @@ pub fn run(options: &Options) -> Result<Report> {
     let mut failures = Vec::new();
     let mut fail = |error: Error| failures.push(format!("{error:#}"));
     soak.all().unwrap_or_else(&mut fail);
+    if let Site::Cluster(cluster) = &soak.site {
+        let looked = soak.look_at_leader(cluster, None).map(drop);
+        looked.unwrap_or_else(&mut fail);
+    }
     let mut left_in = |queue| soak.left_in(queue).map_err(&mut fail).unwrap_or_default();
     let (left, dead) = (left_in(&queue), left_in(&dead));
     let mut books = soak.books.into_inner();

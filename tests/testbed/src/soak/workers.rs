@@ -18,7 +18,7 @@ const HANG: Duration = Duration::from_secs(200);
 const HANG_CLUSTER: Duration = Duration::from_secs(300);
 
 /// What a worker has started may live so long after it, while the kernel and a loaded machine catch up.
-const LEFTOVER: Duration = Duration::from_secs(5);
+const LEFTOVER: Duration = Duration::from_secs(60);
 
 /// What is in the queue when the time is up must be done by then.
 const LAST_ORDERS: Duration = Duration::from_secs(180);
