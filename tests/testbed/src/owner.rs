@@ -165,12 +165,13 @@ pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
+    let mut buffer = vec![0; ENVIRONMENT_MAX];
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         // A zombie's environ reads as empty, so what has ended but isn't reaped doesn't count.
         .filter(|pid: &i32| {
-            environment(*pid)
+            environment(*pid, &mut buffer)
                 .split(|byte| *byte == 0)
                 .any(|variable| variable == wanted.as_bytes())
         })
@@ -178,17 +179,16 @@ pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
 }
 
 /// The variables that a process was started with, each ended by a NUL; empty for one that has ended, or is none of ours.
-fn environment(pid: i32) -> Vec<u8> {
-    let mut bytes = Vec::new();
+fn environment(pid: i32, buffer: &mut [u8]) -> &[u8] {
+    let mut size = 0;
     eventually(PATIENCE, || {
-        bytes = vec![0; ENVIRONMENT_MAX];
         // In one call: between two the process may become another program, and what was read is a part.
-        let read =
-            File::open(format!("/proc/{pid}/environ")).and_then(|mut file| file.read(&mut bytes));
-        bytes.truncate(read.as_ref().copied().unwrap_or(0));
-        read.is_err() || !bytes.is_empty() || !is_in_execve(pid)
+        let file = File::open(format!("/proc/{pid}/environ"));
+        let read = file.and_then(|mut file| file.read(buffer));
+        size = *read.as_ref().unwrap_or(&0);
+        read.is_err() || size > 0 || !is_in_execve(pid)
     });
-    bytes
+    &buffer[..size]
 }
 
 /// Whether a process whose environ reads as empty may only be becoming another program: within execve(2) the old environment
