@@ -29,7 +29,7 @@ const TERMINAL: &str = "terminal";
 const ELSEWHERE: [&str; 3] = ["docker", "kubectl", "make"];
 
 /// What the commands of one page may take, generously.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// A fenced block of commands.
 struct Block {
