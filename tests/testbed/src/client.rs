@@ -7,7 +7,7 @@ mod queue;
 
 pub use queue::{Consumer, Queue, QueueBuilder, QueueKind};
 
-use crate::{PATIENCE, block_on};
+use crate::block_on;
 use anyhow::{Context, Result, bail};
 use lapin::message::{BasicGetMessage, Delivery};
 use lapin::options::{BasicNackOptions, BasicPublishOptions, QueueDeclareOptions};
@@ -19,6 +19,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::Mutex;
+
+/// How long an operation waits for its answer: one that the broker's death has swallowed is asked again by whoever polls.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a dropped queue waits for a broker that may be gone or frozen by then.
 const DROP_LIMIT: Duration = Duration::from_secs(2);
@@ -229,10 +232,10 @@ impl Client {
 }
 
 async fn limited<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::time::timeout(PATIENCE, operation)
+    tokio::time::timeout(ANSWER_LIMIT, operation)
         .await
         .unwrap_or_else(|_| {
-            bail!("the broker didn't answer the test's own client within {PATIENCE:?}")
+            bail!("the broker didn't answer the test's own client within {ANSWER_LIMIT:?}")
         })
 }
 
