@@ -147,8 +147,8 @@ impl Registration {
         self.barrier().await
     }
 
-    /// Confirms all that was sent before on this channel: a channel processes its methods in order, and unlike channel.close and connection.close, which are answered even
-    /// in a race with a channel error, qos is answered only when all went well before.
+    /// Confirms all that was sent before on this channel: a channel processes its methods in order, and unlike channel.close and
+    /// connection.close, which are answered even in a race with a channel error, qos is answered only when all went well before.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
