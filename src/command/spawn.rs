@@ -17,17 +17,17 @@ use nix::{
         prctl::set_pdeathsig,
         signal::{Signal, kill, killpg},
     },
-    unistd::{Pid, getpid, getppid},
+    unistd::{Pid, getpgrp, getpid, getppid},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::{CString, OsStr, OsString},
     io,
     os::unix::{ffi::OsStrExt, process::CommandExt},
     path::Path,
     process,
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, task::yield_now};
 
 /// Longest `NAME=value` with its NUL that Linux's execve(2) takes: `MAX_ARG_STRLEN`, in bytes.
 const VARIABLE_MAX: usize = 128 * 1024;
@@ -132,24 +132,34 @@ impl Command {
         descendants(|child| !self.reaper.is_stranger(child))
     }
 
-    /// Signals each of them, and warns of the first that may not be; how many got it.
-    fn signal_each(&self, processes: Vec<Stat>, signal: Signal) -> usize {
-        let (mut sent, mut refused) = (0, None);
-        for Stat { pid, .. } in processes {
-            match kill(pid, signal) {
-                Ok(()) => sent += 1,
-                Err(error) => refused = refused.or(Some((pid, error))),
+    /// Signals all of them, and warns of the first that may not be; false if nobody was there, or all were refused.
+    ///
+    /// Where a process forks and ends, and its child does the same, whoever is seen has gone before the signal comes. Their
+    /// group stays, and no fork escapes a signal to the group. Only our own group has others in it, too.
+    fn signal_all(&self, processes: &[Stat], signal: Signal) -> bool {
+        let own = getpgrp();
+        let groups = processes.iter().map(|process| process.group);
+        let groups: BTreeSet<Pid> = groups.filter(|group| *group != own).collect();
+        let ours = processes.iter().filter(|process| process.group == own);
+        let one_by_one = ours.map(|process| (process.pid, kill(process.pid, signal)));
+        let by_group = groups.iter().map(|group| (*group, killpg(*group, signal)));
+        let (mut any, mut refused) = (false, None);
+        for (whom, sent) in one_by_one.chain(by_group) {
+            match sent {
+                // Gone, but it may have left a child.
+                Ok(()) | Err(Errno::ESRCH) => any = true,
+                Err(_) => refused = refused.or(Some((whom, sent))),
             }
         }
-        if let Some((pid, error)) = refused {
-            is_sent(signal, pid, Err(error));
+        if let Some((whom, sent)) = refused {
+            warn_unless_sent(signal, whom, sent);
         }
-        sent
+        any
     }
 }
 
 /// What is gone already needs no signal; but one that may not be sent is somebody's problem.
-fn is_sent(signal: Signal, pid: Pid, sent: nix::Result<()>) -> bool {
+fn warn_unless_sent(signal: Signal, pid: Pid, sent: nix::Result<()>) {
     if let Err(error) = sent
         && error != Errno::ESRCH
     {
@@ -162,7 +172,6 @@ fn is_sent(signal: Signal, pid: Pid, sent: nix::Result<()>) -> bool {
             error.desc()
         );
     }
-    sent.is_ok()
 }
 
 impl Process for Command {
@@ -185,11 +194,9 @@ impl Process for Command {
             return;
         }
         match target {
-            Target::Leader => {
-                is_sent(signal, self.leader, kill(self.leader, signal));
-            }
+            Target::Leader => warn_unless_sent(signal, self.leader, kill(self.leader, signal)),
             Target::Group if !self.shares_group => {
-                is_sent(signal, self.leader, killpg(self.leader, signal));
+                warn_unless_sent(signal, self.leader, killpg(self.leader, signal));
             }
             Target::Group => {
                 // Our group has ourselves in it, and the rest of a shell's pipeline.
@@ -197,10 +204,10 @@ impl Process for Command {
                 let leader = group.iter().find(|process| process.pid == self.leader);
                 let ours = leader.map(|leader| leader.group);
                 group.retain(|process| Some(process.group) == ours);
-                self.signal_each(group, signal);
+                self.signal_all(&group, signal);
             }
             Target::Left => {
-                self.signal_each(self.descendants(), signal);
+                self.signal_all(&self.descendants(), signal);
             }
         }
     }
@@ -211,13 +218,16 @@ impl Process for Command {
     }
 
     fn kill_left(&self) -> bool {
-        self.signal_each(self.descendants(), Signal::SIGKILL) > 0
+        self.signal_all(&self.descendants(), Signal::SIGKILL)
     }
 
     async fn none_left(&mut self) {
         // Every descendant is a child of ours, or has an ancestor that is: we are the subreaper.
         while self.reaper.sweep() && !self.descendants().is_empty() {
             self.reaper.reaped().await;
+            // Where processes end faster than they are looked through, there is always one; time and signals have to get
+            // their turn, too.
+            yield_now().await;
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::owner;
 use crate::{PATIENCE, Signal, eventually};
-use nix::sys::signal::kill;
-use nix::unistd::Pid;
+use nix::sys::signal::{kill, killpg};
+use nix::unistd::{Pid, getpgid, getpgrp};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Write;
@@ -297,8 +297,12 @@ impl Running {
             if pids.is_empty() {
                 return;
             }
-            for pid in pids {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            for pid in pids.into_iter().map(Pid::from_raw) {
+                // One that forks for ever has ended by now, but its group is there.
+                let _ = match getpgid(Some(pid)) {
+                    Ok(group) if group != getpgrp() => killpg(group, Signal::SIGKILL),
+                    _ => kill(pid, Signal::SIGKILL),
+                };
             }
             thread::sleep(Duration::from_millis(2));
         }
