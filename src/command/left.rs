@@ -1,7 +1,7 @@
 //! Who descends from us, as /proc tells it: the command, and what it has started, whatever group or session that is in.
 
 use nix::unistd::{Pid, getpid};
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
 /// A process, as far as `/proc/PID/stat` is of interest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,33 +43,58 @@ fn read(folder: &str) -> Option<Stat> {
     Stat::parse(&String::from_utf8_lossy(&text))
 }
 
-/// All who descend from us by those children that `is_ours`, parents before their children.
-///
-/// A zombie that is not ours to reap is left out: its parent is in the list. Empty where there is no /proc of our PID
-/// namespace, whose numbers could be anybody's.
-pub(super) fn descendants(is_ours: impl Fn(Pid) -> bool) -> Vec<Stat> {
-    let Some(own) = Stat::own() else {
-        return Vec::new();
-    };
-    let all: Vec<Stat> = fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.starts_with(|first: char| first.is_ascii_digit()))
-        .filter_map(|name| read(&name))
-        .collect();
-    let children = |parent: Pid| all.iter().filter(move |process| process.parent == parent);
-    let mut found: Vec<Stat> = children(own.pid)
-        .filter(|child| is_ours(child.pid))
-        .copied()
-        .collect();
-    let mut next = 0;
-    while let Some(parent) = found.get(next) {
-        let more = children(parent.pid).filter(|child| !child.is_zombie);
-        found.extend(more.copied().collect::<Vec<_>>());
-        next += 1;
+/// Those who descend from us.
+#[derive(Debug, Default)]
+pub(super) struct Descendants {
+    /// Parents before their children. A zombie that is not ours to reap is left out: its parent is here.
+    pub(super) processes: Vec<Stat>,
+    /// The process groups that they have for themselves. Ours is never one, as we are in it.
+    pub(super) own_groups: BTreeSet<Pid>,
+}
+
+impl Descendants {
+    /// All who descend from us by those children that `is_ours`; nobody where there is no /proc of our PID namespace, whose
+    /// numbers could be anybody's.
+    pub(super) fn find(is_ours: impl Fn(Pid) -> bool) -> Self {
+        let Some(own) = Stat::own() else {
+            return Self::default();
+        };
+        let all: Vec<Stat> = fs::read_dir("/proc")
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| name.starts_with(|first: char| first.is_ascii_digit()))
+            .filter_map(|name| read(&name))
+            .collect();
+        Self::among(&all, own.pid, is_ours)
     }
-    found
+
+    fn among(all: &[Stat], own: Pid, is_ours: impl Fn(Pid) -> bool) -> Self {
+        let children = |parent: Pid| all.iter().filter(move |process| process.parent == parent);
+        let mut processes: Vec<Stat> = children(own)
+            .filter(|child| is_ours(child.pid))
+            .copied()
+            .collect();
+        let mut next = 0;
+        while let Some(parent) = processes.get(next) {
+            let more = children(parent.pid).filter(|child| !child.is_zombie);
+            processes.extend(more.copied().collect::<Vec<_>>());
+            next += 1;
+        }
+        let pids: BTreeSet<Pid> = processes.iter().map(|process| process.pid).collect();
+        let is_other = |process: &&Stat| !process.is_zombie && !pids.contains(&process.pid);
+        let shared: BTreeSet<Pid> = all
+            .iter()
+            .filter(is_other)
+            .map(|other| other.group)
+            .collect();
+        let groups = processes.iter().map(|process| process.group);
+        let own_groups = groups.filter(|group| !shared.contains(group)).collect();
+        Self {
+            processes,
+            own_groups,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -85,5 +110,29 @@ mod tests {
         assert!(!stat.is_zombie);
         assert_eq!(Stat::parse("42 (cat"), None);
         assert!(Stat::own().is_some());
+    }
+
+    #[test]
+    fn a_group_is_theirs_when_nobody_else_is_in_it() {
+        let stat = |pid: i32, state: &str, parent: i32, group: i32| {
+            Stat::parse(&format!("{pid} (sh) {state} {parent} {group} 1 0 -1")).unwrap()
+        };
+        let all = [
+            stat(10, "S", 1, 10),  // ourselves
+            stat(20, "S", 10, 20), // the command, whose pipeline's other end isn't reaped yet
+            stat(21, "Z", 20, 20),
+            stat(22, "S", 20, 10), // has joined our group
+            stat(30, "Z", 10, 30), // an orphan, and what it has forked
+            stat(31, "S", 30, 30),
+            stat(40, "S", 10, 41), // shares its group with somebody else's child
+            stat(41, "S", 1, 41),
+            stat(50, "S", 10, 50), // was there before the command
+            stat(51, "S", 50, 50),
+        ];
+        let found = Descendants::among(&all, all[0].pid, |child| child.as_raw() != 50);
+        let raw = |pids: Vec<Pid>| pids.into_iter().map(Pid::as_raw).collect::<Vec<_>>();
+        let pids = found.processes.iter().map(|process| process.pid).collect();
+        assert_eq!(raw(pids), [20, 30, 40, 22, 31]);
+        assert_eq!(raw(found.own_groups.into_iter().collect()), [20, 30]);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Process, Reaper, Target,
-    left::{Stat, descendants},
+    left::{Descendants, Stat},
     stdin::holding,
 };
 use crate::{
@@ -15,9 +15,9 @@ use nix::{
     libc,
     sys::{
         prctl::set_pdeathsig,
-        signal::{Signal, kill, killpg},
+        signal::{Signal, kill},
     },
-    unistd::{Pid, getpgrp, getpid, getppid},
+    unistd::{Pid, getpid, getppid},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -77,7 +77,7 @@ impl Command {
     ) -> Result<Self, Failure> {
         // Children that are there already, if any, are none of the command's.
         if reaper.sweep() {
-            let others = descendants(|_| true);
+            let others = Descendants::find(|_| true).processes;
             reaper.note_strangers(others.iter().map(|process| process.pid).collect());
         }
         let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
@@ -128,47 +128,54 @@ impl Command {
         })
     }
 
-    fn descendants(&self) -> Vec<Stat> {
-        descendants(|child| !self.reaper.is_stranger(child))
-    }
-
-    /// Signals all of them, and warns of the first that may not be; false if nobody was there, or all were refused.
-    ///
-    /// Where a process forks and ends, and its child does the same, whoever is seen has gone before the signal comes. Their
-    /// group stays, and no fork escapes a signal to the group. Only our own group has others in it, too.
-    fn signal_all(&self, processes: &[Stat], signal: Signal) -> bool {
-        let own = getpgrp();
-        let groups = processes.iter().map(|process| process.group);
-        let groups: BTreeSet<Pid> = groups.filter(|group| *group != own).collect();
-        let ours = processes.iter().filter(|process| process.group == own);
-        let one_by_one = ours.map(|process| (process.pid, kill(process.pid, signal)));
-        let by_group = groups.iter().map(|group| (*group, killpg(*group, signal)));
-        let (mut any, mut refused) = (false, None);
-        for (whom, sent) in one_by_one.chain(by_group) {
-            match sent {
-                // Gone, but it may have left a child.
-                Ok(()) | Err(Errno::ESRCH) => any = true,
-                Err(_) => refused = refused.or(Some((whom, sent))),
-            }
-        }
-        if let Some((whom, sent)) = refused {
-            warn_unless_sent(signal, whom, sent);
-        }
-        any
+    fn descendants(&self) -> Descendants {
+        Descendants::find(|child| !self.reaper.is_stranger(child))
     }
 }
 
-/// What is gone already needs no signal; but one that may not be sent is somebody's problem.
-fn warn_unless_sent(signal: Signal, pid: Pid, sent: nix::Result<()>) {
+/// Signals all of them, and warns of the first signal that is refused; `false` if nobody is there, or all were refused.
+///
+/// Where a process forks and exits, and its child does the same, whoever was seen has ended before a signal arrives. The
+/// group stays, and no fork escapes a signal to the group (Linux's kernel/fork.c lets a pending one go first). A group that
+/// isn't theirs alone can't be used so, and in it such a chain may escape.
+fn signal_all(descendants: &Descendants, signal: Signal) -> bool {
+    let target = |process: &Stat| match process.group.as_raw() {
+        // To kill(2), 0 is our own group and -1 is everybody.
+        group @ 2.. if descendants.own_groups.contains(&process.group) => Pid::from_raw(-group),
+        _ => process.pid,
+    };
+    let targets: BTreeSet<Pid> = descendants.processes.iter().map(target).collect();
+    let (mut any, mut refused) = (false, None);
+    for target in targets {
+        match kill(target, signal) {
+            // It has moved to another group, or its parent has reaped it: that takes another look.
+            Ok(()) | Err(Errno::ESRCH) => any = true,
+            Err(error) => refused = refused.or(Some((target, error))),
+        }
+    }
+    if let Some((target, error)) = refused {
+        warn_if_refused(signal, target, Err(error));
+    }
+    any
+}
+
+/// Warns of a signal that was refused. One to what is gone already is no loss.
+fn warn_if_refused(signal: Signal, target: Pid, sent: nix::Result<()>) {
     if let Err(error) = sent
         && error != Errno::ESRCH
     {
+        let kind = if target.as_raw() < 0 {
+            "process group"
+        } else {
+            "process"
+        };
+        let number = target.as_raw().abs();
         let hint = match error {
-            Errno::EPERM => "; the process runs as another user, and qconsume lacks CAP_KILL",
+            Errno::EPERM => "; it runs as another user, and qconsume lacks CAP_KILL",
             _ => "",
         };
         tracing::warn!(
-            "{signal} can't be sent to the command (process {pid}): {}{hint}",
+            "{signal} can't be sent to the command ({kind} {number}): {}{hint}",
             error.desc()
         );
     }
@@ -194,39 +201,43 @@ impl Process for Command {
             return;
         }
         match target {
-            Target::Leader => warn_unless_sent(signal, self.leader, kill(self.leader, signal)),
+            Target::Leader => warn_if_refused(signal, self.leader, kill(self.leader, signal)),
             Target::Group if !self.shares_group => {
-                warn_unless_sent(signal, self.leader, killpg(self.leader, signal));
+                let group = Pid::from_raw(-self.leader.as_raw());
+                warn_if_refused(signal, group, kill(group, signal));
             }
             Target::Group => {
                 // Our group has ourselves in it, and the rest of a shell's pipeline.
-                let mut group = self.descendants();
-                let leader = group.iter().find(|process| process.pid == self.leader);
+                let mut found = self.descendants();
+                let mut all = found.processes.iter();
+                let leader = all.find(|process| process.pid == self.leader);
                 let ours = leader.map(|leader| leader.group);
-                group.retain(|process| Some(process.group) == ours);
-                self.signal_all(&group, signal);
+                found
+                    .processes
+                    .retain(|process| Some(process.group) == ours);
+                signal_all(&found, signal);
             }
             Target::Left => {
-                self.signal_all(&self.descendants(), signal);
+                signal_all(&self.descendants(), signal);
             }
         }
     }
 
     fn left(&self) -> usize {
-        let left = self.descendants();
+        let left = self.descendants().processes;
         left.iter().filter(|process| !process.is_zombie).count()
     }
 
     fn kill_left(&self) -> bool {
-        self.signal_all(&self.descendants(), Signal::SIGKILL)
+        signal_all(&self.descendants(), Signal::SIGKILL)
     }
 
     async fn none_left(&mut self) {
         // Every descendant is a child of ours, or has an ancestor that is: we are the subreaper.
-        while self.reaper.sweep() && !self.descendants().is_empty() {
+        while self.reaper.sweep() && !self.descendants().processes.is_empty() {
             self.reaper.reaped().await;
-            // Where processes end faster than they are looked through, there is always one; time and signals have to get
-            // their turn, too.
+            // Where children end faster than /proc is read, the line above never waits; timers, signals and heartbeats need
+            // a turn all the same.
             yield_now().await;
         }
     }

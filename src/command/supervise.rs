@@ -39,9 +39,9 @@ pub trait Process {
     fn shares_group(&self) -> bool;
     /// Sends a signal.
     fn signal(&self, target: Target, signal: Signal);
-    /// How many processes it has left behind.
+    /// How many processes it has left behind. Where they fork and exit faster than they are counted, it may be none.
     fn left(&self) -> usize;
-    /// Kills what it has left behind; `false` when nothing was there that may be killed.
+    /// Kills what it has left behind; `false` when there was nobody, or nobody that may be killed.
     fn kill_left(&self) -> bool;
     /// Waits, once it has ended, until nothing is left that it has started.
     fn none_left(&mut self) -> impl Future<Output = ()>;

@@ -298,7 +298,7 @@ impl Running {
                 return;
             }
             for pid in pids.into_iter().map(Pid::from_raw) {
-                // One that forks for ever has ended by now, but its group is there.
+                // By its group, as one that forks may end right now, and its child is in the same group.
                 let _ = match getpgid(Some(pid)) {
                     Ok(group) if group != getpgrp() => killpg(group, Signal::SIGKILL),
                     _ => kill(pid, Signal::SIGKILL),
