@@ -1,7 +1,10 @@
 //! Who descends from us, as /proc tells it: the command, and what it has started, whatever group or session that is in.
 
 use nix::unistd::{Pid, getpid};
-use std::{collections::BTreeSet, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 /// A process, as far as `/proc/PID/stat` is of interest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,26 +62,28 @@ impl Descendants {
         let Some(own) = Stat::own() else {
             return Self::default();
         };
-        let all: Vec<Stat> = fs::read_dir("/proc")
+        // All names first: who forks while the others are read would make the list longer and longer.
+        let names: Vec<String> = fs::read_dir("/proc")
             .into_iter()
             .flatten()
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter(|name| name.starts_with(|first: char| first.is_ascii_digit()))
-            .filter_map(|name| read(&name))
             .collect();
+        let all: Vec<Stat> = names.iter().filter_map(|name| read(name)).collect();
         Self::among(&all, own.pid, is_ours)
     }
 
     fn among(all: &[Stat], own: Pid, is_ours: impl Fn(Pid) -> bool) -> Self {
-        let children = |parent: Pid| all.iter().filter(move |process| process.parent == parent);
-        let mut processes: Vec<Stat> = children(own)
-            .filter(|child| is_ours(child.pid))
-            .copied()
-            .collect();
+        let mut by_parent: BTreeMap<Pid, Vec<Stat>> = BTreeMap::new();
+        for process in all {
+            by_parent.entry(process.parent).or_default().push(*process);
+        }
+        let children = |parent: Pid| by_parent.get(&parent).into_iter().flatten().copied();
+        let mut processes: Vec<Stat> = children(own).filter(|child| is_ours(child.pid)).collect();
         let mut next = 0;
         while let Some(parent) = processes.get(next) {
             let more = children(parent.pid).filter(|child| !child.is_zombie);
-            processes.extend(more.copied().collect::<Vec<_>>());
+            processes.extend(more);
             next += 1;
         }
         let pids: BTreeSet<Pid> = processes.iter().map(|process| process.pid).collect();

@@ -16,7 +16,12 @@ use std::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, oneshot},
+    task::yield_now,
 };
+
+/// How many are reaped before others get a turn, within about a millisecond: where they fork faster than they are reaped,
+/// there is no end.
+const SWEEP: usize = 100;
 
 /// Reaps in the background for as long as the runtime is driven.
 #[derive(Clone, Debug, Default)]
@@ -51,7 +56,9 @@ impl Reaper {
         let background = reaper.clone();
         tokio::spawn(async move {
             while ended.recv().await.is_some() {
-                background.sweep();
+                while background.sweep() == Children::MoreEnded {
+                    yield_now().await;
+                }
             }
         });
         Ok(reaper)
@@ -84,15 +91,15 @@ impl Reaper {
         self.reaped.notified().await;
     }
 
-    /// Reaps whoever has ended; says whether any child is left.
+    /// Reaps whoever has ended, up to [`SWEEP`] of them; says who is left.
     ///
     /// Looks at each ended child without reaping it, so that the command can be told from orphans first.
-    pub(super) fn sweep(&self) -> bool {
-        loop {
+    pub(super) fn sweep(&self) -> Children {
+        for _ in 0..SWEEP {
             let (child, ended) = match peek() {
                 Peek::Ended(child, ended) => (child, ended),
-                Peek::Running => return true,
-                Peek::NoChild => return false,
+                Peek::Running => return Children::Running,
+                Peek::NoChild => return Children::None,
             };
             // The status is known already, and nix can't name a real-time signal: an error is none.
             let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
@@ -104,7 +111,19 @@ impl Reaper {
             }
             self.reaped.notify_one();
         }
+        Children::MoreEnded
     }
+}
+
+/// The children that are left after a sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Children {
+    /// There is none.
+    None,
+    /// There are some, none of which has ended yet.
+    Running,
+    /// There may be some who have ended: there were too many for one sweep.
+    MoreEnded,
 }
 
 enum Peek {

@@ -3,6 +3,7 @@
 use super::{
     Process, Reaper, Target,
     left::{Descendants, Stat},
+    reap::Children,
     stdin::holding,
 };
 use crate::{
@@ -76,7 +77,7 @@ impl Command {
         reaper: &Reaper,
     ) -> Result<Self, Failure> {
         // Children that are there already, if any, are none of the command's.
-        if reaper.sweep() {
+        if reaper.sweep() != Children::None {
             let others = Descendants::find(|_| true).processes;
             reaper.note_strangers(others.iter().map(|process| process.pid).collect());
         }
@@ -233,10 +234,15 @@ impl Process for Command {
     }
 
     async fn none_left(&mut self) {
-        // Every descendant is a child of ours, or has an ancestor that is: we are the subreaper.
-        while self.reaper.sweep() && !self.descendants().processes.is_empty() {
-            self.reaper.reaped().await;
-            // Where children end faster than /proc is read, the line above never waits; timers, signals and heartbeats need
+        loop {
+            match self.reaper.sweep() {
+                // Every descendant is a child of ours, or has an ancestor that is: we are the subreaper.
+                Children::None => return,
+                Children::Running if self.descendants().processes.is_empty() => return,
+                Children::Running => self.reaper.reaped().await,
+                Children::MoreEnded => {}
+            }
+            // Where children end faster than they are looked at, nothing above ever waits; timers, signals and heartbeats need
             // a turn all the same.
             yield_now().await;
         }

@@ -238,24 +238,15 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
     }
 }
 
-/// A chain without an end: each process forks its successor and exits, within a millisecond. It ends with its folder, should
-/// it escape the testbed as well. dash nests a function 1000 deep at most, so a new shell begins before that.
-const FORKS: &str = r#"
-count=0
-forks() {
-    echo left
-    count=$((count + 1))
-    [ -e out ] || exit
-    [ $count -lt 500 ] || exec sh -c "$FORKS"
-    forks &
-}
-forks
-"#;
+/// A chain without an end: each process starts its successor and exits, within milliseconds. It ends with its folder, should
+/// it escape the testbed as well. A new program each time: forks alone are so fast that their zombies use up all process
+/// numbers that there are.
+const CHAIN: &str = "echo left; [ -e out ] && sh -c \"$CHAIN\" &";
 
 #[test]
 fn a_process_that_forks_for_its_life_does_not_escape() {
-    // A thousand others make /proc long, and of the one processor that it shares with the chain qconsume gets less: to look
-    // through /proc takes longer than a process of the chain lives. (Only root gets the chain its share.)
+    // A thousand others make /proc long, and qconsume has to share one processor with the chain: to look through /proc
+    // takes longer than a process of the chain lives.
     let crowd = "for i in $(seq 1000); do sleep 1000 & done; echo running; wait";
     let _crowd = running(Program::new("sh").args(["-c", crowd]));
     let own_status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -264,11 +255,10 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
     for (end, status) in [("exit 5", 5), ("exit 0", 0)] {
         let (queue, proxy) = one_message("forks", QueueKind::Classic);
         let folder = owner::temp_folder("forks");
-        let start = "echo $$ >group; exec nice -n -10 sh -c \"$FORKS\"";
         let running = behind(&proxy, &queue)
             .args(["--kill-after", "1s"])
-            .env("FORKS", FORKS)
-            .env("START", start)
+            .env("CHAIN", CHAIN)
+            .env("START", "echo $$ >group; exec sh -c \"$CHAIN\"")
             .shell(&format!(
                 "setsid sh -c \"$START\" >out & until [ -s out ]; do sleep 0.02; done; {end}"
             ))
@@ -289,6 +279,22 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
             assert_back(&queue);
         }
     }
+}
+
+#[test]
+fn orphans_are_reaped_however_many_end_at_once() {
+    let (queue, proxy) = one_message("orphans", QueueKind::Classic);
+    let crowd = "for i in $(seq 1000); do sleep 1000 & done; kill -KILL 0";
+    // Its parent is qconsume, and so is theirs, now.
+    let zombies = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c \") Z $PPID \"";
+    behind(&proxy, &queue)
+        .env("CROWD", crowd)
+        .shell(&format!(
+            "setsid -w sh -c \"$CROWD\"; until [ $({zombies}) = 0 ]; do sleep 0.02; done"
+        ))
+        .run()
+        .assert_status(0);
+    assert_gone(&queue);
 }
 
 /// With a command that succeeds at once, and has left this behind in a session of its own, which goes on when it is gone.
