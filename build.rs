@@ -6,16 +6,11 @@ use std::{env, path::Path, process::Command};
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=QCONSUME_COMMIT");
-    let given = env::var("QCONSUME_COMMIT")
-        .ok()
-        .filter(|commit| !commit.is_empty());
+    let given = env::var("QCONSUME_COMMIT").ok().filter(|commit| !commit.is_empty());
     let release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
     let commit = given.or_else(|| if release { from_git() } else { None });
     let suffix = commit.map_or_else(String::new, |commit| format!(" ({commit})"));
-    println!(
-        "cargo::rustc-env=QCONSUME_VERSION={}{suffix}",
-        env!("CARGO_PKG_VERSION")
-    );
+    println!("cargo::rustc-env=QCONSUME_VERSION={}{suffix}", env!("CARGO_PKG_VERSION"));
 }
 
 /// The commit, unless there is no git, no repository, or only one that these sources just happen to lie in.

@@ -22,11 +22,7 @@ static ALLOCATOR: Allocator = Allocator;
 
 impl Allocator {
     fn of(size: usize) -> &'static dyn GlobalAlloc {
-        if size < LARGE {
-            &GlobalDlmalloc
-        } else {
-            &System
-        }
+        if size < LARGE { &GlobalDlmalloc } else { &System }
     }
 }
 

@@ -30,7 +30,6 @@ use std::{ffi::OsString, time::Duration};
     version = VERSION,
     override_usage = "qconsume [OPTIONS] [--] COMMAND [ARG]...",
 )]
-#[rustfmt::skip]
 pub struct QconsumeOptions {
     /// Consume from this queue
     #[arg(short, long, value_name = "NAME", env = "QUEUE", default_value = "", hide_default_value = true, value_parser = queue_name, help_heading = "Broker")]
@@ -89,7 +88,13 @@ pub struct QconsumeOptions {
     /// The command and its arguments
     ///
     /// Everything from the first word that isn't an option belongs to the command.
-    #[arg(hide_short_help = true, value_name = "COMMAND", required = true, trailing_var_arg = true, help_heading = "Command")]
+    #[arg(
+        hide_short_help = true,
+        value_name = "COMMAND",
+        required = true,
+        trailing_var_arg = true,
+        help_heading = "Command"
+    )]
     pub command: Vec<OsString>,
 
     /// Where the broker is, and how to reach it.
@@ -178,11 +183,7 @@ impl QconsumeOptions {
         if routing_keys.is_empty() && self.exchange.is_some() {
             routing_keys.push(String::new());
         }
-        Topology {
-            declare,
-            exchange: self.exchange.clone(),
-            routing_keys,
-        }
+        Topology { declare, exchange: self.exchange.clone(), routing_keys }
     }
 
     /// How many messages to consume; `None` is without limit.

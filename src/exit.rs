@@ -28,21 +28,21 @@ pub enum Exit {
 /// What an exit status means, in a few words and, behind the colon, in more; and whether a retry helps.
 type Row = (Exit, &'static str, &'static str);
 
-#[rustfmt::skip]
 const USAGE: Row = (Exit::Usage, "usage: wrong options, or a malformed or empty BROKER_URL or QUEUE", "no");
-#[rustfmt::skip]
 const UNAVAILABLE: Row = (Exit::Unavailable, "no broker: not reachable within --connect-timeout", "yes");
-#[rustfmt::skip]
 const REFUSED: Row = (Exit::NoPermission, "refused: the broker refused the credentials or a permission", "no");
 
-#[rustfmt::skip]
 const QCONSUME: [Row; 11] = [
     USAGE,
     (Exit::Empty, "no message: none came within --wait", "later"),
     UNAVAILABLE,
     (Exit::Software, "defect: in qconsume; or a message that can't be read (not valid AMQP)", ""),
     (Exit::OsError, "shortage: no processes, memory or descriptors left; the command was not run", "yes"),
-    (Exit::Unconfirmed, "unconfirmed: the delivery was lost while the command ran, or the acknowledgement is not confirmed; the message may be delivered again", "yes"),
+    (
+        Exit::Unconfirmed,
+        "unconfirmed: the delivery was lost while the command ran, or the acknowledgement is not confirmed; the message may be delivered again",
+        "yes",
+    ),
     REFUSED,
     (Exit::Config, "configuration: no such queue or virtual host, an exclusive queue, an unreadable certificate", "no"),
     (Exit::TimedOut, "time limit: --timeout passed", ""),
@@ -50,16 +50,23 @@ const QCONSUME: [Row; 11] = [
     (Exit::NotFound, "not found: the command or its interpreter isn't there", "no"),
 ];
 
-#[rustfmt::skip]
 const QPUBLISH: [Row; 8] = [
     USAGE,
     (Exit::Empty, "no input: a file or standard input can't be read", "no"),
     UNAVAILABLE,
     (Exit::Software, "defect: in qpublish", ""),
     (Exit::OsError, "shortage: no processes, memory or descriptors left", "yes"),
-    (Exit::Unconfirmed, "unconfirmed: connection lost, nothing confirmed within --timeout, publishers blocked (memory or disk alarm), or queue full", "yes"),
+    (
+        Exit::Unconfirmed,
+        "unconfirmed: connection lost, nothing confirmed within --timeout, publishers blocked (memory or disk alarm), or queue full",
+        "yes",
+    ),
     REFUSED,
-    (Exit::Config, "configuration: no such queue, exchange, binding or virtual host; a queue of another type than --declare asks for; a message that is too large; an unreadable certificate", "no"),
+    (
+        Exit::Config,
+        "configuration: no such queue, exchange, binding or virtual host; a queue of another type than --declare asks for; a message that is too large; an unreadable certificate",
+        "no",
+    ),
 ];
 
 impl Exit {
@@ -84,10 +91,7 @@ pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
         ),
     };
     let mut rows = vec![("0".to_owned(), success, "")];
-    rows.extend(
-        own.iter()
-            .map(|(exit, meaning, retry)| (exit.status().to_string(), *meaning, *retry)),
-    );
+    rows.extend(own.iter().map(|(exit, meaning, retry)| (exit.status().to_string(), *meaning, *retry)));
     rows.push(("128+N".to_owned(), signal, ""));
     rows
 }
@@ -99,30 +103,18 @@ pub const fn status_of_signal(signal: i32) -> u8 {
 }
 
 /// What the system answers when it has nothing left to give for now.
-const SHORTAGE: [i32; 6] = [
-    libc::EAGAIN,
-    libc::ENOMEM,
-    libc::ENOSPC,
-    libc::EMFILE,
-    libc::ENFILE,
-    libc::ETXTBSY,
-];
+const SHORTAGE: [i32; 6] = [libc::EAGAIN, libc::ENOMEM, libc::ENOSPC, libc::EMFILE, libc::ENFILE, libc::ETXTBSY];
 
 /// Whether the system is short of processes, memory or descriptors, or a program's file is being written.
 pub fn is_shortage(error: &io::Error) -> bool {
-    error
-        .raw_os_error()
-        .is_some_and(|code| SHORTAGE.contains(&code))
+    error.raw_os_error().is_some_and(|code| SHORTAGE.contains(&code))
 }
 
 /// The shortage that a panic's message tells of: tokio and std panic where they get no thread or descriptor.
 pub fn shortage_behind(panic: &str) -> Option<io::Error> {
     let shown = |code| [format!("(os error {code})"), format!("Os {{ code: {code},")];
     let is_named = |code: &i32| shown(*code).iter().any(|text| panic.contains(text));
-    SHORTAGE
-        .into_iter()
-        .find(is_named)
-        .map(io::Error::from_raw_os_error)
+    SHORTAGE.into_iter().find(is_named).map(io::Error::from_raw_os_error)
 }
 
 /// An error that ends the run, with the status that it ends with.
@@ -137,10 +129,7 @@ pub struct Failure {
 impl Failure {
     /// A failure with this status and message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self {
-            exit,
-            message: message.into(),
-        }
+        Self { exit, message: message.into() }
     }
 
     /// A usage error.
@@ -156,10 +145,7 @@ impl Failure {
     /// A system call of ours that failed: 71 where the system is short of something, otherwise a defect.
     pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
         if is_shortage(error) {
-            Self::new(
-                Exit::OsError,
-                format!("{what}: {error}; another try may help"),
-            )
+            Self::new(Exit::OsError, format!("{what}: {error}; another try may help"))
         } else {
             Self::new(Exit::Software, format!("{what}: {error}"))
         }

@@ -42,9 +42,8 @@ pub fn main(program: Program) -> ! {
     };
     let status = ended.unwrap_or_else(|error| {
         // What nobody has given a status to is a defect.
-        let failure = error
-            .downcast::<Failure>()
-            .unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
+        let failure =
+            error.downcast::<Failure>().unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
         report::failure(failure)
     });
     // Not by returning: see `block_on`.
@@ -69,16 +68,13 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
 }
 
 /// Drives a program's asynchronous entry (`worker::work`, `publish::publish`) on this thread alone: a command dies with the thread that started it.
-fn block_on<F: Future<Output = Result<u8, Failure>>>(
-    entry: impl FnOnce(signals::Signals) -> F,
-) -> Result<u8, Failure> {
+fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::system("can't start", &error))?;
     let status = runtime.block_on(async {
-        let signals =
-            signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
+        let signals = signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
         entry(signals).await
     });
     // Dropping it would wait for a name look-up that nobody needs any more; the process ends soon.

@@ -57,27 +57,15 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     if matches!(*source, Source::Input) && io::stdin().is_terminal() {
         tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
     }
-    let messages = Arc::clone(&source)
-        .start()
-        .map_err(|error| Failure::system("can't start to read", &error))?;
-    let mut run = Run {
-        publisher,
-        shares: VecDeque::new(),
-        tally: Tally::default(),
-        messages,
-        reading: true,
-        source,
-        options,
-    };
+    let messages = Arc::clone(&source).start().map_err(|error| Failure::system("can't start to read", &error))?;
+    let mut run =
+        Run { publisher, shares: VecDeque::new(), tally: Tally::default(), messages, reading: true, source, options };
     let stop = run.publish(&mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
     let _ = unless_stopped(&mut signals, run.publisher.close()).await;
     match stop {
         None => {
-            tracing::info!(
-                "{} confirmed",
-                counted(run.tally.total(), "message", "messages")
-            );
+            tracing::info!("{} confirmed", counted(run.tally.total(), "message", "messages"));
             Ok(0)
         }
         Some(Stop::Signal { signal, .. }) => {
@@ -111,9 +99,7 @@ async fn open(options: &QpublishOptions, publishes: bool) -> Result<Option<Publi
     }
     let route = options.route.clone();
     let properties = options.properties.clone();
-    Publisher::open(connection, route, properties, options.timeout)
-        .await
-        .map(Some)
+    Publisher::open(connection, route, properties, options.timeout).await.map(Some)
 }
 
 /// Why not every message is confirmed.
@@ -230,10 +216,7 @@ impl Run {
             None => "the broker has confirmed nothing for so long".to_owned(),
         };
         let limit = HumanDuration(self.options.timeout);
-        Failure::new(
-            Exit::Unconfirmed,
-            format!("gave up after {limit} (--timeout): {why}"),
-        )
+        Failure::new(Exit::Unconfirmed, format!("gave up after {limit} (--timeout): {why}"))
     }
 
     /// The failure that a returned or refused message is.

@@ -110,13 +110,7 @@ pub struct RunSummary {
 impl RunSummary {
     /// The end of a run without a message, which is always qconsume's doing.
     pub fn without_message(status: u8, text: String) -> Self {
-        Self {
-            source: program(),
-            status,
-            text,
-            outcome: None,
-            subject: None,
-        }
+        Self { source: program(), status, text, outcome: None, subject: None }
     }
 
     /// Says it, in the log and where Kubernetes looks for it.
@@ -142,13 +136,9 @@ impl RunSummary {
         // To the millisecond.
         let seconds = subject.map(|subject| subject.since.elapsed().as_millis() as f64 / 1000.0);
         if status == 0 {
-            tracing::info!(
-                id, attempt, size, seconds, outcome, status, source, "{text}"
-            );
+            tracing::info!(id, attempt, size, seconds, outcome, status, source, "{text}");
         } else {
-            tracing::error!(
-                id, attempt, size, seconds, outcome, status, source, "{text}"
-            );
+            tracing::error!(id, attempt, size, seconds, outcome, status, source, "{text}");
         }
     }
 
@@ -236,12 +226,7 @@ pub(crate) mod tests {
         assert_eq!(read(), "two lines (status 1)\n");
 
         std::fs::write(&path, "").unwrap();
-        write_termination_message(
-            &path,
-            &format!("x{}", "ä".repeat(TERMINATION_MESSAGE_MAX)),
-            " (status 75)",
-        )
-        .unwrap();
+        write_termination_message(&path, &format!("x{}", "ä".repeat(TERMINATION_MESSAGE_MAX)), " (status 75)").unwrap();
         // A character that would be cut in two is left out.
         assert!((TERMINATION_MESSAGE_MAX - 1..=TERMINATION_MESSAGE_MAX).contains(&read().len()));
         assert!(read().ends_with("ä (status 75)\n"));

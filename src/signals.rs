@@ -14,12 +14,7 @@ use tokio::{
 };
 
 /// The signals that ask qconsume to stop.
-const STOPPING: [Signal; 4] = [
-    Signal::SIGTERM,
-    Signal::SIGINT,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-];
+const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 
 /// The signals that are only forwarded to the command.
 const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
@@ -83,11 +78,7 @@ pub fn install() -> io::Result<Signals> {
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
     let (sender, signals) = mpsc::unbounded_channel();
     tokio::spawn(async move {
-        let next = |source: &SignalFd| {
-            source
-                .read_signal()?
-                .ok_or(io::ErrorKind::WouldBlock.into())
-        };
+        let next = |source: &SignalFd| source.read_signal()?.ok_or(io::ErrorKind::WouldBlock.into());
         loop {
             let info = match source.async_io(Interest::READABLE, next).await {
                 Ok(info) => info,
@@ -97,10 +88,7 @@ pub fn install() -> io::Result<Signals> {
                 }
             };
             if let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) {
-                let _ = sender.send(Received {
-                    signal,
-                    from_terminal: info.ssi_code == libc::SI_KERNEL,
-                });
+                let _ = sender.send(Received { signal, from_terminal: info.ssi_code == libc::SI_KERNEL });
             }
         }
     });
@@ -111,8 +99,7 @@ pub fn install() -> io::Result<Signals> {
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
-        .unwrap_or_default()
+    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or_default()
 }
 
 /// The next signal that asks for the end; what would only be forwarded is dropped, as there is no command.
@@ -130,10 +117,7 @@ pub async fn next_stop(signals: &mut Signals) -> Signal {
 ///
 /// # Errors
 /// The signal.
-pub async fn unless_stopped<T>(
-    signals: &mut Signals,
-    work: impl Future<Output = T>,
-) -> Result<T, Signal> {
+pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
     tokio::select! {
         biased;
         signal = next_stop(signals) => Err(signal),

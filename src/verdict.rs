@@ -72,23 +72,17 @@ impl FromStr for Statuses {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
             let range = number(first)?..=number(last)?;
             if range.is_empty() {
-                return Err(format!(
-                    "{part:?} is no range: its end comes before its start"
-                ));
+                return Err(format!("{part:?} is no range: its end comes before its start"));
             }
             Ok(range)
         };
-        text.split(',')
-            .map(range)
-            .collect::<Result<_, _>>()
-            .map(Self)
+        text.split(',').map(range).collect::<Result<_, _>>().map(Self)
     }
 }
 
 /// The options that decide about failures.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Settling")]
-#[rustfmt::skip]
 pub struct Policy {
     /// Dead-letter the message when the command exits with one of these
     ///
@@ -145,11 +139,8 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     let lost = Exit::Unconfirmed.status();
     let timed_out = result.stop == Some(StopReason::TimeLimit);
     // 124 is qconsume's own status, so `--failure-exit-code` doesn't hide it.
-    let (raw, mapped) = if timed_out {
-        (Exit::TimedOut.status(), None)
-    } else {
-        (result.ended.status(), policy.failure_exit_code)
-    };
+    let (raw, mapped) =
+        if timed_out { (Exit::TimedOut.status(), None) } else { (result.ended.status(), policy.failure_exit_code) };
     // An unconfirmed message may be requeued: a failure like any other, and never a `--reject-exit-code`, which a
     // Job takes for the end of this message.
     let failed = mapped.unwrap_or(raw);
@@ -165,24 +156,18 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     } else {
         (Some(Requeue), failed, failed)
     };
-    Verdict {
-        settlement,
-        exit_code,
-        exit_code_if_unconfirmed,
-    }
+    Verdict { settlement, exit_code, exit_code_if_unconfirmed }
 }
 
 fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
-    let is_listed =
-        |Statuses(ranges): &Statuses| ranges.iter().any(|range| range.contains(&status));
+    let is_listed = |Statuses(ranges): &Statuses| ranges.iter().any(|range| range.contains(&status));
     let is_last_attempt = |max| match failures_before {
         Some(before) => before.saturating_add(1) >= max,
         // The first failure is the last whatever the queue counts. Otherwise guessing from the redelivered flag would
         // dead-letter healthy messages after a restart of the broker.
         None => max <= 1,
     };
-    policy.reject_on.as_ref().is_some_and(is_listed)
-        || policy.max_attempts.is_some_and(is_last_attempt)
+    policy.reject_on.as_ref().is_some_and(is_listed) || policy.max_attempts.is_some_and(is_last_attempt)
 }
 
 #[cfg(test)]

@@ -26,8 +26,7 @@ const ACK_WARNING: f64 = 0.8;
 /// A [`Failure`] when qconsume itself, not the command, is what failed.
 pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, Failure> {
     let executable = find(&options.command[0], std::env::var_os("PATH").as_deref())?;
-    let reaper = Reaper::start()
-        .map_err(|error| Failure::system("can't watch for ended processes", &error))?;
+    let reaper = Reaper::start().map_err(|error| Failure::system("can't watch for ended processes", &error))?;
     let consumer = Consumer::new(
         options.broker.broker(connection_name(&options.queue)),
         ConsumerOptions {
@@ -36,13 +35,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
             ack_timeout: options.ack_timeout,
         },
     );
-    let mut worker = Worker {
-        options,
-        executable,
-        reaper,
-        consumer,
-        tally: Tally::default(),
-    };
+    let mut worker = Worker { options, executable, reaper, consumer, tally: Tally::default() };
     let summary = loop {
         match worker.one(&mut signals).await {
             Ok(None) => {}
@@ -89,13 +82,7 @@ impl Worker {
         let (body, mut variables) = (message.body, message.variables);
         let hidden = self.options.hidden_variables().iter();
         variables.extend(hidden.map(|name| Variable { name, value: None }));
-        let spawned = Command::spawn(
-            &self.executable,
-            &self.options.command,
-            &variables,
-            body,
-            &self.reaper,
-        );
+        let spawned = Command::spawn(&self.executable, &self.options.command, &variables, body, &self.reaper);
         let mut command = match spawned {
             Ok(command) => command,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
@@ -115,12 +102,7 @@ impl Worker {
                 "delivery lost while the command ran, another worker may have it: {why}; {}",
                 describe_end(result)
             );
-            return Ok(Some(summary(
-                &subject,
-                verdict.exit_code,
-                Outcome::Lost,
-                text,
-            )));
+            return Ok(Some(summary(&subject, verdict.exit_code, Outcome::Lost, text)));
         };
         Ok(self.settle(&subject, result, verdict, settlement).await)
     }
@@ -154,10 +136,7 @@ impl Worker {
         let signal = result.stop.and_then(StopReason::signal);
         let failed = verdict.exit_code != 0;
         let done = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
-        let count_reached = self
-            .options
-            .count()
-            .is_some_and(|count| self.tally.done() + u64::from(done) >= count);
+        let count_reached = self.options.count().is_some_and(|count| self.tally.done() + u64::from(done) >= count);
         // A classic queue would deliver the same message again at once, for ever.
         let uncounted = settlement == Settlement::Requeue && result.failures_before.is_none();
         let keeps_going = self.options.keep_going && !uncounted && signal.is_none();
@@ -172,11 +151,7 @@ impl Worker {
         let cancel = ends_run || settlement == Settlement::Requeue;
         let (outcome, became) = self.tell(settlement, cancel).await;
         let confirmed = outcome != Outcome::Unconfirmed;
-        let status = if confirmed {
-            verdict.exit_code
-        } else {
-            verdict.exit_code_if_unconfirmed
-        };
+        let status = if confirmed { verdict.exit_code } else { verdict.exit_code_if_unconfirmed };
         let text = format!("{}; {became}", describe_end(result));
         let mut summary = summary(subject, status, outcome, text);
         let timed_out = result.stop == Some(StopReason::TimeLimit);
@@ -203,10 +178,7 @@ impl Worker {
             Some(signal) if !count_reached => Some(RunSummary {
                 source: program(),
                 status: status_of_signal(signal),
-                text: format!(
-                    "{}; stopped by a signal before everything was done",
-                    summary.text
-                ),
+                text: format!("{}; stopped by a signal before everything was done", summary.text),
                 ..summary
             }),
             _ => Some(summary),

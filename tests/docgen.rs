@@ -21,15 +21,7 @@ use std::{
 const PAGE: &str = "docs/options.md";
 
 /// The sections, in the order that a reader wants; those that aren't named here come behind them as they come.
-const SECTIONS: [&str; 7] = [
-    "Broker",
-    "TLS",
-    "Destination",
-    "Taking",
-    "Running",
-    "Settling",
-    "Output",
-];
+const SECTIONS: [&str; 7] = ["Broker", "TLS", "Destination", "Taking", "Running", "Settling", "Output"];
 
 /// The pages that have tables of exit statuses, between markers.
 const PAGES_WITH_STATUSES: [&str; 2] = ["README.md", "docs/exit-statuses.md"];
@@ -37,9 +29,7 @@ const PAGES_WITH_STATUSES: [&str; 2] = ["README.md", "docs/exit-statuses.md"];
 fn main() -> Result<()> {
     let Some(folder) = std::env::args_os().nth(1) else {
         write(PAGE, &page())?;
-        return PAGES_WITH_STATUSES
-            .iter()
-            .try_for_each(|page| write(page, &with_statuses(&read(page)?)?));
+        return PAGES_WITH_STATUSES.iter().try_for_each(|page| write(page, &with_statuses(&read(page)?)?));
     };
     manuals(&PathBuf::from(folder))
 }
@@ -63,9 +53,7 @@ fn with_statuses(page: &str) -> Result<String> {
             continue;
         };
         let end = "<!-- end of exit statuses -->";
-        let (_, tail) = rest
-            .split_once(end)
-            .with_context(|| format!("no {end} behind {begin}"))?;
+        let (_, tail) = rest.split_once(end).with_context(|| format!("no {end} behind {begin}"))?;
         page = format!("{head}{begin}{}{end}{tail}", statuses(program));
     }
     Ok(page)
@@ -91,10 +79,7 @@ fn code(word: &str) -> String {
 }
 
 fn programs() -> [Command; 2] {
-    [
-        command_line::<QconsumeOptions>(),
-        command_line::<QpublishOptions>(),
-    ]
+    [command_line::<QconsumeOptions>(), command_line::<QpublishOptions>()]
 }
 
 /// `man/*.1` and `completions/*` in this folder.
@@ -132,13 +117,7 @@ fn manual(command: Command) -> Result<Vec<u8>> {
         roff.extend(format!(".TP\n.B {status}\n{}\n", roff_text(meaning)).bytes());
     }
     if let Some(examples) = examples {
-        roff.extend(
-            format!(
-                ".SH EXAMPLES\n.nf\n{}\n.fi\n",
-                roff_text(examples.trim_end())
-            )
-            .bytes(),
-        );
+        roff.extend(format!(".SH EXAMPLES\n.nf\n{}\n.fi\n", roff_text(examples.trim_end())).bytes());
     }
     page.render_version_section(&mut roff)?;
     Ok(roff)
@@ -149,13 +128,7 @@ fn roff_text(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     let lines: Vec<_> = text
         .lines()
-        .map(|line| {
-            if line.starts_with(['.', '\'']) {
-                format!("\\&{line}")
-            } else {
-                line.to_owned()
-            }
-        })
+        .map(|line| if line.starts_with(['.', '\'']) { format!("\\&{line}") } else { line.to_owned() })
         .collect();
     lines.join("\n")
 }
@@ -184,12 +157,7 @@ What an exit status means is in [exit-statuses.md](exit-statuses.md), what becom
 
 fn program(page: &mut String, command: &Command) {
     let about = command.get_about().map(ToString::to_string);
-    let _ = write!(
-        page,
-        "\n## {}\n\n{}.\n",
-        command.get_name(),
-        about.unwrap_or_default().trim_end_matches('.')
-    );
+    let _ = write!(page, "\n## {}\n\n{}.\n", command.get_name(), about.unwrap_or_default().trim_end_matches('.'));
     let mut sections: Vec<&str> = SECTIONS.to_vec();
     let shown = |arg: &&Arg| !arg.is_positional() && !arg.is_hide_set();
     let all: Vec<&Arg> = command.get_arguments().filter(shown).collect();
@@ -197,17 +165,11 @@ fn program(page: &mut String, command: &Command) {
     let mut seen = HashSet::new();
     sections.retain(|section| seen.insert(*section));
     for section in sections {
-        let args: Vec<_> = all
-            .iter()
-            .filter(|arg| arg.get_help_heading() == Some(section))
-            .collect();
+        let args: Vec<_> = all.iter().filter(|arg| arg.get_help_heading() == Some(section)).collect();
         if args.is_empty() {
             continue;
         }
-        let _ = write!(
-            page,
-            "\n### {section}\n\n| option | variable | default | |\n|---|---|---|---|\n"
-        );
+        let _ = write!(page, "\n### {section}\n\n| option | variable | default | |\n|---|---|---|---|\n");
         for arg in args {
             row(page, arg);
         }
@@ -238,32 +200,20 @@ fn row(page: &mut String, arg: &Arg) {
         .map(|value| value.to_string_lossy())
         .collect();
     let (help, said) = help(arg);
-    let default = if default.is_empty() {
-        said
-    } else {
-        Some(default.join(", "))
-    };
+    let default = if default.is_empty() { said } else { Some(default.join(", ")) };
     let code = |text: Option<String>| text.map_or_else(String::new, |text| format!("`{text}`"));
     let _ = writeln!(
         page,
         "| {option} | {} | {} | {} |",
         code(variable.map(|name| name.into_owned())),
-        default.map_or_else(String::new, |text| if text.contains(' ') {
-            text
-        } else {
-            format!("`{text}`")
-        }),
+        default.map_or_else(String::new, |text| if text.contains(' ') { text } else { format!("`{text}`") }),
         help.replace('|', "\\|")
     );
 }
 
 /// The text, as sentences, and the default that it tells, where that isn't a value.
 fn help(arg: &Arg) -> (String, Option<String>) {
-    let text = arg
-        .get_long_help()
-        .or(arg.get_help())
-        .map(ToString::to_string)
-        .unwrap_or_default();
+    let text = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
     let mut default = None;
     let mut sentences: Vec<String> = Vec::new();
     for part in text.split("\n\n") {
@@ -305,10 +255,7 @@ mod tests {
     fn the_tables_of_exit_statuses_are_up_to_date() {
         for page in PAGES_WITH_STATUSES {
             let found = read(page).expect("the page is there");
-            assert!(
-                found.contains("<!-- exit statuses of qconsume -->"),
-                "{page}"
-            );
+            assert!(found.contains("<!-- exit statuses of qconsume -->"), "{page}");
             let anew = with_statuses(&found).expect("it has its markers");
             assert!(found == anew, "{page} is stale: make docs");
         }
@@ -318,10 +265,7 @@ mod tests {
     fn every_option_but_the_port_has_a_variable_of_its_own() {
         let mut variables = HashSet::new();
         for arg in command_line::<QconsumeOptions>().get_arguments() {
-            let no_run = matches!(
-                arg.get_action(),
-                ArgAction::Help | ArgAction::HelpShort | ArgAction::Version
-            );
+            let no_run = matches!(arg.get_action(), ArgAction::Help | ArgAction::HelpShort | ArgAction::Version);
             if arg.is_positional() || no_run {
                 continue;
             }
@@ -338,12 +282,8 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("qconsume-docgen-{}", std::process::id()));
         manuals(&folder).expect("they can be written");
         for program in ["qconsume", "qpublish"] {
-            let man = fs::read_to_string(folder.join(format!("man/{program}.1")))
-                .expect("the man page is there");
-            assert!(
-                man.contains("BROKER_URL") && !man.contains("BROKER_URL="),
-                "{man}"
-            );
+            let man = fs::read_to_string(folder.join(format!("man/{program}.1"))).expect("the man page is there");
+            assert!(man.contains("BROKER_URL") && !man.contains("BROKER_URL="), "{man}");
             for text in [
                 "Trust the CAs in this file",
                 "Try this long to reach the broker",
@@ -355,13 +295,8 @@ mod tests {
             let statuses = "\n.SH \"EXIT STATUS\"\n.TP\n.B 0\nsuccess: ";
             assert!(man.contains(statuses), "{man}");
             assert!(!man.contains(".SH EXTRA"), "{man}");
-            for file in [
-                format!("{program}.bash"),
-                format!("{program}.fish"),
-                format!("_{program}"),
-            ] {
-                let text = fs::read_to_string(folder.join("completions").join(file))
-                    .expect("the completion is there");
+            for file in [format!("{program}.bash"), format!("{program}.fish"), format!("_{program}")] {
+                let text = fs::read_to_string(folder.join("completions").join(file)).expect("the completion is there");
                 assert!(text.contains("url-file"));
             }
         }

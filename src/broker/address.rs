@@ -6,17 +6,11 @@ pub use parameters::Parameters;
 
 use lapin::uri::SASLMechanism;
 use parameters::number;
-use percent_encoding::{
-    AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode,
-};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode};
 use std::{fmt, net::Ipv6Addr};
 
 /// What stays as it is when an address is printed: RFC 3986's unreserved characters.
-const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
-    .remove(b'-')
-    .remove(b'.')
-    .remove(b'_')
-    .remove(b'~');
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Longest name that AMQP 0-9-1 has room for, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
@@ -172,11 +166,7 @@ impl fmt::Display for Address {
             host = format!("[{}]", host.replace("%3A", ":"));
         }
         let (username, virtual_host) = (encode(&self.username), encode(&self.virtual_host));
-        write!(
-            f,
-            "{scheme}://{username}@{host}:{}/{virtual_host}",
-            self.port
-        )
+        write!(f, "{scheme}://{username}@{host}:{}/{virtual_host}", self.port)
     }
 }
 
@@ -201,12 +191,10 @@ fn check_characters(url: &str) -> Result<(), AddressError> {
 
 /// Whether a URL's scheme stands for TLS, and what follows its `://`; `None` if it isn't AMQP's.
 fn strip_scheme(url: &str) -> Option<(bool, &str)> {
-    [("amqp://", false), ("amqps://", true)]
-        .into_iter()
-        .find_map(|(scheme, tls)| {
-            let (start, rest) = url.split_at_checked(scheme.len())?;
-            start.eq_ignore_ascii_case(scheme).then_some((tls, rest))
-        })
+    [("amqp://", false), ("amqps://", true)].into_iter().find_map(|(scheme, tls)| {
+        let (start, rest) = url.split_at_checked(scheme.len())?;
+        start.eq_ignore_ascii_case(scheme).then_some((tls, rest))
+    })
 }
 
 /// The decoded host, which may be empty, and the text of the port, if there is one.
@@ -219,9 +207,7 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
             return error("the host in square brackets is not an IPv6 address");
         };
         return match after.strip_prefix(':') {
-            None if !after.is_empty() => {
-                error("only ':' and the port may follow the host's square brackets")
-            }
+            None if !after.is_empty() => error("only ':' and the port may follow the host's square brackets"),
             port => Ok((host, port)),
         };
     }
@@ -230,9 +216,7 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
         None => (text, None),
     };
     if text.contains(['[', ']']) || port.is_some_and(|port| port.contains(':')) {
-        return error(format!(
-            "the host contains a ':' or a square bracket: {IPV6_HINT}"
-        ));
+        return error(format!("the host contains a ':' or a square bracket: {IPV6_HINT}"));
     }
     // No host has one, but a list of hosts does, and so does one URL too few in a list.
     if host.contains(',') {
@@ -275,12 +259,8 @@ fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
 fn decode(part: &str, name: &str) -> Result<String, AddressError> {
     // `percent_decode_str` would leave a stray `%` as it is.
     let mut escapes = part.as_bytes().split(|byte| *byte == b'%').skip(1);
-    if !escapes
-        .all(|text| matches!(text, [a, b, ..] if a.is_ascii_hexdigit() && b.is_ascii_hexdigit()))
-    {
-        return error(format!(
-            "{name} contains a '%' without two hexadecimal digits: write '%' as %25"
-        ));
+    if !escapes.all(|text| matches!(text, [a, b, ..] if a.is_ascii_hexdigit() && b.is_ascii_hexdigit())) {
+        return error(format!("{name} contains a '%' without two hexadecimal digits: write '%' as %25"));
     }
     match percent_decode_str(part).decode_utf8() {
         Ok(text) => Ok(text.into_owned()),

@@ -71,12 +71,7 @@ impl Broker {
     /// A broker at these nodes.
     #[must_use]
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
-        Self {
-            nodes,
-            attempts: 0,
-            options,
-            stage: String::new(),
-        }
+        Self { nodes, attempts: 0, options, stage: String::new() }
     }
 
     /// A connection, from as many attempts as it needs within `--connect-timeout`.
@@ -94,10 +89,7 @@ impl Broker {
     }
 
     /// One attempt at the next node.
-    pub(super) async fn attempt(
-        &mut self,
-        deadline: Instant,
-    ) -> Result<OpenConnection, ConnectError> {
+    pub(super) async fn attempt(&mut self, deadline: Instant) -> Result<OpenConnection, ConnectError> {
         if self.attempts > 0 && self.nodes.may_change() {
             self.nodes.read()?;
         }
@@ -131,21 +123,15 @@ impl Broker {
         Ok(opened)
     }
 
-    async fn open_with(
-        &mut self,
-        address: &Address,
-        heartbeat: u16,
-    ) -> Result<OpenConnection, ConnectError> {
+    async fn open_with(&mut self, address: &Address, heartbeat: u16) -> Result<OpenConnection, ConnectError> {
         self.stage = format!("looking up {}", address.host);
-        let found = with_reminders(&self.stage, resolve(&address.host, address.port))
-            .await
-            .map_err(|error| {
-                let what = format!("the name {:?} can't be looked up", address.host);
-                ConnectError::of_system(what, &error)
-            })?;
+        let found = with_reminders(&self.stage, resolve(&address.host, address.port)).await.map_err(|error| {
+            let what = format!("the name {:?} can't be looked up", address.host);
+            ConnectError::of_system(what, &error)
+        })?;
         let socket = self.dial(address, &found).await?;
-        let cutter = Cutter::new(&socket)
-            .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
+        let cutter =
+            Cutter::new(&socket).map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
         let socket: Box<dyn Socket> = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {address}");
             let handshake = self.nodes.tls.handshake(socket, address);
@@ -161,18 +147,14 @@ impl Broker {
         // lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
         let hand_over = async move |_, _| {
             let stream = stream.lock().expect("nobody panics with it").take();
-            stream
-                .map(AsyncTcpStream::Plain)
-                .ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+            stream.map(AsyncTcpStream::Plain).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
         };
         let (uri, properties) = (uri(address, heartbeat), properties(&self.options.name));
         let handshake = Connection::connector(uri, lapin_runtime(), hand_over, properties);
-        let lapin = with_reminders(&self.stage, handshake)
-            .await
-            .map_err(|error| {
-                let observed = observed.lock().expect("nobody panics with it");
-                ConnectError::in_handshake(&error, &observed, address)
-            })?;
+        let lapin = with_reminders(&self.stage, handshake).await.map_err(|error| {
+            let observed = observed.lock().expect("nobody panics with it");
+            ConnectError::in_handshake(&error, &observed, address)
+        })?;
         tracing::debug!("connected to {address}");
         Ok(OpenConnection {
             events: Box::pin(lapin.events_listener()),
@@ -183,11 +165,7 @@ impl Broker {
         })
     }
 
-    async fn dial(
-        &mut self,
-        address: &Address,
-        found: &[SocketAddr],
-    ) -> Result<TcpStream, ConnectError> {
+    async fn dial(&mut self, address: &Address, found: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
         let limit = address.parameters.connection_timeout.unwrap_or(TCP_CONNECT);
         let mut problems = Vec::new();
         for target in found {
@@ -208,10 +186,7 @@ impl Broker {
                 problems.push(problem);
             }
         }
-        Err(ConnectError::transient(format!(
-            "can't connect: {}",
-            problems.join("; ")
-        )))
+        Err(ConnectError::transient(format!("can't connect: {}", problems.join("; "))))
     }
 }
 
@@ -263,11 +238,8 @@ impl Attempts {
                 return Ok(());
             }
         }
-        failure.message = format!(
-            "gave up after {} (--connect-timeout): {}",
-            HumanDuration(self.limit),
-            failure.message
-        );
+        failure.message =
+            format!("gave up after {} (--connect-timeout): {}", HumanDuration(self.limit), failure.message);
         Err(failure)
     }
 }

@@ -60,12 +60,7 @@ impl Consumer {
     /// A consumer that isn't registered yet.
     #[must_use]
     pub fn new(broker: Broker, options: ConsumerOptions) -> Self {
-        Self {
-            broker,
-            options,
-            known_as: None,
-            state: State::Idle(None),
-        }
+        Self { broker, options, known_as: None, state: State::Idle(None) }
     }
 
     /// The queue's name; empty before the broker has chosen it.
@@ -80,14 +75,10 @@ impl Consumer {
     /// 69 when the queue was the lost connection's own.
     pub fn check_queue_survives(&self, why: &str) -> Result<(), Failure> {
         match &self.known_as {
-            Some(queue) if self.options.topology.declare == Declare::Exclusive => {
-                Err(Failure::new(
-                    Exit::Unavailable,
-                    format!(
-                        "queue {queue:?} is gone with its messages: it belonged to the lost connection ({why})"
-                    ),
-                ))
-            }
+            Some(queue) if self.options.topology.declare == Declare::Exclusive => Err(Failure::new(
+                Exit::Unavailable,
+                format!("queue {queue:?} is gone with its messages: it belonged to the lost connection ({why})"),
+            )),
             _ => Ok(()),
         }
     }
@@ -106,10 +97,7 @@ impl Consumer {
     /// The permanent failure, or when time is up the last transient one.
     pub async fn register(&mut self) -> Result<(), Failure> {
         let mut attempts = Attempts::new(self.broker.options.timeout);
-        let mut ask = Ask {
-            create: false,
-            ack_timeout: true,
-        };
+        let mut ask = Ask { create: false, ack_timeout: true };
         let mut kept = match mem::replace(&mut self.state, State::Idle(None)) {
             State::Idle(kept) => kept.filter(OpenConnection::is_connected),
             _ => None,
@@ -212,13 +200,8 @@ impl Consumer {
     pub async fn depth(&mut self) -> Result<Option<u32>, DeliveryLost> {
         let registration = self.registration();
         let queue = registration.queue.as_str().into();
-        let passive = QueueDeclareOptions {
-            passive: true,
-            ..QueueDeclareOptions::default()
-        };
-        let declare = registration
-            .channel
-            .queue_declare(queue, passive, FieldTable::default());
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let declare = registration.channel.queue_declare(queue, passive, FieldTable::default());
         match declare.await {
             Ok(declared) => Ok((declared.consumer_count() > 0).then(|| declared.message_count())),
             Err(error) => {
@@ -286,9 +269,7 @@ impl Consumer {
                 task.abort();
                 None
             }
-            State::Ready(registration) | State::Holding(registration, _) => {
-                Some(registration.end())
-            }
+            State::Ready(registration) | State::Holding(registration, _) => Some(registration.end()),
         });
     }
 
@@ -299,10 +280,7 @@ impl Consumer {
     }
 
     fn hold(&mut self, delivery: Delivery) -> Message {
-        let held = Held {
-            tag: delivery.delivery_tag,
-            since: Instant::now(),
-        };
+        let held = Held { tag: delivery.delivery_tag, since: Instant::now() };
         self.state = match mem::replace(&mut self.state, State::Idle(None)) {
             State::Ready(registration) => State::Holding(registration, held),
             other => other,

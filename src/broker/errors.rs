@@ -105,10 +105,7 @@ pub struct ConnectError {
 /// Where the status says that the broker is not reachable, another attempt may help.
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
-        Self {
-            transient: failure.exit == Exit::Unavailable,
-            failure,
-        }
+        Self { transient: failure.exit == Exit::Unavailable, failure }
     }
 }
 
@@ -149,12 +146,9 @@ pub fn unreadable(queue: &str, problem: &str) -> Failure {
 pub(super) fn described(error: &lapin::Error) -> String {
     match error.kind() {
         ErrorKind::MissingHeartbeatError => {
-            "the broker has been silent for two heartbeat intervals: frozen, or cut off from here"
-                .to_owned()
+            "the broker has been silent for two heartbeat intervals: frozen, or cut off from here".to_owned()
         }
-        ErrorKind::IOError(error) if closed(error) => {
-            "the broker closed the connection without saying why".to_owned()
-        }
+        ErrorKind::IOError(error) if closed(error) => "the broker closed the connection without saying why".to_owned(),
         ErrorKind::IOError(error) if error.kind() == io::ErrorKind::InvalidData => {
             format!("what the broker sent can't be read: {error}")
         }
@@ -170,9 +164,7 @@ pub(super) fn described(error: &lapin::Error) -> String {
 pub(super) fn closed(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::ConnectionAborted
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::UnexpectedEof
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof
     )
 }
 

@@ -1,9 +1,6 @@
 //! The way of what a broker sends, from the frame on the wire to what qconsume makes of it.
 
-use super::{
-    address::Address, errors::ConnectError, message::Message, observed::Observed, refused::Asked,
-    tap::Tap,
-};
+use super::{address::Address, errors::ConnectError, message::Message, observed::Observed, refused::Asked, tap::Tap};
 use lapin::{
     ConnectionState, ErrorKind,
     message::Delivery,
@@ -42,19 +39,12 @@ pub fn message(delivered: Delivered<'_>, piece: NonZeroUsize, queue: &str) -> io
     deliver.push(delivered.redelivered.into());
     put_short(&mut deliver, delivered.exchange);
     put_short(&mut deliver, delivered.routing_key);
-    let header = [
-        &[0, 60, 0, 0],
-        &0_u64.to_be_bytes()[..],
-        delivered.properties,
-    ]
-    .concat();
+    let header = [&[0, 60, 0, 0], &0_u64.to_be_bytes()[..], delivered.properties].concat();
     observe(&[frame(1, &deliver), frame(2, &header)].concat(), piece)?;
 
     // What the tap lets through, lapin reads.
-    let (_, properties) =
-        basic::parse_properties(delivered.properties).expect("the tap has read it");
-    let Ok((_, AMQPClass::Basic(basic::AMQPMethod::Deliver(method)))) = parse_class(&deliver[..])
-    else {
+    let (_, properties) = basic::parse_properties(delivered.properties).expect("the tap has read it");
+    let Ok((_, AMQPClass::Basic(basic::AMQPMethod::Deliver(method)))) = parse_class(&deliver[..]) else {
         panic!("the tap lets an unreadable basic.deliver through");
     };
     let (exchange, key) = (method.exchange, method.routing_key);
@@ -75,13 +65,7 @@ pub enum Request {
 
 /// What a refusal leads to: of a login of `address`, or of something with the queue or exchange `name`. It is none where
 /// the text, 255 bytes at most, can't be read.
-pub fn answer(
-    request: Request,
-    address: &Address,
-    name: &str,
-    code: u16,
-    text: &[u8],
-) -> Option<ConnectError> {
+pub fn answer(request: Request, address: &Address, name: &str, code: u16, text: &[u8]) -> Option<ConnectError> {
     // A connection.close or a channel.close: reply code, reply text, and the method to blame.
     let mut close = match request {
         Request::Login => vec![0, 10, 0, 50],

@@ -17,18 +17,12 @@ pub struct DeliveryLost {
 
 impl DeliveryLost {
     pub(super) fn because(text: impl Into<String>) -> Self {
-        Self {
-            text: text.into(),
-            unreadable: false,
-        }
+        Self { text: text.into(), unreadable: false }
     }
 
     pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {
         if let Some(problem) = observed.unreadable {
-            return Self {
-                text: problem.to_owned(),
-                unreadable: true,
-            };
+            return Self { text: problem.to_owned(), unreadable: true };
         }
         let Some(refusal) = observed.refusal(error) else {
             return Self::because(described(error));
@@ -38,9 +32,7 @@ impl DeliveryLost {
             return Self::because(format!("acknowledgement timeout: {refusal}; {advice}"));
         }
         let what = match error.kind() {
-            ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320 => {
-                "channel"
-            }
+            ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320 => "channel",
             ErrorKind::ParsingError(_) => "channel or the connection",
             _ => "connection",
         };
@@ -66,16 +58,14 @@ impl DeliveryLost {
     /// doesn't know.
     pub(super) fn ended(observed: &Observed) -> Self {
         match &observed.closed {
-            Some(refusal) if !observed.cancelled => Self::because(format!(
-                "the broker closed the channel or the connection: {refusal}"
-            )),
+            Some(refusal) if !observed.cancelled => {
+                Self::because(format!("the broker closed the channel or the connection: {refusal}"))
+            }
             _ if observed.version >= Some((4, 3)) => Self::because(format!(
                 "the broker cancelled the consumer: the queue was deleted or has moved, or its acknowledgement timeout has passed ({})",
                 what_to_raise(observed.version)
             )),
-            _ => Self::because(
-                "the broker cancelled the consumer: the queue was deleted or has moved",
-            ),
+            _ => Self::because("the broker cancelled the consumer: the queue was deleted or has moved"),
         }
     }
 }

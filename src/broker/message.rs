@@ -62,12 +62,7 @@ fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>)
 }
 
 /// Every variable is named, so that one inherited from outside never passes for the message's own.
-fn variables(
-    delivery: &Delivery,
-    headers: &FieldTable,
-    attempt: Option<u64>,
-    queue: &str,
-) -> Vec<Variable> {
+fn variables(delivery: &Delivery, headers: &FieldTable, attempt: Option<u64>, queue: &str) -> Vec<Variable> {
     let message = &delivery.properties;
     let text = |value: &Option<ShortString>| Some(value.as_ref()?.as_str().into());
     let header = |name: &str| match headers.inner().get(name)? {
@@ -87,21 +82,12 @@ fn variables(
         ("MESSAGE_CONTENT_TYPE", text(message.content_type())),
         ("MESSAGE_CONTENT_ENCODING", text(message.content_encoding())),
         ("MESSAGE_TIMESTAMP", number(*message.timestamp())),
-        (
-            "MESSAGE_PRIORITY",
-            number(message.priority().map(u64::from)),
-        ),
+        ("MESSAGE_PRIORITY", number(message.priority().map(u64::from))),
         ("MESSAGE_EXPIRATION", text(message.expiration())),
         ("MESSAGE_EXCHANGE", Some(delivery.exchange.as_str().into())),
-        (
-            "MESSAGE_ROUTING_KEY",
-            Some(delivery.routing_key.as_str().into()),
-        ),
+        ("MESSAGE_ROUTING_KEY", Some(delivery.routing_key.as_str().into())),
         ("MESSAGE_QUEUE", Some(queue.into())),
-        (
-            "MESSAGE_REDELIVERED",
-            Some(delivery.redelivered.to_string().into()),
-        ),
+        ("MESSAGE_REDELIVERED", Some(delivery.redelivered.to_string().into())),
         ("MESSAGE_ATTEMPT", number(attempt)),
         ("MESSAGE_HEADERS", json.map(|json| json.to_string().into())),
         // OpenTelemetry's environment carriers.
@@ -109,9 +95,7 @@ fn variables(
         ("TRACESTATE", header("tracestate")),
         ("BAGGAGE", header("baggage")),
     ];
-    let named = list
-        .into_iter()
-        .map(|(name, value)| Variable { name, value });
+    let named = list.into_iter().map(|(name, value)| Variable { name, value });
     named.collect()
 }
 

@@ -11,7 +11,6 @@ use std::path::PathBuf;
 /// The options for TLS, which go over the URL's own parameters.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "TLS")]
-#[rustfmt::skip]
 pub struct TlsOptions {
     /// Trust the CAs in this file (PEM) only [default: the system's, or SSL_CERT_FILE's]
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_CACERT")]
@@ -38,15 +37,10 @@ impl TlsOptions {
             (self.cacert.is_some(), "--cacert (QCONSUME_CACERT)"),
             (self.cert.is_some(), "--cert (QCONSUME_CERT)"),
             (self.key.is_some(), "--key (QCONSUME_KEY)"),
-            (
-                self.server_name.is_some(),
-                "--server-name (QCONSUME_SERVER_NAME)",
-            ),
+            (self.server_name.is_some(), "--server-name (QCONSUME_SERVER_NAME)"),
         ];
         if let Some((_, option)) = options.iter().find(|(set, _)| *set && !address.tls) {
-            return Err(Failure::usage(format!(
-                "{option} needs TLS: an amqps:// URL, or --ssl beside --server"
-            )));
+            return Err(Failure::usage(format!("{option} needs TLS: an amqps:// URL, or --ssl beside --server")));
         }
         let parameters = &mut address.parameters;
         if self.cert.is_some() {
@@ -59,9 +53,7 @@ impl TlsOptions {
         let name = &mut parameters.server_name_indication;
         *name = self.server_name.clone().or(name.take());
         if parameters.certfile.is_some() && !address.password_given {
-            parameters
-                .auth_mechanism
-                .get_or_insert(SASLMechanism::External);
+            parameters.auth_mechanism.get_or_insert(SASLMechanism::External);
         }
         Ok(())
     }
@@ -116,14 +108,8 @@ mod tests {
     #[test]
     fn a_file_is_read_again_and_may_begin_with_a_byte_order_mark() {
         let path = std::env::temp_dir().join(format!("qconsume-nodes-{}", std::process::id()));
-        let mut nodes = Nodes {
-            file: Some((path.clone(), "--url-file".to_owned())),
-            ..Nodes::default()
-        };
-        for (text, password) in [
-            ("amqp://u:one@h\n", "one"),
-            ("\u{feff}amqp://u:two@h", "two"),
-        ] {
+        let mut nodes = Nodes { file: Some((path.clone(), "--url-file".to_owned())), ..Nodes::default() };
+        for (text, password) in [("amqp://u:one@h\n", "one"), ("\u{feff}amqp://u:two@h", "two")] {
             std::fs::write(&path, text).unwrap();
             nodes.read().unwrap();
             assert_eq!(nodes.known[0].password.expose(), password);

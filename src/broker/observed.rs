@@ -44,12 +44,8 @@ impl Observed {
     /// The refusal behind an error, if it is one. lapin has no text for a code that it doesn't know.
     pub(super) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
-            ErrorKind::ProtocolError(error) => {
-                Some(Refusal::new(error.get_id(), error.get_message()))
-            }
-            ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
-                self.closed.clone()
-            }
+            ErrorKind::ProtocolError(error) => Some(Refusal::new(error.get_id(), error.get_message())),
+            ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => self.closed.clone(),
             ErrorKind::ParsingError(_) if self.closed_unreadably => self.closed.clone(),
             _ => None,
         }
@@ -73,8 +69,7 @@ impl Observed {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {
             let read = basic::parse_properties(properties);
-            read.map(drop)
-                .map_err(|_| "its properties are not valid AMQP")
+            read.map(drop).map_err(|_| "its properties are not valid AMQP")
         });
         self.note_unreadable(read)
     }
@@ -91,8 +86,7 @@ impl Observed {
         let method = parse_class(payload).map(|(_, class)| class);
         // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in a
         // character (seen with 3.10), and lapin can't read that.
-        if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] =
-            payload
+        if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {
             let code = u16::from_be_bytes([*a, *b]);
@@ -150,10 +144,8 @@ mod tests {
         let cut = b"\0\x14\0\x28\x01\x94\x05q\xc3...\0\0\0\0";
         let error = parse_class(&cut[..]).unwrap_err();
         let error = ErrorKind::ParsingError(error).into();
-        let mut observed = Observed {
-            closed: Some(Refusal::new(404, "NOT_FOUND - no queue 'q\u{fffd}...")),
-            ..Observed::default()
-        };
+        let mut observed =
+            Observed { closed: Some(Refusal::new(404, "NOT_FOUND - no queue 'q\u{fffd}...")), ..Observed::default() };
         // An earlier close is not what lapin stumbled over.
         assert!(observed.refusal(&error).is_none());
         observed.closed_unreadably = true;

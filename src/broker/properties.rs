@@ -28,10 +28,7 @@ impl Route {
                 self.routing_key
             )
         } else {
-            format!(
-                "no queue is bound to exchange {:?} for routing key {:?}",
-                self.exchange, self.routing_key
-            )
+            format!("no queue is bound to exchange {:?} for routing key {:?}", self.exchange, self.routing_key)
         }
     }
 }
@@ -65,10 +62,7 @@ impl Properties {
         let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
         let texts: [(_, fn(_, _) -> _); 5] = [
             (self.content_type, BasicProperties::with_content_type),
-            (
-                self.content_encoding,
-                BasicProperties::with_content_encoding,
-            ),
+            (self.content_encoding, BasicProperties::with_content_encoding),
             (self.reply_to, BasicProperties::with_reply_to),
             (self.message_id, BasicProperties::with_message_id),
             (self.correlation_id, BasicProperties::with_correlation_id),

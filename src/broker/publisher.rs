@@ -98,9 +98,7 @@ impl Publisher {
         let mut channel = None;
         let open = async {
             let channel = channel.insert(connection.lapin.create_channel().await?);
-            channel
-                .confirm_select(ConfirmSelectOptions::default())
-                .await
+            channel.confirm_select(ConfirmSelectOptions::default()).await
         };
         let opened = within(limit, open).await.and_then(|opened| {
             opened.map_err(|error| {
@@ -137,10 +135,7 @@ impl Publisher {
         let exchange = ShortString::from(self.route.exchange.as_str());
         let key = ShortString::from(self.route.routing_key.as_str());
         let properties = self.properties.clone();
-        let options = BasicPublishOptions {
-            mandatory: true,
-            ..BasicPublishOptions::default()
-        };
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         self.sending = Some(Box::pin(async move {
             let sent = channel.basic_publish(exchange, key, options, &body, properties);
             sent.await
@@ -191,9 +186,7 @@ impl Publisher {
         self.answered += 1;
         match confirmation {
             Confirmation::Ack(Some(_)) => Answer::AckedWithReturn { behind },
-            Confirmation::Nack(returned) => Answer::Nacked {
-                returned: returned.is_some(),
-            },
+            Confirmation::Nack(returned) => Answer::Nacked { returned: returned.is_some() },
             // NotRequested never comes: the channel is in confirm mode.
             Confirmation::Ack(None) | Confirmation::NotRequested => Answer::Acked,
         }
@@ -237,10 +230,7 @@ pub async fn declare(
     if let Some(kind) = kind {
         arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
     }
-    let durable = QueueDeclareOptions {
-        durable: true,
-        ..QueueDeclareOptions::default()
-    };
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     let declared = topology::declare(connection, queue, durable, arguments);
     match within(limit, declared).await? {
         Ok(_) => Ok(()),
@@ -253,13 +243,7 @@ pub async fn declare(
 
 async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Failure> {
     timeout(limit, work).await.map_err(|_| {
-        Failure::new(
-            Exit::Unavailable,
-            format!(
-                "no reply from the broker within {} (--timeout)",
-                HumanDuration(limit)
-            ),
-        )
+        Failure::new(Exit::Unavailable, format!("no reply from the broker within {} (--timeout)", HumanDuration(limit)))
     })
 }
 
@@ -277,8 +261,7 @@ mod tests {
 
     #[test]
     fn a_refusal_for_its_size_tells_the_size() {
-        let text =
-            "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000";
+        let text = "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000";
         assert_eq!(too_large(text), Some(2000));
         assert_eq!(too_large("PRECONDITION_FAILED - invalid expiration"), None);
     }

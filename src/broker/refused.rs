@@ -33,11 +33,7 @@ pub(super) enum Asked<'a> {
 
 impl ConnectError {
     /// What an error during the AMQP handshake, up to `connection.open-ok`, means.
-    pub(super) fn in_handshake(
-        error: &lapin::Error,
-        observed: &Observed,
-        address: &Address,
-    ) -> Self {
+    pub(super) fn in_handshake(error: &lapin::Error, observed: &Observed, address: &Address) -> Self {
         if let Some(refusal) = observed.refusal(error) {
             return Self::answer(Asked::Login(address), &refusal, &address.username);
         }
@@ -45,8 +41,7 @@ impl ConnectError {
         match error.kind() {
             // Who asks for a mechanism that isn't offered is cut off without a word (seen with RabbitMQ 3.10 and 4.3).
             _ if address.logs_in_by_certificate()
-                && offered
-                    .is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
+                && offered.is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
             {
                 Self::config(
                     "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
@@ -84,12 +79,8 @@ impl ConnectError {
             ));
         }
         Self::transient(match (greeted, address.tls) {
-            (true, _) => {
-                "the broker closed the connection during the AMQP handshake without saying why; its log may"
-            }
-            (false, true) => {
-                "the connection was closed during the AMQP handshake; is this an AMQP port?"
-            }
+            (true, _) => "the broker closed the connection during the AMQP handshake without saying why; its log may",
+            (false, true) => "the connection was closed during the AMQP handshake; is this an AMQP port?",
             (false, false) => {
                 "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS?"
             }
@@ -97,20 +88,12 @@ impl ConnectError {
     }
 
     /// What an error from `channel.open` on means.
-    pub(super) fn refused(
-        error: &lapin::Error,
-        connection: &OpenConnection,
-        asked: Asked<'_>,
-    ) -> Self {
+    pub(super) fn refused(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
         let observed = connection.observed();
         match (observed.refusal(error), observed.unreadable, asked) {
             (_, Some(problem), Asked::Queue(_, queue)) => unreadable(queue, problem).into(),
-            (Some(refusal), ..) => {
-                Self::answer(asked, &refusal, &connection.lapin.status().username())
-            }
-            (None, _, Asked::Publish(_)) => {
-                Failure::new(Exit::Unconfirmed, described(error)).into()
-            }
+            (Some(refusal), ..) => Self::answer(asked, &refusal, &connection.lapin.status().username()),
+            (None, _, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),
             (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
         }
     }

@@ -23,10 +23,7 @@ const TAG: &str = "qconsume";
 pub(super) const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
 
 /// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
-pub(super) const RELEASE: BasicNackOptions = BasicNackOptions {
-    requeue: true,
-    multiple: false,
-};
+pub(super) const RELEASE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
 /// What to consume from, and how.
 #[derive(Clone, Debug)]
@@ -63,13 +60,9 @@ impl Registration {
             let _ = channel.close(200, "OK".into()).await;
         }
         match register(&connection, &options, ask, declared).await {
-            Ok((queue, ack_timeout, channel, consumer)) => Ok(Self {
-                connection,
-                channel,
-                consumer: Some(consumer),
-                ack_timeout,
-                queue,
-            }),
+            Ok((queue, ack_timeout, channel, consumer)) => {
+                Ok(Self { connection, channel, consumer: Some(consumer), ack_timeout, queue })
+            }
             Err(why) => Err((connection, why)),
         }
     }
@@ -179,16 +172,10 @@ async fn register(
     match consume(connection, &queue, ack_timeout).await {
         Ok((channel, consumer)) => Ok((queue, ack_timeout, channel, consumer)),
         // A classic queue has no acknowledgement timeout, and refuses to be asked for one.
-        Err(error)
-            if ack_timeout.is_some()
-                && connection.meaning(&error) == Some(Meaning::Precondition) =>
-        {
+        Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
             // What was to be created is there by now.
-            Err(NotRegistered::RetryWith(Ask {
-                create: false,
-                ack_timeout: false,
-            }))
+            Err(NotRegistered::RetryWith(Ask { create: false, ack_timeout: false }))
         }
         Err(error) => {
             let asked = Asked::Queue("consume from", &queue);

@@ -36,26 +36,16 @@ impl Consumer {
     ///
     /// # Errors
     /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
-    pub async fn settle(
-        &mut self,
-        settlement: Settlement,
-        cancel: bool,
-    ) -> Result<(), DeliveryLost> {
-        let State::Holding(mut registration, held) =
-            mem::replace(&mut self.state, State::Idle(None))
-        else {
+    pub async fn settle(&mut self, settlement: Settlement, cancel: bool) -> Result<(), DeliveryLost> {
+        let State::Holding(mut registration, held) = mem::replace(&mut self.state, State::Idle(None)) else {
             unreachable!("only called while a message is held")
         };
         let settle = registration.settle(held, settlement, cancel);
         let stage = "waiting for the broker to confirm the settlement";
-        let settled = timeout(SETTLE_TIMEOUT, with_reminders(stage, settle))
-            .await
-            .unwrap_or_else(|_| {
-                let limit = HumanDuration(SETTLE_TIMEOUT);
-                Err(DeliveryLost::because(format!(
-                    "no reply from the broker within {limit}"
-                )))
-            });
+        let settled = timeout(SETTLE_TIMEOUT, with_reminders(stage, settle)).await.unwrap_or_else(|_| {
+            let limit = HumanDuration(SETTLE_TIMEOUT);
+            Err(DeliveryLost::because(format!("no reply from the broker within {limit}")))
+        });
         self.state = if settled.is_err() || registration.consumer.is_none() {
             State::Idle(Some(registration.end()))
         } else {
@@ -68,12 +58,7 @@ impl Consumer {
 impl Registration {
     /// tests/model/worker.rs has the same steps in its `plan`, and checks them over every interleaving: change both
     /// together.
-    async fn settle(
-        &mut self,
-        held: Held,
-        settlement: Settlement,
-        cancel: bool,
-    ) -> Result<(), DeliveryLost> {
+    async fn settle(&mut self, held: Held, settlement: Settlement, cancel: bool) -> Result<(), DeliveryLost> {
         let ran = held.since.elapsed();
         let sent = self.send(held.tag, settlement, cancel).await;
         let cancelled = sent.map_err(|error| self.delivery_lost(&error))?;
@@ -146,10 +131,7 @@ impl Registration {
         match self.barrier().await {
             // A connection that is lost now was good when the settlement was confirmed; but for one that lapin has ended
             // itself, as it can't read why the channel was closed.
-            Err(_)
-                if self.connection.is_connected()
-                    || self.connection.observed().closed_unreadably =>
-            {
+            Err(_) if self.connection.is_connected() || self.connection.observed().closed_unreadably => {
                 Err(DeliveryLost::timed_out(self.connection.version()))
             }
             _ => self.check_still_owned(),

@@ -29,12 +29,7 @@ pub(super) struct Tap {
 
 impl Tap {
     pub(super) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
-        Self {
-            observed,
-            payload_max: frame_max as usize,
-            frame: Vec::new(),
-            skip: 0,
-        }
+        Self { observed, payload_max: frame_max as usize, frame: Vec::new(), skip: 0 }
     }
 
     /// Looks at what was received.

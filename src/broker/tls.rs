@@ -94,31 +94,27 @@ fn config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
     let Some(cert) = &parameters.certfile else {
         return match &parameters.keyfile {
             None => Ok(builder.with_no_client_auth()),
-            Some(key) => Err(Failure::usage(format!(
-                "there is a key, {}, but no client certificate: --cert",
-                key.display()
-            ))),
+            Some(key) => {
+                Err(Failure::usage(format!("there is a key, {}, but no client certificate: --cert", key.display())))
+            }
         };
     };
     let chain = certificates(cert, "client certificate")?;
     let key_file = parameters.keyfile.as_ref().unwrap_or(cert);
     let key = key(key_file, parameters.keyfile.is_some())?;
     let unusable = |error| match error {
-        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => format!(
-            "the key in {} is not the one of the client certificate in {}",
-            key_file.display(),
-            cert.display()
-        ),
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            format!("the key in {} is not the one of the client certificate in {}", key_file.display(), cert.display())
+        }
         rustls::Error::InvalidCertificate(error) if is_webpki(&error, "UnsupportedCertVersion") => {
             format!(
                 "the client certificate in {} is an X.509 version 1 certificate: issue a version 3 one (`openssl x509 -req` with -extfile)",
                 cert.display()
             )
         }
-        rustls::Error::InvalidCertificate(error) => format!(
-            "the client certificate in {} is damaged: {error}",
-            cert.display()
-        ),
+        rustls::Error::InvalidCertificate(error) => {
+            format!("the client certificate in {} is damaged: {error}", cert.display())
+        }
         _ => format!(
             "the key in {} is none that can be used: it has to be RSA, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
             key_file.display()
@@ -226,18 +222,13 @@ fn not_in(file: &Path, what: &str, text: &[u8]) -> Failure {
     const SEQUENCE: u8 = 0x30;
     let instead = match text {
         [] => "the file is empty",
-        text if text.windows(11).any(|part| part == b"-----BEGIN ") => {
-            "the PEM in it is of something else"
-        }
+        text if text.windows(11).any(|part| part == b"-----BEGIN ") => "the PEM in it is of something else",
         [SEQUENCE, ..] => {
             "it isn't PEM but looks like DER, which `openssl x509 -inform der` or `openssl pkey -inform der` turns into PEM"
         }
         _ => "it isn't PEM (-----BEGIN …)",
     };
-    Failure::config(format!(
-        "there is no {what} in {}: {instead}",
-        file.display()
-    ))
+    Failure::config(format!("there is no {what} in {}: {instead}", file.display()))
 }
 
 #[cfg(test)]

@@ -15,18 +15,16 @@ use tokio_rustls::rustls::{self, AlertDescription, CertificateError, pki_types::
 /// What an error during the TLS handshake means.
 pub(super) fn in_handshake(error: &io::Error, parameters: &Parameters) -> ConnectError {
     match tls_error(error) {
-        Some(rustls::Error::InvalidCertificate(error)) => {
-            Failure::config(untrusted(error, parameters)).into()
-        }
+        Some(rustls::Error::InvalidCertificate(error)) => Failure::config(untrusted(error, parameters)).into(),
         Some(rustls::Error::InvalidMessage(_)) => Failure::config(
             "what answers isn't TLS: is the port right (5671 is usual), or should the URL begin with amqp://?",
         )
         .into(),
         Some(rustls::Error::AlertReceived(alert)) => refused(*alert, parameters),
         Some(error) => Failure::config(format!("the TLS handshake failed: {error}")).into(),
-        None if error.kind() == io::ErrorKind::UnexpectedEof => ConnectError::transient(
-            "the connection was closed during the TLS handshake; is this a port for TLS?",
-        ),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => {
+            ConnectError::transient("the connection was closed during the TLS handshake; is this a port for TLS?")
+        }
         None => ConnectError::transient(format!("the TLS handshake failed: {error}")),
     }
 }
@@ -69,15 +67,10 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
                 "{NAME} is signed by an unknown issuer, none of {trusted}: name the broker's CA with --cacert FILE (QCONSUME_CACERT)"
             )
         }
-        E::NotValidForNameContext {
-            expected,
-            presented,
-        } => {
+        E::NotValidForNameContext { expected, presented } => {
             let names: Vec<_> = presented.iter().map(|name| plain_name(name)).collect();
             let names = match names.join(", ") {
-                none if none.is_empty() => {
-                    "no name at all (a common name alone doesn't count)".to_owned()
-                }
+                none if none.is_empty() => "no name at all (a common name alone doesn't count)".to_owned(),
                 names => names,
             };
             format!(
@@ -102,9 +95,7 @@ pub(super) fn is_webpki(error: &CertificateError, name: &str) -> bool {
 
 /// `DnsName("a.example")` and `IpAddress(127.0.0.1)` as people write them.
 fn plain_name(name: &str) -> &str {
-    let inner = name
-        .split_once('(')
-        .and_then(|(_, rest)| rest.strip_suffix(')'));
+    let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
     inner.unwrap_or(name).trim_matches('"')
 }
 

@@ -103,19 +103,12 @@ impl Topology {
         Ok(name)
     }
 
-    async fn bind(
-        &self,
-        connection: &OpenConnection,
-        queue: &str,
-        exchange: &str,
-    ) -> lapin::Result<()> {
+    async fn bind(&self, connection: &OpenConnection, queue: &str, exchange: &str) -> lapin::Result<()> {
         let channel = connection.lapin.create_channel().await?;
         for key in &self.routing_keys {
             let key = key.as_str().into();
             let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
-            channel
-                .queue_bind(queue.into(), exchange.into(), key, options, arguments)
-                .await?;
+            channel.queue_bind(queue.into(), exchange.into(), key, options, arguments).await?;
         }
         channel.close(200, "OK".into()).await
     }
@@ -129,9 +122,7 @@ pub(super) async fn declare(
     arguments: FieldTable,
 ) -> lapin::Result<String> {
     let channel = connection.lapin.create_channel().await?;
-    let declared = channel
-        .queue_declare(queue.into(), options, arguments)
-        .await?;
+    let declared = channel.queue_declare(queue.into(), options, arguments).await?;
     channel.close(200, "OK".into()).await?;
     Ok(declared.name().to_string())
 }

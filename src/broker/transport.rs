@@ -17,10 +17,7 @@ use tokio::io::ReadBuf;
 use tokio_stream::Stream;
 
 /// A connected socket, plain or TLS.
-pub(super) trait Socket:
-    tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin
-{
-}
+pub(super) trait Socket: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
 impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Socket for S {}
 
 /// A socket for lapin, and the tap that looks at what is read from it.
@@ -46,11 +43,7 @@ impl TappedStream {
 }
 
 impl AsyncRead for TappedStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut read = ReadBuf::new(buffer);
         ready!(self.socket().poll_read(cx, &mut read))?;
         self.tap.observe(read.filled())?;
@@ -59,11 +52,7 @@ impl AsyncRead for TappedStream {
 }
 
 impl AsyncWrite for TappedStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = self.socket().poll_write(cx, bytes);
         written.map_err(|error| self.alert_or(cx, error))
     }
@@ -107,10 +96,7 @@ impl Reactor for LapinReactor {
         self.0.interval(duration)
     }
 
-    fn tcp_connect_addr(
-        &self,
-        _: SocketAddr,
-    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+    fn tcp_connect_addr(&self, _: SocketAddr) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         ready(Err(io::ErrorKind::Unsupported.into()))
     }
 }

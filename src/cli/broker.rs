@@ -16,14 +16,12 @@ use std::{path::PathBuf, time::Duration};
 const AMQP_URL: &str = "AMQP_URL";
 
 /// What `--hide-url` keeps from the command: where the broker is, and what one could log in with.
-#[rustfmt::skip]
 pub(super) const SECRETS: [&str; 6] =
     ["BROKER_URL", "BROKER_URL_FILE", AMQP_URL, "QCONSUME_PASSWORD", "QCONSUME_AUTHFILE", "QCONSUME_KEY"];
 
 /// Where the broker is, and how to reach it.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Broker")]
-#[rustfmt::skip]
 pub struct BrokerOptions {
     /// Connect to amqp://user:password@host/vhost, or amqps:// for TLS
     ///
@@ -103,11 +101,7 @@ impl BrokerOptions {
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
-        let options = ConnectOptions {
-            timeout: self.connect_timeout,
-            heartbeat: self.heartbeat,
-            name,
-        };
+        let options = ConnectOptions { timeout: self.connect_timeout, heartbeat: self.heartbeat, name };
         Broker::new(self.nodes.clone(), options)
     }
 
@@ -132,8 +126,7 @@ impl BrokerOptions {
                     "--ssl asks for TLS, but the URL says amqp://, which is without: make it amqps://",
                 ));
             }
-            if self.no_default_cert_paths && address.tls && address.parameters.cacertfile.is_none()
-            {
+            if self.no_default_cert_paths && address.tls && address.parameters.cacertfile.is_none() {
                 return Err(Failure::usage(
                     "--no-default-cert-paths leaves no CA to trust: name the broker's with --cacert",
                 ));
@@ -143,10 +136,7 @@ impl BrokerOptions {
     }
 
     fn source(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
-        let nodes = |known| Nodes {
-            known,
-            ..Nodes::default()
-        };
+        let nodes = |known| Nodes { known, ..Nodes::default() };
         let (url, file) = (given.level("url"), given.level("url_file"));
         if given.level("server") > url.max(file) {
             return Ok(nodes(vec![self.server_address(given)?]));
@@ -166,17 +156,12 @@ impl BrokerOptions {
             (_, Some(path)) => {
                 let name = given.name("url_file");
                 let file = Some((path.clone(), name.clone()));
-                let nodes = Nodes {
-                    file,
-                    ..Nodes::default()
-                };
+                let nodes = Nodes { file, ..Nodes::default() };
                 (name, Ok(nodes))
             }
             _ => {
                 let text = std::env::var_os(AMQP_URL).unwrap_or_default();
-                let text = text
-                    .to_str()
-                    .ok_or_else(|| Failure::usage("AMQP_URL isn't UTF-8"))?;
+                let text = text.to_str().ok_or_else(|| Failure::usage("AMQP_URL isn't UTF-8"))?;
                 if text.is_empty() {
                     return Err(Failure::usage(
                         "no broker: set BROKER_URL (amqp://user:password@host/vhost) or BROKER_URL_FILE, or use --url, or --server",
@@ -185,9 +170,7 @@ impl BrokerOptions {
                 (AMQP_URL.to_owned(), parse_list(text).map(nodes))
             }
         };
-        for part in [
-            "server", "port", "vhost", "username", "password", "authfile",
-        ] {
+        for part in ["server", "port", "vhost", "username", "password", "authfile"] {
             if given.level(part) > 0 && given.level(part) >= url.max(file) {
                 return Err(Failure::usage(format!(
                     "{} and {option} can't be used at the same time: write it into the URL",
@@ -200,11 +183,7 @@ impl BrokerOptions {
 
     /// The address that `--server` and the other parts make.
     fn server_address(&self, given: &Given<'_>) -> Result<Address, Failure> {
-        let mut address = server_address(
-            self.server.as_deref().unwrap_or_default(),
-            self.ssl,
-            self.port,
-        )?;
+        let mut address = server_address(self.server.as_deref().unwrap_or_default(), self.ssl, self.port)?;
         let (username, password) = self.login(given)?;
         if let Some(username) = username {
             address.username = username;
@@ -226,26 +205,18 @@ impl BrokerOptions {
         let path = match &self.authfile {
             Some(path) if file > by_name => path,
             Some(_) if file == by_name => {
-                return Err(Failure::usage(
-                    "--authfile can't be used together with --username or --password",
-                ));
+                return Err(Failure::usage("--authfile can't be used together with --username or --password"));
             }
             _ => return Ok((self.username.clone(), self.password.clone())),
         };
         let shown = path.display();
-        let text = std::fs::read_to_string(path).map_err(|error| {
-            Failure::new(
-                Exit::Config,
-                format!("the authfile {shown} can't be read: {error}"),
-            )
-        })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Failure::new(Exit::Config, format!("the authfile {shown} can't be read: {error}")))?;
         // Some editors begin a file with a byte order mark.
         let mut lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines();
         let mut line = |prefix| lines.next().and_then(|line| line.strip_prefix(prefix));
         match (line("username:"), line("password:"), lines.next()) {
-            (Some(username), Some(password), None) => {
-                Ok((Some(username.to_owned()), Some(password.to_owned().into())))
-            }
+            (Some(username), Some(password), None) => Ok((Some(username.to_owned()), Some(password.to_owned().into()))),
             _ => Err(Failure::usage(format!(
                 "the authfile {shown} has to consist of two lines, username:USER and password:PASSWORD"
             ))),
@@ -257,16 +228,10 @@ impl BrokerOptions {
 fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address, Failure> {
     // A URL's password must not be taken for a port and printed.
     if server.contains(['/', '@', '?']) {
-        return Err(Failure::usage(
-            "--server names a host; a whole URL goes to --url",
-        ));
+        return Err(Failure::usage("--server names a host; a whole URL goes to --url"));
     }
     let bare_ipv6 = server.matches(':').count() > 1 && !server.starts_with('[');
-    let host = if bare_ipv6 {
-        format!("[{server}]")
-    } else {
-        server.to_owned()
-    };
+    let host = if bare_ipv6 { format!("[{server}]") } else { server.to_owned() };
     let mut after = host.rsplit(']');
     if port.is_some() && after.next().is_some_and(|after| after.contains(':')) {
         return Err(Failure::usage("--server and --port both name the port"));
@@ -299,21 +264,9 @@ mod tests {
             ("fe80::1%eth0", "fe80::1%eth0", 5672),
         ] {
             let address = server_address(server, false, None).unwrap();
-            assert_eq!(
-                (address.host.as_str(), address.port),
-                (host, port),
-                "{server}"
-            );
+            assert_eq!((address.host.as_str(), address.port), (host, port), "{server}");
         }
-        for server in [
-            "",
-            ":5672",
-            "rabbit:",
-            "rabbit:0",
-            "rabbit:x",
-            "[::1]5",
-            "amqp://u:p@h",
-        ] {
+        for server in ["", ":5672", "rabbit:", "rabbit:0", "rabbit:x", "[::1]5", "amqp://u:p@h"] {
             assert!(server_address(server, false, None).is_err(), "{server}");
         }
         assert_eq!(server_address("::1", true, None).unwrap().port, 5671);

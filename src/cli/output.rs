@@ -11,7 +11,6 @@ use tracing::Level;
 /// What to say, how, and where.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Output")]
-#[rustfmt::skip]
 pub struct OutputOptions {
     /// Log messages of this level and of the more important ones
     ///
@@ -20,7 +19,14 @@ pub struct OutputOptions {
     log_level: Level,
 
     /// Write log lines in this format
-    #[arg(long, hide_short_help = true, value_name = "FORMAT", env = "QCONSUME_LOG_FORMAT", value_enum, default_value_t)]
+    #[arg(
+        long,
+        hide_short_help = true,
+        value_name = "FORMAT",
+        env = "QCONSUME_LOG_FORMAT",
+        value_enum,
+        default_value_t
+    )]
     log_format: LogFormat,
 
     /// Write the termination message to this file
@@ -31,8 +37,7 @@ pub struct OutputOptions {
 }
 
 fn levels() -> impl TypedValueParser<Value = Level> {
-    PossibleValuesParser::new(["error", "warn", "info", "debug"])
-        .try_map(|name| name.parse::<Level>())
+    PossibleValuesParser::new(["error", "warn", "info", "debug"]).try_map(|name| name.parse::<Level>())
 }
 
 impl OutputOptions {

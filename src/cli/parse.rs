@@ -80,10 +80,8 @@ impl Given<'_> {
     /// No name of a file or of something on the broker looks like an address. One that has slipped in there would be
     /// printed, with its password.
     fn check_addresses(&self) -> Result<(), Failure> {
-        #[rustfmt::skip]
-        const MAY_BE: [&str; 9] = [
-            "url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id",
-        ];
+        const MAY_BE: [&str; 9] =
+            ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
         for arg in self.command.get_arguments() {
             let id = arg.get_id().as_str();
             let mut given = self.matches.get_raw(id).into_iter().flatten();
@@ -117,10 +115,7 @@ pub fn command_line<O: Options>() -> Command {
 /// A variable that is empty is unset, as templates leave them; but for the two that matter, and the one that means "none".
 pub(super) fn without_empty_variables(command: Command) -> Command {
     const MAY_BE_EMPTY: [&str; 3] = ["BROKER_URL", "QUEUE", "QCONSUME_TERMINATION_LOG"];
-    let mut empty: Vec<_> = std::env::vars_os()
-        .filter(|(_, value)| value.is_empty())
-        .map(|(name, _)| name)
-        .collect();
+    let mut empty: Vec<_> = std::env::vars_os().filter(|(_, value)| value.is_empty()).map(|(name, _)| name).collect();
     empty.retain(|name| !MAY_BE_EMPTY.iter().any(|known| name == known));
     if empty.is_empty() {
         return command;
@@ -167,10 +162,7 @@ fn understand<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure>
         }
         Err(error) => return Err(usage(&error, &command)),
     };
-    let given = Given {
-        command: &command,
-        matches: &matches,
-    };
+    let given = Given { command: &command, matches: &matches };
     given.check_addresses()?;
     let mut options = O::from_arg_matches(&matches).map_err(|error| usage(&error, &command))?;
     options.check(&given)?;
@@ -182,9 +174,7 @@ fn usage(error: &clap::Error, command: &Command) -> Failure {
     let mut text = error.render().to_string();
     if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
         && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
-        && let Some(arg) = command
-            .get_arguments()
-            .find(|arg| arg.to_string() == *option)
+        && let Some(arg) = command.get_arguments().find(|arg| arg.to_string() == *option)
         && let Some(variable) = arg.get_env()
         && std::env::var_os(variable).is_some_and(|set| set.to_string_lossy() == *value)
     {
@@ -223,10 +213,7 @@ fn help_of_statuses(program: Program, in_full: bool) -> String {
             format!("{status} {short}")
         };
         let all: Vec<_> = exit::table(program).into_iter().map(short).collect();
-        return format!(
-            "Exit status, {own}: {}. More, all options, and their variables: --help",
-            all.join(", ")
-        );
+        return format!("Exit status, {own}: {}. More, all options, and their variables: --help", all.join(", "));
     }
     let mut text = format!("Exit status, {own}:");
     for (status, meaning, _) in exit::table(program) {

@@ -43,11 +43,7 @@ fn durations_are_read_as_people_write_them() {
         ("2d", 172_800_000),
         ("3650d", 315_360_000_000),
     ] {
-        assert_eq!(
-            duration(text),
-            Ok(Duration::from_millis(milliseconds)),
-            "{text}"
-        );
+        assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
     }
     for text in [
         "",
@@ -81,9 +77,7 @@ fn lists_of_statuses_have_numbers_and_ranges() {
     assert_eq!("65,100-120".parse(), list(&[(65, 65), (100, 120)]));
     assert_eq!(" 1 , 2 - 255 ".parse(), list(&[(1, 1), (2, 255)]));
     assert_eq!("7-7".parse(), list(&[(7, 7)]));
-    for text in [
-        "", ",", "1,", "0", "0-5", "256", "-1", "5-", "9-3", "1-2-3", "a", "1;2",
-    ] {
+    for text in ["", ",", "1,", "0", "0-5", "256", "-1", "5-", "9-3", "1-2-3", "a", "1;2"] {
         let parsed = text.parse::<Statuses>();
         assert!(parsed.is_err(), "{text:?} is {parsed:?}");
     }
@@ -98,17 +92,11 @@ fn options_stop_at_the_first_word_that_is_none() {
         (&["--wait=1s", "cat", "--help"], &["cat", "--help"]),
         (&["--", "--help"], &["--help"]),
         (&["--", "--", "x"], &["--", "x"]),
-        (
-            &["sh", "-c", "x", "--", "-q"],
-            &["sh", "-c", "x", "--", "-q"],
-        ),
+        (&["sh", "-c", "x", "--", "-q"], &["sh", "-c", "x", "--", "-q"]),
         (&["env", "--", "cat"], &["env", "--", "cat"]),
         (&["cat", "", "-"], &["cat", "", "-"]),
         (&["-"], &["-"]),
-        (
-            &["cat", "--url", "amqp://elsewhere"],
-            &["cat", "--url", "amqp://elsewhere"],
-        ),
+        (&["cat", "--url", "amqp://elsewhere"], &["cat", "--url", "amqp://elsewhere"]),
     ] {
         let options = options(words);
         assert_eq!(options.command, command, "{words:?}");
@@ -171,14 +159,7 @@ fn a_slip_is_answered_with_what_was_meant() {
 #[test]
 fn an_address_behind_the_wrong_option_is_not_quoted() {
     let url = "amqp://user:hunter2@host";
-    for option in [
-        "--wait",
-        "--count",
-        "--on-lost",
-        "--reject-on",
-        "--log-level",
-        "--heartbeat",
-    ] {
+    for option in ["--wait", "--count", "--on-lost", "--reject-on", "--log-level", "--heartbeat"] {
         let failure = parsed(&[option, url, "cat"]).expect_err(option);
         assert!(!failure.message.contains("hunter2"), "{failure}");
         assert!(failure.message.contains(option), "{failure}");
@@ -189,9 +170,6 @@ fn an_address_behind_the_wrong_option_is_not_quoted() {
 fn help_and_version_are_shown_and_are_no_run() {
     for word in ["--help", "-h", "--version", "-V"] {
         let request = parse::<QconsumeOptions>(&["qconsume", word].map(OsString::from));
-        assert!(
-            matches!(request, Ok(Request::Show(text)) if text.contains("qconsume")),
-            "{word}"
-        );
+        assert!(matches!(request, Ok(Request::Show(text)) if text.contains("qconsume")), "{word}");
     }
 }

@@ -37,17 +37,7 @@ mod tests {
         for off in ["false", "No", "OFF", "0", "false ", "\t0"] {
             assert_eq!(switch(off), Ok(false), "{off:?}");
         }
-        for wrong in [
-            "",
-            " ",
-            "disabled",
-            "null",
-            "\"false\"",
-            "f",
-            "y",
-            "2",
-            "enabled",
-        ] {
+        for wrong in ["", " ", "disabled", "null", "\"false\"", "f", "y", "2", "enabled"] {
             assert!(switch(wrong).is_err(), "{wrong:?}");
         }
     }

@@ -46,10 +46,7 @@ fn look_up(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     }
     Err(refused.unwrap_or_else(|| {
         let name = name.display();
-        Failure::new(
-            Exit::NotFound,
-            format!("command not found: {name} is in none of the folders of PATH"),
-        )
+        Failure::new(Exit::NotFound, format!("command not found: {name} is in none of the folders of PATH"))
     }))
 }
 
@@ -99,16 +96,9 @@ fn check_interpreter(file: &Path) -> Result<(), Failure> {
 /// What the `#!` line names; none for a binary, or for a file that may be executed but not read.
 fn interpreter(file: &Path) -> Option<PathBuf> {
     let mut start = Vec::new();
-    File::open(file)
-        .ok()?
-        .take(INTERPRETER_LINE_MAX)
-        .read_to_end(&mut start)
-        .ok()?;
+    File::open(file).ok()?.take(INTERPRETER_LINE_MAX).read_to_end(&mut start).ok()?;
     let line = start.strip_prefix(b"#!")?.split(|&b| b == b'\n').next()?;
-    let word = line
-        .trim_ascii_start()
-        .split(|&b| b == b' ' || b == b'\t')
-        .next()?;
+    let word = line.trim_ascii_start().split(|&b| b == b' ' || b == b'\t').next()?;
     (!word.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(word)))
 }
 
@@ -169,11 +159,7 @@ mod tests {
             ("folder", Exit::NotExecutable, "is a folder"),
             ("fifo", Exit::NotExecutable, "is no regular file"),
             ("lost", Exit::NotFound, "/no/such/interpreter"),
-            (
-                "windows",
-                Exit::NotFound,
-                r"/bin/sh\r, which isn't there; the file has Windows line ends",
-            ),
+            ("windows", Exit::NotFound, r"/bin/sh\r, which isn't there; the file has Windows line ends"),
             ("unable", Exit::NotExecutable, "can't be executed"),
             ("", Exit::NotFound, "empty"),
         ] {

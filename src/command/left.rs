@@ -88,17 +88,10 @@ impl Descendants {
         }
         let pids: BTreeSet<Pid> = processes.iter().map(|process| process.pid).collect();
         let is_other = |process: &&Stat| !process.is_zombie && !pids.contains(&process.pid);
-        let shared: BTreeSet<Pid> = all
-            .iter()
-            .filter(is_other)
-            .map(|other| other.group)
-            .collect();
+        let shared: BTreeSet<Pid> = all.iter().filter(is_other).map(|other| other.group).collect();
         let groups = processes.iter().map(|process| process.group);
         let own_groups = groups.filter(|group| !shared.contains(group)).collect();
-        Self {
-            processes,
-            own_groups,
-        }
+        Self { processes, own_groups }
     }
 }
 

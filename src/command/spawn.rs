@@ -90,42 +90,23 @@ impl Command {
             }
             execute_in(&mut command, Image::new(path, words, variables)?);
             let leader = Pid::from_raw(command.spawn()?.id().cast_signed());
-            Ok(Self {
-                leader,
-                shares_group,
-                ended: reaper.watch(leader),
-                reaper: reaper.clone(),
-            })
+            Ok(Self { leader, shares_group, ended: reaper.watch(leader), reaper: reaper.clone() })
         };
         begin().map_err(|error| {
             let (exit, why) = match error.raw_os_error() {
-                _ if is_shortage(&error) => (
-                    Exit::OsError,
-                    "the system is short of it, another try may help",
-                ),
-                Some(libc::ENOENT | libc::ENOTDIR) => (
-                    Exit::NotFound,
-                    "the file, its interpreter or its dynamic loader isn't there",
-                ),
-                Some(libc::ENOEXEC) => (
-                    Exit::NotExecutable,
-                    "built for another machine, or a script without a #! line",
-                ),
-                Some(libc::EFBIG) => (
-                    Exit::OsError,
-                    "its message is larger than files may be here (ulimit -f)",
-                ),
-                Some(libc::E2BIG) => (
-                    Exit::NotExecutable,
-                    "its arguments and environment are too long",
-                ),
+                _ if is_shortage(&error) => (Exit::OsError, "the system is short of it, another try may help"),
+                Some(libc::ENOENT | libc::ENOTDIR) => {
+                    (Exit::NotFound, "the file, its interpreter or its dynamic loader isn't there")
+                }
+                Some(libc::ENOEXEC) => {
+                    (Exit::NotExecutable, "built for another machine, or a script without a #! line")
+                }
+                Some(libc::EFBIG) => (Exit::OsError, "its message is larger than files may be here (ulimit -f)"),
+                Some(libc::E2BIG) => (Exit::NotExecutable, "its arguments and environment are too long"),
                 _ => (Exit::NotExecutable, "the system refused"),
             };
             let path = path.display();
-            Failure::new(
-                exit,
-                format!("the command can't be started: {path}: {why} ({error})"),
-            )
+            Failure::new(exit, format!("the command can't be started: {path}: {why} ({error})"))
         })
     }
 
@@ -165,20 +146,13 @@ fn warn_if_refused(signal: Signal, target: Pid, sent: nix::Result<()>) {
     if let Err(error) = sent
         && error != Errno::ESRCH
     {
-        let kind = if target.as_raw() < 0 {
-            "process group"
-        } else {
-            "process"
-        };
+        let kind = if target.as_raw() < 0 { "process group" } else { "process" };
         let number = target.as_raw().abs();
         let hint = match error {
             Errno::EPERM => "; it runs as another user, and qconsume lacks CAP_KILL",
             _ => "",
         };
-        tracing::warn!(
-            "{signal} can't be sent to the command ({kind} {number}): {}{hint}",
-            error.desc()
-        );
+        tracing::warn!("{signal} can't be sent to the command ({kind} {number}): {}{hint}", error.desc());
     }
 }
 
@@ -213,9 +187,7 @@ impl Process for Command {
                 let mut all = found.processes.iter();
                 let leader = all.find(|process| process.pid == self.leader);
                 let ours = leader.map(|leader| leader.group);
-                found
-                    .processes
-                    .retain(|process| Some(process.group) == ours);
+                found.processes.retain(|process| Some(process.group) == ours);
                 signal_all(&found, signal);
             }
             Target::Left => {
@@ -322,8 +294,7 @@ impl Image {
 /// The environment that a command gets: `NAME=value` each.
 #[cfg(fuzzing)]
 pub fn environment(variables: &[Variable]) -> Vec<CString> {
-    let image =
-        Image::new(Path::new("/"), &[], variables).expect("the inherited environment has no NUL");
+    let image = Image::new(Path::new("/"), &[], variables).expect("the inherited environment has no NUL");
     image._strings
 }
 

@@ -60,7 +60,6 @@ pub enum OnLost {
 /// How long the command may take.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Running")]
-#[rustfmt::skip]
 pub struct Limits {
     /// Stop the command after this time
     ///
@@ -253,10 +252,7 @@ async fn kill_left(process: &mut impl Process) {
             return;
         }
         if Instant::now() >= deadline {
-            tracing::warn!(
-                "{} of the command's processes are still there after a SIGKILL",
-                process.left()
-            );
+            tracing::warn!("{} of the command's processes are still there after a SIGKILL", process.left());
             return;
         }
     }

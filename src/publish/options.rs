@@ -27,7 +27,6 @@ const PROPERTIES: &str = "Properties of every message";
     override_usage = "qpublish [OPTIONS] [--] [MESSAGE]...",
     group = ArgGroup::new("input").args(["messages", "body", "file", "lines", "null"]),
 )]
-#[rustfmt::skip]
 pub struct QpublishOptions {
     /// Publish to this queue, through the default exchange
     #[arg(short, long, value_name = "NAME", env = "QUEUE", default_value = "", hide_default_value = true, value_parser = queue_name, help_heading = "Destination")]

@@ -105,20 +105,14 @@ impl Source {
                 }
             }
         };
-        thread::Builder::new()
-            .name("reader".to_owned())
-            .spawn(read)?;
+        thread::Builder::new().name("reader".to_owned()).spawn(read)?;
         Ok(messages)
     }
 
     fn bodies(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, Failure>> + '_> {
         let no_input = |error: io::Error| unreadable("standard input", &error);
         match self {
-            Self::Arguments(arguments) => Box::new(
-                arguments
-                    .iter()
-                    .map(|argument| Ok(argument.clone().into_vec())),
-            ),
+            Self::Arguments(arguments) => Box::new(arguments.iter().map(|argument| Ok(argument.clone().into_vec()))),
             Self::Files(files) => Box::new(files.iter().map(|path| {
                 let body = File::open(path).and_then(whole);
                 body.map_err(|error| unreadable(format!("{path:?}"), &error))
@@ -132,9 +126,7 @@ impl Source {
             })),
             Self::Records(separator) => match standard_input() {
                 Err(error) => Box::new(iter::once(Err(no_input(error)))),
-                Ok(input) => {
-                    Box::new(records(input, *separator).map(move |body| body.map_err(no_input)))
-                }
+                Ok(input) => Box::new(records(input, *separator).map(move |body| body.map_err(no_input))),
             },
         }
     }
@@ -164,9 +156,7 @@ pub fn records(input: impl Read, separator: u8) -> impl Iterator<Item = io::Resu
             && let Ok(body) = &mut body
             && body.starts_with(BYTE_ORDER_MARK)
         {
-            tracing::warn!(
-                "standard input begins with a byte order mark: left out of the first message"
-            );
+            tracing::warn!("standard input begins with a byte order mark: left out of the first message");
             body.drain(..BYTE_ORDER_MARK.len());
         }
         Some(body)
@@ -215,10 +205,7 @@ mod tests {
         assert!(records(b"", b'\n').is_empty());
         assert_eq!(records(b"\n", b'\n'), [b""]);
         assert_eq!(records(b"a\nb\n", b'\n'), [b"a", b"b"]);
-        assert_eq!(
-            records(b"a\n\n b \nlast", b'\n'),
-            [&b"a"[..], b"", b" b ", b"last"]
-        );
+        assert_eq!(records(b"a\n\n b \nlast", b'\n'), [&b"a"[..], b"", b" b ", b"last"]);
         assert_eq!(records(b"a\r\n\0b", b'\n'), [&b"a\r"[..], b"\0b"]);
         assert_eq!(records(b"a\nb\0\0c", 0), [&b"a\nb"[..], b"", b"c"]);
     }
@@ -227,10 +214,7 @@ mod tests {
     fn a_message_is_named_as_people_find_it() {
         assert_eq!(Source::Records(b'\n').name(3), "line 3");
         assert_eq!(Source::Records(0).name(3), "message 3");
-        assert_eq!(
-            Source::Files(vec!["a".into(), "b".into()]).name(2),
-            "file \"b\""
-        );
+        assert_eq!(Source::Files(vec!["a".into(), "b".into()]).name(2), "file \"b\"");
         assert_eq!(Source::Arguments(Vec::new()).name(1), "message 1");
     }
 }

@@ -86,9 +86,7 @@ impl Tally {
             (behind, Gap::Unroutable { among })
         });
         let first = [returned, refused, unanswered].into_iter().flatten();
-        first
-            .min_by_key(|(before, _)| *before)
-            .map_or((self.answered, None), |(before, gap)| (before, Some(gap)))
+        first.min_by_key(|(before, _)| *before).map_or((self.answered, None), |(before, gap)| (before, Some(gap)))
     }
 }
 
@@ -113,24 +111,14 @@ mod tests {
         for (sent, answers, confirmed, without_gap) in [
             (3, &[Acked; 3][..], 3, (3, None)),
             (3, &[Acked], 1, (1, Some(Gap::Unanswered))),
-            (
-                4,
-                &[Acked, Acked, refused, Acked],
-                3,
-                (2, Some(Gap::Refused)),
-            ),
+            (4, &[Acked, Acked, refused, Acked], 3, (2, Some(Gap::Refused))),
             // The second may be the one that came back, though the third brought it.
             (4, &[Acked, Acked, back(1), Acked], 3, (1, unroutable(3))),
             (3, &[Acked, Acked, back(2)], 2, (2, unroutable(1))),
             // LavinMQ returns and refuses one that a full queue doesn't take; which answer brings the return is open.
             (3, &[Acked, both, both], 1, (1, Some(Gap::Refused))),
             (3, &[back(0), refused, both], 1, (1, Some(Gap::Refused))),
-            (
-                4,
-                &[back(0), refused, back(0), back(0)],
-                1,
-                (0, unroutable(4)),
-            ),
+            (4, &[back(0), refused, back(0), back(0)], 1, (0, unroutable(4))),
         ] {
             let tally = tally(sent, answers);
             assert_eq!(tally.confirmed(), confirmed, "{answers:?}");

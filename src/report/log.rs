@@ -26,8 +26,7 @@ pub enum LogFormat {
 
 /// Starts to write lines of this level and the more important ones.
 pub(super) fn start(level: Level, format: LogFormat) {
-    let colour =
-        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let lines = Lines { format, colour };
     let write = move |level, line| lines.write(level, line);
     let _ = tracing::subscriber::set_global_default(Events { level, write });
@@ -47,8 +46,7 @@ pub(super) struct Events<W> {
 impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         // Not lapin's: they include frames, and one of those carries the password.
-        *metadata.level() <= self.level
-            && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
+        *metadata.level() <= self.level && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
@@ -110,11 +108,7 @@ fn json(level: Level, line: Line) -> String {
     object.insert("time".into(), time.into());
     object.insert("level".into(), level.as_str().to_lowercase().into());
     object.insert("message".into(), line.message.into());
-    object.extend(
-        line.fields
-            .into_iter()
-            .map(|(name, value)| (name.into(), value)),
-    );
+    object.extend(line.fields.into_iter().map(|(name, value)| (name.into(), value)));
     let mut text = String::new();
     for c in Value::Object(object).to_string().chars() {
         // serde_json leaves DEL and Unicode's 32 control characters as they are; terminals obey some of them.
@@ -130,14 +124,8 @@ fn json(level: Level, line: Line) -> String {
 /// What an error line with this message and message id looks like, as text and as JSON.
 #[cfg(any(test, fuzzing))]
 pub fn log_lines(message: &str, id: &str) -> (String, String) {
-    let line = || Line {
-        message: message.to_owned(),
-        fields: vec![("id", id.into())],
-    };
-    let lines = Lines {
-        format: LogFormat::Text,
-        colour: false,
-    };
+    let line = || Line { message: message.to_owned(), fields: vec![("id", id.into())] };
+    let lines = Lines { format: LogFormat::Text, colour: false };
     (lines.text(Level::ERROR, line()), json(Level::ERROR, line()))
 }
 
@@ -184,9 +172,6 @@ mod tests {
         assert!(!text.contains(char::is_control), "{text:?}");
         assert!(!json.contains(char::is_control), "{json:?}");
         let json: Value = serde_json::from_str(&json).unwrap();
-        assert_eq!(
-            (&json["message"], &json["id"]),
-            (&message.into(), &message.into())
-        );
+        assert_eq!((&json["message"], &json["id"]), (&message.into(), &message.into()));
     }
 }

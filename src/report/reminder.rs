@@ -43,10 +43,7 @@ impl Default for Reminder {
 impl Reminder {
     /// First due after `first`.
     pub fn new(first: Duration) -> Self {
-        Self {
-            since: Instant::now(),
-            next: first,
-        }
+        Self { since: Instant::now(), next: first }
     }
 
     /// Whether it is due; each time that it is, the next one is further away.
@@ -87,21 +84,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_takes_long_is_said_with_what_is_waited_for() {
         let (said, _guard) = Said::listen();
-        with_reminders(
-            "waiting for godot",
-            tokio::time::sleep(Duration::from_secs(9)),
-        )
-        .await;
+        with_reminders("waiting for godot", tokio::time::sleep(Duration::from_secs(9))).await;
         assert!(said.lines().is_empty());
-        with_reminders(
-            "waiting for godot",
-            tokio::time::sleep(Duration::from_secs(90)),
-        )
-        .await;
+        with_reminders("waiting for godot", tokio::time::sleep(Duration::from_secs(90))).await;
         assert_eq!(
             said.lines(),
-            ["10s", "20s", "40s", "1m 20s"]
-                .map(|time| format!("still waiting for godot, for {time} now"))
+            ["10s", "20s", "40s", "1m 20s"].map(|time| format!("still waiting for godot, for {time} now"))
         );
     }
 

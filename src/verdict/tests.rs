@@ -6,33 +6,18 @@ const OK: Ended = Ended::Exited(0);
 const TERM: StopReason = StopReason::Signal(15);
 
 fn result(ended: Ended) -> CommandResult {
-    CommandResult {
-        ended,
-        stop: None,
-        still_owned: true,
-        failures_before: Some(0),
-    }
+    CommandResult { ended, stop: None, still_owned: true, failures_before: Some(0) }
 }
 
 fn verdict(settlement: Option<Settlement>, exit_code: u8, exit_code_if_unconfirmed: u8) -> Verdict {
-    Verdict {
-        settlement,
-        exit_code,
-        exit_code_if_unconfirmed,
-    }
+    Verdict { settlement, exit_code, exit_code_if_unconfirmed }
 }
 
 #[test]
 fn without_options() {
     use Settlement::{Ack, Release, Requeue};
-    let stopped = |ended, stop| CommandResult {
-        stop: Some(stop),
-        ..result(ended)
-    };
-    let lost = |result: CommandResult| CommandResult {
-        still_owned: false,
-        ..result
-    };
+    let stopped = |ended, stop| CommandResult { stop: Some(stop), ..result(ended) };
+    let lost = |result: CommandResult| CommandResult { still_owned: false, ..result };
     let rows = [
         // the command ends by itself
         (result(OK), verdict(Some(Ack), 0, 75)),
@@ -42,40 +27,19 @@ fn without_options() {
         (result(Ended::Killed(64)), verdict(Some(Requeue), 192, 192)),
         // a signal to qconsume came first: an eviction
         (stopped(OK, TERM), verdict(Some(Ack), 0, 75)),
-        (
-            stopped(Ended::Exited(3), TERM),
-            verdict(Some(Release), 3, 3),
-        ),
-        (
-            stopped(Ended::Killed(15), TERM),
-            verdict(Some(Release), 143, 143),
-        ),
-        (
-            stopped(Ended::Killed(9), TERM),
-            verdict(Some(Release), 137, 137),
-        ),
+        (stopped(Ended::Exited(3), TERM), verdict(Some(Release), 3, 3)),
+        (stopped(Ended::Killed(15), TERM), verdict(Some(Release), 143, 143)),
+        (stopped(Ended::Killed(9), TERM), verdict(Some(Release), 137, 137)),
         // the time limit came first: a failure, however the command took it
-        (
-            stopped(OK, StopReason::TimeLimit),
-            verdict(Some(Requeue), 124, 124),
-        ),
-        (
-            stopped(Ended::Exited(3), StopReason::TimeLimit),
-            verdict(Some(Requeue), 124, 124),
-        ),
-        (
-            stopped(Ended::Killed(9), StopReason::TimeLimit),
-            verdict(Some(Requeue), 124, 124),
-        ),
+        (stopped(OK, StopReason::TimeLimit), verdict(Some(Requeue), 124, 124)),
+        (stopped(Ended::Exited(3), StopReason::TimeLimit), verdict(Some(Requeue), 124, 124)),
+        (stopped(Ended::Killed(9), StopReason::TimeLimit), verdict(Some(Requeue), 124, 124)),
         // lost beats everything
         (lost(result(OK)), verdict(None, 75, 75)),
         (lost(result(Ended::Exited(3))), verdict(None, 75, 75)),
         (lost(result(Ended::Killed(9))), verdict(None, 75, 75)),
         (lost(stopped(OK, TERM)), verdict(None, 75, 75)),
-        (
-            lost(stopped(Ended::Killed(9), StopReason::TimeLimit)),
-            verdict(None, 75, 75),
-        ),
+        (lost(stopped(Ended::Killed(9), StopReason::TimeLimit)), verdict(None, 75, 75)),
     ];
     for (result, expected) in rows {
         assert_eq!(decide(result, &Policy::default()), expected, "{result:?}");
@@ -85,127 +49,57 @@ fn without_options() {
 #[test]
 fn with_options() {
     use Settlement::{Ack, DeadLetter, Release, Requeue};
-    let reject = || Policy {
-        max_attempts: Some(1),
-        ..Policy::default()
-    };
-    let reject_on = || Policy {
-        reject_on: Some(Statuses(vec![65..=65, 100..=124])),
-        ..Policy::default()
-    };
-    let at_most = |max| Policy {
-        max_attempts: Some(max),
-        ..Policy::default()
-    };
-    let failed = |before| CommandResult {
-        failures_before: before,
-        ..result(Ended::Exited(3))
-    };
+    let reject = || Policy { max_attempts: Some(1), ..Policy::default() };
+    let reject_on = || Policy { reject_on: Some(Statuses(vec![65..=65, 100..=124])), ..Policy::default() };
+    let at_most = |max| Policy { max_attempts: Some(max), ..Policy::default() };
+    let failed = |before| CommandResult { failures_before: before, ..result(Ended::Exited(3)) };
     let exited = |status| result(Ended::Exited(status));
-    let stopped = |ended, stop| CommandResult {
-        stop: Some(stop),
-        ..result(ended)
-    };
+    let stopped = |ended, stop| CommandResult { stop: Some(stop), ..result(ended) };
     let rows = [
         (result(OK), reject(), verdict(Some(Ack), 0, 75)),
         (exited(3), reject(), verdict(Some(DeadLetter), 3, 3)),
-        (
-            stopped(Ended::Exited(3), StopReason::TimeLimit),
-            reject(),
-            verdict(Some(DeadLetter), 124, 124),
-        ),
+        (stopped(Ended::Exited(3), StopReason::TimeLimit), reject(), verdict(Some(DeadLetter), 124, 124)),
         // an eviction is never the message's fault
-        (
-            stopped(Ended::Exited(3), TERM),
-            reject(),
-            verdict(Some(Release), 3, 3),
-        ),
+        (stopped(Ended::Exited(3), TERM), reject(), verdict(Some(Release), 3, 3)),
         (exited(64), reject_on(), verdict(Some(Requeue), 64, 64)),
         (exited(65), reject_on(), verdict(Some(DeadLetter), 65, 65)),
-        (
-            exited(120),
-            reject_on(),
-            verdict(Some(DeadLetter), 120, 120),
-        ),
-        (
-            result(Ended::Killed(9)),
-            reject_on(),
-            verdict(Some(Requeue), 137, 137),
-        ),
-        (
-            stopped(OK, StopReason::TimeLimit),
-            reject_on(),
-            verdict(Some(DeadLetter), 124, 124),
-        ),
+        (exited(120), reject_on(), verdict(Some(DeadLetter), 120, 120)),
+        (result(Ended::Killed(9)), reject_on(), verdict(Some(Requeue), 137, 137)),
+        (stopped(OK, StopReason::TimeLimit), reject_on(), verdict(Some(DeadLetter), 124, 124)),
         // attempts, where the queue counts and where it doesn't
         (failed(Some(0)), at_most(1), verdict(Some(DeadLetter), 3, 3)),
         (failed(None), at_most(1), verdict(Some(DeadLetter), 3, 3)),
         (failed(Some(0)), at_most(3), verdict(Some(Requeue), 3, 3)),
         (failed(Some(1)), at_most(3), verdict(Some(Requeue), 3, 3)),
         (failed(Some(2)), at_most(3), verdict(Some(DeadLetter), 3, 3)),
-        (
-            failed(Some(u64::MAX)),
-            at_most(3),
-            verdict(Some(DeadLetter), 3, 3),
-        ),
+        (failed(Some(u64::MAX)), at_most(3), verdict(Some(DeadLetter), 3, 3)),
         (failed(None), at_most(3), verdict(Some(Requeue), 3, 3)),
         // the mapped statuses
-        (
-            exited(77),
-            Policy {
-                failure_exit_code: Some(1),
-                ..Policy::default()
-            },
-            verdict(Some(Requeue), 1, 1),
-        ),
+        (exited(77), Policy { failure_exit_code: Some(1), ..Policy::default() }, verdict(Some(Requeue), 1, 1)),
         (
             result(Ended::Killed(9)),
-            Policy {
-                failure_exit_code: Some(1),
-                ..Policy::default()
-            },
+            Policy { failure_exit_code: Some(1), ..Policy::default() },
             verdict(Some(Requeue), 1, 1),
         ),
         (
             stopped(Ended::Killed(15), TERM),
-            Policy {
-                failure_exit_code: Some(1),
-                ..Policy::default()
-            },
+            Policy { failure_exit_code: Some(1), ..Policy::default() },
             verdict(Some(Release), 1, 1),
         ),
         (
             stopped(Ended::Killed(15), StopReason::TimeLimit),
-            Policy {
-                failure_exit_code: Some(1),
-                ..Policy::default()
-            },
+            Policy { failure_exit_code: Some(1), ..Policy::default() },
             verdict(Some(Requeue), 124, 124),
         ),
+        (exited(3), Policy { reject_exit_code: Some(0), ..reject() }, verdict(Some(DeadLetter), 0, 3)),
         (
             exited(3),
-            Policy {
-                reject_exit_code: Some(0),
-                ..reject()
-            },
-            verdict(Some(DeadLetter), 0, 3),
-        ),
-        (
-            exited(3),
-            Policy {
-                reject_exit_code: Some(42),
-                failure_exit_code: Some(1),
-                ..reject()
-            },
+            Policy { reject_exit_code: Some(42), failure_exit_code: Some(1), ..reject() },
             verdict(Some(DeadLetter), 42, 1),
         ),
         (
             result(OK),
-            Policy {
-                failure_exit_code: Some(1),
-                reject_exit_code: Some(42),
-                ..reject()
-            },
+            Policy { failure_exit_code: Some(1), reject_exit_code: Some(42), ..reject() },
             verdict(Some(Ack), 0, 75),
         ),
     ];
@@ -218,39 +112,22 @@ fn with_options() {
 #[test]
 fn no_false_success() {
     let statuses = [0, 1, 75, 124, 255];
-    let ends = statuses
-        .map(Ended::Exited)
-        .into_iter()
-        .chain([Ended::Killed(9), Ended::Killed(15)]);
+    let ends = statuses.map(Ended::Exited).into_iter().chain([Ended::Killed(9), Ended::Killed(15)]);
     for ended in ends {
         for stop in [None, Some(TERM), Some(StopReason::TimeLimit)] {
             for still_owned in [true, false] {
                 for failures_before in [None, Some(0), Some(7)] {
                     for reject_exit_code in [None, Some(0), Some(9)] {
                         for max_attempts in [None, Some(1)] {
-                            let result = CommandResult {
-                                ended,
-                                stop,
-                                still_owned,
-                                failures_before,
-                            };
-                            let policy = Policy {
-                                max_attempts,
-                                reject_exit_code,
-                                ..Policy::default()
-                            };
+                            let result = CommandResult { ended, stop, still_owned, failures_before };
+                            let policy = Policy { max_attempts, reject_exit_code, ..Policy::default() };
                             let verdict = decide(result, &policy);
                             assert_ne!(verdict.exit_code_if_unconfirmed, 0, "{result:?}");
-                            let gone = matches!(
-                                verdict.settlement,
-                                Some(Settlement::Ack | Settlement::DeadLetter)
-                            );
+                            let gone = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
                             assert!(verdict.exit_code != 0 || gone, "{result:?}");
                             assert_eq!(
                                 verdict.settlement == Some(Settlement::Ack),
-                                still_owned
-                                    && ended == Ended::Exited(0)
-                                    && stop != Some(StopReason::TimeLimit),
+                                still_owned && ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit),
                                 "{result:?}"
                             );
                         }

@@ -49,9 +49,7 @@ impl Worker {
                         let limit = HumanDuration(self.options.broker.connect_timeout);
                         return Err(Failure::new(
                             Exit::Unavailable,
-                            format!(
-                                "gave up after {limit} (--connect-timeout) of losing each new connection: {lost}"
-                            ),
+                            format!("gave up after {limit} (--connect-timeout) of losing each new connection: {lost}"),
                         ));
                     }
                     tracing::warn!("while waiting for a message: {lost}; connecting again");

@@ -36,28 +36,16 @@ impl fmt::Display for Tally {
 pub(super) fn log_taken(message: &Message, queue: &str) -> Subject {
     let (id, attempt, size) = (&message.id, message.attempt, message.body.len());
     tracing::info!(queue, id, attempt, size, "message taken");
-    Subject {
-        id: id.clone(),
-        attempt,
-        size,
-        since: Instant::now(),
-    }
+    Subject { id: id.clone(), attempt, size, since: Instant::now() }
 }
 
 /// How the run ends with a message, if it ends with it; the status is qconsume's own.
 pub(super) fn summary(subject: &Subject, status: u8, outcome: Outcome, text: String) -> RunSummary {
-    RunSummary {
-        outcome: Some(outcome),
-        subject: Some(subject.clone()),
-        ..RunSummary::without_message(status, text)
-    }
+    RunSummary { outcome: Some(outcome), subject: Some(subject.clone()), ..RunSummary::without_message(status, text) }
 }
 
 /// What became of the message, for machines and for people.
-pub(super) fn describe_settlement(
-    settlement: Settlement,
-    unconfirmed: Option<&DeliveryLost>,
-) -> (Outcome, String) {
+pub(super) fn describe_settlement(settlement: Settlement, unconfirmed: Option<&DeliveryLost>) -> (Outcome, String) {
     let requeued = "message is requeued, though the broker has not confirmed it: ";
     let (outcome, confirmed, not_confirmed) = match settlement {
         Settlement::Ack => (
@@ -96,6 +84,5 @@ pub(super) fn describe_end(result: CommandResult) -> String {
 }
 
 fn signal_name(signal: i32) -> String {
-    Signal::try_from(signal)
-        .map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string())
+    Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string())
 }

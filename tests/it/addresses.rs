@@ -37,32 +37,14 @@ fn a_malformed_address_is_told_in_one_line_without_the_secret() {
         ("amqp://u:hunter2@::1", "square brackets"),
         ("amqp://u:hunter2@[::1", "has no ']'"),
         ("amqp://u:hunter2@[h]", "not an IPv6 address"),
-        (
-            "amqp://u:hunter2@[::1]x",
-            "may follow the host's square brackets",
-        ),
+        ("amqp://u:hunter2@[::1]x", "may follow the host's square brackets"),
         ("amqp://u:hunter2@a,b", "the host contains a ','"),
-        (
-            "amqp://u:hunter2@h?hunger=2",
-            "the query parameter hunger is unknown",
-        ),
-        (
-            "amqp://u:hunter2@h?heartbeat=x",
-            "the query parameter heartbeat",
-        ),
-        (
-            "amqp://u:hunter2@h?heartbeat=1&heartbeat=2",
-            "is there twice",
-        ),
+        ("amqp://u:hunter2@h?hunger=2", "the query parameter hunger is unknown"),
+        ("amqp://u:hunter2@h?heartbeat=x", "the query parameter heartbeat"),
+        ("amqp://u:hunter2@h?heartbeat=1&heartbeat=2", "is there twice"),
         ("amqp://u:hunter2@h?cacertfile=x", "needs TLS"),
-        (
-            "amqps://u:hunter2@h?verify=verify_none",
-            "is always checked",
-        ),
-        (
-            "amqp://u:hunter2@a,amqp://u:hunter2@b:x",
-            "URL 2 of 2: the port",
-        ),
+        ("amqps://u:hunter2@h?verify=verify_none", "is always checked"),
+        ("amqp://u:hunter2@a,amqp://u:hunter2@b:x", "URL 2 of 2: the port"),
     ];
     let folder = temp_folder("urls");
     for (index, (url, text)) in table.into_iter().enumerate() {
@@ -90,12 +72,7 @@ fn a_malformed_address_is_told_in_one_line_without_the_secret() {
 #[test]
 fn an_address_in_anothers_place_is_told_without_the_secret() {
     let url = "amqp://u:hunter2@127.0.0.1:1";
-    for variable in [
-        "BROKER_URL_FILE",
-        "QUEUE",
-        "QCONSUME_CACERT",
-        "QCONSUME_SERVER",
-    ] {
+    for variable in ["BROKER_URL_FILE", "QUEUE", "QCONSUME_CACERT", "QCONSUME_SERVER"] {
         for program in [qconsume(), qpublish()] {
             let ended = program.env(variable, url).arg("cat").run();
             ended
@@ -109,16 +86,11 @@ fn an_address_in_anothers_place_is_told_without_the_secret() {
         (qconsume().args(["--url-file", url, "cat"]), "--url-file"),
         (qconsume().args(["-q", url, "cat"]), "--queue"),
         (qpublish().args(["-q", "q", "-f", "x", url]), "--file"),
-        (
-            qpublish().args(["-q", "q", "-r", &format!(" {url}")]),
-            "--routing-key",
-        ),
+        (qpublish().args(["-q", "q", "-r", &format!(" {url}")]), "--routing-key"),
     ];
     for (program, option) in mistakes {
         let ended = program.run();
-        ended
-            .assert_status(64)
-            .assert_stderr(&format!("{option} is an amqp:// address"));
+        ended.assert_status(64).assert_stderr(&format!("{option} is an amqp:// address"));
         assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
     }
 }
@@ -127,19 +99,11 @@ fn an_address_in_anothers_place_is_told_without_the_secret() {
 fn an_address_that_is_not_text_is_a_usage_error() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
     let bytes = OsStr::from_bytes(b"amqp://u:hunter2@\xff");
-    let ended = qconsume()
-        .env("BROKER_URL", bytes)
-        .args(["-q", "q", "cat"])
-        .run();
+    let ended = qconsume().env("BROKER_URL", bytes).args(["-q", "q", "cat"]).run();
     ended.assert_status(64);
     assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
-    let ended = qconsume()
-        .env("AMQP_URL", bytes)
-        .args(["-q", "q", "cat"])
-        .run();
-    ended
-        .assert_status(64)
-        .assert_stderr("AMQP_URL isn't UTF-8");
+    let ended = qconsume().env("AMQP_URL", bytes).args(["-q", "q", "cat"]).run();
+    ended.assert_status(64).assert_stderr("AMQP_URL isn't UTF-8");
     assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
 }
 
@@ -147,11 +111,7 @@ fn an_address_that_is_not_text_is_a_usage_error() {
 #[track_caller]
 fn takes(url: &str, queue: &Queue) {
     queue.publish("x");
-    let ended = qconsume()
-        .url(url)
-        .queue(queue.name())
-        .args(["--", "cat"])
-        .run();
+    let ended = qconsume().url(url).queue(queue.name()).args(["--", "cat"]).run();
     ended.assert_status(0);
     assert_eq!(ended.stdout_text(), "x", "{url}");
 }
@@ -164,10 +124,7 @@ fn the_same_broker_is_reached_by_every_way_to_write_its_address() {
     let (head, host) = url.rsplit_once('@').unwrap();
     takes(&format!("{url}\n"), &queue);
     takes(&url.replace("amqp://", "AMQP://"), &queue);
-    takes(
-        &format!("{url}?heartbeat=7&connection_timeout=2000"),
-        &queue,
-    );
+    takes(&format!("{url}?heartbeat=7&connection_timeout=2000"), &queue);
     // The nodes of a cluster: the first is down.
     takes(&format!("amqp://127.0.0.1:1,{url}"), &queue);
     takes(&format!("amqp://a,b:x,y@127.0.0.1:1,{url}"), &queue);
@@ -178,9 +135,7 @@ fn the_same_broker_is_reached_by_every_way_to_write_its_address() {
         // Celery's, and with pika's, kombu's and amqp091-go's parameters.
         takes(&format!("{url}//"), &queue);
         takes(
-            &format!(
-                "{url}//?blocked_connection_timeout=300&failover_strategy=shuffle&channel_max=9&heartbeat=0"
-            ),
+            &format!("{url}//?blocked_connection_timeout=300&failover_strategy=shuffle&channel_max=9&heartbeat=0"),
             &queue,
         );
     }
@@ -192,21 +147,14 @@ fn the_same_broker_is_reached_by_every_way_to_write_its_address() {
     let file = temp_folder("url").join("url");
     fs::write(&file, format!("{url}\n")).unwrap();
     queue.publish("x");
-    qconsume()
-        .env("BROKER_URL_FILE", &file)
-        .args(["-q", queue.name(), "cat"])
-        .run()
-        .assert_status(0);
+    qconsume().env("BROKER_URL_FILE", &file).args(["-q", queue.name(), "cat"]).run().assert_status(0);
     // IPv6.
     let Ok(proxy) = Proxy::listen("::1".parse().unwrap(), Some(broker.addr())) else {
         missing("IPv6");
         return;
     };
     takes(&format!("{head}@{}", proxy.addr()), &queue);
-    takes(
-        &format!("{head}@[::1%25lo]:{}", proxy.addr().port()),
-        &queue,
-    );
+    takes(&format!("{head}@[::1%25lo]:{}", proxy.addr().port()), &queue);
 }
 
 #[test]
@@ -228,10 +176,7 @@ fn any_user_password_and_virtual_host_can_be_written() {
     let user = User::new(&broker, name, password);
     let vhost = Vhost::new(&broker, "/a b/ü%2f").of(name);
     // There is no queue there, which it can only know from inside.
-    let ended = qconsume()
-        .url(&user.url(vhost.name))
-        .args(["-d", "-q", "addresses", "--wait=0", "cat"])
-        .run();
+    let ended = qconsume().url(&user.url(vhost.name)).args(["-d", "-q", "addresses", "--wait=0", "cat"]).run();
     ended.assert_status(66).assert_stderr("declared queue");
     // The same from parts, which need no encoding.
     let ended = qconsume()

@@ -12,10 +12,7 @@ const LONG: Duration = Duration::from_secs(90);
 /// qconsume with the addresses of these nodes, to be tried in this order.
 fn worker<'a>(nodes: impl IntoIterator<Item = &'a Broker>, queue: &Queue) -> Program {
     let urls: Vec<_> = nodes.into_iter().map(Broker::url).collect();
-    qconsume()
-        .url(&urls.join(","))
-        .queue(queue.name())
-        .args(["--heartbeat", "4"])
+    qconsume().url(&urls.join(",")).queue(queue.name()).args(["--heartbeat", "4"])
 }
 
 /// Its command has started, and ends with success when the file is there.
@@ -40,11 +37,7 @@ fn a_cluster_may_lose_nodes() {
     a_rolling_restart_is_waited_through(&nodes);
 }
 
-fn the_node_that_a_worker_is_connected_to_dies_while_it_waits(
-    first: &Broker,
-    second: &Broker,
-    third: &Broker,
-) {
+fn the_node_that_a_worker_is_connected_to_dies_while_it_waits(first: &Broker, second: &Broker, third: &Broker) {
     let queue = second.declare("waiting").quorum().create();
     let run = worker([first, second, third], &queue).args(["cat"]).spawn();
     queue.wait_consumers(1);
@@ -55,11 +48,7 @@ fn the_node_that_a_worker_is_connected_to_dies_while_it_waits(
     first.start_again().unwrap();
 }
 
-fn the_node_that_a_worker_is_connected_to_dies_while_its_command_runs(
-    first: &Broker,
-    second: &Broker,
-    third: &Broker,
-) {
+fn the_node_that_a_worker_is_connected_to_dies_while_its_command_runs(first: &Broker, second: &Broker, third: &Broker) {
     let queue = second.declare("running").quorum().create();
     queue.publish("body");
     let (run, _) = started(worker([first, second, third], &queue));
@@ -77,9 +66,7 @@ fn a_queue_whose_home_node_is_down_is_waited_for(first: &Broker, second: &Broker
     let queue = first.queue("home");
     queue.publish("body");
     first.stop().unwrap();
-    let run = worker([second], &queue)
-        .args(["--connect-timeout", "5m", "cat"])
-        .spawn();
+    let run = worker([second], &queue).args(["--connect-timeout", "5m", "cat"]).spawn();
     run.wait_for_stderr("is not available now", PATIENCE);
     first.start_again().unwrap();
     let run = run.wait(LONG);
@@ -87,11 +74,7 @@ fn a_queue_whose_home_node_is_down_is_waited_for(first: &Broker, second: &Broker
     assert_eq!(run.stdout_text(), "body");
 }
 
-fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(
-    first: &Broker,
-    second: &Broker,
-    third: &Broker,
-) {
+fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(first: &Broker, second: &Broker, third: &Broker) {
     // A queue's leader is on the node that declares it.
     let queue = first.declare("leader").quorum().create();
     queue.publish("body");
@@ -109,9 +92,7 @@ fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(
 
 fn a_rolling_restart_is_waited_through(nodes: &[Broker]) {
     let queue = nodes[0].declare("rolling").quorum().create();
-    let run = worker(nodes, &queue)
-        .args(["--connect-timeout", "3m", "cat"])
-        .spawn();
+    let run = worker(nodes, &queue).args(["--connect-timeout", "3m", "cat"]).spawn();
     queue.wait_consumers(1);
     for node in nodes {
         node.restart().unwrap();

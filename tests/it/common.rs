@@ -38,10 +38,7 @@ pub fn behind(proxy: &Proxy, queue: &Queue) -> Program {
 
 /// A script that says that it has started, and ends with success when the file is there.
 pub fn until_there(file: &Path) -> String {
-    format!(
-        "echo started; while [ ! -e '{}' ]; do sleep 0.05; done",
-        file.display()
-    )
+    format!("echo started; while [ ! -e '{}' ]; do sleep 0.05; done", file.display())
 }
 
 /// Plays a round until it fits into the two seconds that qconsume gives a broker to answer before it ends: on a busy machine
@@ -120,11 +117,7 @@ pub struct User<'a> {
 impl<'a> User<'a> {
     pub fn new(broker: &'a Broker, name: &'a str, password: &'a str) -> Self {
         broker.ctl(&["add_user", name, password]).unwrap();
-        Self {
-            broker,
-            name,
-            password,
-        }
+        Self { broker, name, password }
     }
 
     /// With these permissions in virtual host `/`: to configure, to write, and to read.
@@ -188,9 +181,5 @@ pub fn private_broker() -> impl Deref<Target = Broker> {
         }
     }
     let shared = Broker::shared();
-    if shared.is_private() {
-        Private::Shared(shared)
-    } else {
-        Private::Own(Box::new(Broker::start()))
-    }
+    if shared.is_private() { Private::Shared(shared) } else { Private::Own(Box::new(Broker::start())) }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use testbed::owner::temp_folder;
 use testbed::{
-    Action, BasicProperties, Broker, Direction, Method, PATIENCE, Proxy, Queue, QueueKind, Running,
-    Signal, eventually, frames,
+    Action, BasicProperties, Broker, Direction, Method, PATIENCE, Proxy, Queue, QueueKind, Running, Signal, eventually,
+    frames,
     types::{AMQPValue, FieldTable, LongString},
 };
 
@@ -27,9 +27,7 @@ fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connecti
     let spoil = Action::Replace(Arc::new(spoil));
     publisher.once(Direction::ToBroker, Method::HEADER, spoil);
     let properties = BasicProperties::default().with_message_id("readable".into());
-    testbed::Client::new(&publisher.url())
-        .publish(queue.name(), ["body"], properties)
-        .unwrap();
+    testbed::Client::new(&publisher.url()).publish(queue.name(), ["body"], properties).unwrap();
 
     let proxy = Proxy::of(broker);
     let run = behind(&proxy, &queue).args(["true"]).run();
@@ -54,9 +52,7 @@ fn a_frame_that_is_not_amqp_is_a_broken_connection_and_69_in_the_end() {
     };
     let spoil = Action::Replace(Arc::new(spoil));
     proxy.on(Direction::ToClient, Method::BODY, spoil);
-    let run = behind(&proxy, &queue)
-        .args(["--connect-timeout", "8s", "touch", "/proc/never/run"])
-        .run();
+    let run = behind(&proxy, &queue).args(["--connect-timeout", "8s", "touch", "/proc/never/run"]).run();
     run.assert_status(69)
         .assert_stderr("connecting again")
         .assert_stderr("gave up after 8s (--connect-timeout) of losing each new connection");
@@ -104,9 +100,7 @@ fn a_queue_deleted_while_waiting_is_waited_for_and_78_in_the_end() {
     let broker = Broker::shared();
     let queue = broker.queue("deleted");
     let spawn = |limit| {
-        let run = worker(&queue)
-            .args(["--connect-timeout", limit, "--log-level", "debug", "cat"])
-            .spawn();
+        let run = worker(&queue).args(["--connect-timeout", limit, "--log-level", "debug", "cat"]).spawn();
         // Once the worker knows, so does the broker's channel: deleted in the moment before, RabbitMQ 4.3 may never cancel it.
         run.wait_for_stderr("waiting for a message in queue", PATIENCE);
         queue.delete();
@@ -131,15 +125,12 @@ fn a_broker_that_stays_away_is_69_after_the_connect_timeout() {
     let broker = Broker::shared();
     let queue = broker.queue("away");
     let proxy = Proxy::of(broker);
-    let run = behind(&proxy, &queue)
-        .args(["--connect-timeout", "8s", "cat"])
-        .spawn();
+    let run = behind(&proxy, &queue).args(["--connect-timeout", "8s", "cat"]).spawn();
     queue.wait_consumers(1);
     proxy.refuse();
     proxy.cut();
     let run = run.wait(PATIENCE);
-    run.assert_status(69)
-        .assert_stderr("gave up after 8s (--connect-timeout)");
+    run.assert_status(69).assert_stderr("gave up after 8s (--connect-timeout)");
 }
 
 #[test]
@@ -150,10 +141,7 @@ fn an_address_that_accepts_and_stays_silent_is_tried_again() {
     let proxy = Proxy::of(broker);
     proxy.once(Direction::ToBroker, Method::PROTOCOL_HEADER, Action::Stall);
     let file = a_file();
-    let run = behind(&proxy, &queue)
-        .args(["--connect-timeout", "12s"])
-        .shell(&until_there(&file))
-        .spawn();
+    let run = behind(&proxy, &queue).args(["--connect-timeout", "12s"]).shell(&until_there(&file)).spawn();
     wait_started(&run);
     assert_eq!(proxy.accepted(), 2);
     // What was given up doesn't go on beside its successor.
@@ -171,9 +159,7 @@ fn a_large_body_over_a_slow_line_is_no_silence() {
     queue.publish(&body);
     let proxy = Proxy::of(broker);
     proxy.on(Direction::ToClient, Method::BODY, Action::Hold);
-    let run = behind(&proxy, &queue)
-        .args(["--heartbeat", "4", "cat"])
-        .spawn();
+    let run = behind(&proxy, &queue).args(["--heartbeat", "4", "cat"]).spawn();
     // Frames of 128 KiB: longer in all than a broker may be silent (8 to 10 s), and each of them in time.
     for frame in 1..=9 {
         proxy.wait_for_nth(Direction::ToClient, Method::BODY, frame);
@@ -191,12 +177,7 @@ fn a_large_body_over_a_slow_line_is_no_silence() {
 fn a_frozen_broker_is_noticed_waiting_running_and_settling() {
     let broker = Broker::start();
     let queue = broker.queue("frozen");
-    let spawn = |script: &str| {
-        worker(&queue)
-            .args(["--heartbeat", "2", "--kill-after", "5s"])
-            .shell(script)
-            .spawn()
-    };
+    let spawn = |script: &str| worker(&queue).args(["--heartbeat", "2", "--kill-after", "5s"]).shell(script).spawn();
     let silent = "the broker has been silent";
 
     let run = spawn("cat");
@@ -234,9 +215,7 @@ fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_ne
     let broker = Broker::start();
     for kind in QueueKind::ALL {
         let queue = broker.declare("restart").kind(kind).create();
-        let run = worker(&queue)
-            .args(["--connect-timeout", "5m", "cat"])
-            .spawn();
+        let run = worker(&queue).args(["--connect-timeout", "5m", "cat"]).spawn();
         queue.wait_consumers(1);
         match kind {
             QueueKind::Classic => broker.restart().unwrap(),
@@ -250,10 +229,7 @@ fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_ne
 
         queue.publish("interrupted");
         let file = a_file();
-        let run = worker(&queue)
-            .args(["--on-lost", "finish"])
-            .shell(&until_there(&file))
-            .spawn();
+        let run = worker(&queue).args(["--on-lost", "finish"]).shell(&until_there(&file)).spawn();
         wait_started(&run);
         broker.kill().unwrap();
         run.wait_for_stderr("letting the command finish", PATIENCE);
@@ -284,18 +260,13 @@ fn the_acknowledgement_timeout_stops_the_command_and_is_75_and_names_the_setting
         }
         let queue = broker.declare("ack-timeout").kind(kind).create();
         queue.publish("slow");
-        let run = worker(&queue)
-            .shell("trap 'echo stopped; exit 0' TERM; echo started; sleep 60 & wait")
-            .run();
+        let run = worker(&queue).shell("trap 'echo stopped; exit 0' TERM; echo started; sleep 60 & wait").run();
         run.assert_status(75).assert_stderr(setting);
         assert!(run.stdout_text().contains("stopped"));
         queue.wait_ready(1);
 
         let file = a_file();
-        let run = worker(&queue)
-            .args(["--on-lost", "finish"])
-            .shell(&until_there(&file))
-            .spawn();
+        let run = worker(&queue).args(["--on-lost", "finish"]).shell(&until_there(&file)).spawn();
         run.wait_for_stderr("letting the command finish", PATIENCE);
         std::fs::write(&file, "").unwrap();
         let run = run.wait(PATIENCE);
@@ -314,10 +285,7 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
         queue.publish("slow");
         let proxy = Proxy::of(broker);
         let file = a_file();
-        let run = behind(&proxy, &queue)
-            .args(["--ack-timeout", "2s"])
-            .shell(&until_there(&file))
-            .spawn();
+        let run = behind(&proxy, &queue).args(["--ack-timeout", "2s"]).shell(&until_there(&file)).spawn();
         run.wait_for_stderr("80 % of the acknowledgement timeout of 2s", PATIENCE);
         if !asked {
             std::fs::write(&file, "").unwrap();
@@ -346,14 +314,7 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
     let barrier = Method::BASIC_QOS_OK;
     let late = [
         ("1", frames::channel_close(1, 406, reason)),
-        (
-            "2",
-            [
-                frames::basic_cancel(1, "qconsume"),
-                frames::method_frame(1, barrier, &[]),
-            ]
-            .concat(),
-        ),
+        ("2", [frames::basic_cancel(1, "qconsume"), frames::method_frame(1, barrier, &[])].concat()),
     ];
     for (count, late) in late {
         let queue = broker.declare("late").quorum().create();
@@ -383,16 +344,10 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
     let broker = Broker::shared();
     for kind in QueueKind::ALL {
         let dead = broker.queue("dead");
-        let queue = broker
-            .declare("failures")
-            .kind(kind)
-            .dead_letter_to(&dead)
-            .create();
+        let queue = broker.declare("failures").kind(kind).dead_letter_to(&dead).create();
         queue.publish("body");
         let fail = |status: i32, options: &[&str]| {
-            let run = worker(&queue)
-                .args(options)
-                .shell(&format!("exit {status}"));
+            let run = worker(&queue).args(options).shell(&format!("exit {status}"));
             run.run().status()
         };
         assert_eq!(fail(3, &[]), 3);
@@ -403,11 +358,7 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
         queue.wait_ready(1);
         let rejected: [(i32, &[&str], i32); 3] = [
             (65, &["--reject-on", "65,100-120"], 65),
-            (
-                110,
-                &["--reject-on", "65,100-120", "--reject-exit-code", "0"],
-                0,
-            ),
+            (110, &["--reject-on", "65,100-120", "--reject-exit-code", "0"], 0),
             // The first failure is the last, whatever the queue counts.
             (3, &["--max-attempts", "1"], 3),
         ];
@@ -421,15 +372,10 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
 }
 
 #[test]
-fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_the_broker_can_tell()
-{
+fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_the_broker_can_tell() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
-    let queue = broker
-        .declare("attempts")
-        .quorum()
-        .dead_letter_to(&dead)
-        .create();
+    let queue = broker.declare("attempts").quorum().dead_letter_to(&dead).create();
     let attempt = || worker(&queue).args(["--max-attempts", "2"]);
 
     queue.publish("fails twice");
@@ -456,11 +402,7 @@ fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_th
 fn failures_on_another_queue_are_no_attempts_on_this_one() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
-    let queue = broker
-        .declare("moved")
-        .quorum()
-        .dead_letter_to(&dead)
-        .create();
+    let queue = broker.declare("moved").quorum().dead_letter_to(&dead).create();
     // What a shovel brings along that moves a message back from where it was dead-lettered.
     let mut headers = FieldTable::default();
     for count in ["x-acquired-count", "x-delivery-count"] {
@@ -489,10 +431,7 @@ fn a_classic_queue_does_not_count_so_more_than_one_attempt_never_rejects() {
     let queue = broker.declare("uncounted").dead_letter_to(&dead).create();
     queue.publish("body");
     for attempt in 1..=3 {
-        let run = worker(&queue)
-            .args(["--max-attempts", "2"])
-            .shell("exit 3")
-            .run();
+        let run = worker(&queue).args(["--max-attempts", "2"]).shell("exit 3").run();
         run.assert_status(3);
         if attempt > 1 {
             run.assert_stderr("--max-attempts 2 has no effect");
@@ -524,10 +463,7 @@ fn a_failed_command_ends_count_and_drain_with_its_status() {
     for options in endless {
         let queue = broker.queue("ends");
         queue.publish_all(["good", "bad", "untouched"]);
-        let run = worker(&queue)
-            .args(options)
-            .shell("read body; [ $body != bad ] || exit 7")
-            .run();
+        let run = worker(&queue).args(options).shell("read body; [ $body != bad ] || exit 7").run();
         run.assert_status(7);
         queue.wait_ready(2);
         let mut left = [queue.get().unwrap(), queue.get().unwrap()];
@@ -544,11 +480,7 @@ fn a_dead_lettered_message_that_counts_as_done_ends_neither_count_nor_drain() {
     let options: [&[&str]; 2] = [&["-c", "3"], &["--drain"]];
     for options in options {
         let dead = broker.queue("dead");
-        let queue = broker
-            .declare("goes-on")
-            .quorum()
-            .dead_letter_to(&dead)
-            .create();
+        let queue = broker.declare("goes-on").quorum().dead_letter_to(&dead).create();
         queue.publish_all(["good ", "bad ", "last "]);
         queue.wait_ready(3);
         let run = worker(&queue)
@@ -605,11 +537,7 @@ fn several_drain_one_queue_and_each_message_is_done_once() {
 #[test]
 fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
     let broker = Broker::shared();
-    let queue = broker
-        .declare("single")
-        .quorum()
-        .arg("x-single-active-consumer", true)
-        .create();
+    let queue = broker.declare("single").quorum().arg("x-single-active-consumer", true).create();
     let active = queue.consume(false);
     queue.publish_all((0..4).map(|n| n.to_string()));
     queue.wait_ready(3);
@@ -667,9 +595,7 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
 
     let at = |connection, direction, method| {
         let mut seen = proxy.seen().into_iter();
-        let found = seen.find(|seen| {
-            (seen.connection, seen.direction, seen.method) == (connection, direction, method)
-        });
+        let found = seen.find(|seen| (seen.connection, seen.direction, seen.method) == (connection, direction, method));
         found.expect("it came along").at
     };
     let last = proxy.accepted();
@@ -687,10 +613,8 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
 fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
     let broker = Broker::shared();
     // It comes behind what makes qconsume cancel: the answer that the queue is empty, or the end of the wait.
-    let cases: [(&[&str], _); 2] = [
-        (&["--drain"], Method::QUEUE_DECLARE_OK),
-        (&["--wait", "200ms"], Method::BASIC_DELIVER),
-    ];
+    let cases: [(&[&str], _); 2] =
+        [(&["--drain"], Method::QUEUE_DECLARE_OK), (&["--wait", "200ms"], Method::BASIC_DELIVER)];
     for (options, held) in cases {
         let (run, queue) = in_time(|| {
             let queue = broker.queue("between");
@@ -719,9 +643,7 @@ fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
 fn wait_lengthens_drain() {
     let broker = Broker::shared();
     let queue = broker.queue("patient");
-    let run = worker(&queue)
-        .args(["--drain", "--wait", "8s", "cat"])
-        .spawn();
+    let run = worker(&queue).args(["--drain", "--wait", "8s", "cat"]).spawn();
     queue.wait_consumers(1);
     queue.publish("late");
     let run = run.wait(PATIENCE);
@@ -733,10 +655,7 @@ fn wait_lengthens_drain() {
 #[test]
 fn a_signal_in_the_middle_of_a_count_is_no_completion_though_the_message_is_done() {
     let broker = Broker::shared();
-    let cases = [
-        ("trap 'exit 0' TERM; echo started; sleep 60 & wait", 4),
-        ("echo started; exec sleep 60", 5),
-    ];
+    let cases = [("trap 'exit 0' TERM; echo started; sleep 60 & wait", 4), ("echo started; exec sleep 60", 5)];
     for (script, left) in cases {
         let queue = broker.queue("middle");
         queue.publish_all(["1", "2", "3", "4", "5"]);
@@ -745,15 +664,9 @@ fn a_signal_in_the_middle_of_a_count_is_no_completion_though_the_message_is_done
         run.signal(Signal::SIGTERM);
         run.wait(PATIENCE).assert_status(143);
         queue.wait_ready(left);
-        let got: Vec<_> = (0..left)
-            .map(|_| queue.get().unwrap().redelivered)
-            .collect();
+        let got: Vec<_> = (0..left).map(|_| queue.get().unwrap().redelivered).collect();
         let returned = got.iter().filter(|redelivered| **redelivered).count();
-        assert_eq!(
-            returned,
-            left as usize - 4,
-            "only what was run has come back"
-        );
+        assert_eq!(returned, left as usize - 4, "only what was run has come back");
     }
 }
 
@@ -765,10 +678,7 @@ fn no_message_waits_unacknowledged_behind_a_running_command() {
         queue.publish_all(["a", "b", "c"]);
         queue.wait_ready(3);
         let file = a_file();
-        let run = worker(&queue)
-            .args(["-c", "0"])
-            .shell(&until_there(&file))
-            .spawn();
+        let run = worker(&queue).args(["-c", "0"]).shell(&until_there(&file)).spawn();
         wait_started(&run);
         queue.wait_ready(2);
         let other = worker(&queue).args(["-c", "2", "cat"]).run();
@@ -794,12 +704,7 @@ fn many_workers_burn_nobodys_attempts() {
     ];
     for script in scripts {
         let dead = broker.queue("dead");
-        let queue = broker
-            .declare("many")
-            .quorum()
-            .arg("x-delivery-limit", 2)
-            .dead_letter_to(&dead)
-            .create();
+        let queue = broker.declare("many").quorum().arg("x-delivery-limit", 2).dead_letter_to(&dead).create();
         queue.publish_all((0..MESSAGES).map(|n| n.to_string()));
         queue.wait_ready(MESSAGES as u32);
         let lines: Vec<String> = std::thread::scope(|scope| {
@@ -808,11 +713,7 @@ fn many_workers_burn_nobodys_attempts() {
                     scope.spawn(|| {
                         let mut lines = Vec::new();
                         loop {
-                            let run = worker(&queue)
-                                .args(["--wait", "1s"])
-                                .shell(script)
-                                .spawn()
-                                .wait(3 * PATIENCE);
+                            let run = worker(&queue).args(["--wait", "1s"]).shell(script).spawn().wait(3 * PATIENCE);
                             match run.status() {
                                 0 | 1 => lines.push(run.stdout_text().trim().to_owned()),
                                 66 => return lines,
@@ -838,20 +739,13 @@ fn many_workers_burn_nobodys_attempts() {
 }
 
 /// Fails for good where the body is "bad", and once where it begins with "late".
-const SOME_FAIL: &str =
-    r#"read -r body; case $body in bad) exit 3;; late*) [ "$MESSAGE_ATTEMPT" -gt 1 ];; esac"#;
+const SOME_FAIL: &str = r#"read -r body; case $body in bad) exit 3;; late*) [ "$MESSAGE_ATTEMPT" -gt 1 ];; esac"#;
 
 #[test]
 fn with_keep_going_a_failure_does_not_end_the_run() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
-    let queue = || {
-        broker
-            .declare("going")
-            .quorum()
-            .dead_letter_to(&dead)
-            .create()
-    };
+    let queue = || broker.declare("going").quorum().dead_letter_to(&dead).create();
     let run = |queue: &Queue, options: &[&str]| {
         let options = [&["--keep-going", "--max-attempts", "3"], options].concat();
         worker(queue).args(options).shell(SOME_FAIL).run()
@@ -883,20 +777,14 @@ fn with_keep_going_a_failure_does_not_end_the_run() {
     // N messages done, and no failure counts as one.
     let counted = queue();
     counted.publish_all(four_late);
-    run(&counted, &["--count", "8"])
-        .assert_status(0)
-        .assert_stderr("8 acknowledged, 4 failed and requeued");
+    run(&counted, &["--count", "8"]).assert_status(0).assert_stderr("8 acknowledged, 4 failed and requeued");
 }
 
 #[test]
 fn with_keep_going_a_dead_letter_is_not_forgotten_when_a_signal_ends_the_run() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
-    let queue = broker
-        .declare("going")
-        .quorum()
-        .dead_letter_to(&dead)
-        .create();
+    let queue = broker.declare("going").quorum().dead_letter_to(&dead).create();
     queue.publish("bad");
     let running = worker(&queue)
         .args(["--keep-going", "--max-attempts", "1", "-c", "0"])
@@ -906,11 +794,7 @@ fn with_keep_going_a_dead_letter_is_not_forgotten_when_a_signal_ends_the_run() {
     assert_eq!(dead.wait_get().text(), "bad");
     running.wait_for_stderr("dead-lettered", PATIENCE);
     running.signal(Signal::SIGTERM);
-    running
-        .wait(PATIENCE)
-        .assert_status(65)
-        .assert_stderr("stopped by SIGTERM")
-        .assert_stderr("1 dead-lettered");
+    running.wait(PATIENCE).assert_status(65).assert_stderr("stopped by SIGTERM").assert_stderr("1 dead-lettered");
 }
 
 #[test]
@@ -936,11 +820,7 @@ fn the_url_file_is_read_again_for_each_new_connection() {
     let file = temp_folder("rotated").join("url");
     std::fs::write(&file, proxy.url()).unwrap();
     proxy.refuse();
-    let running = qconsume()
-        .queue(queue.name())
-        .env("BROKER_URL_FILE", &file)
-        .arg("cat")
-        .spawn();
+    let running = qconsume().queue(queue.name()).env("BROKER_URL_FILE", &file).arg("cat").spawn();
     running.wait_for_stderr("trying again", PATIENCE);
     // The secret is mounted anew while the old broker is gone.
     std::fs::write(&file, format!("{}\n", broker.url())).unwrap();
@@ -952,25 +832,15 @@ fn the_url_file_is_read_again_for_each_new_connection() {
 #[test]
 fn a_wait_is_a_bound_whatever_the_queue_says_of_itself() {
     let broker = Broker::shared();
-    let standby = broker
-        .declare("standby")
-        .quorum()
-        .arg("x-single-active-consumer", true)
-        .create();
+    let standby = broker.declare("standby").quorum().arg("x-single-active-consumer", true).create();
     let _active = standby.consume(false);
     standby.publish_all(["held by the active consumer", "ready"]);
     standby.wait_ready(1);
-    let stream = broker
-        .declare("stream")
-        .arg("x-queue-type", LongString::from("stream"));
+    let stream = broker.declare("stream").arg("x-queue-type", LongString::from("stream"));
     let stream = stream.create();
     stream.publish("kept");
     for queue in [&standby, &stream] {
-        worker(queue)
-            .args(["--wait", "1s", "cat"])
-            .run()
-            .assert_status(66)
-            .assert_stderr("within 1s (--wait)");
+        worker(queue).args(["--wait", "1s", "cat"]).run().assert_status(66).assert_stderr("within 1s (--wait)");
     }
 }
 
@@ -979,7 +849,8 @@ fn a_part_of_a_message_never_looks_like_all_of_it() {
     let queue = Broker::shared().queue("whole");
     queue.publish("x".repeat(300_000));
     // The kernel kills the command with qconsume. What it has started lives on, and reads then.
-    let reader = "exec 3<&0; (while kill -0 $PPID 2>/dev/null; do sleep 0.01; done; wc -c <&3) & echo started >&2; wait";
+    let reader =
+        "exec 3<&0; (while kill -0 $PPID 2>/dev/null; do sleep 0.01; done; wc -c <&3) & echo started >&2; wait";
     let running = worker(&queue).shell(reader).spawn();
     running.wait_for_stderr("started", PATIENCE);
     running.signal(Signal::SIGKILL);
@@ -992,10 +863,7 @@ fn a_part_of_a_message_never_looks_like_all_of_it() {
 fn a_message_larger_than_files_may_be_is_a_shortage() {
     let queue = Broker::shared().queue("limited");
     queue.publish("x".repeat(300_000));
-    let run = worker(&queue)
-        .arg("cat")
-        .through(["sh", "-c", "ulimit -f 100; exec \"$0\" \"$@\""])
-        .run();
+    let run = worker(&queue).arg("cat").through(["sh", "-c", "ulimit -f 100; exec \"$0\" \"$@\""]).run();
     run.assert_status(71).assert_stderr("ulimit -f");
     queue.wait_ready(1);
 }
@@ -1004,17 +872,8 @@ fn a_message_larger_than_files_may_be_is_a_shortage() {
 fn a_run_that_ends_by_its_count_does_not_call_the_queue_empty() {
     let queue = Broker::shared().declare("counted").quorum().create();
     queue.publish_all(["one", "two", "three"]);
-    let options = [
-        "--drain",
-        "--count",
-        "2",
-        "--keep-going",
-        "--max-attempts",
-        "1",
-        "cat",
-    ];
+    let options = ["--drain", "--count", "2", "--keep-going", "--max-attempts", "1", "cat"];
     let run = worker(&queue).args(options).run();
-    run.assert_status(0)
-        .assert_stderr("all messages are done that --count asked for");
+    run.assert_status(0).assert_stderr("all messages are done that --count asked for");
     queue.wait_ready(1);
 }

@@ -56,10 +56,7 @@ fn pages() -> Vec<PathBuf> {
 }
 
 fn name(page: &Path) -> String {
-    page.strip_prefix(root())
-        .unwrap_or(page)
-        .display()
-        .to_string()
+    page.strip_prefix(root()).unwrap_or(page).display().to_string()
 }
 
 /// The blocks of commands in a page. Every fence says what it is, and one with commands is `sh`.
@@ -81,17 +78,7 @@ fn blocks(page: &Path) -> Vec<Block> {
         }
         let mut words = info.split_whitespace();
         let language = words.next().unwrap_or_default();
-        let known = [
-            "sh",
-            "text",
-            "json",
-            "yaml",
-            "dockerfile",
-            "mermaid",
-            "toml",
-            "python",
-            "ini",
-        ];
+        let known = ["sh", "text", "json", "yaml", "dockerfile", "mermaid", "toml", "python", "ini"];
         assert!(
             known.contains(&language),
             "{}:{}: a fence of {language:?}, which nobody checks; commands are sh",
@@ -114,8 +101,7 @@ fn sandbox() -> PathBuf {
     for file in ["tasks.txt", "image1.png", "image2.png"] {
         fs::write(folder.join(file), "one\ntwo\n").expect("it can be written");
     }
-    std::os::unix::fs::symlink(root().join("examples"), folder.join("examples"))
-        .expect("it can be linked");
+    std::os::unix::fs::symlink(root().join("examples"), folder.join("examples")).expect("it can be linked");
     folder
 }
 
@@ -170,20 +156,14 @@ fn run(page: &Path, blocks: &[&Block]) {
     for block in blocks {
         script.push_str(&format!("echo '### line {}' >&2\n", block.line));
         if block.needs.as_deref() == Some(TERMINAL) {
-            script.push_str(&format!(
-                "cat >on-terminal <<'END'\n{}END\n",
-                block.commands
-            ));
+            script.push_str(&format!("cat >on-terminal <<'END'\n{}END\n", block.commands));
             script.push_str("echo y | script -qec 'sh -eu on-terminal' /dev/null\n");
         } else {
             script.push_str(&block.commands);
         }
     }
     let url = broker.url();
-    let script = script
-        .replace(ADDRESS, &url)
-        .replace(QUEUE, queue.name())
-        .replace(HTTP_SERVER, &http_server());
+    let script = script.replace(ADDRESS, &url).replace(QUEUE, queue.name()).replace(HTTP_SERVER, &http_server());
     let path = std::env::var("PATH").unwrap_or_default();
     let finished = Program::new("/bin/sh")
         .args(["-c", &script])
@@ -255,10 +235,7 @@ fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
                 }
                 if needs == "make" {
                     for target in &words[1..] {
-                        assert!(
-                            makefile.contains(&format!("\n{target}:")),
-                            "{place}: make has no {target}"
-                        );
+                        assert!(makefile.contains(&format!("\n{target}:")), "{place}: make has no {target}");
                     }
                 }
             }
@@ -291,10 +268,7 @@ fn links_between_the_pages_lead_somewhere() {
             if target.is_empty() || target.contains("://") {
                 continue;
             }
-            let file = page
-                .parent()
-                .expect("it is in a folder")
-                .join(target.replace('\n', " "));
+            let file = page.parent().expect("it is in a folder").join(target.replace('\n', " "));
             assert!(file.exists(), "{}: {target} isn't there", name(&page));
         }
     }

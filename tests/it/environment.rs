@@ -45,10 +45,7 @@ fn run(program: Program) -> (Environment, Finished) {
         .map(|variable| {
             let equals = variable.iter().position(|byte| *byte == b'=');
             let (name, value) = variable.split_at(equals.expect("every variable has a value"));
-            (
-                String::from_utf8_lossy(name).into_owned(),
-                value[1..].to_vec(),
-            )
+            (String::from_utf8_lossy(name).into_owned(), value[1..].to_vec())
         })
         .collect();
     (environment, run)
@@ -86,10 +83,7 @@ fn long(bytes: impl Into<Vec<u8>>) -> AMQPValue {
 #[test]
 fn every_property_that_is_set_is_a_variable() {
     for kind in QueueKind::ALL {
-        let queue = Broker::shared()
-            .declare("environment-all")
-            .kind(kind)
-            .create();
+        let queue = Broker::shared().declare("environment-all").kind(kind).create();
         let properties = BasicProperties::default()
             .with_message_id("id".into())
             .with_correlation_id("correlation".into())
@@ -123,9 +117,7 @@ fn every_property_that_is_set_is_a_variable() {
             ("MESSAGE_REDELIVERED", "false"),
             ("MESSAGE_ATTEMPT", "1"),
         ];
-        let expected: BTreeMap<_, _> = expected
-            .map(|(name, value)| (name, value.to_owned()))
-            .into();
+        let expected: BTreeMap<_, _> = expected.map(|(name, value)| (name, value.to_owned())).into();
         let mut variables = variables;
         // Some brokers add an empty table where there was none.
         variables.remove("MESSAGE_HEADERS");
@@ -144,22 +136,13 @@ fn what_the_broker_did_not_tell_is_not_there_not_even_inherited() {
     let (environment, _) = run(program);
     let mut variables = message_variables(&environment);
     // The testbed's client sends no headers; a broker may make an empty table of that.
-    if variables
-        .get("MESSAGE_HEADERS")
-        .is_some_and(|table| table == "{}")
-    {
+    if variables.get("MESSAGE_HEADERS").is_some_and(|table| table == "{}") {
         variables.remove("MESSAGE_HEADERS");
     }
     let names: Vec<_> = variables.keys().copied().collect();
     assert_eq!(
         names,
-        [
-            "MESSAGE_ATTEMPT",
-            "MESSAGE_EXCHANGE",
-            "MESSAGE_QUEUE",
-            "MESSAGE_REDELIVERED",
-            "MESSAGE_ROUTING_KEY"
-        ]
+        ["MESSAGE_ATTEMPT", "MESSAGE_EXCHANGE", "MESSAGE_QUEUE", "MESSAGE_REDELIVERED", "MESSAGE_ROUTING_KEY"]
     );
     assert!(variables.values().all(|value| value != "inherited"));
     assert_eq!(environment["MINE"], b"kept");
@@ -188,20 +171,13 @@ fn an_empty_property_is_an_empty_variable() {
 #[test]
 fn a_redelivered_message_says_so_and_counts_where_the_queue_does() {
     for (kind, attempt) in [(QueueKind::Classic, None), (QueueKind::Quorum, Some("2"))] {
-        let queue = Broker::shared()
-            .declare("environment-again")
-            .kind(kind)
-            .create();
+        let queue = Broker::shared().declare("environment-again").kind(kind).create();
         queue.publish("");
         worker(&queue).shell("exit 1").run().assert_status(1);
         let environment = environment_of(&queue);
         let variables = message_variables(&environment);
         assert_eq!(variables["MESSAGE_REDELIVERED"], "true");
-        assert_eq!(
-            variables.get("MESSAGE_ATTEMPT").map(String::as_str),
-            attempt,
-            "{kind:?}"
-        );
+        assert_eq!(variables.get("MESSAGE_ATTEMPT").map(String::as_str), attempt, "{kind:?}");
     }
 }
 
@@ -210,16 +186,10 @@ fn counts_that_were_published_along_are_not_this_queues() {
     // As of a message that a shovel has moved here from a queue where it had failed.
     let copied = || {
         let count = || AMQPValue::LongLongInt(7);
-        with_headers(vec![
-            ("x-acquired-count", count()),
-            ("x-delivery-count", count()),
-        ])
+        with_headers(vec![("x-acquired-count", count()), ("x-delivery-count", count())])
     };
     for kind in QueueKind::ALL {
-        let queue = Broker::shared()
-            .declare("environment-copied")
-            .kind(kind)
-            .create();
+        let queue = Broker::shared().declare("environment-copied").kind(kind).create();
         queue.publish_with(copied(), "");
         let environment = environment_of(&queue);
         assert_eq!(message_variables(&environment)["MESSAGE_ATTEMPT"], "1");
@@ -244,23 +214,14 @@ fn every_type_of_header_is_in_the_json() {
             ("int64", AMQPValue::LongLongInt(i64::MIN)),
             ("float", AMQPValue::Float(1.5)),
             ("double", AMQPValue::Double(-0.1)),
-            (
-                "decimal",
-                AMQPValue::DecimalValue(DecimalValue {
-                    scale: 4,
-                    value: 12345,
-                }),
-            ),
+            ("decimal", AMQPValue::DecimalValue(DecimalValue { scale: 4, value: 12345 })),
             ("string", long("grüße \"quoted\"\n")),
             ("empty", long("")),
             ("not-utf8", long(vec![b'a', 0xff, b'b'])),
             ("list", AMQPValue::FieldArray(FieldArray::from(list))),
             ("time", AMQPValue::Timestamp(1_700_000_000)),
             ("table", AMQPValue::FieldTable(inner)),
-            (
-                "bytes",
-                AMQPValue::ByteArray(ByteArray::from(vec![b'h', b'i', 0xfe])),
-            ),
+            ("bytes", AMQPValue::ByteArray(ByteArray::from(vec![b'h', b'i', 0xfe]))),
             ("void", AMQPValue::Void),
         ]),
         "",
@@ -305,24 +266,12 @@ fn the_trace_context_of_the_headers_is_the_commands() {
     );
     let environment = environment_of(&queue);
     assert_eq!(environment["TRACEPARENT"], parent.as_bytes());
-    assert_eq!(
-        environment["TRACESTATE"],
-        [b'v', b'=', 0xff],
-        "the bytes as they came"
-    );
+    assert_eq!(environment["TRACESTATE"], [b'v', b'=', 0xff], "the bytes as they came");
     assert_eq!(environment["BAGGAGE"], b"");
 
     // Only text can be a trace context, and only under its own name.
-    queue.publish_with(
-        with_headers(vec![
-            ("traceparent", AMQPValue::LongInt(1)),
-            ("TRACESTATE", long("other")),
-        ]),
-        "",
-    );
-    let (environment, _) = run(worker(&queue)
-        .env("TRACEPARENT", "inherited")
-        .env("TRACESTATE", "inherited"));
+    queue.publish_with(with_headers(vec![("traceparent", AMQPValue::LongInt(1)), ("TRACESTATE", long("other"))]), "");
+    let (environment, _) = run(worker(&queue).env("TRACEPARENT", "inherited").env("TRACESTATE", "inherited"));
     assert!(!environment.contains_key("TRACEPARENT"));
     assert!(!environment.contains_key("TRACESTATE"));
 }
@@ -330,27 +279,14 @@ fn the_trace_context_of_the_headers_is_the_commands() {
 #[test]
 fn no_other_header_becomes_a_variable() {
     let queue = Broker::shared().queue("environment-hostile");
-    let names = [
-        "LD_PRELOAD",
-        "PATH",
-        "IFS",
-        "BASH_ENV",
-        "MESSAGE_ID",
-        "MESSAGE_ID\n",
-        "A=B",
-        "",
-    ];
+    let names = ["LD_PRELOAD", "PATH", "IFS", "BASH_ENV", "MESSAGE_ID", "MESSAGE_ID\n", "A=B", ""];
     let entries = names.iter().map(|name| (*name, long("/hostile"))).collect();
     queue.publish_with(with_headers(entries), "");
     let (environment, run) = run(worker(&queue));
     let table = headers(&environment);
     for name in names {
         assert_eq!(table[name], "/hostile");
-        assert_ne!(
-            environment.get(name).map(Vec::as_slice),
-            Some(&b"/hostile"[..]),
-            "{name}"
-        );
+        assert_ne!(environment.get(name).map(Vec::as_slice), Some(&b"/hostile"[..]), "{name}");
     }
     assert!(!environment.contains_key("LD_PRELOAD"));
     assert!(!environment.contains_key("A"));
@@ -360,8 +296,8 @@ fn no_other_header_becomes_a_variable() {
 #[test]
 fn a_value_with_a_newline_stays_one_value() {
     let queue = Broker::shared().queue("environment-newline");
-    let properties = with_headers(vec![("baggage", long("a=1\nLD_PRELOAD=/hostile"))])
-        .with_message_id("x\nPATH=/hostile".into());
+    let properties =
+        with_headers(vec![("baggage", long("a=1\nLD_PRELOAD=/hostile"))]).with_message_id("x\nPATH=/hostile".into());
     queue.publish_with(properties, "");
     let environment = environment_of(&queue);
     assert_eq!(environment["MESSAGE_ID"], b"x\nPATH=/hostile");
@@ -372,12 +308,9 @@ fn a_value_with_a_newline_stays_one_value() {
 #[test]
 fn what_cannot_be_a_variable_is_left_out_with_a_warning_and_the_command_runs() {
     let queue = Broker::shared().queue("environment-nul");
-    let properties =
-        with_headers(vec![("traceparent", long("a\0b"))]).with_message_id("x\0y".into());
+    let properties = with_headers(vec![("traceparent", long("a\0b"))]).with_message_id("x\0y".into());
     queue.publish_with(properties, "");
-    let (environment, finished) = run(worker(&queue)
-        .env("MESSAGE_ID", "inherited")
-        .env("TRACEPARENT", "inherited"));
+    let (environment, finished) = run(worker(&queue).env("MESSAGE_ID", "inherited").env("TRACEPARENT", "inherited"));
     for name in ["MESSAGE_ID", "TRACEPARENT"] {
         assert!(!environment.contains_key(name));
         finished.assert_stderr(&format!("warning: {name} is left out"));
@@ -403,10 +336,7 @@ fn a_variable_takes_128_kib_and_what_is_longer_is_left_out() {
     text.extend(vec![1; 10_000]);
     queue.publish_with(with_headers(vec![("x", long(text.clone()))]), "");
     let (environment, finished) = run(worker(&queue));
-    assert_eq!(
-        environment["MESSAGE_HEADERS"].len(),
-        128 * 1024 - "MESSAGE_HEADERS=".len() - 1
-    );
+    assert_eq!(environment["MESSAGE_HEADERS"].len(), 128 * 1024 - "MESSAGE_HEADERS=".len() - 1);
     assert!(!finished.stderr.contains("left out"), "{}", finished.stderr);
     text.push(b'a');
     queue.publish_with(with_headers(vec![("x", long(text))]), "");
@@ -418,15 +348,9 @@ fn a_variable_takes_128_kib_and_what_is_longer_is_left_out() {
 #[test]
 fn the_environment_is_the_next_messages_own_with_count() {
     let queue = Broker::shared().queue("environment-next");
-    queue.publish_with(
-        with_headers(vec![("traceparent", long("first"))]).with_message_id("one".into()),
-        "",
-    );
+    queue.publish_with(with_headers(vec![("traceparent", long("first"))]).with_message_id("one".into()), "");
     queue.publish("");
-    let run = worker(&queue)
-        .args(["--count", "2"])
-        .shell("echo \"${MESSAGE_ID-none} ${TRACEPARENT-none}\"")
-        .run();
+    let run = worker(&queue).args(["--count", "2"]).shell("echo \"${MESSAGE_ID-none} ${TRACEPARENT-none}\"").run();
     run.assert_status(0);
     assert_eq!(run.stdout_text(), "one first\nnone none\n");
 }

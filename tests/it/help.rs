@@ -72,9 +72,7 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
             .unwrap_or_else(|| panic!("no {heading} behind the others in:\n{help}"));
         rest = &rest[at + 1..];
     }
-    for status in [
-        "0 ", "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N",
-    ] {
+    for status in ["0 ", "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N"] {
         assert!(rest.contains(&format!("\n  {status} ")), "{status}: {rest}");
     }
     assert!(help.contains("[env: QCONSUME_KILL_AFTER]\n          [default: 10s]"));
@@ -96,14 +94,9 @@ fn the_version_begins_with_the_packages() {
     for (program, name) in [(qconsume(), "qconsume"), (qpublish(), "qpublish")] {
         let version = shown(program, "--version");
         let expected = format!("{name} {}", env!("CARGO_PKG_VERSION"));
-        let rest = version
-            .strip_prefix(&expected)
-            .unwrap_or_else(|| panic!("{version:?} isn't {expected}"));
+        let rest = version.strip_prefix(&expected).unwrap_or_else(|| panic!("{version:?} isn't {expected}"));
         // A build that knows its commit names it.
-        assert!(
-            rest == "\n" || (rest.starts_with(" (") && rest.ends_with(")\n")),
-            "{version:?}"
-        );
+        assert!(rest == "\n" || (rest.starts_with(" (") && rest.ends_with(")\n")), "{version:?}");
     }
 }
 
@@ -112,9 +105,6 @@ fn under_the_name_of_qpublish_it_is_that() {
     let link = owner::temp_folder("name").join("qpublish");
     symlink(crate::common::qconsume_path(), &link).unwrap();
     for option in ["--help", "--version"] {
-        assert_eq!(
-            shown(Program::new(&link), option),
-            shown(qpublish(), option)
-        );
+        assert_eq!(shown(Program::new(&link), option), shown(qpublish(), option));
     }
 }

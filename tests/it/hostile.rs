@@ -56,10 +56,7 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
                     {
                         match case(*seed, limit) {
                             Ok(status) => *statuses.lock().unwrap().entry(status).or_default() += 1,
-                            Err(why) => failures
-                                .lock()
-                                .unwrap()
-                                .push(format!("{SEED}={seed}: {why}")),
+                            Err(why) => failures.lock().unwrap().push(format!("{SEED}={seed}: {why}")),
                         }
                     }
                 });
@@ -71,26 +68,15 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
     // limit for a busy machine, a longer one is tried.
     let all_met = || {
         let statuses = statuses.lock().unwrap();
-        [0, 69, 70, 75]
-            .iter()
-            .all(|status| statuses.contains_key(status))
+        [0, 69, 70, 75].iter().all(|status| statuses.contains_key(status))
     };
     if seeds.len() > 1 && failures.lock().unwrap().is_empty() {
         play("5s", &all_met);
     }
     eprintln!("status and how often: {:?}", statuses.lock().unwrap());
     let failures = failures.lock().unwrap();
-    assert!(
-        failures.is_empty(),
-        "{} of {}:\n{}",
-        failures.len(),
-        seeds.len(),
-        failures.join("\n")
-    );
-    assert!(
-        seeds.len() == 1 || all_met(),
-        "one of 0, 69, 70 and 75 was never met"
-    );
+    assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), seeds.len(), failures.join("\n"));
+    assert!(seeds.len() == 1 || all_met(), "one of 0, 69, 70 and 75 was never met");
 }
 
 /// One run against a peer that breaks AMQP once a connection; gives the status.
@@ -120,9 +106,7 @@ fn judge(done: &Finished, peer: &Peer) -> Result<(), &'static str> {
         0 => {
             let acknowledged = || {
                 let seen = peer.seen();
-                let ack = seen
-                    .iter()
-                    .position(|seen| seen.method == Method::BASIC_ACK);
+                let ack = seen.iter().position(|seen| seen.method == Method::BASIC_ACK);
                 ack.is_some_and(|ack| {
                     let mut after = seen[ack..].iter();
                     after.any(|seen| seen.method == Method::BASIC_QOS)
@@ -149,11 +133,7 @@ fn hostile(seed: u64, request: &Request) -> Answer {
     let mut random = fastrand::Rng::with_seed(seed * 1000 + request.connection as u64);
     let moment = MOMENTS[random.usize(..MOMENTS.len())];
     // The barrier behind an acknowledgement is a basic.qos, too.
-    let nth = if moment == Method::BASIC_QOS {
-        random.u64(1..3)
-    } else {
-        1
-    };
+    let nth = if moment == Method::BASIC_QOS { random.u64(1..3) } else { 1 };
     if request.connection > 1 && seed.is_multiple_of(2) {
         return Answer::Last(Vec::new());
     }
@@ -164,20 +144,12 @@ fn hostile(seed: u64, request: &Request) -> Answer {
         bytes.extend(frames::frame(3, request.channel, b"lemon"));
     }
     if request.method != moment || request.nth != nth {
-        return if request.method == Method::CONNECTION_CLOSE {
-            Answer::Last(bytes)
-        } else {
-            Answer::Bytes(bytes)
-        };
+        return if request.method == Method::CONNECTION_CLOSE { Answer::Last(bytes) } else { Answer::Bytes(bytes) };
     }
     let broken = break_it(&mut random, request.channel, bytes);
     // While a delivery is settled an answer is waited for longer than a test can.
     let settling = nth == 2 || matches!(moment, Method::BASIC_CANCEL | Method::BASIC_ACK);
-    if settling || random.bool() {
-        Answer::Last(broken)
-    } else {
-        Answer::Bytes(broken)
-    }
+    if settling || random.bool() { Answer::Last(broken) } else { Answer::Bytes(broken) }
 }
 
 /// Makes something else of what a broker would send.
@@ -215,9 +187,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
         }
         7 => {
             let tag = random.u64(..);
-            let size = *random
-                .choice(&[u64::MAX, 1 << 63, 1 << 40, 3, 0])
-                .unwrap_or(&0);
+            let size = *random.choice(&[u64::MAX, 1 << 63, 1 << 40, 3, 0]).unwrap_or(&0);
             let deliver = peer::deliver(channel, tag, b"q");
             let header = peer::content_header(channel, size, &[0, 0]);
             let body = frames::frame(3, channel, b"more than three");
@@ -239,11 +209,8 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
             let text = frames::short(&junk(random, 255));
             let code = random.u16(..).to_be_bytes();
             let arguments = [&code[..], &text, &[0; 4]].concat();
-            let (channel, method) = if random.bool() {
-                (0, Method::CONNECTION_CLOSE)
-            } else {
-                (channel, Method::CHANNEL_CLOSE)
-            };
+            let (channel, method) =
+                if random.bool() { (0, Method::CONNECTION_CLOSE) } else { (channel, Method::CHANNEL_CLOSE) };
             method_frame(channel, method, &arguments)
         }
         11 => [bytes.clone(), bytes].concat(),
@@ -305,12 +272,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
         done.assert_status(70);
         assert!(done.stdout.is_empty());
         let last = done.stderr.lines().last().unwrap_or_default();
-        for part in [
-            queue.name(),
-            "nested more than 100 deep",
-            "rabbitmqadmin get queue=",
-            "status=70",
-        ] {
+        for part in [queue.name(), "nested more than 100 deep", "rabbitmqadmin get queue=", "status=70"] {
             assert!(last.contains(part), "{part:?} is missing: {last}");
         }
         queue.wait_ready(1);
@@ -319,11 +281,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
         peer::publish_raw(&broker, "", name, &peer::nested_headers(100, kind));
         let done = run(&queue, "printf %s \"$MESSAGE_HEADERS\"");
         done.assert_status(0);
-        let inner = if kind == b'F' {
-            "{\"n\":{\"n\":{"
-        } else {
-            "{\"n\":[[["
-        };
+        let inner = if kind == b'F' { "{\"n\":{\"n\":{" } else { "{\"n\":[[[" };
         let headers = done.stdout_text();
         assert!(headers.starts_with(inner), "{headers:?}\n{}", done.stderr);
     }
@@ -353,22 +311,13 @@ fn a_routing_key_that_is_no_text_ends_the_run_and_stays_in_the_queue() {
 
 #[test]
 fn what_is_no_message_and_cannot_be_read_is_a_broken_connection() {
-    let bad_return = Arc::new(
-        [
-            peer::returned(1),
-            peer::content_header(1, 0, &peer::nested_headers(1000, b'F')),
-        ]
-        .concat(),
-    );
+    let bad_return =
+        Arc::new([peer::returned(1), peer::content_header(1, 0, &peer::nested_headers(1000, b'F'))].concat());
     let peer = Peer::new(move |request| match request.method {
         Method::BASIC_CONSUME => Answer::Bytes(bad_return.to_vec()),
         _ => Answer::Usual,
     });
-    let done = qconsume()
-        .url(&peer.url())
-        .queue("q")
-        .args(["--connect-timeout", "10s", "cat"])
-        .run();
+    let done = qconsume().url(&peer.url()).queue("q").args(["--connect-timeout", "10s", "cat"]).run();
     done.assert_status(69).assert_stderr("trying again");
     assert!(peer.count(Method::PROTOCOL_HEADER) > 1);
 }
@@ -384,18 +333,12 @@ fn a_second_delivery_is_no_success() {
                 [deliver, peer::content_header(request.channel, 0, &[0, 0])].concat()
             };
             match request.method {
-                Method::BASIC_CONSUME => {
-                    Answer::Bytes([peer::usual(request), message(1), message(2)].concat())
-                }
+                Method::BASIC_CONSUME => Answer::Bytes([peer::usual(request), message(1), message(2)].concat()),
                 _ => Answer::Usual,
             }
         });
         let worker = qconsume().url(&peer.url()).queue("x").args(command);
-        worker
-            .run()
-            .assert_status(75)
-            .assert_stderr("the broker delivered another message")
-            .assert_stderr("outcome=");
+        worker.run().assert_status(75).assert_stderr("the broker delivered another message").assert_stderr("outcome=");
         if command != ["true"] {
             assert_eq!(peer.count(Method::BASIC_ACK), 0);
         }

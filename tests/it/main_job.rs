@@ -43,8 +43,7 @@ fn a_command_that_fails_gives_its_status_and_the_message_comes_back() {
         for status in [1, 3, 64, 75, 127, 255] {
             queue.publish("banana");
             let done = worker(&queue).shell(&format!("cat; exit {status}")).run();
-            done.assert_status(status)
-                .assert_stderr(&format!("command exited with status {status}"));
+            done.assert_status(status).assert_stderr(&format!("command exited with status {status}"));
             assert_eq!(done.stdout_text(), "banana");
             assert_returned(&queue, "banana");
         }
@@ -57,12 +56,7 @@ fn a_command_that_dies_of_a_signal_gives_128_and_the_signal_and_the_message_come
         for (signal, status) in [("KILL", 137), ("TERM", 143), ("SEGV", 139), ("RTMIN", 162)] {
             queue.publish("cherry");
             worker(&queue)
-                .args([
-                    "--",
-                    "bash",
-                    "-c",
-                    &format!("ulimit -c 0; kill -{signal} $$"),
-                ])
+                .args(["--", "bash", "-c", &format!("ulimit -c 0; kill -{signal} $$")])
                 .run()
                 .assert_status(status)
                 .assert_stderr("command was killed by ");
@@ -95,11 +89,7 @@ fn bodies_of_every_size_arrive_byte_for_byte() {
         queue.publish(&body);
         let done = worker(&queue).arg("cat").run();
         done.assert_status(0);
-        assert!(
-            done.stdout == body,
-            "{size} bytes arrived as {}",
-            done.stdout.len()
-        );
+        assert!(done.stdout == body, "{size} bytes arrived as {}", done.stdout.len());
     }
     let nuls = [b"\0a\0\0b\n\r\0\xff\xfe".as_slice(), &[0; 100_000]].concat();
     queue.publish(&nuls);
@@ -155,22 +145,14 @@ fn a_command_that_cannot_be_executed_is_noticed_before_the_broker_is_touched() {
         queue.publish("date");
         for (command, status, says) in [
             ("no-such-command", 127, "command not found: no-such-command"),
-            (
-                "/no/such/file",
-                127,
-                "command not found: no file /no/such/file",
-            ),
+            ("/no/such/file", 127, "command not found: no file /no/such/file"),
             ("", 127, "empty word"),
             (&plain, 126, "set its execute bit (chmod +x)"),
             (&folder_itself, 126, "is a folder"),
             (&lost, 127, "/no/such/interpreter, which isn't there"),
             (&windows, 127, "Windows line ends"),
         ] {
-            behind(&proxy, &queue)
-                .args(["--", command])
-                .run()
-                .assert_status(status)
-                .assert_stderr(says);
+            behind(&proxy, &queue).args(["--", command]).run().assert_status(status).assert_stderr(says);
         }
         assert_eq!(proxy.accepted(), 0, "the broker was asked");
         let got = queue.get().expect("the message is still there");
@@ -189,10 +171,7 @@ fn the_next_message_after_a_success_is_untouched() {
             assert_eq!(done.stdout_text(), "first");
             let next = queue.wait_get();
             assert_eq!(next.text(), "second");
-            assert!(
-                !next.redelivered,
-                "round {round}: it was pushed to a worker that exited"
-            );
+            assert!(!next.redelivered, "round {round}: it was pushed to a worker that exited");
             assert_eq!(next.delivery_count().unwrap_or(0), 0, "round {round}");
         }
     }
@@ -207,15 +186,9 @@ fn the_next_message_after_a_failure_is_untouched() {
             let mut both = [queue.wait_get(), queue.wait_get()];
             both.sort_by_key(testbed::Got::text);
             let [first, second] = both;
-            assert_eq!(
-                (first.text(), second.text()),
-                ("first".into(), "second".into())
-            );
+            assert_eq!((first.text(), second.text()), ("first".into(), "second".into()));
             assert!(first.redelivered);
-            assert!(
-                !second.redelivered,
-                "round {round}: it was pushed to a worker that exited"
-            );
+            assert!(!second.redelivered, "round {round}: it was pushed to a worker that exited");
         }
     }
 }
@@ -237,20 +210,9 @@ fn no_message_within_the_wait_is_66_or_what_was_asked_for() {
     let queue = Broker::shared().queue("wait");
     let done = worker(&queue).args(["--wait", "1s", "cat"]).run();
     done.assert_status(66).assert_stderr("within 1s (--wait)");
-    assert!(
-        done.wall.as_secs_f64() >= 1.0,
-        "gave up after {:?}",
-        done.wall
-    );
-    for (arguments, status) in [
-        (["--empty-exit-code", "0"], 0),
-        (["--empty-exit-code", "42"], 42),
-    ] {
-        let done = worker(&queue)
-            .env("QCONSUME_WAIT", "100ms")
-            .args(arguments)
-            .shell("echo ran")
-            .run();
+    assert!(done.wall.as_secs_f64() >= 1.0, "gave up after {:?}", done.wall);
+    for (arguments, status) in [(["--empty-exit-code", "0"], 0), (["--empty-exit-code", "42"], 42)] {
+        let done = worker(&queue).env("QCONSUME_WAIT", "100ms").args(arguments).shell("echo ran").run();
         done.assert_status(status);
         assert!(done.stdout.is_empty(), "the command ran without a message");
     }
@@ -267,9 +229,7 @@ fn a_broker_that_goes_and_comes_back_while_qconsume_waits_is_waited_for() {
     let waiting: Vec<_> = queues
         .iter()
         .map(|queue| {
-            let running = worker(queue)
-                .args(["--connect-timeout", "5m", "--", "cat"])
-                .spawn();
+            let running = worker(queue).args(["--connect-timeout", "5m", "--", "cat"]).spawn();
             queue.wait_consumers(1);
             running
         })
@@ -297,11 +257,7 @@ fn a_command_never_runs_on_a_part_of_a_body() {
         proxy.on(ToClient, Method::BODY, Action::CutAfter);
         let running = behind(&proxy, &queue).args(["--", "sha256sum"]).spawn();
         proxy.wait_accepted(3);
-        assert_eq!(
-            running.stdout(),
-            b"",
-            "the command ran on a part of the body"
-        );
+        assert_eq!(running.stdout(), b"", "the command ran on a part of the body");
         proxy.clear_rules();
         let done = running.wait(PATIENCE);
         done.assert_status(0);

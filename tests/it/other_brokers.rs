@@ -64,9 +64,7 @@ fn lavinmqs_low_disk_space_may_pass() {
     let declares = worker(&peer).args(options).arg("cat").spawn();
     let publishes = publisher(&publishers).args(options).spawn();
     let done = declares.wait(PATIENCE);
-    done.assert_status(69)
-        .assert_stderr("trying again")
-        .assert_stderr("Server low on disk space");
+    done.assert_status(69).assert_stderr("trying again").assert_stderr("Server low on disk space");
     assert!(peer.count(Method::QUEUE_DECLARE) > 1);
     let done = publishes.wait(PATIENCE);
     assert!(matches!(done.status(), 69 | 75), "{done:?}");
@@ -74,8 +72,7 @@ fn lavinmqs_low_disk_space_may_pass() {
 
     let peer = refuses(Method::BODY, 406, TEXT);
     let done = publisher(&peer).run();
-    done.assert_status(75)
-        .assert_stderr("Server low on disk space");
+    done.assert_status(75).assert_stderr("Server low on disk space");
 }
 
 #[test]
@@ -100,8 +97,7 @@ fn an_unknown_reply_code_keeps_its_text() {
         done.assert_status(75).assert_stderr("Upstream is gone");
 
         let done = refused.wait(PATIENCE);
-        done.assert_status(69)
-            .assert_stderr("UPSTREAM_ERROR: it is gone");
+        done.assert_status(69).assert_stderr("UPSTREAM_ERROR: it is gone");
     }
 }
 
@@ -119,9 +115,7 @@ fn amqproxys_heartbeat_of_zero_is_none() {
     assert_eq!(done.stdout, b"lemon");
     assert_eq!(peer.count(Method::HEARTBEAT), 0);
     let seen = peer.seen();
-    let mut tunes = seen
-        .iter()
-        .filter(|seen| seen.method == Method::CONNECTION_TUNE_OK);
+    let mut tunes = seen.iter().filter(|seen| seen.method == Method::CONNECTION_TUNE_OK);
     assert_eq!(tunes.next_back().unwrap().arguments[6..], [0, 0]);
 }
 
@@ -144,10 +138,7 @@ fn amqproxys_refusal_at_channel_open_is_77_with_its_text() {
 
 #[test]
 fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
-    for (method, status, says) in [
-        (Method::BASIC_NACK, 75, "was refused"),
-        (Method::BASIC_ACK, 78, "came back"),
-    ] {
+    for (method, status, says) in [(Method::BASIC_NACK, 75, "was refused"), (Method::BASIC_ACK, 78, "came back")] {
         let peer = Peer::new(move |request| match request.method {
             Method::BODY => {
                 let settled = peer::settle(request, method);
@@ -157,11 +148,7 @@ fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
         });
         let done = publisher(&peer).run();
         done.assert_status(status).assert_stderr(says);
-        let other = if status == 75 {
-            "came back"
-        } else {
-            "was refused"
-        };
+        let other = if status == 75 { "came back" } else { "was refused" };
         assert!(!done.stderr.contains(other), "{}", done.stderr);
     }
 }

@@ -4,8 +4,8 @@ use crate::common::{MESSAGE, assert_back, assert_gone, worker};
 use nix::{sys::signal::kill, unistd::Pid};
 use std::time::Duration;
 use testbed::{
-    Broker, Container, Finished, PATIENCE, Program, Queue, Running, Signal, docker, eventually,
-    image_present, missing, owner,
+    Broker, Container, Finished, PATIENCE, Program, Queue, Running, Signal, docker, eventually, image_present, missing,
+    owner,
 };
 
 /// Images with a shell, of which one is enough.
@@ -66,9 +66,7 @@ impl Worker {
         });
         let url = format!("BROKER_URL={}", Broker::shared().url());
         let name = format!("QUEUE={}", queue.name());
-        let namespace = other
-            .as_ref()
-            .map(|other| format!("container:{}", other.name()));
+        let namespace = other.as_ref().map(|other| format!("container:{}", other.name()));
         let mut settings = vec!["--env", &url, "--env", &name, "--entrypoint", "/qconsume"];
         match (&namespace, first) {
             (Some(namespace), _) => settings.extend(["--pid", namespace]),
@@ -80,11 +78,7 @@ impl Worker {
         let container = Container::create(image, &settings, &command);
         container.copy_in(&crate::common::qconsume_path(), "/qconsume");
         let running = container.start().spawn();
-        Self {
-            container,
-            running,
-            _other: other,
-        }
+        Self { container, running, _other: other }
     }
 
     /// `docker stop`, with 30 seconds until the KILL, as Kubernetes has it.
@@ -121,9 +115,7 @@ fn an_idle_container_stops_at_once() {
             worker.look(&format!("{DOUBLE_FORKS}; {ALONE}"));
         }
         let finished = worker.stop();
-        finished
-            .assert_status(143)
-            .assert_stderr("while no command ran");
+        finished.assert_status(143).assert_stderr("while no command ran");
         assert_eq!(finished.stdout_text(), "", "{first:?}");
         queue.wait_consumers(0);
     }
@@ -169,11 +161,7 @@ fn a_command_that_ignores_the_stop_is_killed_by_the_platform() {
 #[test]
 fn a_status_passes_through_a_container() {
     let Some(image) = image() else { return };
-    for (script, status) in [
-        ("exit 3", 3),
-        ("kill -KILL $$", 137),
-        ("kill -TERM $$", 143),
-    ] {
+    for (script, status) in [("exit 3", 3), ("kill -KILL $$", 137), ("kill -TERM $$", 143)] {
         let queue = one_message("status");
         let worker = Worker::start(image, First::Qconsume, &queue, &[], script);
         worker.running.finish(PATIENCE).assert_status(status);
@@ -269,25 +257,13 @@ fn statuses_are_those_of_tini() {
             worker.shell(script)
         };
         // A shell's background job has SIGINT and SIGQUIT ignored; qconsume gives its command their defaults back, tini not.
-        let theirs = |script: &str| {
-            Program::new("env")
-                .args(["--default-signal", "tini", "-g", "-s"])
-                .shell(script)
-        };
+        let theirs = |script: &str| Program::new("env").args(["--default-signal", "tini", "-g", "-s"]).shell(script);
         // As PID 1, to be told to stop it has to be found below unshare.
         let run = |program: Program, signal: Option<Signal>| {
-            let running = if first {
-                as_pid_1(program).spawn()
-            } else {
-                program.spawn()
-            };
+            let running = if first { as_pid_1(program).spawn() } else { program.spawn() };
             if let Some(signal) = signal {
                 running.wait_for_stdout("running", PATIENCE);
-                let worker = if first {
-                    only_child(running.pid())
-                } else {
-                    running.pid()
-                };
+                let worker = if first { only_child(running.pid()) } else { running.pid() };
                 kill(Pid::from_raw(worker), signal).unwrap();
             }
             running.finish(PATIENCE).status()
@@ -302,18 +278,11 @@ fn statuses_are_those_of_tini() {
         for status in [0, 1, 2, 42, 64, 75, 124, 126, 127, 128, 143, 255] {
             compare(&format!("exit {status}"), None);
         }
-        for signal in [
-            "HUP", "INT", "QUIT", "ABRT", "KILL", "SEGV", "PIPE", "TERM", "USR1", "34",
-        ] {
+        for signal in ["HUP", "INT", "QUIT", "ABRT", "KILL", "SEGV", "PIPE", "TERM", "USR1", "34"] {
             // A shell of its own, as the first has no core file to leave.
             compare(&format!("ulimit -c 0; kill -{signal} $$"), None);
         }
-        for signal in [
-            Signal::SIGTERM,
-            Signal::SIGINT,
-            Signal::SIGHUP,
-            Signal::SIGQUIT,
-        ] {
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
             for script in [
                 "ulimit -c 0; echo running; exec sleep 1000",
                 "trap 'exit 0' TERM INT HUP QUIT; echo running; sleep 1000 & wait",

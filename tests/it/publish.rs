@@ -8,8 +8,7 @@ use std::{
     time::Instant,
 };
 use testbed::{
-    Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind,
-    Signal,
+    Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Signal,
     owner::temp_folder,
     types::{AMQPValue, LongString},
 };
@@ -52,13 +51,7 @@ mod feed {
         #[track_caller]
         pub fn feed(name: &str, program: Program) -> (Self, Running) {
             let path = temp_folder(name).join("fifo");
-            assert!(
-                Command::new("mkfifo")
-                    .arg(&path)
-                    .status()
-                    .unwrap()
-                    .success()
-            );
+            assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
             let script = format!("exec \"$0\" \"$@\" < '{}'", path.display());
             let running = program.through(["sh", "-c", &script]).spawn();
             // Waits for the reader.
@@ -90,18 +83,13 @@ fn says_confirmed(ended: &Finished, count: &str) {
 fn every_argument_is_a_message_that_survives_a_restart_and_they_stay_in_order() {
     for kind in QueueKind::ALL {
         let queue = Broker::shared().declare("fruits").kind(kind).create();
-        let fruits = [
-            "apple", "banana", "cherry", "date", "fig", "grape", "lemon", "melon",
-        ];
+        let fruits = ["apple", "banana", "cherry", "date", "fig", "grape", "lemon", "melon"];
         let ended = to(&queue).args(fruits).run();
         says_confirmed(&ended, "8 messages confirmed");
         queue.wait_ready(8);
         let first = queue.get().unwrap();
         assert_eq!(*first.properties.delivery_mode(), Some(2));
-        assert_eq!(
-            (first.text().as_str(), first.exchange.as_str()),
-            ("apple", "")
-        );
+        assert_eq!((first.text().as_str(), first.exchange.as_str()), ("apple", ""));
         assert_eq!(drain(&queue), fruits[1..]);
     }
 }
@@ -136,10 +124,7 @@ fn a_body_may_be_empty_or_begin_with_a_dash() {
         says_confirmed(&to(&queue).args(["-b", body]).run(), "1 message confirmed");
         assert_eq!(queue.wait_get().text(), body);
     }
-    says_confirmed(
-        &to(&queue).args(["--", "-x", ""]).run(),
-        "2 messages confirmed",
-    );
+    says_confirmed(&to(&queue).args(["--", "-x", ""]).run(), "2 messages confirmed");
     assert_eq!(drain(&queue), ["-x", ""]);
 }
 
@@ -223,19 +208,10 @@ fn a_queue_is_declared_durable_and_of_the_type_that_is_asked_for() {
     ] {
         let queue = broker.declare("declared").absent();
         // The option takes no word after it for its own.
-        says_confirmed(
-            &to(&queue).args([option, "apple"]).run(),
-            "1 message confirmed",
-        );
-        says_confirmed(
-            &to(&queue).args([option, "banana"]).run(),
-            "1 message confirmed",
-        );
+        says_confirmed(&to(&queue).args([option, "apple"]).run(), "1 message confirmed");
+        says_confirmed(&to(&queue).args([option, "banana"]).run(), "1 message confirmed");
         let ended = to(&queue).args([other, "cherry"]).run();
-        ended
-            .assert_status(78)
-            .assert_stderr("is another kind of queue")
-            .assert_stderr("without --declare");
+        ended.assert_status(78).assert_stderr("is another kind of queue").assert_stderr("without --declare");
         queue.wait_ready(2);
         assert_eq!(drain(&queue), ["apple", "banana"]);
     }
@@ -267,8 +243,7 @@ fn the_properties_are_those_that_were_asked_for() {
         .run();
     says_confirmed(&ended, "1 message confirmed");
     let got = queue.wait_get();
-    let text =
-        |value: &Option<testbed::types::ShortString>| value.clone().map(|value| value.to_string());
+    let text = |value: &Option<testbed::types::ShortString>| value.clone().map(|value| value.to_string());
     let properties = &got.properties;
     for (value, expected) in [
         (properties.content_type(), "text/plain"),
@@ -299,18 +274,14 @@ fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
         .assert_stderr(&format!("there is no queue {:?}", queue.name()))
         .assert_stderr("confirmed: 0 of ");
     let line = || qpublish().url(&Broker::shared().url());
-    let ended = line()
-        .args(["-e", "amq.direct", "-r", queue.name(), "-b", "x"])
-        .run();
+    let ended = line().args(["-e", "amq.direct", "-r", queue.name(), "-b", "x"]).run();
     ended
         .assert_status(78)
         .assert_stderr("message 1 came back: no queue is bound to exchange \"amq.direct\"")
         .assert_stderr("confirmed: 0 of 1 message sent, 0 from the start without a gap")
         .assert_stderr("begin with message 1");
     let ended = line().args(["-e", "no such", "-r", "x", "-b", "x"]).run();
-    ended
-        .assert_status(78)
-        .assert_stderr("there is no exchange \"no such\"");
+    ended.assert_status(78).assert_stderr("there is no exchange \"no such\"");
 }
 
 #[test]
@@ -358,13 +329,7 @@ fn where_to_resume_is_right_with_many_in_flight() {
     let queue = broker.queue("unbound");
     let name = || queue.name().into();
     let channel = broker.client().channel().unwrap();
-    let bound = channel.queue_bind(
-        name(),
-        "amq.direct".into(),
-        name(),
-        Default::default(),
-        Default::default(),
-    );
+    let bound = channel.queue_bind(name(), "amq.direct".into(), name(), Default::default(), Default::default());
     testbed::block_on(bound).unwrap();
     let running = qpublish()
         .url(&broker.url())
@@ -380,22 +345,15 @@ fn where_to_resume_is_right_with_many_in_flight() {
     let ended = running.wait(PATIENCE);
     // What the queue has are the lines up to there, and no other.
     let there = queue.ready();
-    ended
-        .assert_status(78)
-        .assert_stderr(&format!("confirmed: {there} of "));
+    ended.assert_status(78).assert_stderr(&format!("confirmed: {there} of "));
     let number_before = |words: &str| -> u32 {
         let before = ended.stderr.split(words).next().unwrap();
         let digits = before.rsplit(' ').next().unwrap();
-        digits
-            .parse()
-            .unwrap_or_else(|_| panic!("{}", ended.stderr))
+        digits.parse().unwrap_or_else(|_| panic!("{}", ended.stderr))
     };
     // Never too many, and not fewer than were in flight.
     let safe = number_before(" from the start without a gap");
-    assert!(
-        (there.saturating_sub(4096)..=there).contains(&safe),
-        "{safe} of {there}"
-    );
+    assert!((there.saturating_sub(4096)..=there).contains(&safe), "{safe} of {there}");
     ended.assert_stderr(&format!("begin with line {}", safe + 1));
     queue.purge();
 }
@@ -408,16 +366,12 @@ fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
         .arg("x-overflow", LongString::from("reject-publish"))
         .create();
     let ended = to(&queue).arg("-l").stdin("1\n2\n3\n4\n5\n6\n").run();
-    ended
-        .assert_status(75)
-        .assert_stderr("was refused: the queue is full");
+    ended.assert_status(75).assert_stderr("was refused: the queue is full");
     // Whatever the queue takes for full, the figures are the truth.
     let there = drain(&queue);
     let count = there.len();
     assert!((3..6).contains(&count), "{there:?}");
-    let first = (1..=6)
-        .find(|line| !there.contains(&line.to_string()))
-        .unwrap();
+    let first = (1..=6).find(|line| !there.contains(&line.to_string())).unwrap();
     ended.assert_stderr(&format!("line {first} was refused"));
     // Nothing more is sent once the refusal is here, which may be before the last line.
     let figures = |sent| {
@@ -444,14 +398,9 @@ fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
     queue.wait_ready(3);
     proxy.cut();
     let ended = running.wait(PATIENCE);
-    ended
-        .assert_status(75)
-        .assert_stderr("from the start without a gap");
-    let confirmed = ["2", "3"].into_iter().find(|n| {
-        ended
-            .stderr
-            .contains(&format!("confirmed: {n} of 3 messages sent, {n} from"))
-    });
+    ended.assert_status(75).assert_stderr("from the start without a gap");
+    let confirmed =
+        ["2", "3"].into_iter().find(|n| ended.stderr.contains(&format!("confirmed: {n} of 3 messages sent, {n} from")));
     assert!(confirmed.is_some(), "{}", ended.stderr);
 }
 
@@ -473,9 +422,7 @@ fn an_answer_that_never_comes_is_no_confirmation() {
     proxy.wait_for_nth(Direction::ToBroker, Method::BASIC_PUBLISH, 3);
     running.signal(Signal::SIGTERM);
     let ended = running.wait(PATIENCE);
-    ended
-        .assert_status(143)
-        .assert_stderr("confirmed: 0 of 1 message sent");
+    ended.assert_status(143).assert_stderr("confirmed: 0 of 1 message sent");
     // The first answer is swallowed, then they pass: one for several, or one each.
     proxy.clear_rules();
     says_confirmed(&line().args(["a", "b"]).run(), "2 messages confirmed");
@@ -494,29 +441,18 @@ fn no_more_is_read_than_the_window_holds() {
         .args(["-l", "--timeout", "10s"])
         .through(["sh", "-c", "yes | \"$0\" \"$@\""])
         .run();
-    ended
-        .assert_status(75)
-        .assert_stderr("confirmed: 0 of 2048 messages sent");
+    ended.assert_status(75).assert_stderr("confirmed: 0 of 2048 messages sent");
 }
 
 #[test]
 fn a_channel_that_never_gets_ready_is_given_up_with_a_goodbye() {
     let queue = Broker::shared().queue("unready");
     let proxy = Proxy::of(Broker::shared());
-    proxy.on(
-        Direction::ToClient,
-        Method::CONFIRM_SELECT_OK,
-        Action::SwallowFrame,
-    );
+    proxy.on(Direction::ToClient, Method::CONFIRM_SELECT_OK, Action::SwallowFrame);
     let line = qpublish().url(&proxy.url()).queue(queue.name());
     let ended = line.args(["--timeout", "1s", "orange"]).run();
-    ended
-        .assert_status(69)
-        .assert_stderr("no reply from the broker within 1s (--timeout)");
-    assert_eq!(
-        proxy.count(Direction::ToBroker, Method::CONNECTION_CLOSE),
-        1
-    );
+    ended.assert_status(69).assert_stderr("no reply from the broker within 1s (--timeout)");
+    assert_eq!(proxy.count(Direction::ToBroker, Method::CONNECTION_CLOSE), 1);
 }
 
 #[test]
@@ -540,9 +476,7 @@ fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout(
     let (mut input, patient) = Fifo::feed("blocked", line().arg("-l"));
     input.write("1\n");
     queue.wait_ready(1);
-    broker
-        .ctl(&["set_vm_memory_high_watermark", "absolute", "1"])
-        .unwrap();
+    broker.ctl(&["set_vm_memory_high_watermark", "absolute", "1"]).unwrap();
     let ended = line().args(["--timeout", SOON, "a", "b", "c"]).run();
     ended
         .assert_status(75)
@@ -553,9 +487,7 @@ fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout(
     input.write("2\n3\n");
     patient.wait_for_stderr("the broker blocks publishers", PATIENCE);
     assert!(!patient.has_ended());
-    broker
-        .ctl(&["set_vm_memory_high_watermark", "0.9"])
-        .unwrap();
+    broker.ctl(&["set_vm_memory_high_watermark", "0.9"]).unwrap();
     patient.wait_for_stderr("the broker takes messages again", PATIENCE);
     drop(input);
     let ended = patient.wait(PATIENCE);
@@ -566,17 +498,8 @@ fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout(
 fn a_message_larger_than_the_broker_takes_is_named() {
     let broker = own_broker();
     let queue = broker.queue("large");
-    let files = [
-        file("small", b"small"),
-        file("large", &vec![b'x'; 65_537]),
-        file("next", b"next"),
-    ];
-    let ended = qpublish()
-        .url(&broker.url())
-        .queue(queue.name())
-        .arg("-f")
-        .args(&files)
-        .run();
+    let files = [file("small", b"small"), file("large", &vec![b'x'; 65_537]), file("next", b"next")];
+    let ended = qpublish().url(&broker.url()).queue(queue.name()).arg("-f").args(&files).run();
     ended
         .assert_status(78)
         .assert_stderr(&format!("file {:?} is too large for this broker", files[1]))
@@ -594,13 +517,8 @@ fn what_the_broker_forbids_is_told_with_its_own_status() {
     let ended = line().arg("x").run();
     ended.assert_status(77).assert_stderr("publish here");
     let ended = line().args(["--declare", "-q", "other", "x"]).run();
-    ended
-        .assert_status(77)
-        .assert_stderr("declare queue \"other\"");
-    let ended = line()
-        .url(&broker.url_for("reader", "wrong-word", "/"))
-        .arg("x")
-        .run();
+    ended.assert_status(77).assert_stderr("declare queue \"other\"");
+    let ended = line().url(&broker.url_for("reader", "wrong-word", "/")).arg("x").run();
     ended.assert_status(77);
     assert!(!ended.stderr.contains("-word"), "{}", ended.stderr);
     assert_eq!(queue.ready(), 0);
@@ -611,17 +529,13 @@ fn a_broker_that_is_not_there_is_no_success_and_the_wait_for_it_can_be_ended() {
     let nobody = testbed::reserve_port().unwrap();
     let url = format!("amqp://127.0.0.1:{}", nobody.number());
     let line = qpublish().url(&url).queue("q");
-    line.args(["--connect-timeout", "1s", "x"])
-        .run()
-        .assert_status(69);
+    line.args(["--connect-timeout", "1s", "x"]).run().assert_status(69);
     let silent = Proxy::silent();
     let running = qpublish().url(&silent.url()).queue("q").arg("x").spawn();
     silent.wait_accepted(1);
     running.signal(Signal::SIGTERM);
     let ended = running.wait(PATIENCE);
-    ended
-        .assert_status(143)
-        .assert_stderr("before anything was published");
+    ended.assert_status(143).assert_stderr("before anything was published");
 }
 
 #[test]
@@ -642,21 +556,11 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["-q", "a", "--declare=stream", "x"], "stream"),
     ] {
         let ended = qpublish().url(url).args(arguments).run();
-        ended
-            .assert_status(64)
-            .assert_stderr("qpublish: ")
-            .assert_stderr(what);
+        ended.assert_status(64).assert_stderr("qpublish: ").assert_stderr(what);
     }
-    let ended = qpublish()
-        .url(url)
-        .args(["-q", &"n".repeat(256), "x"])
-        .run();
+    let ended = qpublish().url(url).args(["-q", &"n".repeat(256), "x"]).run();
     ended.assert_status(64).assert_stderr("AMQP allows 255");
-    qpublish()
-        .args(["-q", "a", "x"])
-        .run()
-        .assert_status(64)
-        .assert_stderr("BROKER_URL");
+    qpublish().args(["-q", "a", "x"]).run().assert_status(64).assert_stderr("BROKER_URL");
 }
 
 #[test]

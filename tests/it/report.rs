@@ -7,8 +7,7 @@ use std::{
     process::Command,
 };
 use testbed::{
-    BasicProperties, Broker, Finished, PATIENCE, Program, Proxy, Queue, Signal, missing,
-    owner::temp_folder,
+    BasicProperties, Broker, Finished, PATIENCE, Program, Proxy, Queue, Signal, missing, owner::temp_folder,
 };
 
 /// Kubernetes keeps this much of a termination message.
@@ -28,10 +27,7 @@ fn read(file: &Path) -> String {
 /// A queue with one message that has an id.
 fn queue_with_order_7(name: &str) -> Queue {
     let queue = Broker::shared().queue(name);
-    queue.publish_with(
-        BasicProperties::default().with_message_id("order-7".into()),
-        "apple",
-    );
+    queue.publish_with(BasicProperties::default().with_message_id("order-7".into()), "apple");
     queue
 }
 
@@ -47,10 +43,7 @@ fn last(run: &Finished) -> &str {
 fn objects(run: &Finished) -> Vec<serde_json::Map<String, serde_json::Value>> {
     lines(run)
         .into_iter()
-        .map(|line| {
-            serde_json::from_str(line)
-                .unwrap_or_else(|error| panic!("{line:?} is no JSON object: {error}"))
-        })
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line:?} is no JSON object: {error}")))
         .collect()
 }
 
@@ -63,21 +56,11 @@ fn assert_contains(text: &str, parts: &[&str]) {
 
 #[test]
 fn a_run_that_succeeds_says_two_lines() {
-    let run = worker(&queue_with_order_7("report-two"))
-        .shell("cat >/dev/null")
-        .run();
+    let run = worker(&queue_with_order_7("report-two")).shell("cat >/dev/null").run();
     run.assert_status(0);
     let lines = lines(&run);
     assert_eq!(lines.len(), 2, "{}", run.stderr);
-    assert_contains(
-        lines[0],
-        &[
-            "qconsume: message taken",
-            "id=\"order-7\"",
-            "attempt=1",
-            "size=5",
-        ],
-    );
+    assert_contains(lines[0], &["qconsume: message taken", "id=\"order-7\"", "attempt=1", "size=5"]);
     assert_contains(
         lines[1],
         &[
@@ -96,16 +79,10 @@ fn a_run_that_succeeds_says_two_lines() {
 #[test]
 fn at_level_error_success_is_silent_and_failure_says_one_line() {
     let queue = queue_with_order_7("report-quiet");
-    let failed = worker(&queue)
-        .args(["--log-level", "error"])
-        .shell("exit 3")
-        .run();
+    let failed = worker(&queue).args(["--log-level", "error"]).shell("exit 3").run();
     failed.assert_status(3);
     assert_eq!(lines(&failed).len(), 1, "{}", failed.stderr);
-    let succeeded = worker(&queue)
-        .env("QCONSUME_LOG", "error")
-        .shell("exit 0")
-        .run();
+    let succeeded = worker(&queue).env("QCONSUME_LOG", "error").shell("exit 0").run();
     succeeded.assert_status(0);
     assert_eq!(succeeded.stderr, "");
 }
@@ -128,13 +105,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     );
     let killed = run(worker(&queue), "kill -KILL $$");
     killed.assert_status(137);
-    assert_contains(
-        last(&killed),
-        &[
-            "command was killed by SIGKILL; message requeued",
-            "status=137",
-        ],
-    );
+    assert_contains(last(&killed), &["command was killed by SIGKILL; message requeued", "status=137"]);
     let late = run(worker(&queue).args(["--timeout", "50ms"]), "sleep 60");
     late.assert_status(124);
     assert_contains(
@@ -146,23 +117,10 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     );
     let rejected = run(worker(&queue).args(["--reject-on", "3"]), "exit 3");
     rejected.assert_status(3);
-    assert_contains(
-        last(&rejected),
-        &[
-            "message dead-lettered, or dropped",
-            "outcome=\"dead-lettered\"",
-        ],
-    );
+    assert_contains(last(&rejected), &["message dead-lettered, or dropped", "outcome=\"dead-lettered\""]);
     let empty = run(worker(&queue).args(["--wait", "0"]), "exit 3");
     empty.assert_status(66);
-    assert_contains(
-        last(&empty),
-        &[
-            "no message in queue",
-            "(--wait)",
-            "status=66 source=\"qconsume\"",
-        ],
-    );
+    assert_contains(last(&empty), &["no message in queue", "(--wait)", "status=66 source=\"qconsume\""]);
 }
 
 #[test]
@@ -183,47 +141,30 @@ fn a_stop_is_told_with_what_became_of_the_message() {
     );
 
     queue.purge();
-    let waiting = worker(&queue)
-        .args(["--log-level", "debug"])
-        .shell("exit 0")
-        .spawn();
+    let waiting = worker(&queue).args(["--log-level", "debug"]).shell("exit 0").spawn();
     waiting.wait_for_stderr("waiting for a message", PATIENCE);
     waiting.signal(Signal::SIGTERM);
     let run = waiting.wait(PATIENCE);
     run.assert_status(143);
     assert_contains(
         last(&run),
-        &[
-            "stopped by SIGTERM while no command ran; whatever had arrived is released",
-            "source=\"qconsume\"",
-        ],
+        &["stopped by SIGTERM while no command ran; whatever had arrived is released", "source=\"qconsume\""],
     );
 }
 
 #[test]
 fn long_waits_are_mentioned_with_what_is_waited_for() {
     let silent = Proxy::silent();
-    let broker = qconsume()
-        .url(&silent.url())
-        .args(["-q", "x", "--", "true"])
-        .spawn();
+    let broker = qconsume().url(&silent.url()).args(["-q", "x", "--", "true"]).spawn();
     let idle = Broker::shared().queue("report-idle");
     let message = worker(&idle).args(["--", "true"]).spawn();
     let queue = queue_with_order_7("report-stubborn");
-    let command = worker(&queue)
-        .shell("trap '' TERM; echo here; while :; do sleep 1; done")
-        .spawn();
+    let command = worker(&queue).shell("trap '' TERM; echo here; while :; do sleep 1; done").spawn();
     command.wait_for_stdout("here", PATIENCE);
     command.signal(Signal::SIGTERM);
     broker.wait_for_stderr("still waiting for the AMQP handshake with", PATIENCE);
     command.wait_for_stderr("and still runs; without --grace it isn't killed", PATIENCE);
-    message.wait_for_stderr(
-        &format!(
-            "still waiting for a message in queue {:?}, for ",
-            idle.name()
-        ),
-        2 * PATIENCE,
-    );
+    message.wait_for_stderr(&format!("still waiting for a message in queue {:?}, for ", idle.name()), 2 * PATIENCE);
 }
 
 #[test]
@@ -235,18 +176,10 @@ fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
         "qconsume: error: unexpected argument '--drian' found; tip: a similar argument exists: '--drain'; see --help status=64 source=\"qconsume\"\n"
     );
     for (variable, value, says) in [
-        (
-            "QCONSUME_WAIT",
-            "soon",
-            "'soon' for '--wait <DURATION>' (QCONSUME_WAIT): not a duration",
-        ),
+        ("QCONSUME_WAIT", "soon", "'soon' for '--wait <DURATION>' (QCONSUME_WAIT): not a duration"),
         ("QCONSUME_COUNT", "x", "'--count <N>' (QCONSUME_COUNT)"),
         ("QCONSUME_DRAIN", "disabled", "'--drain' (QCONSUME_DRAIN)"),
-        (
-            "QCONSUME_ON_LOST",
-            "x",
-            "'--on-lost <WHAT>' (QCONSUME_ON_LOST) [possible",
-        ),
+        ("QCONSUME_ON_LOST", "x", "'--on-lost <WHAT>' (QCONSUME_ON_LOST) [possible"),
     ] {
         let run = qconsume().env(variable, value).arg("cat").run();
         run.assert_status(64);
@@ -259,11 +192,7 @@ fn what_ends_a_run_before_it_has_begun_is_one_line_that_says_what_to_do() {
     run.assert_status(64);
     assert_eq!(lines(&run).len(), 1, "{}", run.stderr);
     assert_contains(&run.stderr, &["no broker: set BROKER_URL"]);
-    let run = qconsume()
-        .url("amqp://localhost")
-        .queue("x")
-        .args(["--", "no-such-command"])
-        .run();
+    let run = qconsume().url("amqp://localhost").queue("x").args(["--", "no-such-command"]).run();
     run.assert_status(127);
     assert_eq!(lines(&run).len(), 1, "{}", run.stderr);
     assert_contains(&run.stderr, &["no-such-command", "status=127"]);
@@ -290,10 +219,7 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     assert_eq!(word["outcome"], "requeued");
     assert_eq!(word["status"], 3);
     assert_eq!(word["source"], "command");
-    let taken = &objects_of_failure
-        .iter()
-        .find(|object| object["message"] == "message taken")
-        .expect("it is said");
+    let taken = &objects_of_failure.iter().find(|object| object["message"] == "message taken").expect("it is said");
     assert_eq!(taken["level"], "info");
     assert_eq!(taken["queue"], queue.name());
 
@@ -309,10 +235,7 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     let page = include_str!("../../docs/logs.md");
     for object in objects_of_failure.iter().chain(&objects_of_success) {
         for name in object.keys() {
-            assert!(
-                page.contains(&format!("| `{name}` |")),
-                "docs/logs.md lacks {name}"
-            );
+            assert!(page.contains(&format!("| `{name}` |")), "docs/logs.md lacks {name}");
         }
     }
 }
@@ -322,9 +245,7 @@ fn json_is_kept_when_the_options_themselves_are_wrong() {
     let ways: [Program; 4] = [
         qconsume().args(["--log-format", "json", "--timeot", "5s"]),
         qconsume().args(["--timeot", "5s", "--log-format=json"]),
-        qconsume()
-            .env("QCONSUME_LOG_FORMAT", "json")
-            .arg("--timeot"),
+        qconsume().env("QCONSUME_LOG_FORMAT", "json").arg("--timeot"),
         // Understood by clap, and wrong all the same.
         qconsume().args(["--log-format", "json", "--url", "http://localhost", "cat"]),
     ];
@@ -340,15 +261,10 @@ fn json_is_kept_when_the_options_themselves_are_wrong() {
 
 /// Runs qconsume on a terminal of its own, and returns what that shows.
 fn on_a_terminal(queue: &Queue, environment: &[(&str, &str)], options: &[&str]) -> Option<String> {
-    let script =
-        "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
+    let script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
     let program = crate::common::qconsume_path();
     let mut python = Program::new("python3").args(["-c", script]);
-    if !Command::new("python3")
-        .args(["-c", "import pty"])
-        .status()
-        .is_ok_and(|status| status.success())
-    {
+    if !Command::new("python3").args(["-c", "import pty"]).status().is_ok_and(|status| status.success()) {
         missing("python3, for a terminal");
         return None;
     }
@@ -359,11 +275,7 @@ fn on_a_terminal(queue: &Queue, environment: &[(&str, &str)], options: &[&str]) 
     if environment.iter().all(|(name, _)| *name != "NO_COLOR") {
         python = python.env_remove("NO_COLOR");
     }
-    let run = python
-        .url(&Broker::shared().url())
-        .queue(queue.name())
-        .args(["--", "false"])
-        .run();
+    let run = python.url(&Broker::shared().url()).queue(queue.name()).args(["--", "false"]).run();
     run.assert_status(1);
     let text = run.stdout_text();
     assert_contains(&text, &["command exited with status 1"]);
@@ -377,10 +289,7 @@ fn colour_is_for_terminals_that_want_it() {
         return;
     };
     assert_contains(&text, &["qconsume: \u{1b}[31merror: \u{1b}[0mcommand"]);
-    for (environment, options) in [
-        (vec![("NO_COLOR", "1")], vec![]),
-        (vec![], vec!["--log-format", "json"]),
-    ] {
+    for (environment, options) in [(vec![("NO_COLOR", "1")], vec![]), (vec![], vec!["--log-format", "json"])] {
         let text = on_a_terminal(&queue, &environment, &options).expect("as before");
         assert!(!text.contains('\u{1b}'), "{text:?}");
     }
@@ -396,57 +305,36 @@ fn colour_is_for_terminals_that_want_it() {
 fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message() {
     let queue = queue_with_order_7("report-termination");
     let log = empty_file();
-    let run = worker(&queue)
-        .arg("--termination-log")
-        .arg(&log)
-        .shell("exit 3")
-        .run();
+    let run = worker(&queue).arg("--termination-log").arg(&log).shell("exit 3").run();
     run.assert_status(3);
     assert_eq!(
         read(&log),
         "command exited with status 3; message requeued (status=3 source=command id=\"order-7\" attempt=1)\n"
     );
     // It isn't empty any more.
-    let run = worker(&queue)
-        .arg("--termination-log")
-        .arg(&log)
-        .shell("exit 4")
-        .run();
+    let run = worker(&queue).arg("--termination-log").arg(&log).shell("exit 4").run();
     run.assert_status(4);
     assert_contains(&read(&log), &["status=3"]);
 
     let log = empty_file();
-    let run = worker(&queue)
-        .env("QCONSUME_TERMINATION_LOG", &log)
-        .shell("exit 0")
-        .run();
+    let run = worker(&queue).env("QCONSUME_TERMINATION_LOG", &log).shell("exit 0").run();
     run.assert_status(0);
-    assert_contains(
-        &read(&log),
-        &["command succeeded; message acknowledged (status=0 source=command id=\"order-7\""],
-    );
+    assert_contains(&read(&log), &["command succeeded; message acknowledged (status=0 source=command id=\"order-7\""]);
 }
 
 #[test]
 fn what_the_command_leaves_as_a_termination_message_is_kept() {
     let queue = queue_with_order_7("report-kept");
     let log = empty_file();
-    let run = worker(&queue)
-        .arg("--termination-log")
-        .arg(&log)
-        .env("LOG", &log)
-        .shell("echo mine >\"$LOG\"; exit 3")
-        .run();
+    let run =
+        worker(&queue).arg("--termination-log").arg(&log).env("LOG", &log).shell("echo mine >\"$LOG\"; exit 3").run();
     run.assert_status(3);
     assert_eq!(read(&log), "mine\n");
 }
 
 #[test]
 fn an_empty_name_is_no_file() {
-    let run = qconsume()
-        .env("QCONSUME_TERMINATION_LOG", "")
-        .args(["--log-level", "debug", "--", "cat"])
-        .run();
+    let run = qconsume().env("QCONSUME_TERMINATION_LOG", "").args(["--log-level", "debug", "--", "cat"]).run();
     run.assert_status(64);
     assert!(!run.stderr.contains("termination"), "{}", run.stderr);
 }
@@ -456,11 +344,7 @@ fn nobody_gets_a_termination_message_who_waits_for_none() {
     let queue = queue_with_order_7("report-nobody");
     let log = empty_file();
     fs::remove_file(&log).expect("it was there");
-    let run = worker(&queue)
-        .arg("--termination-log")
-        .arg(&log)
-        .shell("exit 3")
-        .run();
+    let run = worker(&queue).arg("--termination-log").arg(&log).shell("exit 3").run();
     run.assert_status(3);
     assert!(!log.exists());
 }
@@ -470,60 +354,31 @@ fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_abou
     // Not a name that AMQP or a file system takes, but one that gets into the message.
     let log = empty_file();
     let name = format!("/\n{}", "ä/".repeat(5000));
-    let run = qconsume()
-        .url("amqp://localhost")
-        .queue("x")
-        .arg("--termination-log")
-        .arg(&log)
-        .arg("--")
-        .arg(name)
-        .run();
+    let run =
+        qconsume().url("amqp://localhost").queue("x").arg("--termination-log").arg(&log).arg("--").arg(name).run();
     run.assert_status(127);
     assert_eq!(lines(&run).len(), 1, "{}", run.stderr);
     let message = read(&log);
-    assert!(
-        message.len() <= TERMINATION_MESSAGE_MAX,
-        "{}",
-        message.len()
-    );
-    assert!(
-        message.len() > TERMINATION_MESSAGE_MAX - 3,
-        "{}",
-        message.len()
-    );
+    assert!(message.len() <= TERMINATION_MESSAGE_MAX, "{}", message.len());
+    assert!(message.len() > TERMINATION_MESSAGE_MAX - 3, "{}", message.len());
     assert_eq!(message.matches('\n').count(), 1);
-    assert!(
-        message.ends_with(" (status=127 source=qconsume)\n"),
-        "{message:?}"
-    );
+    assert!(message.ends_with(" (status=127 source=qconsume)\n"), "{message:?}");
 }
 
 #[test]
 fn wrong_options_get_into_the_termination_message_too() {
     type Change = fn(Program, &Path) -> Program;
     let ways: [(&str, Change); 4] = [
-        ("variable", |program, log| {
-            program.env("QCONSUME_TERMINATION_LOG", log).arg("--drian")
-        }),
-        ("option", |program, log| {
-            program.arg("--termination-log").arg(log).arg("--drian")
-        }),
-        ("behind", |program, log| {
-            program.arg("--drian").arg("--termination-log").arg(log)
-        }),
-        ("no-broker", |program, log| {
-            program.arg("--termination-log").arg(log).arg("cat")
-        }),
+        ("variable", |program, log| program.env("QCONSUME_TERMINATION_LOG", log).arg("--drian")),
+        ("option", |program, log| program.arg("--termination-log").arg(log).arg("--drian")),
+        ("behind", |program, log| program.arg("--drian").arg("--termination-log").arg(log)),
+        ("no-broker", |program, log| program.arg("--termination-log").arg(log).arg("cat")),
     ];
     for (name, change) in ways {
         let log = empty_file();
         let run = change(qconsume(), &log).run();
         run.assert_status(64);
-        assert!(
-            read(&log).ends_with(" (status=64 source=qconsume)\n"),
-            "{name}: {:?}",
-            read(&log)
-        );
+        assert!(read(&log).ends_with(" (status=64 source=qconsume)\n"), "{name}: {:?}", read(&log));
     }
 }
 
@@ -533,11 +388,7 @@ fn what_a_message_says_of_itself_does_not_pass_for_a_line_of_qconsumes() {
     let id = "x\nqconsume: command succeeded\u{1b}[2J\u{9b}31m";
     queue.publish_with(BasicProperties::default().with_message_id(id.into()), "");
     let log = empty_file();
-    let run = worker(&queue)
-        .arg("--termination-log")
-        .arg(&log)
-        .shell("exit 3")
-        .run();
+    let run = worker(&queue).arg("--termination-log").arg(&log).shell("exit 3").run();
     run.assert_status(3);
     assert_eq!(lines(&run).len(), 2, "{}", run.stderr);
     assert_eq!(read(&log).lines().count(), 1);
@@ -545,10 +396,7 @@ fn what_a_message_says_of_itself_does_not_pass_for_a_line_of_qconsumes() {
         let hidden = text.chars().find(|c| c.is_control() && *c != '\n');
         assert_eq!(hidden, None, "{text:?}");
     }
-    let run = worker(&queue)
-        .args(["--log-format", "json"])
-        .shell("exit 0")
-        .run();
+    let run = worker(&queue).args(["--log-format", "json"]).shell("exit 0").run();
     run.assert_status(0);
     assert_eq!(objects(&run)[1]["id"], id);
 }
@@ -559,14 +407,10 @@ fn rabbitmqs_list_of_connections_tells_which_pod_works_on_which_queue() {
     let queue = broker.queue("report-connection");
     queue.publish("apple");
     let host = format!("pod-{}", queue.name());
-    let running = worker(&queue)
-        .env("HOSTNAME", &host)
-        .shell("echo here; cat >/dev/null; sleep 60")
-        .spawn();
+    let running = worker(&queue).env("HOSTNAME", &host).shell("echo here; cat >/dev/null; sleep 60").spawn();
     running.wait_for_stdout("here", PATIENCE);
-    let listed = broker
-        .ctl(&["list_connections", "user", "client_properties"])
-        .unwrap_or_else(|error| panic!("{error:#}"));
+    let listed =
+        broker.ctl(&["list_connections", "user", "client_properties"]).unwrap_or_else(|error| panic!("{error:#}"));
     let line = listed
         .lines()
         .find(|line| line.contains(&host))

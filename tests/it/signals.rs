@@ -10,8 +10,7 @@ mod terminal;
 use crate::common::{MESSAGE, assert_back, assert_gone, behind, qconsume, worker};
 use std::time::{Duration, Instant};
 use testbed::{
-    Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running,
-    Signal, eventually,
+    Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running, Signal, eventually,
 };
 
 /// Longest time from a signal to the end: two for a broker that doesn't answer, and much for a busy machine.
@@ -61,18 +60,13 @@ fn signal_and_wait(running: &Running, signal: Signal) {
         let pending = u64::from_str_radix(&field("ShdPnd:"), 16).unwrap();
         pending >> (signal as i32 - 1) & 1 == 0 && field("State:").starts_with('S')
     };
-    assert!(
-        eventually(PATIENCE, dealt_with),
-        "{signal} is still pending"
-    );
+    assert!(eventually(PATIENCE, dealt_with), "{signal} is still pending");
 }
 
 /// How the worker settled, as the proxy has seen it.
 #[track_caller]
 fn assert_settled(proxy: &Proxy, by: Method) {
     let mut settlements = proxy.sent();
-    settlements.retain(|method| {
-        [Method::BASIC_ACK, Method::BASIC_NACK, Method::BASIC_REJECT].contains(method)
-    });
+    settlements.retain(|method| [Method::BASIC_ACK, Method::BASIC_NACK, Method::BASIC_REJECT].contains(method));
     assert_eq!(settlements, [by]);
 }

@@ -13,9 +13,7 @@ use testbed::{
     certificates::{Identity, authority, identity},
     missing,
     owner::{find_in_path, is_root, temp_folder},
-    rcgen::{
-        CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, KeyPair, date_time_ymd,
-    },
+    rcgen::{CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, KeyPair, date_time_ymd},
     reserve_port,
 };
 
@@ -90,13 +88,7 @@ impl Site {
              {listener}"
         );
         broker.ctl(&["eval", &set_up]).unwrap();
-        let site = Self {
-            broker,
-            tls,
-            mutual,
-            ca,
-            folder: temp_folder("tls"),
-        };
+        let site = Self { broker, tls, mutual, ca, folder: temp_folder("tls") };
         site.write("ca.pem", site.ca.as_ref().pem());
         site.write("other-ca.pem", authority("another CA").as_ref().pem());
         site
@@ -131,9 +123,7 @@ impl Site {
             let path = folder.join(name).display().to_string();
             format!("ok = file:write_file({path:?}, <<{content:?}>>), ")
         };
-        let renew = write("server.pem", &server.cert)
-            + &write("server.key", &server.key)
-            + "ssl:clear_pem_cache().";
+        let renew = write("server.pem", &server.cert) + &write("server.key", &server.key) + "ssl:clear_pem_cache().";
         self.broker.ctl(&["eval", &renew]).unwrap();
     }
 
@@ -143,8 +133,7 @@ impl Site {
 
     /// A worker that trusts the tests' CA.
     fn worker(&self, url: &str) -> Program {
-        self.plain_worker(url)
-            .env("QCONSUME_CACERT", self.file("ca.pem"))
+        self.plain_worker(url).env("QCONSUME_CACERT", self.file("ca.pem"))
     }
 
     fn plain_worker(&self, url: &str) -> Program {
@@ -200,19 +189,11 @@ fn a_ca_can_be_named_in_every_way() {
         site.plain_worker("")
             .env_remove("BROKER_URL")
             .args(["-s", "localhost", "--port", &port, "--ssl"])
-            .args([
-                "--username=guest",
-                "--password=guest",
-                "--no-default-cert-paths",
-            ])
+            .args(["--username=guest", "--password=guest", "--no-default-cert-paths"])
             .arg(format!("--cacert={}", ca.display())),
     );
     // One of several in a file.
-    let bundle = [
-        fs::read(site.file("other-ca.pem")).unwrap(),
-        fs::read(&ca).unwrap(),
-    ]
-    .concat();
+    let bundle = [fs::read(site.file("other-ca.pem")).unwrap(), fs::read(&ca).unwrap()].concat();
     let bundle = site.write("bundle.pem", bundle);
     site.takes(site.plain_worker(&url).arg("--cacert").arg(bundle));
 }
@@ -229,19 +210,9 @@ fn the_brokers_certificate_is_checked_for_the_name_that_was_asked_for() {
         78,
         "certificate is for rabbit.example, not for localhost: use a name that it is for, or tell the one to check with --server-name",
     );
-    site.refuses(
-        site.worker(&site.url()),
-        78,
-        "is for rabbit.example, not for 127.0.0.1",
-    );
-    site.takes(
-        site.worker(&local)
-            .args(["--server-name", "rabbit.example"]),
-    );
-    site.takes(
-        site.worker(&local)
-            .env("QCONSUME_SERVER_NAME", "rabbit.example"),
-    );
+    site.refuses(site.worker(&site.url()), 78, "is for rabbit.example, not for 127.0.0.1");
+    site.takes(site.worker(&local).args(["--server-name", "rabbit.example"]));
+    site.takes(site.worker(&local).env("QCONSUME_SERVER_NAME", "rabbit.example"));
     site.takes(site.worker(&format!("{local}?server_name_indication=rabbit.example")));
     site.refuses(
         site.worker(&local).args(["--server-name", "other.example"]),
@@ -250,11 +221,7 @@ fn the_brokers_certificate_is_checked_for_the_name_that_was_asked_for() {
     );
     // A common name is no name.
     site.present(&identity(&site.ca, &[], named("localhost")));
-    site.refuses(
-        site.worker(&local),
-        78,
-        "is for no name at all (a common name alone doesn't count)",
-    );
+    site.refuses(site.worker(&local), 78, "is for no name at all (a common name alone doesn't count)");
 }
 
 #[test]
@@ -267,16 +234,10 @@ fn a_broker_that_cannot_be_trusted_is_refused_at_once() {
         78,
         "certificate is signed by an unknown issuer",
     );
-    ended
-        .assert_stderr("other-ca.pem")
-        .assert_stderr("--cacert");
+    ended.assert_stderr("other-ca.pem").assert_stderr("--cacert");
     // The system's CAs don't know the tests' one.
     if Path::new("/etc/ssl/certs/ca-certificates.crt").exists() {
-        site.refuses(
-            site.plain_worker(&url),
-            78,
-            "none of the system's CA certificates",
-        );
+        site.refuses(site.plain_worker(&url), 78, "none of the system's CA certificates");
     } else {
         missing("the system's CA certificates");
     }
@@ -301,13 +262,7 @@ fn a_broker_that_cannot_be_trusted_is_refused_at_once() {
                 params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
             }),
         ),
-        (
-            "is that of a CA itself",
-            Identity {
-                cert: site.ca.as_ref().pem(),
-                key: site.ca.key().serialize_pem(),
-            },
-        ),
+        ("is that of a CA itself", Identity { cert: site.ca.as_ref().pem(), key: site.ca.key().serialize_pem() }),
     ];
     for (text, server) in bad {
         site.present(&server);
@@ -316,14 +271,8 @@ fn a_broker_that_cannot_be_trusted_is_refused_at_once() {
     // Signed by nobody but itself, it is trusted by whoever names it.
     let key = KeyPair::generate().unwrap();
     let names = NAMES.map(str::to_owned);
-    let own = CertificateParams::new(names)
-        .unwrap()
-        .self_signed(&key)
-        .unwrap();
-    site.present(&Identity {
-        cert: own.pem(),
-        key: key.serialize_pem(),
-    });
+    let own = CertificateParams::new(names).unwrap().self_signed(&key).unwrap();
+    site.present(&Identity { cert: own.pem(), key: key.serialize_pem() });
     site.refuses(site.worker(&url), 78, "is signed by an unknown issuer");
     let own = site.write("own.pem", own.pem());
     site.takes(site.plain_worker(&url).arg("--cacert").arg(own));
@@ -333,11 +282,7 @@ fn a_broker_that_cannot_be_trusted_is_refused_at_once() {
 fn a_port_for_something_else_is_told_apart() {
     let site = site();
     let plain = format!("amqps://guest:guest@127.0.0.1:{}", site.broker.port());
-    site.refuses(
-        site.worker(&plain),
-        78,
-        "what answers isn't TLS: is the port right",
-    );
+    site.refuses(site.worker(&plain), 78, "what answers isn't TLS: is the port right");
     let crossed = format!("amqp://guest:guest@127.0.0.1:{}", site.tls.number());
     site.refuses(site.plain_worker(&crossed), 78, "amqps://");
 }
@@ -351,13 +296,7 @@ fn a_client_certificate_logs_in_where_no_password_is_given() {
     let both = site.write("both.pem", client.cert.clone() + &client.key);
     for port in [site.tls.number(), site.mutual.number()] {
         let url = format!("amqps://127.0.0.1:{port}");
-        site.takes(
-            site.worker(&url)
-                .arg("--cert")
-                .arg(&cert)
-                .arg("--key")
-                .arg(&key),
-        );
+        site.takes(site.worker(&url).arg("--cert").arg(&cert).arg("--key").arg(&key));
         site.takes(site.worker(&url).env("QCONSUME_CERT", &both));
     }
     // Told to.
@@ -369,25 +308,14 @@ fn a_client_certificate_logs_in_where_no_password_is_given() {
     );
     site.takes(site.worker(&url));
     // It isn't asked who it is: a wrong password is refused though the certificate is good.
-    let wrong = format!(
-        "amqps://guest:wrong-secret@127.0.0.1:{}",
-        site.mutual.number()
-    );
-    let ended = site.refuses(
-        site.worker(&wrong).env("QCONSUME_CERT", &both),
-        77,
-        "login of user \"guest\"",
-    );
+    let wrong = format!("amqps://guest:wrong-secret@127.0.0.1:{}", site.mutual.number());
+    let ended = site.refuses(site.worker(&wrong).env("QCONSUME_CERT", &both), 77, "login of user \"guest\"");
     assert!(!ended.stderr.contains("wrong-secret"), "{}", ended.stderr);
     // A certificate for a user that isn't there.
     let stranger = identity(&site.ca, &[], named("stranger"));
     let stranger = site.write("stranger.pem", stranger.cert + &stranger.key);
     let url = format!("amqps://127.0.0.1:{}", site.mutual.number());
-    site.refuses(
-        site.worker(&url).env("QCONSUME_CERT", stranger),
-        77,
-        "by client certificate (EXTERNAL)",
-    );
+    site.refuses(site.worker(&url).env("QCONSUME_CERT", stranger), 77, "by client certificate (EXTERNAL)");
 }
 
 #[test]
@@ -402,16 +330,9 @@ fn a_broker_without_external_is_no_reason_to_try_again() {
     offer("['PLAIN', 'AMQPLAIN']");
     let url = format!("amqps://127.0.0.1:{}", site.mutual.number());
     let queue = site.broker.queue("tls");
-    let ended = site
-        .worker(&url)
-        .env("QCONSUME_CERT", client)
-        .queue(queue.name())
-        .args(["--", "cat"])
-        .run();
+    let ended = site.worker(&url).env("QCONSUME_CERT", client).queue(queue.name()).args(["--", "cat"]).run();
     offer("['PLAIN', 'AMQPLAIN', 'EXTERNAL']");
-    ended
-        .assert_status(78)
-        .assert_stderr("rabbitmq_auth_mechanism_ssl");
+    ended.assert_status(78).assert_stderr("rabbitmq_auth_mechanism_ssl");
     assert!(!ended.stderr.contains("trying again"), "{}", ended.stderr);
 }
 
@@ -423,16 +344,8 @@ fn keys_are_read_in_all_their_forms() {
     }
     let site = site();
     let openssl = |arguments: &[&str]| {
-        let ran = Command::new("openssl")
-            .args(arguments)
-            .current_dir(&site.folder)
-            .output()
-            .unwrap();
-        assert!(
-            ran.status.success(),
-            "{}",
-            String::from_utf8_lossy(&ran.stderr)
-        );
+        let ran = Command::new("openssl").args(arguments).current_dir(&site.folder).output().unwrap();
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
     };
     let url = format!("amqps://127.0.0.1:{}", site.mutual.number());
     let client = identity(&site.ca, &[], named("worker"));
@@ -440,25 +353,8 @@ fn keys_are_read_in_all_their_forms() {
     site.write("ec.key", &client.key);
     openssl(&["ec", "-in", "ec.key", "-out", "sec1.key"]);
     openssl(&["genrsa", "-traditional", "-out", "pkcs1.key", "2048"]);
-    openssl(&[
-        "pkcs8",
-        "-topk8",
-        "-nocrypt",
-        "-in",
-        "pkcs1.key",
-        "-out",
-        "rsa.key",
-    ]);
-    openssl(&[
-        "pkcs8",
-        "-topk8",
-        "-in",
-        "ec.key",
-        "-passout",
-        "pass:words",
-        "-out",
-        "locked.key",
-    ]);
+    openssl(&["pkcs8", "-topk8", "-nocrypt", "-in", "pkcs1.key", "-out", "rsa.key"]);
+    openssl(&["pkcs8", "-topk8", "-in", "ec.key", "-passout", "pass:words", "-out", "locked.key"]);
     openssl(&["x509", "-in", "ec.pem", "-outform", "der", "-out", "ec.der"]);
     let rsa = KeyPair::from_pem(&fs::read_to_string(site.file("rsa.key")).unwrap()).unwrap();
     let mut params = CertificateParams::default();
@@ -475,58 +371,21 @@ fn keys_are_read_in_all_their_forms() {
         let worker = site.worker(&url).arg("--cert").arg(site.file(cert));
         site.takes(worker.arg("--key").arg(site.file(key)));
     }
-    let worker = |key: &str| {
-        site.worker(&url)
-            .arg("--cert")
-            .arg(site.file("ec.pem"))
-            .arg("--key")
-            .arg(site.file(key))
-    };
-    site.refuses(
-        worker("locked.key"),
-        78,
-        "locked.key is encrypted with a passphrase",
-    );
-    site.refuses(
-        worker("rsa.key"),
-        78,
-        "is not the one of the client certificate",
-    );
+    let worker = |key: &str| site.worker(&url).arg("--cert").arg(site.file("ec.pem")).arg("--key").arg(site.file(key));
+    site.refuses(worker("locked.key"), 78, "locked.key is encrypted with a passphrase");
+    site.refuses(worker("rsa.key"), 78, "is not the one of the client certificate");
     let der = site.worker(&url).arg("--cacert").arg(site.file("ec.der"));
     site.refuses(der, 78, "looks like DER");
 
     // What rustls doesn't take is said in words.
-    openssl(&[
-        "ecparam",
-        "-name",
-        "secp521r1",
-        "-genkey",
-        "-noout",
-        "-out",
-        "p521.key",
-    ]);
+    openssl(&["ecparam", "-name", "secp521r1", "-genkey", "-noout", "-out", "p521.key"]);
     let subject = ["-subj", "/CN=worker"];
-    openssl(
-        &[
-            &["req", "-x509", "-key", "p521.key", "-out", "p521.pem"][..],
-            &subject,
-        ]
-        .concat(),
-    );
-    openssl(
-        &[
-            &["req", "-new", "-key", "rsa.key", "-out", "v1.csr"][..],
-            &subject,
-        ]
-        .concat(),
-    );
-    openssl(&[
-        "x509", "-req", "-in", "v1.csr", "-signkey", "rsa.key", "-out", "v1.pem",
-    ]);
-    for (cert, key, says) in [
-        ("p521.pem", "p521.key", "P-521 is not supported"),
-        ("v1.pem", "rsa.key", "X.509 version 1"),
-    ] {
+    openssl(&[&["req", "-x509", "-key", "p521.key", "-out", "p521.pem"][..], &subject].concat());
+    openssl(&[&["req", "-new", "-key", "rsa.key", "-out", "v1.csr"][..], &subject].concat());
+    openssl(&["x509", "-req", "-in", "v1.csr", "-signkey", "rsa.key", "-out", "v1.pem"]);
+    for (cert, key, says) in
+        [("p521.pem", "p521.key", "P-521 is not supported"), ("v1.pem", "rsa.key", "X.509 version 1")]
+    {
         let worker = site.worker(&url).arg("--cert").arg(site.file(cert));
         site.refuses(worker.arg("--key").arg(site.file(key)), 78, says);
     }
@@ -546,21 +405,9 @@ fn a_broker_that_refuses_the_client_is_not_asked_again() {
     });
     let old = site.write("old.pem", old.cert + &old.key);
     let with_password = format!("amqps://guest:guest@127.0.0.1:{}", site.mutual.number());
-    site.refuses(
-        site.worker(&with_password),
-        78,
-        "without a client certificate",
-    );
-    site.refuses(
-        site.worker(&url).arg("--cert").arg(foreign),
-        78,
-        "foreign.pem: it is signed by none of the CAs",
-    );
-    site.refuses(
-        site.worker(&url).arg("--cert").arg(old),
-        78,
-        "old.pem: it has expired",
-    );
+    site.refuses(site.worker(&with_password), 78, "without a client certificate");
+    site.refuses(site.worker(&url).arg("--cert").arg(foreign), 78, "foreign.pem: it is signed by none of the CAs");
+    site.refuses(site.worker(&url).arg("--cert").arg(old), 78, "old.pem: it has expired");
 }
 
 /// Without a broker: files are read before anything is connected, or this would end with 69.
@@ -586,58 +433,22 @@ fn files_are_read_before_the_broker_is_touched() {
     let garbled = file("garbled.pem", &client.cert.replace('M', "!"));
     let not_there = folder.join("not-there").display().to_string();
     let table: &[(&[&str], i32, &str)] = &[
-        (
-            &["--cacert", &not_there],
-            78,
-            "not-there can't be read: No such file",
-        ),
-        (
-            &["--cacert", &folder.display().to_string()],
-            78,
-            "can't be read: Is a directory",
-        ),
+        (&["--cacert", &not_there], 78, "not-there can't be read: No such file"),
+        (&["--cacert", &folder.display().to_string()], 78, "can't be read: Is a directory"),
         (&["--cacert", &text], 78, "it isn't PEM"),
         (&["--cacert", &empty], 78, "the file is empty"),
-        (
-            &["--cacert", &key],
-            78,
-            "the PEM in it is of something else",
-        ),
-        (
-            &["--cacert", &cut],
-            78,
-            "is damaged PEM: its end is missing",
-        ),
-        (
-            &["--cacert", &garbled],
-            78,
-            "is damaged PEM: its base64 can't be decoded",
-        ),
-        (
-            &["--cert", &cert, "--key", &other_key],
-            78,
-            "is not the one of the client certificate",
-        ),
+        (&["--cacert", &key], 78, "the PEM in it is of something else"),
+        (&["--cacert", &cut], 78, "is damaged PEM: its end is missing"),
+        (&["--cacert", &garbled], 78, "is damaged PEM: its base64 can't be decoded"),
+        (&["--cert", &cert, "--key", &other_key], 78, "is not the one of the client certificate"),
         (&["--cert", &cert, "--key", &not_there], 78, "the key "),
         (&["--cert", &cert, "--key", &text], 78, "there is no key in"),
-        (
-            &["--cert", &cert, "--key", &cert],
-            78,
-            "the PEM in it is of something else",
-        ),
+        (&["--cert", &cert, "--key", &cert], 78, "the PEM in it is of something else"),
         (&["--cert", &cert, "--key", &cut_key], 78, "is damaged PEM"),
         (&["--cert", &cert], 78, "name its file with --key"),
-        (
-            &["--cert", &text, "--key", &key],
-            78,
-            "there is no client certificate in",
-        ),
+        (&["--cert", &text, "--key", &key], 78, "there is no client certificate in"),
         (&["--key", &key], 64, "no client certificate: --cert"),
-        (
-            &["--server-name", "no name"],
-            64,
-            "is neither a DNS name nor an IP address",
-        ),
+        (&["--server-name", "no name"], 64, "is neither a DNS name nor an IP address"),
     ];
     for (arguments, status, text) in table {
         let mut worker = qconsume().url("amqps://127.0.0.1:1").queue("q");
@@ -645,10 +456,7 @@ fn files_are_read_before_the_broker_is_touched() {
             worker = worker.args(["--cacert", &good]);
         }
         // That there is no such command is found out later.
-        let ended = worker
-            .args(*arguments)
-            .args(["--", "no-such-command"])
-            .run();
+        let ended = worker.args(*arguments).args(["--", "no-such-command"]).run();
         ended.assert_status(*status).assert_stderr(text);
         assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
         for secret in ["secret words", &client.key[40..60]] {

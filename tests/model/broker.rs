@@ -35,12 +35,7 @@ pub struct Message {
 }
 
 impl Message {
-    pub const NEW: Self = Self {
-        place: Place::Ready,
-        count: 0,
-        done: false,
-        blamed: false,
-    };
+    pub const NEW: Self = Self { place: Place::Ready, count: 0, done: false, blamed: false };
 
     fn requeue(&mut self, kind: Kind, counted: bool) {
         self.place = Place::Ready;
@@ -110,10 +105,7 @@ pub struct Link {
 
 impl Link {
     pub fn registered() -> Self {
-        Self {
-            consumer: true,
-            ..Self::default()
-        }
+        Self { consumer: true, ..Self::default() }
     }
 
     /// Writes to the broker: into nothing where the connection is lost.

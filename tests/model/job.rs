@@ -27,12 +27,7 @@ pub struct Job {
 impl Job {
     /// One completion a message.
     pub fn new(completions: u8) -> Self {
-        Self {
-            completions,
-            succeeded: 0,
-            failed: 0,
-            status: JobStatus::Active,
-        }
+        Self { completions, succeeded: 0, failed: 0, status: JobStatus::Active }
     }
 
     pub fn is_active(&self) -> bool {

@@ -140,22 +140,14 @@ fn dead_letters_that_count_as_done() {
 #[test]
 fn two_faults() {
     for kind in [Kind::Classic, Kind::Quorum43] {
-        let system = System {
-            faults: 2,
-            failures: 0,
-            ..System::new(kind)
-        };
+        let system = System { faults: 2, failures: 0, ..System::new(kind) };
         check(&format!("{kind:?}, two faults"), system);
     }
 }
 
 #[test]
 fn three_workers() {
-    let system = System {
-        workers: 3,
-        failures: 0,
-        ..System::new(Kind::Quorum43)
-    };
+    let system = System { workers: 3, failures: 0, ..System::new(Kind::Quorum43) };
     check("quorum 4.3, three workers", system);
 }
 
@@ -196,11 +188,7 @@ fn without_circle(system: &System) -> Result<usize, Box<State>> {
 
 /// Enough for every seeded bug.
 fn small(kind: Kind, bug: Option<Bug>) -> System {
-    System {
-        messages: 2,
-        bug,
-        ..System::new(kind)
-    }
+    System { messages: 2, bug, ..System::new(kind) }
 }
 
 /// Each property fails when it should.
@@ -227,10 +215,7 @@ fn seeded_bugs_are_found() {
             panic!("{bug:?} on {kind:?} doesn't break \"{property}\"");
         };
         let steps = path.into_actions();
-        println!(
-            "{bug:?}, {kind:?}: \"{property}\" broken in {} steps: {steps:?}",
-            steps.len()
-        );
+        println!("{bug:?}, {kind:?}: \"{property}\" broken in {} steps: {steps:?}", steps.len());
     }
     for property in small(Classic, None).properties() {
         let bites = seeded.iter().any(|(_, _, broken)| *broken == property.name);

@@ -18,13 +18,10 @@ pub const NO_DEADLOCK: &str = "nobody waits for ever";
 
 /// Statuses and removed messages of the workers that have ended and that the Job controller hasn't seen yet.
 fn ended(state: &State) -> impl Iterator<Item = (u8, Option<Id>)> {
-    state
-        .workers
-        .iter()
-        .filter_map(|worker| match worker.phase {
-            Phase::Ended(status, removed) => Some((status, removed)),
-            _ => None,
-        })
+    state.workers.iter().filter_map(|worker| match worker.phase {
+        Phase::Ended(status, removed) => Some((status, removed)),
+        _ => None,
+    })
 }
 
 fn any(state: &State, place: Place) -> bool {
@@ -54,9 +51,7 @@ fn done_first(_: &System, state: &State) -> bool {
 
 fn accounted(_: &System, state: &State) -> bool {
     let acknowledged = |id: Id| state.queue.0[usize::from(id)].place == Place::Acknowledged;
-    ended(state).all(|(status, removed)| {
-        matches!(status, 0 | 75 | KILLED) || !removed.is_some_and(acknowledged)
-    })
+    ended(state).all(|(status, removed)| matches!(status, 0 | 75 | KILLED) || !removed.is_some_and(acknowledged))
 }
 
 fn unblamed(_: &System, state: &State) -> bool {
@@ -67,8 +62,7 @@ fn unblamed(_: &System, state: &State) -> bool {
 /// place of another.
 fn processed(system: &System, state: &State) -> bool {
     let dead_is_done = system.policy.reject_exit_code == Some(0);
-    let processed =
-        |message: &&Message| message.done || dead_is_done && message.place == Place::DeadLettered;
+    let processed = |message: &&Message| message.done || dead_is_done && message.place == Place::DeadLettered;
     let missing = state.queue.0.len() - state.queue.0.iter().filter(processed).count();
     state.job.status != JobStatus::Complete || missing <= state.forgotten.into()
 }

@@ -166,10 +166,7 @@ impl State {
     /// Runs `step` on the queue and one connection.
     fn at(&mut self, at: At, step: impl FnOnce(&mut Queue, &mut Link)) {
         match at {
-            At::Worker(w) => step(
-                &mut self.queue,
-                self.workers[w].link.as_mut().expect("a link"),
-            ),
+            At::Worker(w) => step(&mut self.queue, self.workers[w].link.as_mut().expect("a link")),
             At::Left(i) => step(&mut self.queue, &mut self.left[i]),
         }
     }
@@ -178,12 +175,7 @@ impl State {
         let workers = self.workers.iter().enumerate();
         workers
             .filter_map(|(w, worker)| Some((At::Worker(w), worker.link.as_ref()?)))
-            .chain(
-                self.left
-                    .iter()
-                    .enumerate()
-                    .map(|(i, it)| (At::Left(i), it)),
-            )
+            .chain(self.left.iter().enumerate().map(|(i, it)| (At::Left(i), it)))
     }
 
     /// Whether the Job is over and all of its pods are gone.

@@ -109,12 +109,7 @@ fn verdict(system: &System, run: Run, outcome: Outcome, still_owned: bool) -> Ve
             };
         }
     };
-    let result = CommandResult {
-        ended,
-        stop,
-        still_owned,
-        failures_before: run.failures.map(u64::from),
-    };
+    let result = CommandResult { ended, stop, still_owned, failures_before: run.failures.map(u64::from) };
     let mut verdict = decide(result, &system.policy);
     match system.bug {
         Some(Bug::TrustUnconfirmed) => verdict.exit_code_if_unconfirmed = verdict.exit_code,
@@ -134,11 +129,7 @@ pub struct Worker {
 
 impl Worker {
     pub fn new(phase: Phase) -> Self {
-        Self {
-            phase,
-            link: None,
-            told: false,
-        }
+        Self { phase, link: None, told: false }
     }
 
     fn link(&mut self) -> &mut Link {
@@ -217,9 +208,7 @@ impl Worker {
             }
             // The command is stopped.
             Phase::Running(run) => verdict(system, run, Outcome::Stopped, false).exit_code,
-            Phase::Settling(it) => {
-                verdict(system, it.run, it.outcome, true).exit_code_if_unconfirmed
-            }
+            Phase::Settling(it) => verdict(system, it.run, it.outcome, true).exit_code_if_unconfirmed,
             _ => TERMINATED,
         };
         self.end(status, politely);
@@ -235,12 +224,7 @@ impl Worker {
             Outcome::NotStarted => self.link().ran = None,
             _ => {}
         }
-        self.phase = Phase::Settling(Settling {
-            run,
-            outcome,
-            step: 0,
-            cancelled: false,
-        });
+        self.phase = Phase::Settling(Settling { run, outcome, step: 0, cancelled: false });
         self.go_on(system);
     }
 
@@ -291,11 +275,7 @@ impl Worker {
         let reply = self.link().to_worker.remove(0);
         match (&mut self.phase, reply) {
             (Phase::Waiting, Reply::Deliver { id, failures }) => {
-                self.phase = Phase::Running(Run {
-                    id,
-                    failures,
-                    stopped: false,
-                });
+                self.phase = Phase::Running(Run { id, failures, stopped: false });
                 self.link().ran = Some(id);
                 if system.bug == Some(Bug::AckFirst) {
                     self.link().write(Request::Ack(id));

@@ -63,8 +63,7 @@ impl Parameters {
             }
             seen.push(key);
             // With amqp://, `ssl=true` or `ssl_options` asks pika and kombu for TLS: that must not become plain text.
-            let asks_for_tls =
-                key.starts_with("ssl") && !matches!(value, "false" | "False" | "0" | "");
+            let asks_for_tls = key.starts_with("ssl") && !matches!(value, "false" | "False" | "0" | "");
             if asks_for_tls && !tls {
                 return error(format!("{name} needs TLS: an amqps:// URL"));
             }

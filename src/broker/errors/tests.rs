@@ -3,27 +3,15 @@
 use super::*;
 
 fn meaning(code: u16, text: &str) -> Meaning {
-    Refusal {
-        code,
-        text: text.to_owned(),
-    }
-    .meaning()
+    Refusal { code, text: text.to_owned() }.meaning()
 }
 
 #[test]
 fn texts_of_rabbitmq_and_lavinmq() {
     for (code, text, expected) in [
         // RabbitMQ 3.10 to 4.3
-        (
-            530,
-            "NOT_ALLOWED - vhost nowhere not found",
-            Meaning::Missing,
-        ),
-        (
-            530,
-            "NOT_ALLOWED - access to vhost 'limits' refused for user 'guest'",
-            Meaning::NotPermitted,
-        ),
+        (530, "NOT_ALLOWED - vhost nowhere not found", Meaning::Missing),
+        (530, "NOT_ALLOWED - access to vhost 'limits' refused for user 'guest'", Meaning::NotPermitted),
         (
             530,
             "NOT_ALLOWED - access to vhost '/' refused for user 'guest': connection limit (0) is reached",
@@ -39,47 +27,19 @@ fn texts_of_rabbitmq_and_lavinmq() {
             "NOT_ALLOWED - number of channels opened for user 'guest' has reached the maximum allowed user limit of (0)",
             Meaning::Limit,
         ),
-        (
-            404,
-            "NOT_FOUND - no queue 'q' in vhost '/'",
-            Meaning::Missing,
-        ),
+        (404, "NOT_FOUND - no queue 'q' in vhost '/'", Meaning::Missing),
         (
             404,
             "NOT_FOUND - home node 'rabbit@a' of durable queue 'q' in vhost '/' is down or inaccessible",
             Meaning::QueueDown,
         ),
-        (
-            404,
-            "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor",
-            Meaning::QueueDown,
-        ),
-        (
-            404,
-            "NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout",
-            Meaning::QueueDown,
-        ),
+        (404, "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor", Meaning::QueueDown),
+        (404, "NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout", Meaning::QueueDown),
         // A long name pushes the end out of the text.
-        (
-            404,
-            "NOT_FOUND - home node 'rabbit@a' of durable queue 'qqqqqqqqqqqqqqqq",
-            Meaning::QueueDown,
-        ),
-        (
-            403,
-            "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use",
-            Meaning::ExclusiveConsumer,
-        ),
-        (
-            403,
-            "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'",
-            Meaning::NotPermitted,
-        ),
-        (
-            403,
-            "ACCESS_REFUSED - read access to queue 'q' in vhost '/' refused for user 'u'",
-            Meaning::NotPermitted,
-        ),
+        (404, "NOT_FOUND - home node 'rabbit@a' of durable queue 'qqqqqqqqqqqqqqqq", Meaning::QueueDown),
+        (403, "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use", Meaning::ExclusiveConsumer),
+        (403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'", Meaning::NotPermitted),
+        (403, "ACCESS_REFUSED - read access to queue 'q' in vhost '/' refused for user 'u'", Meaning::NotPermitted),
         (
             405,
             "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'q' in vhost '/'",
@@ -100,30 +60,14 @@ fn texts_of_rabbitmq_and_lavinmq() {
             "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: 60000 ms.",
             Meaning::AckTimeout,
         ),
-        (
-            406,
-            "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000",
-            Meaning::TooLarge,
-        ),
+        (406, "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000", Meaning::TooLarge),
         (540, "NOT_IMPLEMENTED - whatever", Meaning::NotImplemented),
         (541, "INTERNAL_ERROR", Meaning::Other),
-        (
-            320,
-            "CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'",
-            Meaning::Other,
-        ),
+        (320, "CONNECTION_FORCED - broker forced connection closure with reason 'shutdown'", Meaning::Other),
         // LavinMQ 2.9
         (404, "NOT_FOUND - Queue 'q' doesn't exist", Meaning::Missing),
-        (
-            406,
-            "PRECONDITION_FAILED - Server low on disk space",
-            Meaning::Other,
-        ),
-        (
-            406,
-            "PRECONDITION_FAILED - consumer timeout",
-            Meaning::AckTimeout,
-        ),
+        (406, "PRECONDITION_FAILED - Server low on disk space", Meaning::Other),
+        (406, "PRECONDITION_FAILED - consumer timeout", Meaning::AckTimeout),
         // amqproxy 3.1
         (500, "UPSTREAM_ERROR", Meaning::Other),
         (0, "", Meaning::Other),
@@ -150,26 +94,12 @@ fn names_do_not_change_what_a_text_means() {
         "NO - x",
     ] {
         for (code, text, expected) in [
-            (
-                530,
-                format!("NOT_ALLOWED - access to vhost '{name}' refused for user '{name}'"),
-                Meaning::NotPermitted,
-            ),
-            (
-                530,
-                format!("NOT_ALLOWED - vhost {name} not found"),
-                Meaning::Missing,
-            ),
-            (
-                404,
-                format!("NOT_FOUND - no queue '{name}' in vhost '{name}'"),
-                Meaning::Missing,
-            ),
+            (530, format!("NOT_ALLOWED - access to vhost '{name}' refused for user '{name}'"), Meaning::NotPermitted),
+            (530, format!("NOT_ALLOWED - vhost {name} not found"), Meaning::Missing),
+            (404, format!("NOT_FOUND - no queue '{name}' in vhost '{name}'"), Meaning::Missing),
             (
                 403,
-                format!(
-                    "ACCESS_REFUSED - access to queue '{name}' in vhost '{name}' refused for user '{name}'"
-                ),
+                format!("ACCESS_REFUSED - access to queue '{name}' in vhost '{name}' refused for user '{name}'"),
                 Meaning::NotPermitted,
             ),
             (
@@ -187,13 +117,7 @@ fn names_do_not_change_what_a_text_means() {
 
 #[test]
 fn an_unknown_code_keeps_its_text() {
-    let refusal = |code, text: &str| {
-        Refusal {
-            code,
-            text: text.to_owned(),
-        }
-        .to_string()
-    };
+    let refusal = |code, text: &str| Refusal { code, text: text.to_owned() }.to_string();
     assert_eq!(refusal(0, ""), "reply code 0");
     assert_eq!(refusal(0, "upstream gone"), "upstream gone (reply code 0)");
     assert_eq!(refusal(500, "UPSTREAM_ERROR"), "UPSTREAM_ERROR");

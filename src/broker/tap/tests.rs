@@ -15,11 +15,7 @@ fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
 fn nested(levels: usize, kind: u8) -> Vec<u8> {
     let mut value = vec![b'V'];
     for _ in 0..levels {
-        let inner = if kind == b'F' {
-            [&[1, b'k'][..], &value].concat()
-        } else {
-            value
-        };
+        let inner = if kind == b'F' { [&[1, b'k'][..], &value].concat() } else { value };
         value = [&[kind][..], &(inner.len() as u32).to_be_bytes(), &inner].concat();
     }
     let table = [&[1, b'h'][..], &value].concat();
@@ -32,10 +28,7 @@ fn nested(levels: usize, kind: u8) -> Vec<u8> {
 fn observe(frames: &[Vec<u8>], piece: usize) -> (Observed, io::Result<()>) {
     let observed = Arc::default();
     let mut tap = Tap::new(131_072, Arc::clone(&observed));
-    let result = frames
-        .concat()
-        .chunks(piece)
-        .try_for_each(|piece| tap.observe(piece));
+    let result = frames.concat().chunks(piece).try_for_each(|piece| tap.observe(piece));
     drop(tap);
     let observed = Arc::into_inner(observed).unwrap();
     (observed.into_inner().unwrap(), result)
@@ -65,10 +58,7 @@ fn what_the_broker_says_is_noted_however_it_is_cut() {
 
 #[test]
 fn a_close_is_noted_though_its_text_is_cut_within_a_character() {
-    for close in [
-        b"\0\x14\0\x28\x01\x94\x05q\xc3...\0\0\0\0",
-        b"\0\x0a\0\x32\x01\x94\x05q\xc3...\0\0\0\0",
-    ] {
+    for close in [b"\0\x14\0\x28\x01\x94\x05q\xc3...\0\0\0\0", b"\0\x0a\0\x32\x01\x94\x05q\xc3...\0\0\0\0"] {
         let (seen, result) = observe(&[frame(METHOD, close)], 64);
         result.unwrap();
         let closed = seen.closed.unwrap();

@@ -64,10 +64,7 @@ impl Fake {
 
 impl Process for Fake {
     async fn ended(&mut self) -> Ended {
-        let end = [self.ends_at, *self.dying.borrow()]
-            .into_iter()
-            .flatten()
-            .min_by_key(|(at, _)| *at);
+        let end = [self.ends_at, *self.dying.borrow()].into_iter().flatten().min_by_key(|(at, _)| *at);
         match end {
             Some((at, ended)) => {
                 sleep_until(at).await;
@@ -86,9 +83,7 @@ impl Process for Fake {
     }
 
     fn kill_left(&self) -> bool {
-        self.left_killed
-            .borrow_mut()
-            .push(self.started.elapsed().as_secs());
+        self.left_killed.borrow_mut().push(self.started.elapsed().as_secs());
         self.left_lives.set(self.left_lives.get() - 1);
         if self.left_lives.get() == 0 {
             self.left.set(0);
@@ -105,32 +100,19 @@ impl Process for Fake {
     }
 
     fn signal(&self, target: Target, signal: Signal) {
-        self.seen
-            .borrow_mut()
-            .push((target, signal, self.started.elapsed()));
+        self.seen.borrow_mut().push((target, signal, self.started.elapsed()));
         let delay = match signal {
             Signal::SIGKILL => Some(Duration::ZERO),
-            _ => self
-                .dies_of
-                .iter()
-                .find(|(s, _)| *s == signal)
-                .map(|(_, delay)| *delay),
+            _ => self.dies_of.iter().find(|(s, _)| *s == signal).map(|(_, delay)| *delay),
         };
         if let Some(delay) = delay {
-            self.dying
-                .borrow_mut()
-                .get_or_insert((Instant::now() + delay, Ended::Killed(signal as i32)));
+            self.dying.borrow_mut().get_or_insert((Instant::now() + delay, Ended::Killed(signal as i32)));
         }
     }
 }
 
 fn limits() -> Limits {
-    Limits {
-        timeout: None,
-        kill_after: 10 * SECOND,
-        grace: None,
-        on_lost: OnLost::Terminate,
-    }
+    Limits { timeout: None, kill_after: 10 * SECOND, grace: None, on_lost: OnLost::Terminate }
 }
 
 /// Signals that arrive at these times.
@@ -145,10 +127,7 @@ fn signals_from(from_terminal: bool, at: &[(u64, Signal)]) -> Signals {
         let start = Instant::now();
         for (seconds, signal) in at {
             sleep_until(start + seconds as u32 * SECOND).await;
-            let _ = sender.send(Received {
-                signal,
-                from_terminal,
-            });
+            let _ = sender.send(Received { signal, from_terminal });
         }
         pending::<()>().await;
     });
@@ -168,14 +147,7 @@ fn never() -> impl Future<Output = &'static str> {
 async fn a_command_that_ends_by_itself_is_left_alone() {
     let mut process = Fake::new(&[]).ending(3600 * SECOND, Ended::Exited(3));
     let outcome = supervise(&mut process, &limits(), &mut signals(&[]), never()).await;
-    assert_eq!(
-        outcome,
-        Supervised {
-            ended: Ended::Exited(3),
-            stop: None,
-            lost: None
-        }
-    );
+    assert_eq!(outcome, Supervised { ended: Ended::Exited(3), stop: None, lost: None });
     assert_eq!(process.signals(), []);
 }
 
@@ -186,29 +158,15 @@ async fn a_signal_is_forwarded_and_without_grace_nothing_kills() {
     let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(outcome.ended, Ended::Killed(15));
-    assert_eq!(
-        process.signals(),
-        [
-            (Target::Group, Signal::SIGTERM, 5),
-            (Target::Group, Signal::SIGINT, 7)
-        ]
-    );
+    assert_eq!(process.signals(), [(Target::Group, Signal::SIGTERM, 5), (Target::Group, Signal::SIGINT, 7)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_signal_then_kill_after_grace() {
     let mut process = Fake::new(&[]);
-    let limits = Limits {
-        grace: Some(4 * SECOND),
-        ..limits()
-    };
-    let outcome = supervise(
-        &mut process,
-        &limits,
-        &mut signals(&[(5, Signal::SIGHUP), (8, Signal::SIGTERM)]),
-        never(),
-    )
-    .await;
+    let limits = Limits { grace: Some(4 * SECOND), ..limits() };
+    let outcome =
+        supervise(&mut process, &limits, &mut signals(&[(5, Signal::SIGHUP), (8, Signal::SIGTERM)]), never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(1)));
     assert_eq!(outcome.ended, Ended::Killed(9));
     assert_eq!(
@@ -229,42 +187,24 @@ async fn the_user_signals_reach_the_command_alone_and_end_nothing() {
     let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
     assert_eq!(outcome.stop, None);
     assert_eq!(outcome.ended, Ended::Exited(0));
-    assert_eq!(
-        process.signals(),
-        [
-            (Target::Leader, Signal::SIGUSR1, 1),
-            (Target::Leader, Signal::SIGWINCH, 2)
-        ]
-    );
+    assert_eq!(process.signals(), [(Target::Leader, Signal::SIGUSR1, 1), (Target::Leader, Signal::SIGWINCH, 2)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_time_limit_terminates_then_kills() {
     let mut process = Fake::new(&[]);
-    let limits = Limits {
-        timeout: Some(60 * SECOND),
-        ..limits()
-    };
+    let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
     let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
     assert_eq!(outcome.stop, Some(StopReason::TimeLimit));
     assert_eq!(outcome.ended, Ended::Killed(9));
-    assert_eq!(
-        process.signals(),
-        [
-            (Target::Group, Signal::SIGTERM, 60),
-            (Target::Group, Signal::SIGKILL, 70)
-        ]
-    );
+    assert_eq!(process.signals(), [(Target::Group, Signal::SIGTERM, 60), (Target::Group, Signal::SIGKILL, 70)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_first_of_signal_and_time_limit_counts() {
     for (signal_at, first) in [(59, StopReason::Signal(15)), (61, StopReason::TimeLimit)] {
         let mut process = Fake::new(&[(Signal::SIGTERM, 5 * SECOND)]);
-        let limits = Limits {
-            timeout: Some(60 * SECOND),
-            ..limits()
-        };
+        let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
         let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
         let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
         assert_eq!(outcome.stop, Some(first));
@@ -274,10 +214,7 @@ async fn the_first_of_signal_and_time_limit_counts() {
 #[tokio::test(start_paused = true)]
 async fn a_command_that_ends_at_the_very_limit_has_kept_it() {
     let mut process = Fake::new(&[]).ending(60 * SECOND, Ended::Exited(0));
-    let limits = Limits {
-        timeout: Some(60 * SECOND),
-        ..limits()
-    };
+    let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
     let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
     assert_eq!(outcome.stop, None);
     assert_eq!(process.signals(), []);
@@ -289,18 +226,12 @@ async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
         (
             OnLost::Terminate,
             Ended::Killed(9),
-            vec![
-                (Target::Group, Signal::SIGTERM, 5),
-                (Target::Group, Signal::SIGKILL, 15),
-            ],
+            vec![(Target::Group, Signal::SIGTERM, 5), (Target::Group, Signal::SIGKILL, 15)],
         ),
         (OnLost::Finish, Ended::Exited(0), vec![]),
     ] {
         let mut process = Fake::new(&[]).ending(100 * SECOND, Ended::Exited(0));
-        let limits = Limits {
-            on_lost,
-            ..limits()
-        };
+        let limits = Limits { on_lost, ..limits() };
         let outcome = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
         assert_eq!(outcome.lost, Some("the connection broke"));
         assert_eq!(outcome.ended, ended);
@@ -311,13 +242,7 @@ async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
 #[tokio::test(start_paused = true)]
 async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(0));
-    let outcome = supervise(
-        &mut process,
-        &limits(),
-        &mut signals(&[]),
-        ready("the channel was closed"),
-    )
-    .await;
+    let outcome = supervise(&mut process, &limits(), &mut signals(&[]), ready("the channel was closed")).await;
     assert_eq!(outcome.lost, Some("the channel was closed"));
 }
 
@@ -325,10 +250,7 @@ async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
 async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(3));
     let (sender, mut receiver) = mpsc::unbounded_channel();
-    let received = Received {
-        signal: Signal::SIGTERM,
-        from_terminal: false,
-    };
+    let received = Received { signal: Signal::SIGTERM, from_terminal: false };
     sender.send(received).unwrap();
     let outcome = supervise(&mut process, &limits(), &mut receiver, never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
@@ -338,10 +260,7 @@ async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
 #[tokio::test(start_paused = true)]
 async fn the_time_limit_ends_a_command_that_was_signalled_without_grace() {
     let mut process = Fake::new(&[]);
-    let limits = Limits {
-        timeout: Some(60 * SECOND),
-        ..limits()
-    };
+    let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
     let mut signals = signals(&[(50, Signal::SIGTERM)]);
     let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
@@ -385,24 +304,12 @@ async fn the_sooner_of_grace_and_kill_after_kills() {
 #[tokio::test(start_paused = true)]
 async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
     for (signal_at, stop, last) in [
-        (
-            8,
-            StopReason::Signal(15),
-            (Target::Group, Signal::SIGKILL, 10),
-        ),
-        (
-            100,
-            StopReason::TimeLimit,
-            (Target::Group, Signal::SIGKILL, 70),
-        ),
+        (8, StopReason::Signal(15), (Target::Group, Signal::SIGKILL, 10)),
+        (100, StopReason::TimeLimit, (Target::Group, Signal::SIGKILL, 70)),
     ] {
         let mut process = Fake::new(&[]);
-        let limits = Limits {
-            timeout: Some(60 * SECOND),
-            grace: Some(2 * SECOND),
-            on_lost: OnLost::Finish,
-            ..limits()
-        };
+        let limits =
+            Limits { timeout: Some(60 * SECOND), grace: Some(2 * SECOND), on_lost: OnLost::Finish, ..limits() };
         let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
         let outcome = supervise(&mut process, &limits, &mut signals, lost_after(5)).await;
         assert_eq!(outcome.lost, Some("the connection broke"));
@@ -414,10 +321,7 @@ async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
 #[tokio::test(start_paused = true)]
 async fn every_request_to_stop_wakes_a_stopped_command() {
     let mut process = Fake::new(&[]);
-    let limits = Limits {
-        timeout: Some(60 * SECOND),
-        ..limits()
-    };
+    let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
     let mut signals = signals(&[(5, Signal::SIGINT), (6, Signal::SIGUSR1)]);
     supervise(&mut process, &limits, &mut signals, lost_after(7)).await;
     let woken: Vec<u64> = process
@@ -449,16 +353,9 @@ async fn a_command_that_does_not_stop_is_mentioned_at_growing_intervals() {
         ))
     );
     let mut process = Fake::new(&[]);
-    let limits = Limits {
-        kill_after: 12 * SECOND,
-        timeout: Some(SECOND),
-        ..limits()
-    };
+    let limits = Limits { kill_after: 12 * SECOND, timeout: Some(SECOND), ..limits() };
     supervise(&mut process, &limits, &mut signals(&[]), pending::<&str>()).await;
-    assert_eq!(
-        mentions()[4..],
-        ["the command was told to stop 10s ago and still runs; it is killed in 2s"]
-    );
+    assert_eq!(mentions()[4..], ["the command was told to stop 10s ago and still runs; it is killed in 2s"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -470,13 +367,8 @@ async fn what_a_success_leaves_may_finish_within_kill_after() {
         // The time limit is for what is left, too; the success stands.
         (100, Some(13), vec![13]),
     ] {
-        let mut process = Fake::new(&[])
-            .ending(10 * SECOND, Ended::Exited(0))
-            .leaving(3, until);
-        let limits = Limits {
-            timeout: limit.map(|limit| limit * SECOND),
-            ..limits()
-        };
+        let mut process = Fake::new(&[]).ending(10 * SECOND, Ended::Exited(0)).leaving(3, until);
+        let limits = Limits { timeout: limit.map(|limit| limit * SECOND), ..limits() };
         let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
         assert_eq!(outcome.ended, Ended::Exited(0));
         assert_eq!(outcome.stop, None);
@@ -500,15 +392,9 @@ async fn what_a_failure_leaves_is_killed_at_once() {
         // Success after the time limit is a failure.
         (Ended::Exited(0), vec![], Some(9)),
     ] {
-        let mut process = Fake::new(&dies_of)
-            .ending(10 * SECOND, ended)
-            .leaving(1, 1000);
+        let mut process = Fake::new(&dies_of).ending(10 * SECOND, ended).leaving(1, 1000);
         process.left_lives.set(3);
-        let limits = Limits {
-            timeout: timeout.map(|timeout| timeout * SECOND),
-            kill_after: 600 * SECOND,
-            ..limits()
-        };
+        let limits = Limits { timeout: timeout.map(|timeout| timeout * SECOND), kill_after: 600 * SECOND, ..limits() };
         supervise(&mut process, &limits, &mut signals(&[]), never()).await;
         // What has forked meanwhile is killed, too.
         assert_eq!(*process.left_killed.borrow(), [10, 10, 10]);
@@ -518,61 +404,34 @@ async fn what_a_failure_leaves_is_killed_at_once() {
 #[tokio::test(start_paused = true)]
 async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     let (said, _guard) = crate::report::tests::Said::listen();
-    let mut process = Fake::new(&[])
-        .ending(SECOND, Ended::Exited(0))
-        .leaving(1, 1000);
-    let limits = Limits {
-        grace: Some(2 * SECOND),
-        ..limits()
-    };
+    let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 1000);
+    let limits = Limits { grace: Some(2 * SECOND), ..limits() };
     let mut signals = signals(&[(3, Signal::SIGUSR1), (4, Signal::SIGTERM)]);
     let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(outcome.ended, Ended::Exited(0));
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(process.signals(), [(Target::Left, Signal::SIGTERM, 4)]);
     assert_eq!(*process.left_killed.borrow(), [6]);
-    assert!(
-        said.lines()
-            .iter()
-            .any(|line| line.contains("5s after its success (--grace)")),
-        "{:?}",
-        said.lines()
-    );
+    assert!(said.lines().iter().any(|line| line.contains("5s after its success (--grace)")), "{:?}", said.lines());
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
     let (said, _guard) = crate::report::tests::Said::listen();
-    let mut process = Fake::new(&[])
-        .ending(8 * SECOND, Ended::Exited(0))
-        .leaving(1, 1000);
-    let limits = Limits {
-        timeout: Some(4 * SECOND),
-        ..limits()
-    };
+    let mut process = Fake::new(&[]).ending(8 * SECOND, Ended::Exited(0)).leaving(1, 1000);
+    let limits = Limits { timeout: Some(4 * SECOND), ..limits() };
     // The signal came first, so the success counts; without --grace only the time limit's KILL is planned.
     let mut signals = signals(&[(3, Signal::SIGTERM)]);
     supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(*process.left_killed.borrow(), [14]);
-    assert!(
-        said.lines()
-            .iter()
-            .any(|line| line.contains("6s after its success (--kill-after)")),
-        "{:?}",
-        said.lines()
-    );
+    assert!(said.lines().iter().any(|line| line.contains("6s after its success (--kill-after)")), "{:?}", said.lines());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_delivery_lost_while_something_is_left_is_lost() {
     for (on_lost, killed) in [(OnLost::Terminate, 5), (OnLost::Finish, 11)] {
-        let mut process = Fake::new(&[])
-            .ending(SECOND, Ended::Exited(0))
-            .leaving(1, 1000);
-        let limits = Limits {
-            on_lost,
-            ..limits()
-        };
+        let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 1000);
+        let limits = Limits { on_lost, ..limits() };
         let outcome = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
         assert_eq!(outcome.lost, Some("the connection broke"));
         assert_eq!(*process.left_killed.borrow(), [killed]);

@@ -16,9 +16,8 @@ use qconsume::{
 use std::{ffi::OsString, fs, path::PathBuf, sync::LazyLock};
 
 /// The file.
-static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
-    std::env::temp_dir().join(format!("qconsume-fuzz-authfile-{}", std::process::id()))
-});
+static FILE: LazyLock<PathBuf> =
+    LazyLock::new(|| std::env::temp_dir().join(format!("qconsume-fuzz-authfile-{}", std::process::id())));
 
 fuzz_target!(|content: &[u8]| {
     check_authfile(content);
@@ -34,11 +33,7 @@ fn check_authfile(content: &[u8]) {
     let Some((username, password)) = credentials(content) else {
         let error = read.expect_err("it isn't an authfile");
         let unreadable = std::str::from_utf8(content).is_err();
-        let exit = if unreadable {
-            Exit::Config
-        } else {
-            Exit::Usage
-        };
+        let exit = if unreadable { Exit::Config } else { Exit::Usage };
         assert_eq!(error.exit, exit, "{error}");
         check_secret(&error.message, content);
         return;
@@ -52,8 +47,7 @@ fn check_authfile(content: &[u8]) {
     assert!(address.password_given);
 
     let other = format!("username:{username}\npassword:not {password}\n");
-    let (_, shown_of_other) =
-        run(other.as_bytes(), &["--server", "h", "--authfile"]).expect("so is this");
+    let (_, shown_of_other) = run(other.as_bytes(), &["--server", "h", "--authfile"]).expect("so is this");
     assert_eq!(shown, shown_of_other);
 }
 
@@ -104,20 +98,14 @@ fn credentials(content: &[u8]) -> Option<(&str, &str)> {
         return None;
     }
     let first = first.strip_suffix('\r').unwrap_or(first);
-    Some((
-        first.strip_prefix("username:")?,
-        second.strip_prefix("password:")?,
-    ))
+    Some((first.strip_prefix("username:")?, second.strip_prefix("password:")?))
 }
 
 /// No line of the file, if it is long enough to tell, is in the message.
 fn check_secret(message: &str, content: &[u8]) {
     // The message is made of this and the file's path.
     let fixed = "the authfile has to consist of two lines, username:USER and password:PASSWORD can't be read: stream did not contain valid UTF-8";
-    for line in String::from_utf8_lossy(content)
-        .lines()
-        .filter(|line| line.len() > 8)
-    {
+    for line in String::from_utf8_lossy(content).lines().filter(|line| line.len() > 8) {
         let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
         assert!(is_fixed || !message.contains(line), "{message}");
     }

@@ -25,9 +25,7 @@ fuzz_target!(|text: &str| {
         for text in [format!("amqp://a,{marked}"), marked] {
             match parse_list(&text) {
                 Err(error) => check_no_mark(&error, &text),
-                Ok(addresses) => addresses
-                    .iter()
-                    .for_each(|address| check_no_mark(address, &text)),
+                Ok(addresses) => addresses.iter().for_each(|address| check_no_mark(address, &text)),
             }
         }
     }
@@ -52,10 +50,7 @@ fn check_no_mark(of: &(impl Debug + Display), input: &str) {
 
 fn check_address(address: &Address) {
     check_line(address);
-    let other = Address {
-        password: Secret::from(format!("not {}", address.password.expose())),
-        ..address.clone()
-    };
+    let other = Address { password: Secret::from(format!("not {}", address.password.expose())), ..address.clone() };
     assert_eq!(shown(address), shown(&other));
     assert!((1..=255).contains(&address.virtual_host.len()));
     assert!(!address.host.is_empty() && address.port > 0);

@@ -85,12 +85,7 @@ fuzz_target!(
 
 /// Bytes that need not be properties.
 fn check_any(properties: &[u8]) {
-    let delivered = Delivered {
-        exchange: b"",
-        routing_key: b"q",
-        redelivered: properties.len() % 2 == 1,
-        properties,
-    };
+    let delivered = Delivered { exchange: b"", routing_key: b"q", redelivered: properties.len() % 2 == 1, properties };
     let [whole, bytes] = [usize::MAX, 1].map(|piece| {
         let piece = NonZeroUsize::new(piece).expect("it isn't zero");
         message(delivered, piece, "q").map_err(|error| error.to_string())
@@ -125,10 +120,7 @@ fn check(mut properties: Properties) {
         Ok(message) => message,
         Err(error) => {
             // What looks like a table or an array in a text counts too.
-            let bytes = encoded
-                .iter()
-                .chain(exchange.as_bytes())
-                .chain(routing_key.as_bytes());
+            let bytes = encoded.iter().chain(exchange.as_bytes()).chain(routing_key.as_bytes());
             let tables = bytes.filter(|byte| b"AF".contains(byte)).count();
             let too_large = encoded.len() + 12 > 128 << 10;
             let nested = tables > NESTING_MAX && error.to_string().contains("nested");
@@ -142,11 +134,7 @@ fn check(mut properties: Properties) {
     check_environment(&message);
     for ((name, _), expected) in TEXTS.iter().zip(&properties.texts) {
         let expected = expected.as_ref().map(Name::text);
-        assert_eq!(
-            variable(&message, name),
-            expected.map(str::as_bytes),
-            "{name}"
-        );
+        assert_eq!(variable(&message, name), expected.map(str::as_bytes), "{name}");
     }
     let number = |value: Option<u64>| value.map(|value| value.to_string().into_bytes());
     let headers = properties.headers.as_ref();
@@ -155,19 +143,13 @@ fn check(mut properties: Properties) {
         _ => None,
     };
     for (name, expected) in [
-        (
-            "MESSAGE_PRIORITY",
-            number(properties.priority.map(u64::from)),
-        ),
+        ("MESSAGE_PRIORITY", number(properties.priority.map(u64::from))),
         ("MESSAGE_TIMESTAMP", number(properties.timestamp)),
         ("MESSAGE_ATTEMPT", number(attempt(&properties))),
         ("MESSAGE_QUEUE", Some(b"q".to_vec())),
         ("MESSAGE_EXCHANGE", Some(exchange.as_bytes().to_vec())),
         ("MESSAGE_ROUTING_KEY", Some(routing_key.as_bytes().to_vec())),
-        (
-            "MESSAGE_REDELIVERED",
-            Some(properties.redelivered.to_string().into_bytes()),
-        ),
+        ("MESSAGE_REDELIVERED", Some(properties.redelivered.to_string().into_bytes())),
         ("TRACEPARENT", traced("traceparent")),
         ("TRACESTATE", traced("tracestate")),
         ("BAGGAGE", traced("baggage")),
@@ -196,14 +178,8 @@ fn attempt(properties: &Properties) -> Option<u64> {
 }
 
 fn variable<'a>(message: &'a Message, name: &str) -> Option<&'a [u8]> {
-    let variable = message
-        .variables
-        .iter()
-        .find(|variable| variable.name == name)?;
-    variable
-        .value
-        .as_ref()
-        .map(|value| value.as_encoded_bytes())
+    let variable = message.variables.iter().find(|variable| variable.name == name)?;
+    variable.value.as_ref().map(|value| value.as_encoded_bytes())
 }
 
 /// The documented names have the message's values, or none; all others are as they were.
@@ -214,31 +190,21 @@ fn check_environment(message: &Message) {
         .map(|entry| {
             assert!(entry.as_bytes_with_nul().len() <= VARIABLE_MAX);
             let entry = entry.as_bytes();
-            let equals = entry
-                .iter()
-                .position(|byte| *byte == b'=')
-                .expect("there is a name");
+            let equals = entry.iter().position(|byte| *byte == b'=').expect("there is a name");
             (entry[..equals].to_vec(), entry[equals + 1..].to_vec())
         })
         .collect();
     assert_eq!(found.len(), entries.len(), "a name is there twice");
     for name in NAMES {
-        let fits =
-            |value: &&[u8]| !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX;
+        let fits = |value: &&[u8]| !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX;
         let expected = variable(message, name).filter(fits);
         assert_eq!(found.remove(name.as_bytes()).as_deref(), expected, "{name}");
     }
-    assert_eq!(
-        found.remove(&b"QCONSUME_TERMINATION_LOG"[..]),
-        Some(Vec::new())
-    );
+    assert_eq!(found.remove(&b"QCONSUME_TERMINATION_LOG"[..]), Some(Vec::new()));
     for (name, value) in env::vars_os() {
         let name = name.as_encoded_bytes();
         if !NAMES.iter().any(|known| known.as_bytes() == name) {
-            assert_eq!(
-                found.remove(name).as_deref(),
-                Some(value.as_encoded_bytes())
-            );
+            assert_eq!(found.remove(name).as_deref(), Some(value.as_encoded_bytes()));
         }
     }
     assert!(found.is_empty(), "{found:?}");

@@ -31,11 +31,7 @@ fuzz_target!(|input: Input| {
         let middle = content.len() / 2;
         content.splice(middle..middle, vec![byte; count.into()]);
     }
-    let reader = Pieces {
-        content: &content,
-        reads: input.reads.iter(),
-        fails: input.fails,
-    };
+    let reader = Pieces { content: &content, reads: input.reads.iter(), fails: input.fails };
     let mut found = Vec::new();
     let mut error = None;
     for record in qconsume::fuzzing::records(reader, separator) {

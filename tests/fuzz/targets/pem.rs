@@ -37,12 +37,7 @@ struct Files {
 static FILES: LazyLock<Files> = LazyLock::new(|| {
     let folder = std::env::temp_dir();
     let path = |name: &str| folder.join(format!("qconsume-fuzz-{}-{name}", std::process::id()));
-    let files = Files {
-        ca: path("ca"),
-        cert: path("cert"),
-        key: path("key"),
-        file: path("file"),
-    };
+    let files = Files { ca: path("ca"), cert: path("cert"), key: path("key"), file: path("file") };
     for (path, content) in [(&files.ca, CA), (&files.cert, CERT), (&files.key, KEY)] {
         fs::write(path, content).expect("there is room");
     }
@@ -58,11 +53,7 @@ fuzz_target!(|content: &[u8]| {
             check_error(error, content);
         }
     }
-    let has = |text: &str| {
-        content
-            .windows(text.len())
-            .any(|part| part == text.as_bytes())
-    };
+    let has = |text: &str| content.windows(text.len()).any(|part| part == text.as_bytes());
     let [as_ca, as_client, as_cert, as_key] = &results;
     assert!(as_ca.is_err() || has("BEGIN CERTIFICATE"));
     assert!(as_cert.is_err() || has("BEGIN CERTIFICATE"));
@@ -87,12 +78,7 @@ fuzz_target!(|content: &[u8]| {
 
 /// What comes of this file as the CA's, as the client's certificate and key, as its certificate, and as its key.
 fn roles(content: &[u8]) -> [Result<(), Failure>; 4] {
-    let Files {
-        ca,
-        cert,
-        key,
-        file,
-    } = &*FILES;
+    let Files { ca, cert, key, file } = &*FILES;
     fs::write(file, content).expect("there is room");
     [
         load(file, None, None),
@@ -107,10 +93,7 @@ fn load(ca: &PathBuf, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Result<(
     address.parameters.cacertfile = Some(ca.clone());
     address.parameters.certfile = cert.cloned();
     address.parameters.keyfile = key.cloned();
-    let mut nodes = Nodes {
-        known: vec![address],
-        ..Nodes::default()
-    };
+    let mut nodes = Nodes { known: vec![address], ..Nodes::default() };
     nodes.read()
 }
 
@@ -122,17 +105,12 @@ fn check_error(error: &Failure, content: &[u8]) {
     assert!(!message.contains(char::is_control), "{message:?}");
     let is_base64 = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=".contains(byte);
     let mut pieces = message.as_bytes().windows(PIECE);
-    let shown = pieces.find(|piece| {
-        piece.iter().all(is_base64) && content.windows(PIECE).any(|part| part == *piece)
-    });
+    let shown = pieces.find(|piece| piece.iter().all(is_base64) && content.windows(PIECE).any(|part| part == *piece));
     assert_eq!(shown, None, "{message}");
     // Nor is one shown as the numbers of its bytes, but for what rustls says of a certificate.
     let numbers = |part: &[&str]| part.iter().all(|part| part.parse::<u8>().is_ok());
     let words = message.split(|c: char| !c.is_ascii_alphanumeric());
     let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
     let mut parts = words.windows(NUMBERS);
-    assert!(
-        message.contains("certificate") || !parts.any(numbers),
-        "{message}"
-    );
+    assert!(message.contains("certificate") || !parts.any(numbers), "{message}");
 }

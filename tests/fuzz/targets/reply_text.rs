@@ -63,11 +63,7 @@ struct Names<'a> {
     user: &'a str,
 }
 
-const PLAIN: Names<'static> = Names {
-    queue: "the-queue",
-    virtual_host: "the-host",
-    user: "the-user",
-};
+const PLAIN: Names<'static> = Names { queue: "the-queue", virtual_host: "the-host", user: "the-user" };
 
 fuzz_target!(|data: &[u8]| {
     let mut lines = data.splitn(4, |byte| *byte == b'\n');
@@ -80,11 +76,7 @@ fuzz_target!(|data: &[u8]| {
     let [Some(queue), Some(name)] = names.map(name) else {
         return;
     };
-    let names = Names {
-        queue,
-        virtual_host: name,
-        user: name,
-    };
+    let names = Names { queue, virtual_host: name, user: name };
     for row in &TEXTS {
         check_row(row, &names);
     }
@@ -128,8 +120,7 @@ fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>)
 
     let full = fill(text, names);
     let cut = cut(&full);
-    let answered =
-        ask(request, names, code, &cut).unwrap_or_else(|| panic!("{full:?} can't be read"));
+    let answered = ask(request, names, code, &cut).unwrap_or_else(|| panic!("{full:?} can't be read"));
     if cut.len() < full.len() && exit_if_cut != exit {
         assert_eq!(answered.failure.exit, exit_if_cut, "{full}");
         return;
@@ -138,21 +129,10 @@ fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>)
     assert_eq!(answered.failure.exit, exit, "{full}");
     // The same words, but for the names and the text.
     let mut expected = String::new();
-    let (before, after) = plain
-        .failure
-        .message
-        .split_once(&plain_text)
-        .expect("it is shown");
+    let (before, after) = plain.failure.message.split_once(&plain_text).expect("it is shown");
     for (part, text) in [(before, String::from_utf8_lossy(&cut)), (after, "".into())] {
-        let quoted = [
-            (PLAIN.queue, names.queue),
-            (PLAIN.virtual_host, names.virtual_host),
-            (PLAIN.user, names.user),
-        ];
-        expected += &substitute(
-            part,
-            &quoted.map(|(from, to)| (format!("{from:?}"), format!("{to:?}"))),
-        );
+        let quoted = [(PLAIN.queue, names.queue), (PLAIN.virtual_host, names.virtual_host), (PLAIN.user, names.user)];
+        expected += &substitute(part, &quoted.map(|(from, to)| (format!("{from:?}"), format!("{to:?}"))));
         expected += &text;
     }
     assert_eq!(answered.failure.message, expected);
@@ -165,11 +145,7 @@ fn check_any(request: Request, names: &Names<'_>, code: u16, text: &[u8]) {
     };
     let (exit, message) = (failure.exit, failure.message);
     let may_be_declared_yet = matches!(request, Consume | Declare) && code == 404 && exit == Config;
-    assert_eq!(
-        transient,
-        exit == Unavailable || may_be_declared_yet,
-        "{message}"
-    );
+    assert_eq!(transient, exit == Unavailable || may_be_declared_yet, "{message}");
     let documented = match request {
         Login if code == 403 => &[NoPermission][..],
         Publish => &[Config, NoPermission, Unconfirmed],
@@ -184,33 +160,19 @@ fn check_any(request: Request, names: &Names<'_>, code: u16, text: &[u8]) {
         assert!(!line.contains(char::is_control), "{line:?}");
     }
     let json: serde_json::Value = serde_json::from_str(&json).expect("it is JSON");
-    assert_eq!(
-        (&json["message"], &json["id"]),
-        (&message.into(), &names.queue.into())
-    );
+    assert_eq!((&json["message"], &json["id"]), (&message.into(), &names.queue.into()));
 }
 
 fn fill(text: &str, names: &Names<'_>) -> String {
-    let names = [
-        ("{Q}", names.queue),
-        ("{V}", names.virtual_host),
-        ("{U}", names.user),
-    ];
-    substitute(
-        text,
-        &names.map(|(from, to)| (from.to_owned(), to.to_owned())),
-    )
+    let names = [("{Q}", names.queue), ("{V}", names.virtual_host), ("{U}", names.user)];
+    substitute(text, &names.map(|(from, to)| (from.to_owned(), to.to_owned())))
 }
 
 /// The text with each of these replaced, in one go: what is put in is left alone.
 fn substitute(text: &str, pairs: &[(String, String)]) -> String {
-    let next = pairs
-        .iter()
-        .filter_map(|pair| Some((text.find(&pair.0)?, pair)));
+    let next = pairs.iter().filter_map(|pair| Some((text.find(&pair.0)?, pair)));
     match next.min_by_key(|(at, _)| *at) {
-        Some((at, (from, to))) => {
-            text[..at].to_owned() + to + &substitute(&text[at + from.len()..], pairs)
-        }
+        Some((at, (from, to))) => text[..at].to_owned() + to + &substitute(&text[at + from.len()..], pairs),
         None => text.to_owned(),
     }
 }

@@ -8,15 +8,8 @@ use testbed::{Broker, Program, owner::temp_folder};
 const README_LINES_MAX: usize = 120;
 
 /// Options of other programs that the pages name by themselves, and those of amqp-tools that our help leaves out.
-const OPTIONS_OF_OTHERS: [&str; 7] = [
-    "--fail",
-    "--init",
-    "--no-default-cert-paths",
-    "--persistent",
-    "--prefetch-count",
-    "--stop-timeout",
-    "--usage",
-];
+const OPTIONS_OF_OTHERS: [&str; 7] =
+    ["--fail", "--init", "--no-default-cert-paths", "--persistent", "--prefetch-count", "--stop-timeout", "--usage"];
 
 #[test]
 fn the_readme_is_for_five_minutes() {
@@ -28,20 +21,14 @@ fn the_readme_is_for_five_minutes() {
 /// An option that a page names is one of ours: none that has gone.
 #[test]
 fn options_that_the_pages_name_are_there() {
-    let help = |program| {
-        Program::new(programs().join(program))
-            .arg("--help")
-            .run()
-            .stdout_text()
-    };
+    let help = |program| Program::new(programs().join(program)).arg("--help").run().stdout_text();
     let help = help("qconsume") + &help("qpublish");
     for page in pages() {
         let text = fs::read_to_string(&page).expect("the page can be read");
         for span in text.split('`').skip(1).step_by(2) {
             let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-';
             let option = span.split(|c| !is_part(c)).next().unwrap_or_default();
-            if option.len() > 2 && option.starts_with("--") && !OPTIONS_OF_OTHERS.contains(&option)
-            {
+            if option.len() > 2 && option.starts_with("--") && !OPTIONS_OF_OTHERS.contains(&option) {
                 assert!(
                     help.split(|c| !is_part(c)).any(|word| word == option),
                     "{}: there is no option {option}",
@@ -69,10 +56,7 @@ fn messages_that_troubleshooting_quotes_are_ours() {
     }
     let page = root().join("docs/troubleshooting.md");
     let text = fs::read_to_string(page).expect("the page can be read");
-    let messages: Vec<_> = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
-        .collect();
+    let messages: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
     assert!(messages.len() > 40, "the tables are not found any more");
     for message in messages {
         let has_it = |line: &str| {
@@ -82,10 +66,7 @@ fn messages_that_troubleshooting_quotes_are_ours() {
             }
             rest.is_some()
         };
-        assert!(
-            sources.iter().any(|source| source.lines().any(has_it)),
-            "nothing says {message:?}"
-        );
+        assert!(sources.iter().any(|source| source.lines().any(has_it)), "nothing says {message:?}");
     }
 }
 
@@ -119,10 +100,7 @@ fn log_lines_that_logs_quotes_are_real() {
         let termination = fs::read_to_string(&log).expect("it is there");
         let said = finished.stderr.replace(queue.name(), QUEUE) + &termination;
         for line in said.lines().map(without_time) {
-            assert!(
-                quoted.contains(&line),
-                "docs/logs.md lacks this line:\n{line}"
-            );
+            assert!(quoted.contains(&line), "docs/logs.md lacks this line:\n{line}");
         }
     }
 }

@@ -8,12 +8,7 @@ use testbed::{Finished, Program};
 const REMEDY: &str = "make recording";
 
 fn python(args: &[&str], stdin: &str) -> Finished {
-    Program::new("/usr/bin/env")
-        .args(["python3", "-B"])
-        .args(args)
-        .stdin(stdin)
-        .current_dir(root())
-        .run()
+    Program::new("/usr/bin/env").args(["python3", "-B"]).args(args).stdin(stdin).current_dir(root()).run()
 }
 
 /// What the demo printed when the picture was drawn, read from the picture.
@@ -35,9 +30,7 @@ fn a_recording_may_differ_in_times_and_in_the_order_of_the_workers() {
     let (head, rest) = recorded.split_once("worker.py\n").expect("it has its runs");
     let (runs, tail) = rest.split_once("\n\n").expect("it has its summary");
     let mut runs: Vec<_> = runs.split("\nworker ").collect();
-    runs[0] = runs[0]
-        .strip_prefix("worker ")
-        .expect("a run has its worker");
+    runs[0] = runs[0].strip_prefix("worker ").expect("a run has its worker");
     runs.reverse();
     let runs = runs.join("\nworker ");
     let other = format!("{head}worker.py\nworker {runs}\n\n{tail}")
@@ -52,10 +45,7 @@ fn a_recording_of_something_else_fails_its_check() {
     let recorded = recorded();
     for (found, instead) in [
         ("exit status 1", "exit status 0"),
-        (
-            "exit status 0 | Processing fig",
-            "exit status 3 | Processing fig",
-        ),
+        ("exit status 0 | Processing fig", "exit status 3 | Processing fig"),
         ("outcome=\"requeued\"", "outcome=\"released\""),
         ("8 messages confirmed", "7 messages confirmed"),
         ("Processing melon", "Processing lemon"),

@@ -4,8 +4,7 @@
 use super::{LIMIT, QUEUE, programs, root};
 use std::{fs, path::PathBuf, time::Duration};
 use testbed::{
-    Broker, PATIENCE, Program, Queue, Signal, docker, docker_works, image_present, missing,
-    owner::docker_label,
+    Broker, PATIENCE, Program, Queue, Signal, docker, docker_works, image_present, missing, owner::docker_label,
 };
 
 /// An image in which the programs that the tests build can run.
@@ -39,15 +38,7 @@ fn the_systemd_unit_consumes_until_it_is_stopped() {
     queue.publish_all(["apple", "banana"]);
     let mut words = setting(&unit, "ExecStart").split(' ');
     let program = words.next().unwrap_or_default();
-    let words: Vec<_> = words
-        .map(|word| {
-            if word == "/usr/bin/worker" {
-                "cat"
-            } else {
-                word
-            }
-        })
-        .collect();
+    let words: Vec<_> = words.map(|word| if word == "/usr/bin/worker" { "cat" } else { word }).collect();
     let running = Program::new(programs().join(program.trim_start_matches("/usr/bin/")))
         .args(words)
         .url(&Broker::shared().url())
@@ -68,10 +59,7 @@ fn the_systemd_unit_is_not_restarted_where_a_retry_does_not_help() {
         .map(|(status, _, _)| status)
         .collect();
     let unit = recipe("ini", "[Service]");
-    assert_eq!(
-        setting(&unit, "RestartPreventExitStatus"),
-        permanent.join(" ")
-    );
+    assert_eq!(setting(&unit, "RestartPreventExitStatus"), permanent.join(" "));
 }
 
 /// The image `worker` of the recipes, with `cat` as its worker; removed when dropped.
@@ -95,8 +83,7 @@ impl Image {
         fs::write(folder.join("Dockerfile"), file).expect("it can be written");
         let label = docker_label().expect("it has an owner");
         let path = folder.display().to_string();
-        docker(&["build", "-q", "--label", &label, "-t", &image.0, &path])
-            .unwrap_or_else(|error| panic!("{error:#}"));
+        docker(&["build", "-q", "--label", &label, "-t", &image.0, &path]).unwrap_or_else(|error| panic!("{error:#}"));
         Some(image)
     }
 
@@ -127,18 +114,12 @@ fn plain_docker_takes_a_message_and_has_its_exit_status() {
     let queue = Broker::shared().queue("docs-docker");
     queue.publish("apple");
     let command = recipe("sh docker", "docker run")
-        .replace(
-            "docker run",
-            &format!("docker run --network host --label {label}"),
-        )
+        .replace("docker run", &format!("docker run --network host --label {label}"))
         .replace(" worker\n", &format!(" {}\n", image.0))
         .replace(QUEUE, queue.name());
     let run = |wait: &str| {
         Program::new("/bin/sh")
-            .args([
-                "-c",
-                &command.replace("-e BROKER_URL", &format!("-e BROKER_URL {wait}")),
-            ])
+            .args(["-c", &command.replace("-e BROKER_URL", &format!("-e BROKER_URL {wait}"))])
             .url(&Broker::shared().url())
             .spawn()
             .wait(LIMIT)
@@ -157,10 +138,7 @@ fn the_compose_recipe_takes_one_message_with_each_of_its_containers() {
     let queue = Broker::shared().queue("docs-compose");
     queue.publish_all(["apple"; 8]);
     let file = recipe("yaml", "services:")
-        .replace(
-            "image: worker ",
-            &format!("network_mode: host\n    image: {} ", image.0),
-        )
+        .replace("image: worker ", &format!("network_mode: host\n    image: {} ", image.0))
         .replace("amqp://guest:guest@rabbitmq:5672", &Broker::shared().url())
         .replace(QUEUE, queue.name());
     let path = image.folder().join("compose.yaml");

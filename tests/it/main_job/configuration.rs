@@ -36,26 +36,12 @@ fn an_address_must_be_given_and_only_once() {
         command(start().url(&url).env("BROKER_URL_FILE", file(&url))),
         "BROKER_URL and BROKER_URL_FILE are both set",
     );
-    refuses(
-        command(start().url("").env("BROKER_URL_FILE", file(&url))),
-        "BROKER_URL and BROKER_URL_FILE are both set",
-    );
-    refuses(
-        command(start().args(["--url", &url, "--url-file"]).arg(file(&url))),
-        "--url and --url-file are both set",
-    );
-    refuses(
-        command(start().env("BROKER_URL_FILE", file(""))),
-        "BROKER_URL_FILE: the URL is empty",
-    );
-    refuses(
-        command(start().env("BROKER_URL_FILE", file(format!("{url}\n\n")))),
-        "BROKER_URL_FILE: the URL ends with",
-    );
+    refuses(command(start().url("").env("BROKER_URL_FILE", file(&url))), "BROKER_URL and BROKER_URL_FILE are both set");
+    refuses(command(start().args(["--url", &url, "--url-file"]).arg(file(&url))), "--url and --url-file are both set");
+    refuses(command(start().env("BROKER_URL_FILE", file(""))), "BROKER_URL_FILE: the URL is empty");
+    refuses(command(start().env("BROKER_URL_FILE", file(format!("{url}\n\n")))), "BROKER_URL_FILE: the URL ends with");
     let missing = command(start().env("BROKER_URL_FILE", "/no/such/secret")).run();
-    missing
-        .assert_status(78)
-        .assert_stderr("BROKER_URL_FILE: /no/such/secret can't be read");
+    missing.assert_status(78).assert_stderr("BROKER_URL_FILE: /no/such/secret can't be read");
     let folder = command(start().env("BROKER_URL_FILE", "/")).run();
     folder.assert_status(78);
 }
@@ -66,13 +52,7 @@ fn a_queue_must_be_given() {
     refuses(start(), "no queue: set QUEUE");
     refuses(start().queue(""), "the queue's name is empty");
     refuses(start().queue(&"q".repeat(256)), "has 256 bytes");
-    refuses(
-        qconsume()
-            .url("amqp://127.0.0.1")
-            .queue("q")
-            .args(["--queue", "", "cat"]),
-        "the queue's name is empty",
-    );
+    refuses(qconsume().url("amqp://127.0.0.1").queue("q").args(["--queue", "", "cat"]), "the queue's name is empty");
 }
 
 #[test]
@@ -138,18 +118,9 @@ fn an_empty_variable_is_an_unset_one() {
 fn keep_going_is_for_messages_that_are_dead_lettered_in_the_end() {
     let start = || qconsume().url("amqp://127.0.0.1:1").queue("q");
     let start = || start().args(["--connect-timeout", "10ms", "--keep-going"]);
-    refuses(
-        start().args(["--max-attempts", "3", "cat"]),
-        "only for --drain and --count",
-    );
-    refuses(
-        start().args(["--drain", "cat"]),
-        "needs --max-attempts or --reject-on",
-    );
-    for arguments in [
-        ["--drain", "--reject-on=1", "cat"],
-        ["--count=0", "--max-attempts=3", "cat"],
-    ] {
+    refuses(start().args(["--max-attempts", "3", "cat"]), "only for --drain and --count");
+    refuses(start().args(["--drain", "cat"]), "needs --max-attempts or --reject-on");
+    for arguments in [["--drain", "--reject-on=1", "cat"], ["--count=0", "--max-attempts=3", "cat"]] {
         start().args(arguments).run().assert_status(69);
     }
 }
@@ -193,13 +164,7 @@ fn a_shortage_of_descriptors_is_71_and_no_defect() {
 #[test]
 fn a_command_must_be_given() {
     for arguments in [&[][..], &["--"]] {
-        refuses(
-            qconsume()
-                .url("amqp://127.0.0.1")
-                .queue("q")
-                .args(arguments),
-            "COMMAND",
-        );
+        refuses(qconsume().url("amqp://127.0.0.1").queue("q").args(arguments), "COMMAND");
     }
 }
 
@@ -227,9 +192,7 @@ fn no_message_shows_the_password() {
             start().args(["--url", url, "--", "cat"]),
             start().args([&format!("--url={url}"), "--", "cat"]),
             start().args([&format!("-u{url}"), "--", "cat"]),
-            start()
-                .env("BROKER_URL_FILE", file(url))
-                .args(["--", "cat"]),
+            start().env("BROKER_URL_FILE", file(url)).args(["--", "cat"]),
         ];
         for program in given {
             let says = refuses(program, ": ").stderr;
@@ -249,10 +212,7 @@ fn slips_on_the_command_line_do_not_show_the_password_either() {
     refuses(start().args([&format!("-r{url}"), "cat"]), "-r");
     refuses(start().args(["-u", &url, "-u", &url, "cat"]), "--url");
     refuses(start().args(["--wait", "never", "cat"]), "--wait");
-    refuses(
-        start().args(["--connect-timeout", &url, "cat"]),
-        "--connect-timeout",
-    );
+    refuses(start().args(["--connect-timeout", &url, "cat"]), "--connect-timeout");
     refuses(start().args(["--on-lost", &url, "cat"]), "--on-lost");
     refuses(start().args(["--heartbeat", &url, "cat"]), "--heartbeat");
     refuses(start().args([&format!("--drain={url}"), "cat"]), "--drain");
@@ -262,27 +222,15 @@ fn slips_on_the_command_line_do_not_show_the_password_either() {
 #[test]
 fn help_and_version_do_not_show_the_password() {
     for argument in ["--help", "-h", "--version", "-V"] {
-        let done = qconsume()
-            .url(&format!("amqp://user:{PASSWORD}@host"))
-            .queue("q")
-            .arg(argument)
-            .run();
+        let done = qconsume().url(&format!("amqp://user:{PASSWORD}@host")).queue("q").arg(argument).run();
         done.assert_status(0);
         assert!(!done.stdout.is_empty(), "{argument} shows nothing");
-        assert!(
-            !done.stdout_text().contains(PASSWORD),
-            "{argument} shows the password"
-        );
+        assert!(!done.stdout_text().contains(PASSWORD), "{argument} shows the password");
         assert_eq!(done.stderr, "");
     }
     let help = qconsume().arg("--help").run().stdout_text();
-    for status in [
-        "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N",
-    ] {
-        assert!(
-            help.contains(&format!("\n  {status} ")),
-            "{status} isn't explained"
-        );
+    for status in ["64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N"] {
+        assert!(help.contains(&format!("\n  {status} ")), "{status} isn't explained");
     }
 }
 
@@ -290,24 +238,12 @@ fn help_and_version_do_not_show_the_password() {
 fn a_wrong_option_is_64_and_the_right_one_is_suggested() {
     let start = || qconsume().url("amqp://127.0.0.1").queue("q");
     refuses(start().args(["--weit", "1s", "cat"]), "--wait");
-    refuses(
-        start().args(["--wait", "soon", "cat"]),
-        "such as 500ms, 10s, 5m, 1h30m",
-    );
+    refuses(start().args(["--wait", "soon", "cat"]), "such as 500ms, 10s, 5m, 1h30m");
     refuses(start().args(["--timeout", "0", "cat"]), "--timeout");
     refuses(start().args(["--reject-on", "0", "cat"]), "0 is no failure");
-    refuses(
-        start().args(["--empty-exit-code", "256", "cat"]),
-        "--empty-exit-code",
-    );
-    refuses(
-        start().args(["--failure-exit-code", "0", "cat"]),
-        "--failure-exit-code",
-    );
-    let done = refuses(
-        start().args(["--on-lost", "explode", "cat"]),
-        "terminate, finish",
-    );
+    refuses(start().args(["--empty-exit-code", "256", "cat"]), "--empty-exit-code");
+    refuses(start().args(["--failure-exit-code", "0", "cat"]), "--failure-exit-code");
+    let done = refuses(start().args(["--on-lost", "explode", "cat"]), "terminate, finish");
     assert!(done.stderr.starts_with("qconsume: "), "{}", done.stderr);
 }
 
@@ -320,48 +256,18 @@ fn a_flag_goes_over_the_environment_and_that_over_the_default() {
     let empty = |program: Program| program.args(["--", "cat"]).run().assert_status(66).clone();
 
     // The flag for the address, over either variable.
-    empty(
-        start()
-            .url(dead)
-            .queue(queue.name())
-            .args(["--url", &broker.url()]),
-    );
-    empty(
-        start()
-            .env("BROKER_URL_FILE", file(dead))
-            .queue(queue.name())
-            .args(["-u", &broker.url()]),
-    );
-    empty(
-        start()
-            .url(dead)
-            .queue(queue.name())
-            .arg("--url-file")
-            .arg(file(broker.url())),
-    );
+    empty(start().url(dead).queue(queue.name()).args(["--url", &broker.url()]));
+    empty(start().env("BROKER_URL_FILE", file(dead)).queue(queue.name()).args(["-u", &broker.url()]));
+    empty(start().url(dead).queue(queue.name()).arg("--url-file").arg(file(broker.url())));
     // The queue.
-    empty(
-        start()
-            .url(&broker.url())
-            .queue("no-such-queue")
-            .args(["--queue", queue.name()]),
-    );
+    empty(start().url(&broker.url()).queue("no-such-queue").args(["--queue", queue.name()]));
     // A number, and a duration.
     let numbered = |program: Program, status| {
-        let done = program
-            .url(&broker.url())
-            .queue(queue.name())
-            .args(["--", "cat"])
-            .run();
+        let done = program.url(&broker.url()).queue(queue.name()).args(["--", "cat"]).run();
         done.assert_status(status);
     };
     numbered(start().env("QCONSUME_EMPTY_EXIT_CODE", "7"), 7);
-    numbered(
-        start()
-            .env("QCONSUME_EMPTY_EXIT_CODE", "7")
-            .args(["--empty-exit-code", "8"]),
-        8,
-    );
+    numbered(start().env("QCONSUME_EMPTY_EXIT_CODE", "7").args(["--empty-exit-code", "8"]), 8);
     numbered(qconsume().env("QCONSUME_WAIT", "10ms"), 66);
     numbered(start().env("QCONSUME_WAIT", "1h"), 66);
 }
@@ -373,11 +279,7 @@ fn a_secret_file_may_end_with_a_newline_as_may_the_variable() {
     for end in ["", "\n", "\r\n"] {
         let text = format!("{url}{end}");
         queue.publish("fig");
-        let done = qconsume()
-            .env("BROKER_URL_FILE", file(&text))
-            .queue(queue.name())
-            .args(["--", "cat"])
-            .run();
+        let done = qconsume().env("BROKER_URL_FILE", file(&text)).queue(queue.name()).args(["--", "cat"]).run();
         done.assert_status(0);
         assert_eq!(done.stdout_text(), "fig");
         queue.publish("grape");
@@ -390,10 +292,7 @@ fn a_queues_variable_may_end_with_a_newline_and_a_file_begin_with_a_byte_order_m
     let queue = Broker::shared().queue("newline");
     queue.publish("fig");
     let done = qconsume()
-        .env(
-            "BROKER_URL_FILE",
-            file(format!("\u{feff}{}\n", Broker::shared().url())),
-        )
+        .env("BROKER_URL_FILE", file(format!("\u{feff}{}\n", Broker::shared().url())))
         .queue(&format!("{}\n", queue.name()))
         .args(["--", "cat"])
         .run();
@@ -409,23 +308,8 @@ fn everything_after_the_first_word_that_is_no_option_belongs_to_the_command() {
         (&["head", "-c", "10"][..], "0123456789"),
         (&["--", "head", "-c", "10"], "0123456789"),
         (&["--wait", "10s", "head", "-c", "3"], "012"),
-        (
-            &[
-                "sh",
-                "-c",
-                "echo \"$@\"",
-                "sh",
-                "--",
-                "-q",
-                "--help",
-                "--wait",
-            ],
-            "-- -q --help --wait\n",
-        ),
-        (
-            &["--", "sh", "-c", "echo \"$@\"", "sh", "--", "-V", ""],
-            "-- -V \n",
-        ),
+        (&["sh", "-c", "echo \"$@\"", "sh", "--", "-q", "--help", "--wait"], "-- -q --help --wait\n"),
+        (&["--", "sh", "-c", "echo \"$@\"", "sh", "--", "-V", ""], "-- -V \n"),
         (&["printf", "<%s>", "--version"], "<--version>"),
     ] {
         queue.publish(body);

@@ -47,27 +47,11 @@ fn closed_standard_streams_change_nothing() {
 fn without_path_commands_are_found_where_execvp_looks() {
     let queue = Broker::shared().queue("path");
     queue.publish("cherry");
-    worker(&queue)
-        .env_remove("PATH")
-        .arg("cat")
-        .run()
-        .assert_status(0);
-    worker(&queue)
-        .env("PATH", "")
-        .arg("cat")
-        .run()
-        .assert_status(127);
-    worker(&queue)
-        .env("PATH", "/no/such/folder")
-        .arg("cat")
-        .run()
-        .assert_status(127);
+    worker(&queue).env_remove("PATH").arg("cat").run().assert_status(0);
+    worker(&queue).env("PATH", "").arg("cat").run().assert_status(127);
+    worker(&queue).env("PATH", "/no/such/folder").arg("cat").run().assert_status(127);
     queue.publish("date");
-    let done = worker(&queue)
-        .env("PATH", "")
-        .current_dir("/bin")
-        .arg("cat")
-        .run();
+    let done = worker(&queue).env("PATH", "").current_dir("/bin").arg("cat").run();
     done.assert_status(0);
     assert_eq!(done.stdout_text(), "date");
 }
@@ -84,18 +68,13 @@ fn blocked_and_ignored_signals_are_not_the_end_of_it() {
         "[signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3, 13, 15, 17)]",
     ] {
         queue.publish("elderberry");
-        let python =
-            format!("import os, signal, sys; {before}; os.execv(sys.argv[1], sys.argv[1:])");
+        let python = format!("import os, signal, sys; {before}; os.execv(sys.argv[1], sys.argv[1:])");
         let done = worker(&queue)
             .through(["python3", "-c", &python])
             .args(["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"])
             .run();
         done.assert_status(0);
-        assert_eq!(
-            done.stdout_text(),
-            "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n",
-            "{before}"
-        );
+        assert_eq!(done.stdout_text(), "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n", "{before}");
     }
     assert_gone(&queue);
 }
@@ -110,10 +89,7 @@ fn what_the_kernel_cannot_execute_gives_its_message_back() {
         path
     };
     // The header of a program for AArch64; of a script without its first line; and nothing at all.
-    let foreign = file(
-        "foreign",
-        b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xfd\xff\x01\0\0\0",
-    );
+    let foreign = file("foreign", b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xfd\xff\x01\0\0\0");
     let bare = file("bare", b"cat\nexit 0\n");
     let empty = file("empty", b"");
     for queue in queues("formats") {
@@ -134,10 +110,7 @@ fn what_the_kernel_cannot_execute_gives_its_message_back() {
 fn too_long_an_argument_list_gives_the_message_back() {
     let queue = Broker::shared().queue("too-long");
     let mut headers = FieldTable::default();
-    headers.insert(
-        "long".into(),
-        AMQPValue::LongString("h".repeat(100_000).into()),
-    );
+    headers.insert("long".into(), AMQPValue::LongString("h".repeat(100_000).into()));
     let properties = BasicProperties::default().with_headers(headers);
     queue.publish_with(properties, "grape");
     // A quarter of the stack is for arguments and environment: 256 KiB, of which the arguments take 200 already.
@@ -158,10 +131,7 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     queue.publish(&body);
     // What the command leaves behind holds the pipe open without reading it. Behind another number, as the shell gives
     // what it starts in the background /dev/null to read.
-    let running = worker(&queue)
-        .args(["--kill-after", "100ms"])
-        .shell("exec 3<&0; sleep 1000 & exit 0")
-        .spawn();
+    let running = worker(&queue).args(["--kill-after", "100ms"]).shell("exec 3<&0; sleep 1000 & exit 0").spawn();
     running.finish(PATIENCE).assert_status(0);
     running.wait_no_leftovers(PATIENCE);
     // Out of the group it doesn't, either; nor does qconsume keep the rest of the body, and
@@ -172,11 +142,8 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
         until [ -s away ]; do sleep 0.02; done; rm away
         while ls -l /proc/$PPID/fd | grep -q memfd:message; do sleep 0.02; done
         set -- /proc/$PPID/fd/*; echo $#";
-    let running = worker(&queue)
-        .args(["--count", "3", "--kill-after", "100ms"])
-        .shell(script)
-        .current_dir(&away)
-        .spawn();
+    let running =
+        worker(&queue).args(["--count", "3", "--kill-after", "100ms"]).shell(script).current_dir(&away).spawn();
     let done = running.finish(PATIENCE);
     done.assert_status(0);
     let text = done.stdout_text();
@@ -199,14 +166,7 @@ fn a_command_that_closes_its_input_and_goes_on_is_waited_for() {
 
 #[test]
 fn odd_names_of_queues_work() {
-    for name in [
-        "with blank",
-        "ümläut-✓",
-        "a/b?c#d%e",
-        "-q",
-        "quote'\"s",
-        &"x".repeat(240),
-    ] {
+    for name in ["with blank", "ümläut-✓", "a/b?c#d%e", "-q", "quote'\"s", &"x".repeat(240)] {
         let name = format!("{name}-{}", std::process::id());
         let queue = Broker::shared().declare("").exact_name(&name).create();
         queue.publish("honeydew");

@@ -35,28 +35,20 @@ fn gives_up_after(limit: Duration, program: Program, status: i32, says: &str) ->
         .assert_stderr(&format!("gave up after {limit:?} (--connect-timeout)"))
         .assert_stderr(says);
     assert!(done.wall >= limit, "gave up after {:?}", done.wall);
-    assert!(
-        done.wall < limit + SLACK,
-        "gave up only after {:?}",
-        done.wall
-    );
+    assert!(done.wall < limit + SLACK, "gave up only after {:?}", done.wall);
     done
 }
 
 /// Runs it against what is no use trying again, and checks that it says so at once.
 #[track_caller]
 fn ends_at_once(program: Program, status: i32, says: &str) {
-    let done = program
-        .args(["--connect-timeout", "60s", "--", "touch", "/proc/never/run"])
-        .run();
+    let done = program.args(["--connect-timeout", "60s", "--", "touch", "/proc/never/run"]).run();
     done.assert_status(status).assert_stderr(says);
     assert!(done.wall < SLACK, "ended only after {:?}", done.wall);
 }
 
 fn at(address: SocketAddr) -> Program {
-    qconsume()
-        .queue("q")
-        .url(&format!("amqp://guest:guest@{address}"))
+    qconsume().queue("q").url(&format!("amqp://guest:guest@{address}"))
 }
 
 #[test]
@@ -64,11 +56,7 @@ fn a_queue_that_is_missing_is_78_after_the_connect_timeout() {
     let queue = Broker::shared().declare("missing").absent();
     let done = gives_up(worker(&queue), 78, "there is no queue");
     let said = done.stderr.matches("there is no queue").count();
-    assert_eq!(
-        said, 2,
-        "not once at once and once at the end:\n{}",
-        done.stderr
-    );
+    assert_eq!(said, 2, "not once at once and once at the end:\n{}", done.stderr);
 }
 
 #[test]
@@ -102,11 +90,7 @@ fn a_wrong_password_is_77_at_once_and_is_not_shown() {
 #[test]
 fn an_unknown_virtual_host_is_78_at_once() {
     let url = Broker::shared().url_for("guest", "guest", "no such host");
-    ends_at_once(
-        qconsume().queue("q").url(&url),
-        78,
-        "no virtual host \"no such host\"",
-    );
+    ends_at_once(qconsume().queue("q").url(&url), 78, "no virtual host \"no such host\"");
 }
 
 #[test]
@@ -123,8 +107,7 @@ fn a_broker_that_refuses_and_hangs_up_is_understood_each_time() {
         let url = format!("{url}/no-such-host");
         for _ in 0..20 {
             let done = qconsume().queue("q").url(&url).arg("cat").run();
-            done.assert_status(78)
-                .assert_stderr("no virtual host \"no-such-host\"");
+            done.assert_status(78).assert_stderr("no virtual host \"no-such-host\"");
             assert!(!done.stderr.contains("trying again"), "{}", done.stderr);
         }
     }
@@ -154,11 +137,7 @@ fn missing_permissions_are_77_at_once() {
     let closed = Vhost::new(&broker, "closed");
     let at = |vhost| qconsume().url(&user.url(vhost)).queue(queue.name());
     ends_at_once(at("/"), 77, "user \"writer\" may not consume from queue");
-    ends_at_once(
-        at(closed.name),
-        77,
-        "user \"writer\" may not use virtual host \"closed\"",
-    );
+    ends_at_once(at(closed.name), 77, "user \"writer\" may not use virtual host \"closed\"");
     assert!(!queue.get().expect("it is still there").redelivered);
 }
 
@@ -184,23 +163,14 @@ fn a_broker_that_is_not_there_is_69_at_the_connect_timeout() {
 
 #[test]
 fn a_server_that_accepts_and_stays_silent_is_69_at_the_connect_timeout() {
-    let done = gives_up(
-        at(Proxy::silent().addr()),
-        69,
-        "no answer while waiting for the AMQP handshake",
-    );
+    let done = gives_up(at(Proxy::silent().addr()), 69, "no answer while waiting for the AMQP handshake");
     assert!(!done.stderr.contains("guest:guest"));
 }
 
 #[test]
 fn a_broker_that_falls_silent_during_the_handshake_is_69_at_the_connect_timeout() {
     let queue = Broker::shared().queue("half-way");
-    for method in [
-        Method::CONNECTION_START_OK,
-        Method::CONNECTION_OPEN,
-        Method::CHANNEL_OPEN,
-        Method::BASIC_CONSUME,
-    ] {
+    for method in [Method::CONNECTION_START_OK, Method::CONNECTION_OPEN, Method::CHANNEL_OPEN, Method::BASIC_CONSUME] {
         let proxy = Proxy::of(Broker::shared());
         proxy.on(ToBroker, method, Action::Stall);
         let program = behind(&proxy, &queue);
@@ -217,16 +187,8 @@ fn a_server_that_closes_at_once_is_69_at_the_connect_timeout() {
     // Long enough for several attempts where each takes seconds.
     let limit = Duration::from_secs(10);
     gives_up_after(limit, at(proxy.addr()), 69, "trying again for up to");
-    assert!(
-        proxy.accepted() > 2,
-        "it was tried {} times only",
-        proxy.accepted()
-    );
-    assert!(
-        proxy.accepted() < 18,
-        "it was tried {} times",
-        proxy.accepted()
-    );
+    assert!(proxy.accepted() > 2, "it was tried {} times only", proxy.accepted());
+    assert!(proxy.accepted() < 18, "it was tried {} times", proxy.accepted());
 
     // In order: it reads the greeting and says nothing to it.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -237,20 +199,12 @@ fn a_server_that_closes_at_once_is_69_at_the_connect_timeout() {
             let _ = connection.read(&mut [0; 64]);
         }
     });
-    gives_up(
-        at(address),
-        69,
-        "the connection was closed during the AMQP handshake",
-    );
+    gives_up(at(address), 69, "the connection was closed during the AMQP handshake");
 }
 
 #[test]
 fn an_address_that_swallows_packets_is_69_at_the_connect_timeout() {
-    gives_up(
-        at(FullBacklog::start().addr()),
-        69,
-        "no answer while connecting to",
-    );
+    gives_up(at(FullBacklog::start().addr()), 69, "no answer while connecting to");
 }
 
 #[test]
@@ -287,11 +241,7 @@ fn where_one_node_is_gone_another_serves() {
         vec![&refusing, &swallowing, &refusing, &good],
         vec![&good, &refusing],
     ] {
-        let urls = nodes
-            .iter()
-            .map(|url| url.as_str())
-            .collect::<Vec<_>>()
-            .join(",");
+        let urls = nodes.iter().map(|url| url.as_str()).collect::<Vec<_>>().join(",");
         queue.publish("jackfruit");
         let done = qconsume().url(&urls).queue(queue.name()).arg("cat").run();
         done.assert_status(0);
@@ -305,11 +255,7 @@ fn where_a_node_is_silent_another_serves() {
     queue.publish("kiwi");
     let by_way_of = |silent: &Proxy| {
         let urls = format!("{},{}", silent.url(), Broker::shared().url());
-        let done = qconsume()
-            .url(&urls)
-            .queue(queue.name())
-            .args(["--connect-timeout", "20s", "cat"])
-            .run();
+        let done = qconsume().url(&urls).queue(queue.name()).args(["--connect-timeout", "20s", "cat"]).run();
         done.assert_status(0).assert_stderr("no answer while");
         assert_eq!(done.stdout_text(), "kiwi");
     };
@@ -325,20 +271,11 @@ fn where_a_node_is_silent_another_serves() {
 fn each_address_of_a_name_is_tried() {
     let broker = Broker::shared();
     let queue = broker.queue("localhost");
-    let by_name = |port| {
-        broker
-            .url()
-            .replace(&broker.addr().to_string(), &format!("localhost:{port}"))
-    };
+    let by_name = |port| broker.url().replace(&broker.addr().to_string(), &format!("localhost:{port}"));
     // The broker has an IPv4 address only, the proxy one of IPv6: whichever comes first, once it is the dead one.
     queue.publish("lemon");
     let url = by_name(broker.port());
-    qconsume()
-        .url(&url)
-        .queue(queue.name())
-        .arg("cat")
-        .run()
-        .assert_status(0);
+    qconsume().url(&url).queue(queue.name()).arg("cat").run().assert_status(0);
 
     // musl, which the shipped programs have, takes the name's addresses from this file; what the build has left doesn't.
     let hosts = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
@@ -352,12 +289,7 @@ fn each_address_of_a_name_is_tried() {
     };
     queue.publish("melon");
     let url = by_name(proxy.addr().port());
-    qconsume()
-        .url(&url)
-        .queue(queue.name())
-        .arg("cat")
-        .run()
-        .assert_status(0);
+    qconsume().url(&url).queue(queue.name()).arg("cat").run().assert_status(0);
     assert_eq!(proxy.accepted(), 1);
 }
 
@@ -390,9 +322,7 @@ fn names_that_contain_words_of_other_refusals_change_nothing() {
     let program = qconsume().queue("q").url(&other.url(limits.name));
     ends_at_once(program, 77, "may not use virtual host \"limits\"");
 
-    let program = qconsume()
-        .url(&broker.url())
-        .queue("x down or inaccessible");
+    let program = qconsume().url(&broker.url()).queue("x down or inaccessible");
     gives_up(program, 78, "there is no queue \"x down or inaccessible\"");
 }
 
@@ -401,9 +331,7 @@ fn a_limit_of_queues_is_78_and_named() {
     let broker = private_broker();
     let vhost = Vhost::new(&broker, "no-more-queues").of("guest");
     let limits = r#"{"max-queues": 0}"#;
-    broker
-        .ctl(&["set_vhost_limits", "-p", vhost.name, limits])
-        .unwrap();
+    broker.ctl(&["set_vhost_limits", "-p", vhost.name, limits]).unwrap();
     let url = broker.url_for("guest", "guest", vhost.name);
     let program = qconsume().queue("q").url(&url).arg("--declare");
     ends_at_once(program, 78, "is reached");
@@ -416,11 +344,7 @@ fn a_limit_of_queues_is_78_and_named() {
 #[test]
 fn credentials_that_no_handshake_frame_holds_are_78_and_named() {
     let broker = Broker::shared();
-    let size = if broker.version() < (4, 0, 0) {
-        6000
-    } else {
-        9000
-    };
+    let size = if broker.version() < (4, 0, 0) { 6000 } else { 9000 };
     let url = broker.url_for("guest", &"j".repeat(size), "/");
     let says = "user and password have";
     ends_at_once(qconsume().queue("q").url(&url), 78, says);
@@ -438,9 +362,9 @@ fn every_orderly_end_without_a_message_says_goodbye() {
     let ended = |level: &str, queue: &str| {
         let name = format!(" {queue}, vhost: ");
         let log = broker.log();
-        let ends = log.lines().filter(|line| {
-            line.contains(level) && line.contains("closing AMQP connection") && line.contains(&name)
-        });
+        let ends = log
+            .lines()
+            .filter(|line| line.contains(level) && line.contains("closing AMQP connection") && line.contains(&name));
         ends.count()
     };
     let with_goodbye = |queue: &str| ended("[info]", queue);
@@ -461,20 +385,12 @@ fn every_orderly_end_without_a_message_says_goodbye() {
     killed.wait_consumers(1);
     running.signal(Signal::SIGKILL);
     let log = || broker.log();
-    assert!(
-        testbed::eventually(PATIENCE, || without(killed.name()) == 1),
-        "{}",
-        log()
-    );
+    assert!(testbed::eventually(PATIENCE, || without(killed.name()) == 1), "{}", log());
     for queue in [waited.name(), stopped.name()] {
         let ends = (with_goodbye(queue), without(queue));
         assert_eq!(ends, (1, 0), "{queue}: {}", log());
     }
     // The time limit may have cut the last of its attempts.
     let refused = "not-there";
-    assert!(
-        with_goodbye(refused) > 0 && without(refused) <= 1,
-        "{}",
-        log()
-    );
+    assert!(with_goodbye(refused) > 0 && without(refused) <= 1, "{}", log());
 }

@@ -1,8 +1,7 @@
 //! The end of a message: what goes over the wire, the acknowledgement that can't be confirmed, the delivery that is lost.
 
 use crate::common::{
-    Vhost, assert_gone, assert_in_one_place, assert_returned, behind, in_time, private_broker,
-    queues, worker,
+    Vhost, assert_gone, assert_in_one_place, assert_returned, behind, in_time, private_broker, queues, worker,
 };
 use std::{sync::Arc, thread, time::Duration};
 use testbed::{
@@ -14,11 +13,9 @@ use testbed::{
 #[test]
 fn cancel_settlement_and_barrier_go_out_in_this_order() {
     for queue in queues("order") {
-        for (script, settlement) in [
-            ("exit 0", Method::BASIC_ACK),
-            ("exit 3", Method::BASIC_REJECT),
-            ("kill -9 $$", Method::BASIC_REJECT),
-        ] {
+        for (script, settlement) in
+            [("exit 0", Method::BASIC_ACK), ("exit 3", Method::BASIC_REJECT), ("kill -9 $$", Method::BASIC_REJECT)]
+        {
             queue.publish_all(["one", "two"]);
             let proxy = Proxy::of(Broker::shared());
             behind(&proxy, &queue).shell(script).run();
@@ -30,12 +27,7 @@ fn cancel_settlement_and_barrier_go_out_in_this_order() {
                 Method::BASIC_QOS,
                 Method::BASIC_CONSUME,
             ];
-            let end = [
-                Method::BASIC_CANCEL,
-                settlement,
-                Method::BASIC_QOS,
-                Method::CONNECTION_CLOSE,
-            ];
+            let end = [Method::BASIC_CANCEL, settlement, Method::BASIC_QOS, Method::CONNECTION_CLOSE];
             assert_eq!(proxy.sent(), [&begin[..], &end].concat(), "{script}");
             assert_eq!(proxy.count(ToClient, Method::BASIC_DELIVER), 1, "{script}");
             queue.purge();
@@ -51,10 +43,7 @@ fn a_second_message_is_never_pushed_however_late_the_answers_are() {
         let proxy = Proxy::of(Broker::shared());
         proxy.delay(ToClient, Duration::from_millis(50));
         proxy.delay(ToBroker, Duration::from_millis(50));
-        behind(&proxy, &queue)
-            .args(["--", "true"])
-            .run()
-            .assert_status(0);
+        behind(&proxy, &queue).args(["--", "true"]).run().assert_status(0);
         assert_eq!(proxy.count(ToClient, Method::BASIC_DELIVER), 1);
         let next = queue.wait_get();
         assert_eq!((next.text().as_str(), next.redelivered), ("two", false));
@@ -85,106 +74,42 @@ fn faults(method: Method) -> Vec<Fault> {
     let down = |method, action| (ToClient, method, action);
     let (cancel, cancel_ok) = (Method::BASIC_CANCEL, Method::BASIC_CANCEL_OK);
     let (qos, qos_ok) = (Method::BASIC_QOS, Method::BASIC_QOS_OK);
-    let channel_error =
-        || frames::channel_close(1, 406, "PRECONDITION_FAILED - unknown delivery tag 1");
-    let forced =
-        || frames::connection_close(320, "CONNECTION_FORCED - Closed via management plugin");
+    let channel_error = || frames::channel_close(1, 406, "PRECONDITION_FAILED - unknown delivery tag 1");
+    let forced = || frames::connection_close(320, "CONNECTION_FORCED - Closed via management plugin");
     let cancelled = || frames::basic_cancel(1, "qconsume");
     let unknown = Action::Replace(Arc::new(frames::unknown_ack));
     // After an error the broker takes no notice of anything, so there is no answer to the barrier.
     let unheard = || up(qos, Action::SwallowFrame);
-    let fault = |what, rules: &[_], then| Fault {
-        what,
-        rules: rules.to_vec(),
-        then,
-    };
+    let fault = |what, rules: &[_], then| Fault { what, rules: rules.to_vec(), then };
     vec![
-        fault(
-            "cut before it",
-            &[up(method, Action::CutBefore)],
-            Then::Back,
-        ),
-        fault(
-            "cut after it",
-            &[up(method, Action::CutAfter)],
-            Then::Either,
-        ),
-        fault(
-            "swallowed with all that follows",
-            &[up(method, Action::Swallow)],
-            Then::Back,
-        ),
-        fault(
-            "swallowed with all since the cancel",
-            &[up(cancel, Action::Swallow)],
-            Then::Back,
-        ),
-        fault(
-            "the barrier swallowed",
-            &[up(qos, Action::SwallowFrame)],
-            Then::Either,
-        ),
+        fault("cut before it", &[up(method, Action::CutBefore)], Then::Back),
+        fault("cut after it", &[up(method, Action::CutAfter)], Then::Either),
+        fault("swallowed with all that follows", &[up(method, Action::Swallow)], Then::Back),
+        fault("swallowed with all since the cancel", &[up(cancel, Action::Swallow)], Then::Back),
+        fault("the barrier swallowed", &[up(qos, Action::SwallowFrame)], Then::Either),
         fault(
             "all answers swallowed",
-            &[
-                down(cancel_ok, Action::Swallow),
-                down(qos_ok, Action::Swallow),
-            ],
+            &[down(cancel_ok, Action::Swallow), down(qos_ok, Action::Swallow)],
             Then::Settled,
         ),
-        fault(
-            "the barrier's answer swallowed",
-            &[down(qos_ok, Action::SwallowFrame)],
-            Then::Settled,
-        ),
-        fault(
-            "the barrier's answer cut off",
-            &[down(qos_ok, Action::CutBefore)],
-            Then::Settled,
-        ),
-        fault(
-            "all stands still before it",
-            &[up(method, Action::Stall)],
-            Then::Back,
-        ),
-        fault(
-            "all stands still after it",
-            &[up(qos, Action::Stall)],
-            Then::Either,
-        ),
+        fault("the barrier's answer swallowed", &[down(qos_ok, Action::SwallowFrame)], Then::Settled),
+        fault("the barrier's answer cut off", &[down(qos_ok, Action::CutBefore)], Then::Settled),
+        fault("all stands still before it", &[up(method, Action::Stall)], Then::Back),
+        fault("all stands still after it", &[up(qos, Action::Stall)], Then::Either),
         fault(
             "a channel error instead of it",
-            &[
-                up(method, Action::InjectInstead(channel_error())),
-                unheard(),
-            ],
+            &[up(method, Action::InjectInstead(channel_error())), unheard()],
             Then::Back,
         ),
-        fault(
-            "a channel error crosses it",
-            &[up(method, Action::Inject(channel_error())), unheard()],
-            Then::Either,
-        ),
+        fault("a channel error crosses it", &[up(method, Action::Inject(channel_error())), unheard()], Then::Either),
         fault(
             "a channel error instead of the barrier's answer",
             &[down(qos_ok, Action::InjectInstead(channel_error()))],
             Then::Settled,
         ),
-        fault(
-            "the broker knows of no such delivery",
-            &[up(method, unknown)],
-            Then::Back,
-        ),
-        fault(
-            "the broker's own cancel crosses it",
-            &[up(method, Action::Inject(cancelled()))],
-            Then::Either,
-        ),
-        fault(
-            "the broker's own cancel crosses the cancel",
-            &[up(cancel, Action::Inject(cancelled()))],
-            Then::Either,
-        ),
+        fault("the broker knows of no such delivery", &[up(method, unknown)], Then::Back),
+        fault("the broker's own cancel crosses it", &[up(method, Action::Inject(cancelled()))], Then::Either),
+        fault("the broker's own cancel crosses the cancel", &[up(cancel, Action::Inject(cancelled()))], Then::Either),
         fault(
             "the broker closes the connection instead",
             &[up(method, Action::InjectInstead(forced())), unheard()],
@@ -212,9 +137,7 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     let go = testbed::owner::temp_folder("go");
     let running = behind(&proxy, queue)
         .current_dir(&go)
-        .shell(&format!(
-            "echo started; until [ -e go ]; do sleep 0.02; done; {script}"
-        ))
+        .shell(&format!("echo started; until [ -e go ]; do sleep 0.02; done; {script}"))
         .spawn();
     running.wait_for_stdout("started", PATIENCE);
     for (direction, method, action) in rules {
@@ -223,11 +146,7 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     std::fs::write(go.join("go"), "").unwrap();
     let done = running.wait(SETTLED_BY_THEN);
     assert_eq!(done.status(), status, "{what}:\n{}", done.stderr);
-    let says = if status == 75 {
-        "acknowledgement not confirmed"
-    } else {
-        "the broker has not confirmed it"
-    };
+    let says = if status == 75 { "acknowledgement not confirmed" } else { "the broker has not confirmed it" };
     assert!(done.stderr.contains(says), "{what}:\n{}", done.stderr);
     // What is still there of the connection, the broker has to notice now.
     proxy.cut();
@@ -291,8 +210,7 @@ fn a_rejection_that_cannot_be_confirmed_is_no_success_though_a_confirmed_one_wou
 }
 
 /// A command that says when it starts, and when it is told to end. It ends with success, which must not count.
-const LONG: &str =
-    "trap 'echo terminated; exit 0' TERM; echo started; while :; do sleep 0.05; done";
+const LONG: &str = "trap 'echo terminated; exit 0' TERM; echo started; while :; do sleep 0.05; done";
 
 fn long_command(program: Program) -> Running {
     let running = program.shell(LONG).spawn();
@@ -304,9 +222,7 @@ fn long_command(program: Program) -> Running {
 #[track_caller]
 fn assert_lost(running: Running, why: &str) {
     let done = running.finish(PATIENCE);
-    done.assert_status(75)
-        .assert_stderr("delivery lost while the command runs")
-        .assert_stderr(why);
+    done.assert_status(75).assert_stderr("delivery lost while the command runs").assert_stderr(why);
     assert_eq!(done.stdout_text(), "started\nterminated\n");
     running.wait_no_leftovers(PATIENCE);
 }
@@ -320,11 +236,7 @@ fn a_connection_cut_while_the_command_runs_ends_it_with_75() {
         proxy.cut();
         assert_lost(running, "the broker closed the connection");
         assert_returned(&queue, "papaya");
-        assert_eq!(
-            proxy.accepted(),
-            1,
-            "it connected again for a message that isn't its own"
-        );
+        assert_eq!(proxy.accepted(), 1, "it connected again for a message that isn't its own");
     }
 }
 
@@ -343,20 +255,13 @@ fn a_broker_that_falls_silent_while_the_command_runs_ends_it_with_75() {
 
 #[test]
 fn a_channel_or_connection_closed_while_the_command_runs_ends_it_with_75() {
-    let channel = frames::channel_close(
-        1,
-        406,
-        "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out",
-    );
-    let connection =
-        frames::connection_close(320, "CONNECTION_FORCED - broker forced connection closure");
+    let channel =
+        frames::channel_close(1, 406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out");
+    let connection = frames::connection_close(320, "CONNECTION_FORCED - broker forced connection closure");
     for (frame, why) in [
         (channel, "acknowledgement timeout"),
         (connection, "closed the connection: CONNECTION_FORCED"),
-        (
-            frames::basic_cancel(1, "qconsume"),
-            "cancelled the consumer",
-        ),
+        (frames::basic_cancel(1, "qconsume"), "cancelled the consumer"),
     ] {
         let queue = Broker::shared().queue("closed");
         queue.publish("pear");
@@ -372,13 +277,9 @@ fn a_channel_or_connection_closed_while_the_command_runs_ends_it_with_75() {
 
 #[test]
 fn a_delivery_lost_after_its_consumer_was_cancelled_ends_the_command_with_75() {
-    let channel = frames::channel_close(
-        1,
-        406,
-        "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out",
-    );
-    let connection =
-        frames::connection_close(320, "CONNECTION_FORCED - broker forced connection closure");
+    let channel =
+        frames::channel_close(1, 406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out");
+    let connection = frames::connection_close(320, "CONNECTION_FORCED - broker forced connection closure");
     for (loss, why) in [
         (Action::Inject(channel), "acknowledgement timeout"),
         (Action::Inject(connection), "CONNECTION_FORCED"),
@@ -391,10 +292,7 @@ fn a_delivery_lost_after_its_consumer_was_cancelled_ends_the_command_with_75() {
             // The message comes when `--wait` has given up already: only the connection is left to tell of a loss.
             queue.publish("raisin");
             proxy.once(ToClient, Method::BASIC_DELIVER, Action::Hold);
-            let running = behind(&proxy, &queue)
-                .args(["--heartbeat", "4", "--wait", "200ms"])
-                .shell(LONG)
-                .spawn();
+            let running = behind(&proxy, &queue).args(["--heartbeat", "4", "--wait", "200ms"]).shell(LONG).spawn();
             proxy.wait_for(ToBroker, Method::BASIC_CANCEL);
             proxy.release();
             let started = || running.stdout().starts_with(b"started");
@@ -429,9 +327,7 @@ fn a_connection_closed_by_an_operator_while_the_command_runs_ends_it_with_75() {
     queue.publish("quince");
     client.disconnect();
     let running = long_command(worker(&queue));
-    broker
-        .ctl(&["close_all_connections", "-p", vhost.name, "maintenance"])
-        .unwrap();
+    broker.ctl(&["close_all_connections", "-p", vhost.name, "maintenance"]).unwrap();
     assert_lost(running, "maintenance");
     assert_returned(&queue, "quince");
 }

@@ -22,10 +22,7 @@ fn the_binary_asks_for_no_dynamic_loader() {
     let (start, size, count) = (number(32, 8), number(54, 2), number(56, 2));
     let types = (0..count).map(|index| number(start + index * size, 4) as u32);
     assert!(types.clone().any(|kind| kind == 1), "nothing to load");
-    assert!(
-        !types.clone().any(|kind| kind == INTERPRETER),
-        "it is dynamic"
-    );
+    assert!(!types.clone().any(|kind| kind == INTERPRETER), "it is dynamic");
 }
 
 /// A network of Docker's whose name server is Docker's own.
@@ -92,10 +89,7 @@ fn names_are_looked_up_in_an_image_with_a_newer_c_library() {
     create.extend(names.map(|(name, _)| name));
     docker(&create).assert_status(0);
     // Copied rather than mounted: the daemon may be on another machine.
-    for (file, to) in [
-        (crate::common::qconsume_path(), "/qconsume"),
-        (nsswitch, "/etc/nsswitch.conf"),
-    ] {
+    for (file, to) in [(crate::common::qconsume_path(), "/qconsume"), (nsswitch, "/etc/nsswitch.conf")] {
         let file = file.to_str().unwrap();
         docker(&["cp", file, &format!("{name}:{to}")]).assert_status(0);
     }

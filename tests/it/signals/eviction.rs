@@ -9,12 +9,9 @@ const COUNTING: &str = "rabbitmq:4.3-management";
 #[test]
 fn a_command_that_ends_on_the_signal_is_evicted_and_its_message_given_back() {
     for kind in QueueKind::ALL {
-        for (signal, status) in [
-            (Signal::SIGTERM, 143),
-            (Signal::SIGINT, 130),
-            (Signal::SIGHUP, 129),
-            (Signal::SIGQUIT, 131),
-        ] {
+        for (signal, status) in
+            [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129), (Signal::SIGQUIT, 131)]
+        {
             let (queue, proxy) = one_message("evicted", kind);
             // No core file of a command that QUIT ends.
             let running = running(behind(&proxy, &queue).shell(&format!("ulimit -c 0; {WAITS}")));
@@ -59,14 +56,7 @@ fn an_eviction_is_given_back_whatever_the_options_say_of_failures() {
     let (queue, proxy) = one_message("evicted-options", QueueKind::Quorum);
     let running = running(
         behind(&proxy, &queue)
-            .args([
-                "--reject-on",
-                "143",
-                "--max-attempts",
-                "1",
-                "--reject-exit-code",
-                "0",
-            ])
+            .args(["--reject-on", "143", "--max-attempts", "1", "--reject-exit-code", "0"])
             .shell(WAITS),
     );
     stop(&running, Signal::SIGTERM).assert_status(143);
@@ -80,11 +70,7 @@ fn every_signal_is_passed_on_and_without_grace_only_the_platform_kills() {
     let script = "trap 'echo got TERM' TERM; trap 'echo got INT' INT; echo running
         while :; do sleep 0.05; done";
     // Neither limit has anything to do with a signal from outside.
-    let running = running(
-        behind(&proxy, &queue)
-            .args(["--kill-after", "0s"])
-            .shell(script),
-    );
+    let running = running(behind(&proxy, &queue).args(["--kill-after", "0s"]).shell(script));
     for (signal, text) in [(Signal::SIGTERM, "got TERM"), (Signal::SIGINT, "got INT")] {
         running.signal(signal);
         running.wait_for_stdout(text, PATIENCE);
@@ -104,11 +90,7 @@ fn a_second_message_is_not_taken_after_the_signal() {
     ] {
         let (queue, proxy) = one_message("evicted-count", QueueKind::Classic);
         queue.publish("another message");
-        let running = running(
-            behind(&proxy, &queue)
-                .args(["--count", "0", "--kill-after", "1s"])
-                .shell(script),
-        );
+        let running = running(behind(&proxy, &queue).args(["--count", "0", "--kill-after", "1s"]).shell(script));
         stop(&running, Signal::SIGTERM).assert_status(status);
         assert_eq!(proxy.count(Direction::ToClient, Method::BASIC_DELIVER), 1);
         queue.wait_ready(if status == 9 { 2 } else { 1 });

@@ -4,11 +4,7 @@ use super::*;
 
 /// Runs it into its time limit, which passes once the command has said `running`: on a busy machine that takes a longer one.
 #[track_caller]
-fn over_limit(
-    (name, kind): (&str, QueueKind),
-    options: &[&str],
-    script: &str,
-) -> (Queue, Proxy, Running, Duration) {
+fn over_limit((name, kind): (&str, QueueKind), options: &[&str], script: &str) -> (Queue, Proxy, Running, Duration) {
     for limit in [300, 2_000, 10_000].map(Duration::from_millis) {
         let (queue, proxy) = one_message(name, kind);
         let worker = behind(&proxy, &queue).args(["--timeout", &format!("{limit:?}")]);
@@ -60,16 +56,9 @@ fn a_command_that_ignores_the_time_limit_is_killed_with_its_group() {
 fn a_time_limit_dead_letters_where_failures_do() {
     let broker = Broker::shared();
     let dead = broker.queue("limit-dead");
-    let queue = broker
-        .declare("limit-reject")
-        .dead_letter_to(&dead)
-        .create();
+    let queue = broker.declare("limit-reject").dead_letter_to(&dead).create();
     queue.publish("the message");
-    worker(&queue)
-        .args(["--timeout", "200ms", "--reject-on", "124"])
-        .shell("exec sleep 1000")
-        .run()
-        .assert_status(124);
+    worker(&queue).args(["--timeout", "200ms", "--reject-on", "124"]).shell("exec sleep 1000").run().assert_status(124);
     assert_back(&dead);
     assert_gone(&queue);
 }
@@ -79,10 +68,7 @@ fn the_first_of_a_signal_and_the_time_limit_decides() {
     // The signal first: an eviction, though the limit is what ends the command.
     let (queue, proxy) = one_message("signal-first", QueueKind::Classic);
     let script = "trap 'echo got TERM' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
-    let running = behind(&proxy, &queue)
-        .args(["--timeout", "5s", "--kill-after", "0s"])
-        .shell(script)
-        .spawn();
+    let running = behind(&proxy, &queue).args(["--timeout", "5s", "--kill-after", "0s"]).shell(script).spawn();
     let finished = running.finish(PATIENCE);
     finished.assert_status(137);
     assert!(finished.stdout.starts_with(b"got TERM\n"));
@@ -112,9 +98,7 @@ fn grace_kills_a_command_that_ignores_the_signal() {
                 .shell("trap '' TERM; echo running; sleep 1000 & sleep 1000"),
         );
         let told = Instant::now();
-        stop(&running, Signal::SIGTERM)
-            .assert_status(137)
-            .assert_stderr("message released");
+        stop(&running, Signal::SIGTERM).assert_status(137).assert_stderr("message released");
         assert!(told.elapsed() >= Duration::from_millis(300));
         assert_settled(&proxy, Method::BASIC_NACK);
         assert_back(&queue);
@@ -129,11 +113,7 @@ fn a_lost_delivery_terminates_the_command() {
             "trap 'echo terminated' TERM; echo running; while :; do sleep 0.05; done",
         ] {
             let (queue, proxy) = one_message("lost", kind);
-            let running = running(
-                behind(&proxy, &queue)
-                    .args(["--kill-after", "5s"])
-                    .shell(script),
-            );
+            let running = running(behind(&proxy, &queue).args(["--kill-after", "5s"]).shell(script));
             proxy.cut();
             let finished = running.finish(PATIENCE);
             finished.assert_status(75).assert_stderr("delivery lost");
@@ -166,11 +146,7 @@ fn a_lost_delivery_lets_the_command_finish_where_told_so() {
 #[test]
 fn a_signal_still_reaches_a_command_whose_delivery_is_lost() {
     let (queue, proxy) = one_message("lost-signal", QueueKind::Classic);
-    let running = running(
-        behind(&proxy, &queue)
-            .args(["--on-lost", "finish"])
-            .shell(WAITS),
-    );
+    let running = running(behind(&proxy, &queue).args(["--on-lost", "finish"]).shell(WAITS));
     proxy.cut();
     running.wait_for_stderr("letting the command finish", PATIENCE);
     stop(&running, Signal::SIGTERM).assert_status(75);
@@ -179,11 +155,7 @@ fn a_signal_still_reaches_a_command_whose_delivery_is_lost() {
 
 #[test]
 fn user_signals_go_to_the_command_alone_and_end_nothing() {
-    for (signal, name) in [
-        (Signal::SIGUSR1, "USR1"),
-        (Signal::SIGUSR2, "USR2"),
-        (Signal::SIGWINCH, "WINCH"),
-    ] {
+    for (signal, name) in [(Signal::SIGUSR1, "USR1"), (Signal::SIGUSR2, "USR2"), (Signal::SIGWINCH, "WINCH")] {
         let (queue, proxy) = one_message("user-signal", QueueKind::Classic);
         // Were the child to get it, too, it would have the time to say so.
         let script = format!(

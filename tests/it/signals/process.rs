@@ -16,20 +16,14 @@ fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
         .run();
     finished.assert_status(0);
     let none = "0000000000000000";
-    assert_eq!(
-        finished.stdout_text(),
-        format!("SigBlk:\t{none}\nSigIgn:\t{none}\n")
-    );
+    assert_eq!(finished.stdout_text(), format!("SigBlk:\t{none}\nSigIgn:\t{none}\n"));
 }
 
 #[test]
 fn a_command_inherits_what_qconsume_was_started_with_and_nothing_of_qconsumes() {
     let (queue, proxy) = one_message("descriptors", QueueKind::Classic);
     let opens = ["sh", "-c", "exec 7</dev/null 9>&2; exec \"$0\" \"$@\""];
-    let finished = behind(&proxy, &queue)
-        .args(["--", "ls", "/proc/self/fd"])
-        .through(opens)
-        .run();
+    let finished = behind(&proxy, &queue).args(["--", "ls", "/proc/self/fd"]).through(opens).run();
     finished.assert_status(0);
     // What whoever runs the tests has open is inherited, too.
     let without = Program::new("ls").arg("/proc/self/fd").through(opens).run();
@@ -40,9 +34,7 @@ fn a_command_inherits_what_qconsume_was_started_with_and_nothing_of_qconsumes() 
 #[test]
 fn a_shells_process_substitution_reaches_the_command() {
     let (queue, proxy) = one_message("substitution", QueueKind::Classic);
-    let finished = behind(&proxy, &queue)
-        .through(["bash", "-c", "exec \"$0\" -- cat <(echo of the shell)"])
-        .run();
+    let finished = behind(&proxy, &queue).through(["bash", "-c", "exec \"$0\" -- cat <(echo of the shell)"]).run();
     finished.assert_status(0);
     assert_eq!(finished.stdout_text(), "of the shell\n");
 }
@@ -93,14 +85,7 @@ fn a_signal_that_may_not_be_sent_is_warned_about() {
     let go = owner::temp_folder("not-permitted").join("go");
     let worker = behind(&proxy, &queue)
         .env("GO", &go)
-        .args([
-            "--",
-            "setpriv",
-            "--reuid=65534",
-            "--clear-groups",
-            "sh",
-            "-c",
-        ])
+        .args(["--", "setpriv", "--reuid=65534", "--clear-groups", "sh", "-c"])
         .arg("echo running; while [ ! -e $GO ]; do sleep 0.02; done; exit 3")
         .through(["setpriv", "--bounding-set=-kill"]);
     let running = running(worker);
@@ -115,14 +100,9 @@ fn a_signal_that_may_not_be_sent_is_warned_about() {
 #[test]
 fn a_command_leads_a_process_group_of_its_own() {
     let (queue, proxy) = one_message("group", QueueKind::Classic);
-    let running = behind(&proxy, &queue)
-        .args(["--", "cut", "-d ", "-f1,4,5", "/proc/self/stat"])
-        .spawn();
+    let running = behind(&proxy, &queue).args(["--", "cut", "-d ", "-f1,4,5", "/proc/self/stat"]).spawn();
     let text = running.finish(PATIENCE).stdout_text();
-    let numbers: Vec<i32> = text
-        .split_whitespace()
-        .map(|n| n.parse().unwrap())
-        .collect();
+    let numbers: Vec<i32> = text.split_whitespace().map(|n| n.parse().unwrap()).collect();
     let [pid, parent, group] = numbers[..] else {
         panic!("{text:?}");
     };
@@ -155,10 +135,7 @@ fn what_a_success_leaves_behind_may_finish_before_the_settlement() {
         let folder = owner::temp_folder("finishes");
         let running = behind(&proxy, &queue)
             .args(["--kill-after", "60s"])
-            .env(
-                "LATER",
-                "echo left; while [ ! -e go ]; do sleep 0.02; done; echo finished",
-            )
+            .env("LATER", "echo left; while [ ! -e go ]; do sleep 0.02; done; echo finished")
             .current_dir(&folder)
             .shell(away)
             .spawn();
@@ -223,9 +200,7 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
             let running = behind(&proxy, &queue)
                 .env("LATER", "trap '' TERM; echo left; sleep 1000 | sleep 1000")
                 .args(["--kill-after", "600s"])
-                .shell(&format!(
-                    "{{ {away}\n}} >out; until [ -s out ]; do sleep 0.02; done; {end}"
-                ))
+                .shell(&format!("{{ {away}\n}} >out; until [ -s out ]; do sleep 0.02; done; {end}"))
                 .current_dir(owner::temp_folder("background"))
                 .spawn();
             proxy.wait_for(Direction::ToBroker, Method::BASIC_REJECT);
@@ -259,9 +234,7 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
             .args(["--kill-after", "1s"])
             .env("CHAIN", CHAIN)
             .env("START", "echo $$ >group; exec sh -c \"$CHAIN\"")
-            .shell(&format!(
-                "setsid sh -c \"$START\" >out & until [ -s out ]; do sleep 0.02; done; {end}"
-            ))
+            .shell(&format!("setsid sh -c \"$START\" >out & until [ -s out ]; do sleep 0.02; done; {end}"))
             .through(["taskset", "--cpu-list", cpu])
             .current_dir(&folder)
             .spawn();
@@ -289,9 +262,7 @@ fn orphans_are_reaped_however_many_end_at_once() {
     let children = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c \") . $PPID \"";
     behind(&proxy, &queue)
         .env("CROWD", crowd)
-        .shell(&format!(
-            "setsid -w sh -c \"$CROWD\"; until [ $({children}) = 1 ]; do sleep 0.02; done"
-        ))
+        .shell(&format!("setsid -w sh -c \"$CROWD\"; until [ $({children}) = 1 ]; do sleep 0.02; done"))
         .run()
         .assert_status(0);
     assert_gone(&queue);
@@ -300,10 +271,7 @@ fn orphans_are_reaped_however_many_end_at_once() {
 /// With a command that succeeds at once, and has left this behind in a session of its own, which goes on when it is gone.
 fn left(worker: Program, script: &str) -> Program {
     let left = format!("while [ -e /proc/$LEADER ]; do sleep 0.02; done; {script}");
-    worker
-        .args(["--kill-after", "600s"])
-        .env("LEFT", left)
-        .shell("LEADER=$$ setsid sh -c \"$LEFT\" & exit 0")
+    worker.args(["--kill-after", "600s"]).env("LEFT", left).shell("LEADER=$$ setsid sh -c \"$LEFT\" & exit 0")
 }
 
 #[test]
@@ -333,10 +301,7 @@ fn what_was_there_before_the_command_is_none_of_its_own() {
     // As PID 1's other children: a shell starts something, and then becomes qconsume.
     let (queue, proxy) = one_message("stranger", QueueKind::Classic);
     let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
-    let running = behind(&proxy, &queue)
-        .shell("sleep 1000 & exit 3")
-        .through(["sh", "-c", script])
-        .spawn();
+    let running = behind(&proxy, &queue).shell("sleep 1000 & exit 3").through(["sh", "-c", script]).spawn();
     running.finish(PATIENCE).assert_status(3);
     // The subshell and its sleep.
     let both = || running.leftovers().len() == 2;
@@ -344,11 +309,8 @@ fn what_was_there_before_the_command_is_none_of_its_own() {
     assert_back(&queue);
     // Nor does a success wait for it.
     queue.publish("the message");
-    let running = behind(&proxy, &queue)
-        .args(["--kill-after", "600s"])
-        .shell("exit 0")
-        .through(["sh", "-c", script])
-        .spawn();
+    let running =
+        behind(&proxy, &queue).args(["--kill-after", "600s"]).shell("exit 0").through(["sh", "-c", script]).spawn();
     running.finish(PATIENCE).assert_status(0);
 }
 
@@ -370,9 +332,7 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
             ))
             .spawn();
         let finished = running.finish(PATIENCE);
-        finished
-            .assert_status(0)
-            .assert_stderr("left 1 process behind");
+        finished.assert_status(0).assert_stderr("left 1 process behind");
         assert_gone(&queue);
         running.wait_no_leftovers(PROMPT);
     }
@@ -405,10 +365,7 @@ fn nohup_keeps_a_hangup_from_qconsume() {
 fn what_was_ignored_at_the_start_stays_ignored() {
     let broker = Broker::shared();
     let queue = broker.queue("ignored");
-    let running = worker(&queue)
-        .through(["env", "--ignore-signal=INT,QUIT,HUP"])
-        .shell("exit 6")
-        .spawn();
+    let running = worker(&queue).through(["env", "--ignore-signal=INT,QUIT,HUP"]).shell("exit 6").spawn();
     queue.wait_consumers(1);
     for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGHUP] {
         running.signal(signal);

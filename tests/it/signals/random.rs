@@ -55,10 +55,7 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
     }
     // Both ends were met, or the moments say nothing.
     for met in [0, 143] {
-        assert!(
-            table.keys().any(|(status, _)| *status == met),
-            "never {met}"
-        );
+        assert!(table.keys().any(|(status, _)| *status == met), "never {met}");
     }
 }
 

@@ -7,12 +7,8 @@ use std::{fs::OpenOptions, io::Write, net::UdpSocket, os::unix::fs::OpenOptionsE
 use testbed::{Action, FullBacklog, missing, owner, reserve_port};
 
 /// All that ask for the end, with the status that they lead to.
-const STOPS: [(Signal, i32); 4] = [
-    (Signal::SIGTERM, 143),
-    (Signal::SIGINT, 130),
-    (Signal::SIGHUP, 129),
-    (Signal::SIGQUIT, 131),
-];
+const STOPS: [(Signal, i32); 4] =
+    [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129), (Signal::SIGQUIT, 131)];
 
 /// Would leave a trace if it ever ran.
 fn never_runs(program: Program) -> Program {
@@ -27,9 +23,7 @@ fn stop_idle(running: &Running, signal: Signal, status: i32) {
 
 #[track_caller]
 fn assert_stopped(finished: &Finished, status: i32) {
-    finished
-        .assert_status(status)
-        .assert_stderr("while no command ran");
+    finished.assert_status(status).assert_stderr("while no command ran");
     // By its own exit: a default disposition would do nothing as PID 1.
     assert_eq!(finished.code, Some(status));
     assert_eq!(finished.stdout_text(), "");
@@ -70,9 +64,7 @@ fn a_signal_from_before_the_handlers_is_held_for_them() {
     nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
     for (signal, status) in STOPS {
         // The options are read before the runtime is there that handles signals, and this one comes late.
-        let running = never_runs(qconsume().queue(queue.name()))
-            .env("BROKER_URL_FILE", &file)
-            .spawn();
+        let running = never_runs(qconsume().queue(queue.name())).env("BROKER_URL_FILE", &file).spawn();
         let mut url = None;
         let reads = || {
             let mut how = OpenOptions::new();
@@ -176,12 +168,8 @@ fn a_signal_ends_an_amqp_handshake() {
         stop_idle(&running, signal, status);
     }
     // At each later step of it, too.
-    for step in [
-        Method::CONNECTION_START_OK,
-        Method::CONNECTION_TUNE_OK,
-        Method::CONNECTION_OPEN,
-        Method::CHANNEL_OPEN,
-    ] {
+    for step in [Method::CONNECTION_START_OK, Method::CONNECTION_TUNE_OK, Method::CONNECTION_OPEN, Method::CHANNEL_OPEN]
+    {
         let (queue, proxy) = one_message("handshake", QueueKind::Classic);
         proxy.once(Direction::ToBroker, step, Action::Stall);
         let running = never_runs(behind(&proxy, &queue)).spawn();
@@ -261,10 +249,7 @@ fn a_signal_ends_the_wait_for_a_message() {
             assert_stopped(&finished, status);
             // It has said goodbye rather than merely gone.
             assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_CANCEL), 1);
-            assert_eq!(
-                proxy.count(Direction::ToClient, Method::CONNECTION_CLOSE_OK),
-                1
-            );
+            assert_eq!(proxy.count(Direction::ToClient, Method::CONNECTION_CLOSE_OK), 1);
             queue.wait_consumers(0);
         }
     }
@@ -354,10 +339,7 @@ fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
 #[test]
 fn a_signal_while_settling_changes_nothing() {
     for kind in QueueKind::ALL {
-        for (script, status, by) in [
-            ("exit 0", 0, Method::BASIC_ACK),
-            ("exit 3", 3, Method::BASIC_REJECT),
-        ] {
+        for (script, status, by) in [("exit 0", 0, Method::BASIC_ACK), ("exit 3", 3, Method::BASIC_REJECT)] {
             let (queue, proxy) = one_message("settling", kind);
             proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
             let running = behind(&proxy, &queue).shell(script).spawn();
@@ -386,10 +368,7 @@ fn a_signal_while_an_ack_is_not_answered_leads_to_no_false_success() {
     proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
     running.signal(Signal::SIGTERM);
     proxy.cut();
-    running
-        .finish(PROMPT)
-        .assert_status(75)
-        .assert_stderr("not confirmed");
+    running.finish(PROMPT).assert_status(75).assert_stderr("not confirmed");
     drop(proxy);
     assert_back(&queue);
 }

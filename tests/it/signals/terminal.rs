@@ -52,12 +52,7 @@ impl Terminal {
                 }
             }
         });
-        Self {
-            keys,
-            output,
-            seen: String::new(),
-            leader,
-        }
+        Self { keys, output, seen: String::new(), leader }
     }
 
     fn press(&mut self, keys: &str) {
@@ -98,8 +93,7 @@ impl Drop for Terminal {
 }
 
 /// Counts its interrupts for a while after the first.
-const COUNTS: &str =
-    "n=0; trap 'n=$((n+1))' INT; echo run''ning; while [ $n = 0 ]; do sleep 0.05; done
+const COUNTS: &str = "n=0; trap 'n=$((n+1))' INT; echo run''ning; while [ $n = 0 ]; do sleep 0.05; done
     for i in 1 2 3 4 5; do sleep 0.1; done; echo interrupted $n time; exit 5";
 
 #[test]
@@ -140,11 +134,7 @@ fn a_signal_that_is_not_the_terminals_is_forwarded() {
             while :; do sleep 0.02; done' & wait";
         let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
         terminal.wait_for("running");
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(terminal.leader.id().cast_signed()),
-            signal,
-        )
-        .unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(terminal.leader.id().cast_signed()), signal).unwrap();
         assert_eq!(terminal.wait_end().code(), Some(9));
         assert_back(&queue);
     }
@@ -154,14 +144,8 @@ fn a_signal_that_is_not_the_terminals_is_forwarded() {
 fn ctrl_z_stops_both_and_fg_continues_both() {
     let (queue, proxy) = one_message("terminal-stop", QueueKind::Classic);
     // A shell with job control, which runs the worker as it would any other.
-    let shell = [
-        "bash",
-        "--norc",
-        "-ic",
-        "\"$0\" \"$@\"; echo stop''ped; fg; echo status $?",
-    ];
-    let script =
-        "trap 'echo con''tinued; exit 4' CONT; echo run''ning; while :; do sleep 0.05; done";
+    let shell = ["bash", "--norc", "-ic", "\"$0\" \"$@\"; echo stop''ped; fg; echo status $?"];
+    let script = "trap 'echo con''tinued; exit 4' CONT; echo run''ning; while :; do sleep 0.05; done";
     let mut terminal = Terminal::start(&queue, &proxy, &shell, &["sh", "-c", script]);
     terminal.wait_for("running");
     terminal.press(CTRL_Z);

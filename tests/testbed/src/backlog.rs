@@ -25,10 +25,7 @@ impl FullBacklog {
     async fn fill() -> Result<Self> {
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-        let mut full = Self {
-            listener: socket.listen(1)?,
-            filling: Vec::new(),
-        };
+        let mut full = Self { listener: socket.listen(1)?, filling: Vec::new() };
         while full.filling.len() < 16 {
             match tokio::time::timeout(UNANSWERED, TcpStream::connect(full.addr())).await {
                 Ok(stream) => full.filling.push(stream?),

@@ -30,8 +30,5 @@ pub fn identity(
     let mut params = CertificateParams::new(names).expect("names");
     change(&mut params);
     let key = KeyPair::generate().expect("a key");
-    Identity {
-        cert: params.signed_by(&key, ca).expect("a certificate").pem(),
-        key: key.serialize_pem(),
-    }
+    Identity { cert: params.signed_by(&key, ca).expect("a certificate").pem(), key: key.serialize_pem() }
 }

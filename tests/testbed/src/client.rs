@@ -151,10 +151,7 @@ impl Client {
     /// Ready messages and consumers of a queue; None if there is no such queue.
     pub fn counts(&self, queue: &str) -> Result<Option<(u32, u32)>> {
         self.operate(async |channel| {
-            let options = QueueDeclareOptions {
-                passive: true,
-                ..Default::default()
-            };
+            let options = QueueDeclareOptions { passive: true, ..Default::default() };
             let declared = channel.queue_declare(queue.into(), options, Default::default());
             Ok(declared.await?)
         })
@@ -174,15 +171,11 @@ impl Client {
     ) -> Result<()> {
         self.operate(async |channel| {
             channel.confirm_select(Default::default()).await?;
-            let options = BasicPublishOptions {
-                mandatory: true,
-                ..Default::default()
-            };
+            let options = BasicPublishOptions { mandatory: true, ..Default::default() };
             let mut confirms = Vec::new();
             for body in bodies {
                 let (body, properties) = (body.as_ref(), properties.clone());
-                let publish =
-                    channel.basic_publish("".into(), queue.into(), options, body, properties);
+                let publish = channel.basic_publish("".into(), queue.into(), options, body, properties);
                 confirms.push(publish.await?);
             }
             for confirm in confirms {
@@ -205,10 +198,7 @@ impl Client {
             let got = channel.basic_get(queue.into(), Default::default()).await?;
             match &got {
                 Some(got) if requeue => {
-                    let options = BasicNackOptions {
-                        requeue,
-                        ..Default::default()
-                    };
+                    let options = BasicNackOptions { requeue, ..Default::default() };
                     got.nack(options).await?;
                 }
                 Some(got) => {
@@ -234,9 +224,7 @@ impl Client {
 async fn limited<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::time::timeout(ANSWER_LIMIT, operation)
         .await
-        .unwrap_or_else(|_| {
-            bail!("the broker didn't answer the test's own client within {ANSWER_LIMIT:?}")
-        })
+        .unwrap_or_else(|_| bail!("the broker didn't answer the test's own client within {ANSWER_LIMIT:?}"))
 }
 
 /// For what is dropped: the broker may be gone or frozen by then, and then nothing more needs to be done.

@@ -35,12 +35,7 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<String> {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
-        bail!(
-            "{line} failed ({}): {}{}",
-            output.status,
-            stderr.trim(),
-            stdout.trim()
-        );
+        bail!("{line} failed ({}): {}{}", output.status, stderr.trim(), stdout.trim());
     }
     Ok(stdout)
 }

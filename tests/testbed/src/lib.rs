@@ -51,10 +51,7 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Reports that a test's optional ingredient (Docker, an image, root, tini) is absent; the test should then return.
 pub fn missing(what: &str) {
-    assert!(
-        std::env::var("CI").as_deref() != Ok("true"),
-        "this needs {what}, and with CI=true nothing may be skipped"
-    );
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "this needs {what}, and with CI=true nothing may be skipped");
     skipped(&format!("needs {what}"));
 }
 

@@ -36,8 +36,6 @@ fn main() -> Result<ExitCode> {
         .env("BROKER_URL", broker.url())
         .status()
         .with_context(|| format!("cannot run {program}"))?;
-    let code = status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
     Ok(u8::try_from(code).unwrap_or(1).into())
 }

@@ -77,8 +77,7 @@ struct Owner {
 
 /// This process's identity, with its watchdog running.
 fn get() -> &'static Owner {
-    static OWNER: LazyLock<Owner> =
-        LazyLock::new(|| Owner::start().unwrap_or_else(|error| panic!("{error:#}")));
+    static OWNER: LazyLock<Owner> = LazyLock::new(|| Owner::start().unwrap_or_else(|error| panic!("{error:#}")));
     &OWNER
 }
 
@@ -112,10 +111,7 @@ impl Owner {
             .env_clear()
             .envs(std::env::vars_os().filter(|(name, _)| {
                 // What it takes to run docker; above all not the mark of an outer owner, or else its watchdog kills ours.
-                matches!(
-                    name.to_str(),
-                    Some("PATH" | "HOME" | "DOCKER_HOST" | "DOCKER_CONFIG")
-                )
+                matches!(name.to_str(), Some("PATH" | "HOME" | "DOCKER_HOST" | "DOCKER_CONFIG"))
             }))
             .current_dir("/")
             .stdin(Stdio::piped())
@@ -125,13 +121,8 @@ impl Owner {
             .process_group(0)
             .spawn()
             .context("cannot start the shell that cleans up after the tests")?;
-        fs::create_dir(&folder)
-            .with_context(|| format!("cannot create {} for the tests", folder.display()))?;
-        Ok(Self {
-            id,
-            folder,
-            _watchdog: watchdog,
-        })
+        fs::create_dir(&folder).with_context(|| format!("cannot create {} for the tests", folder.display()))?;
+        Ok(Self { id, folder, _watchdog: watchdog })
     }
 }
 
@@ -171,9 +162,7 @@ pub fn processes_with(name: &str, value: &str) -> Vec<i32> {
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         // A zombie's environ reads as empty, so what has ended but isn't reaped doesn't count.
         .filter(|pid: &i32| {
-            environment(*pid, &mut buffer)
-                .split(|byte| *byte == 0)
-                .any(|variable| variable == wanted.as_bytes())
+            environment(*pid, &mut buffer).split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
         })
         .collect()
 }

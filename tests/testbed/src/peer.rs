@@ -52,11 +52,7 @@ impl Peer {
     pub fn new(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port to listen on");
         let addr = listener.local_addr().expect("the port's number");
-        let peer = Self {
-            addr,
-            seen: Arc::default(),
-            gone: Arc::default(),
-        };
+        let peer = Self { addr, seen: Arc::default(), gone: Arc::default() };
         let (seen, gone, script) = (peer.seen.clone(), peer.gone.clone(), Arc::new(script));
         thread::spawn(move || {
             for (count, stream) in listener.incoming().flatten().enumerate() {
@@ -111,16 +107,8 @@ fn serve(
         let (channel, method, arguments) = next?;
         let request = {
             let mut seen = seen.lock();
-            let earlier = seen
-                .iter()
-                .filter(|seen| seen.connection == connection && seen.method == method);
-            let request = Request {
-                connection,
-                channel,
-                method,
-                arguments,
-                nth: earlier.count() as u64 + 1,
-            };
+            let earlier = seen.iter().filter(|seen| seen.connection == connection && seen.method == method);
+            let request = Request { connection, channel, method, arguments, nth: earlier.count() as u64 + 1 };
             seen.push(request.clone());
             request
         };
@@ -187,11 +175,7 @@ pub fn settle(request: &Request, method: Method) -> Vec<u8> {
 /// basic.return with NO_ROUTE of a message with an empty body.
 pub fn returned(channel: u16) -> Vec<u8> {
     let arguments = [&[1, 56][..], &short(b"NO_ROUTE"), &[0], &short(b"q")].concat();
-    [
-        method_frame(channel, Method::BASIC_RETURN, &arguments),
-        content_header(channel, 0, &[0, 0]),
-    ]
-    .concat()
+    [method_frame(channel, Method::BASIC_RETURN, &arguments), content_header(channel, 0, &[0, 0])].concat()
 }
 
 /// basic.deliver to qconsume's consumer, with this delivery tag and routing key.
@@ -232,10 +216,7 @@ pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properti
     let target = [&[0, 0][..], &exchange, &key, &[0]].concat();
     let proxy = Proxy::of(broker);
     for (method, frame) in [
-        (
-            Method::BASIC_PUBLISH,
-            method_frame(1, Method::BASIC_PUBLISH, &target),
-        ),
+        (Method::BASIC_PUBLISH, method_frame(1, Method::BASIC_PUBLISH, &target)),
         (Method::HEADER, content_header(1, 5, properties)),
     ] {
         let spoil = Action::Replace(Arc::new(move |_: &[u8]| frame.clone()));

@@ -42,10 +42,7 @@ pub(crate) fn listen(ip: IpAddr) -> Result<(Port, TcpListener)> {
         let Some(lock) = lock(&format!("port-{number}")) else {
             continue;
         };
-        let port = Port {
-            number,
-            _lock: lock,
-        };
+        let port = Port { number, _lock: lock };
         match TcpListener::bind((ip, number)) {
             Ok(listener) => return Ok((port, listener)),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {}

@@ -68,8 +68,7 @@ impl Program {
 
     /// Adds arguments.
     pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
-        self.args
-            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
@@ -80,8 +79,7 @@ impl Program {
 
     /// Sets a variable of its environment.
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.env
-            .push((name.as_ref().to_owned(), Some(value.as_ref().to_owned())));
+        self.env.push((name.as_ref().to_owned(), Some(value.as_ref().to_owned())));
         self
     }
 
@@ -105,8 +103,7 @@ impl Program {
 
     /// Runs it through another command that replaces itself with it: `["ip", "netns", "exec", name]`, `["tini", "--"]`.
     pub fn through<A: AsRef<OsStr>>(mut self, prefix: impl IntoIterator<Item = A>) -> Self {
-        self.prefix
-            .extend(prefix.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self.prefix.extend(prefix.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
@@ -132,11 +129,7 @@ impl Program {
                 None => command.env_remove(name),
             };
         }
-        let stdin = if self.stdin.is_some() {
-            Stdio::piped()
-        } else {
-            Stdio::null()
-        };
+        let stdin = if self.stdin.is_some() { Stdio::piped() } else { Stdio::null() };
         command
             .env(owner::MARK, owner::id())
             .env(RUN_MARK, &run)
@@ -148,9 +141,7 @@ impl Program {
             command.current_dir(folder);
         }
         let started = Instant::now();
-        let mut child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot run {}: {error}", self.path.display()));
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot run {}: {error}", self.path.display()));
         let running = Running {
             name: self.path.display().to_string(),
             pid: child.id().cast_signed(),
@@ -255,12 +246,7 @@ impl Running {
     #[track_caller]
     pub fn wait_no_leftovers(&self, limit: Duration) {
         let gone = eventually(limit, || self.leftovers().is_empty());
-        assert!(
-            gone,
-            "{} has left processes behind: {:?}",
-            self.name,
-            self.leftovers()
-        );
+        assert!(gone, "{} has left processes behind: {:?}", self.name, self.leftovers());
     }
 
     /// Waits for its end and gives everything about it; one that hasn't ended within the limit hangs, and is killed.
@@ -276,10 +262,7 @@ impl Running {
         let Some((status, wall)) = self.ended.get() else {
             let stderr = self.stderr();
             self.kill_all();
-            panic!(
-                "{} hung for {limit:?} and was killed; its standard error:\n{stderr}",
-                self.name
-            );
+            panic!("{} hung for {limit:?} and was killed; its standard error:\n{stderr}", self.name);
         };
         Finished {
             code: status.code(),
@@ -341,8 +324,7 @@ pub struct Finished {
 impl Finished {
     /// As a shell would say it: the exit status, or 128 and the signal.
     pub fn status(&self) -> i32 {
-        self.code
-            .unwrap_or_else(|| 128 + self.signal.unwrap_or_default())
+        self.code.unwrap_or_else(|| 128 + self.signal.unwrap_or_default())
     }
 
     /// Its standard output as text.
@@ -366,11 +348,7 @@ impl Finished {
     /// Checks that standard error contains the text.
     #[track_caller]
     pub fn assert_stderr(&self, text: &str) -> &Self {
-        assert!(
-            self.stderr.contains(text),
-            "standard error lacks {text:?}:\n{}",
-            self.stderr
-        );
+        assert!(self.stderr.contains(text), "standard error lacks {text:?}:\n{}", self.stderr);
         self
     }
 }

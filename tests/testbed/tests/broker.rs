@@ -14,22 +14,14 @@ fn works(broker: &Broker, kind: QueueKind) -> Queue {
 #[test]
 fn two_brokers_start_side_by_side() {
     let brokers = std::thread::scope(|scope| {
-        [(); 2]
-            .map(|()| scope.spawn(Broker::start))
-            .map(|thread| thread.join().expect("both start"))
+        [(); 2].map(|()| scope.spawn(Broker::start)).map(|thread| thread.join().expect("both start"))
     });
     assert_ne!(brokers[0].port(), brokers[1].port());
     let processes = [0, 1].map(|index| brokers[index].processes());
     assert!(processes.iter().all(|pids| !pids.is_empty()));
     assert!(processes[0].iter().all(|pid| !processes[1].contains(pid)));
     let first = works(&brokers[0], QueueKind::Classic);
-    assert!(
-        brokers[1]
-            .client()
-            .counts(first.name())
-            .expect("an answer")
-            .is_none()
-    );
+    assert!(brokers[1].client().counts(first.name()).expect("an answer").is_none());
     works(&brokers[1], QueueKind::Quorum);
 }
 
@@ -55,9 +47,7 @@ fn a_frozen_broker_is_silent_until_it_is_thawed() {
     broker.freeze().expect("frozen");
     std::thread::scope(|scope| {
         let publisher = scope.spawn(|| queue.publish("x"));
-        assert!(!testbed::eventually(Duration::from_millis(500), || {
-            publisher.is_finished()
-        }));
+        assert!(!testbed::eventually(Duration::from_millis(500), || { publisher.is_finished() }));
         broker.thaw().expect("thawed");
         publisher.join().expect("published after the thaw");
     });
@@ -68,31 +58,21 @@ fn a_frozen_broker_is_silent_until_it_is_thawed() {
 fn rabbitmqctl_and_the_configuration_work() {
     let broker = Broker::with_config("default_vhost = other");
     broker.ctl(&["add_user", "anna", "s/cr@t"]).expect("a user");
-    broker
-        .ctl(&["set_permissions", "-p", "other", "anna", ".*", ".*", ".*"])
-        .expect("permissions");
+    broker.ctl(&["set_permissions", "-p", "other", "anna", ".*", ".*", ".*"]).expect("permissions");
     let url = broker.url_for("anna", "s/cr@t", "other");
     testbed::Client::new(&url).queue("hers").publish("x");
     let error = broker.ctl(&["no_such_command"]).expect_err("an error");
-    assert!(
-        format!("{error:#}").contains("no_such_command"),
-        "{error:#}"
-    );
+    assert!(format!("{error:#}").contains("no_such_command"), "{error:#}");
 }
 
 #[test]
 fn three_nodes_form_a_cluster() {
     let nodes = Broker::cluster(3);
-    let queue = nodes[0]
-        .declare("replicated")
-        .kind(QueueKind::Quorum)
-        .create();
+    let queue = nodes[0].declare("replicated").kind(QueueKind::Quorum).create();
     queue.publish("x");
     nodes[0].kill().expect("killed");
     let elsewhere = nodes[1].client().clone();
-    assert!(testbed::eventually(testbed::PATIENCE, || {
-        matches!(elsewhere.counts(queue.name()), Ok(Some((1, _))))
-    }));
+    assert!(testbed::eventually(testbed::PATIENCE, || { matches!(elsewhere.counts(queue.name()), Ok(Some((1, _)))) }));
     nodes[0].start_again().expect("it starts again");
     queue.wait_ready(1);
 }
@@ -108,9 +88,7 @@ fn every_image_works() {
         let broker = Broker::options().image(&image).start().expect("it starts");
         let queue = works(&broker, QueueKind::Quorum);
         queue.publish("kept");
-        broker
-            .ctl(&["add_vhost", "other"])
-            .expect("rabbitmqctl works");
+        broker.ctl(&["add_vhost", "other"]).expect("rabbitmqctl works");
         broker.kill().expect("killed");
         broker.start_again().expect("it starts again");
         queue.wait_ready(1);

@@ -7,19 +7,11 @@ use testbed::{Broker, PATIENCE, Program, Signal, owner};
 
 #[test]
 fn statuses_and_output_are_kept_apart() {
-    let finished = Program::new("sh")
-        .stdin("abc")
-        .args(["-c", "cat; echo err >&2; exit 3"])
-        .run();
-    assert_eq!(
-        (finished.code, finished.stdout_text().as_str()),
-        (Some(3), "abc")
-    );
+    let finished = Program::new("sh").stdin("abc").args(["-c", "cat; echo err >&2; exit 3"]).run();
+    assert_eq!((finished.code, finished.stdout_text().as_str()), (Some(3), "abc"));
     finished.assert_status(3).assert_stderr("err");
 
-    let running = Program::new("sh")
-        .args(["-c", "echo ready >&2; exec sleep 1000"])
-        .spawn();
+    let running = Program::new("sh").args(["-c", "echo ready >&2; exec sleep 1000"]).spawn();
     running.wait_for_stderr("ready", PATIENCE);
     running.signal(Signal::SIGTERM);
     let finished = running.wait(PATIENCE);
@@ -28,30 +20,19 @@ fn statuses_and_output_are_kept_apart() {
 
 #[test]
 fn a_hang_is_a_panic_and_leaves_nothing() {
-    let running = Program::new("sh")
-        .args(["-c", "sleep 1000 & echo started; wait"])
-        .spawn();
+    let running = Program::new("sh").args(["-c", "sleep 1000 & echo started; wait"]).spawn();
     running.wait_for_stdout("started", PATIENCE);
     let pids = running.leftovers();
     assert_eq!(pids.len(), 1);
-    let hang = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        running.finish(Duration::from_millis(100))
-    }));
+    let hang = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| running.finish(Duration::from_millis(100))));
     assert!(hang.is_err());
     running.wait_no_leftovers(PATIENCE);
 }
 
 #[test]
 fn the_hosts_variables_are_removed() {
-    let shown = Program::new("env")
-        .url("amqp://there")
-        .env("QCONSUME_WAIT", "1s")
-        .run()
-        .stdout_text();
-    assert!(
-        shown.contains("BROKER_URL=amqp://there\n") && shown.contains("QCONSUME_WAIT=1s\n"),
-        "{shown}"
-    );
+    let shown = Program::new("env").url("amqp://there").env("QCONSUME_WAIT", "1s").run().stdout_text();
+    assert!(shown.contains("BROKER_URL=amqp://there\n") && shown.contains("QCONSUME_WAIT=1s\n"), "{shown}");
 }
 
 #[test]
@@ -62,17 +43,13 @@ fn a_program_has_the_usual_signals_even_under_nohup() {
         .run();
     // What a test asks for comes after the reset.
     assert_eq!(finished.status(), 3);
-    let usual = Program::new("sh")
-        .args(["-c", "kill -HUP $$; exit 3"])
-        .run();
+    let usual = Program::new("sh").args(["-c", "kill -HUP $$; exit 3"]).run();
     assert_eq!(usual.signal, Some(1));
 }
 
 #[test]
 fn what_it_leaves_behind_does_not_hold_up_its_output() {
-    let running = Program::new("sh")
-        .args(["-c", "sleep 1000 & seq 100000; echo last >&2"])
-        .spawn();
+    let running = Program::new("sh").args(["-c", "sleep 1000 & seq 100000; echo last >&2"]).spawn();
     let finished = running.finish(PATIENCE);
     finished.assert_status(0).assert_stderr("last");
     assert!(finished.stdout_text().ends_with("\n100000\n"));
@@ -81,16 +58,9 @@ fn what_it_leaves_behind_does_not_hold_up_its_output() {
 
 #[test]
 fn a_process_that_becomes_another_program_is_seen_all_the_time() {
-    let running = Program::new("sh")
-        .args([
-            "-c",
-            "(exec sh -c \"$0\" \"$0\") & wait",
-            "exec sh -c \"$0\" \"$0\"",
-        ])
-        .spawn();
-    assert!(testbed::eventually(PATIENCE, || !running
-        .leftovers()
-        .is_empty()));
+    let running =
+        Program::new("sh").args(["-c", "(exec sh -c \"$0\" \"$0\") & wait", "exec sh -c \"$0\" \"$0\""]).spawn();
+    assert!(testbed::eventually(PATIENCE, || !running.leftovers().is_empty()));
     for look in 0..500 {
         assert_eq!(running.leftovers().len(), 1, "look {look}");
     }
@@ -101,16 +71,9 @@ fn a_process_that_becomes_another_program_is_seen_all_the_time() {
 #[ignore = "run by a_killed_test_process_leaves_nothing"]
 fn owner_of_everything() {
     let broker = Broker::start();
-    let running = Program::new("sh")
-        .args(["-c", "sleep 1000 & sleep 1000"])
-        .spawn();
+    let running = Program::new("sh").args(["-c", "sleep 1000 & sleep 1000"]).spawn();
     let folder = owner::temp_folder("left");
-    println!(
-        "\nowner={} folder={} pid={}",
-        owner::id(),
-        folder.display(),
-        running.pid()
-    );
+    println!("\nowner={} folder={} pid={}", owner::id(), folder.display(), running.pid());
     drop(broker.queue("x"));
     loop {
         std::thread::park();
@@ -125,15 +88,9 @@ fn a_killed_test_process_leaves_nothing() {
         .spawn()
         .expect("this test again");
     let output = std::io::BufReader::new(child.stdout.take().expect("its output"));
-    let line = output
-        .lines()
-        .map_while(Result::ok)
-        .find(|line| line.starts_with("owner="))
-        .expect("it says what it has");
-    let values: Vec<&str> = line
-        .split(' ')
-        .filter_map(|word| Some(word.split_once('=')?.1))
-        .collect();
+    let line =
+        output.lines().map_while(Result::ok).find(|line| line.starts_with("owner=")).expect("it says what it has");
+    let values: Vec<&str> = line.split(' ').filter_map(|word| Some(word.split_once('=')?.1)).collect();
     let (id, folder) = (values[0], std::path::Path::new(values[1]));
     // The emulator, its port mapper and helpers, three shells and sleeps.
     assert!(owner::processes_with(owner::MARK, id).len() >= 5);
@@ -141,8 +98,7 @@ fn a_killed_test_process_leaves_nothing() {
     child.wait().expect("reaped");
     assert!(
         testbed::eventually(PATIENCE, || {
-            owner::processes_with(owner::MARK, id).is_empty()
-                && !folder.parent().expect("the owner's").exists()
+            owner::processes_with(owner::MARK, id).is_empty() && !folder.parent().expect("the owner's").exists()
         }),
         "left: {:?} {}",
         owner::processes_with(owner::MARK, id),

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use testbed::{
-    Action, Broker, Client, Direction, FullBacklog, Method, PATIENCE, Proxy, Queue, block_on,
-    eventually, frames,
+    Action, Broker, Client, Direction, FullBacklog, Method, PATIENCE, Proxy, Queue, block_on, eventually, frames,
 };
 
 #[test]
@@ -60,21 +59,13 @@ fn an_ack_can_disappear_and_a_channel_error_can_cross_it() {
     assert!(client.get(queue.name()).is_ok());
     queue.wait_ready(1);
 
-    proxy.once(
-        Direction::ToBroker,
-        Method::BASIC_ACK,
-        Action::Replace(Arc::new(frames::unknown_ack)),
-    );
+    proxy.once(Direction::ToBroker, Method::BASIC_ACK, Action::Replace(Arc::new(frames::unknown_ack)));
     let _ = client.get(queue.name());
     proxy.wait_for(Direction::ToClient, Method::CHANNEL_CLOSE);
 
     let client = Client::new(&proxy.url());
     let close = frames::channel_close(1, 406, "PRECONDITION_FAILED - from the proxy");
-    proxy.once(
-        Direction::ToBroker,
-        Method::BASIC_GET,
-        Action::InjectInstead(close),
-    );
+    proxy.once(Direction::ToBroker, Method::BASIC_GET, Action::InjectInstead(close));
     let error = client.get(queue.name()).expect_err("a channel error");
     assert!(format!("{error:#}").contains("from the proxy"), "{error:#}");
 }
@@ -84,19 +75,12 @@ fn a_broker_can_cancel_a_consumer() {
     let broker = Broker::shared();
     let queue = broker.queue("cancelled");
     let proxy = Proxy::of(broker);
-    proxy.on(
-        Direction::ToClient,
-        Method::BASIC_CONSUME_OK,
-        Action::Inject(frames::basic_cancel(1, "me")),
-    );
+    proxy.on(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Inject(frames::basic_cancel(1, "me")));
     let channel = Client::new(&proxy.url()).channel().expect("a channel");
     let name = queue.name().into();
     let mut consumer =
-        block_on(channel.basic_consume(name, "me".into(), Default::default(), Default::default()))
-            .expect("a consumer");
-    let next = block_on(async {
-        tokio::time::timeout(PATIENCE, tokio_stream::StreamExt::next(&mut consumer)).await
-    });
+        block_on(channel.basic_consume(name, "me".into(), Default::default(), Default::default())).expect("a consumer");
+    let next = block_on(async { tokio::time::timeout(PATIENCE, tokio_stream::StreamExt::next(&mut consumer)).await });
     assert!(next.expect("noticed").is_none());
 }
 
@@ -149,12 +133,7 @@ fn a_refusing_proxy_listens_again() {
     proxy.refuse();
     let refused = std::net::TcpStream::connect(proxy.addr()).expect_err("refused");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
-    assert_eq!(
-        client
-            .counts(queue.name())
-            .expect("the old connection works"),
-        Some((0, 0))
-    );
+    assert_eq!(client.counts(queue.name()).expect("the old connection works"), Some((0, 0)));
     proxy.cut();
     assert!(client.counts(queue.name()).is_err());
     proxy.pass();
@@ -242,17 +221,8 @@ fn large_messages_pass_in_pieces() {
     let proxy = Proxy::of(broker);
     let client = Client::new(&proxy.url());
     let body: Vec<u8> = (0..3_000_000_u32).map(|n| n as u8).collect();
-    client
-        .publish(queue.name(), [&body], Default::default())
-        .expect("published");
-    assert!(
-        client
-            .get(queue.name())
-            .expect("an answer")
-            .expect("a message")
-            .data
-            == body
-    );
+    client.publish(queue.name(), [&body], Default::default()).expect("published");
+    assert!(client.get(queue.name()).expect("an answer").expect("a message").data == body);
     assert!(proxy.count(Direction::ToClient, Method::BODY) > 1);
 }
 
@@ -260,7 +230,6 @@ fn large_messages_pass_in_pieces() {
 fn a_full_backlog_swallows_packets() {
     let backlog = FullBacklog::start();
     let limit = Duration::from_millis(700);
-    let error =
-        std::net::TcpStream::connect_timeout(&backlog.addr(), limit).expect_err("no answer");
+    let error = std::net::TcpStream::connect_timeout(&backlog.addr(), limit).expect_err("no answer");
     assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
 }

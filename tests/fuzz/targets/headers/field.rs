@@ -84,28 +84,17 @@ pub struct Table(pub Vec<(Name, Field)>);
 impl Table {
     pub fn get(&self, name: &str) -> Option<&Field> {
         let mut fields = self.0.iter().rev();
-        fields
-            .find(|(known, _)| known.text() == name)
-            .map(|(_, field)| field)
+        fields.find(|(known, _)| known.text() == name).map(|(_, field)| field)
     }
 
     /// How deep tables and arrays are nested, this one included.
     pub fn depth(&self) -> usize {
-        1 + self
-            .0
-            .iter()
-            .map(|(_, field)| field.depth())
-            .max()
-            .unwrap_or(0)
+        1 + self.0.iter().map(|(_, field)| field.depth()).max().unwrap_or(0)
     }
 
     pub fn encoded(&self) -> Vec<u8> {
         let fields = self.0.iter();
-        sized(
-            fields
-                .flat_map(|(name, field)| [name.encoded(), field.encoded()].concat())
-                .collect(),
-        )
+        sized(fields.flat_map(|(name, field)| [name.encoded(), field.encoded()].concat()).collect())
     }
 
     /// Whether that is what JSON has of it.
@@ -115,8 +104,7 @@ impl Table {
         };
         let is_there = |(name, _): &(Name, Field)| found.contains_key(name.text());
         let mut found_here = found.iter();
-        self.0.iter().all(is_there)
-            && found_here.all(|(name, json)| self.get(name).is_some_and(|field| field.is(json)))
+        self.0.iter().all(is_there) && found_here.all(|(name, json)| self.get(name).is_some_and(|field| field.is(json)))
     }
 }
 
@@ -187,21 +175,13 @@ impl Field {
             Self::F64(value) => near(*value),
             Self::Decimal(scale, value) => {
                 let digits = json.as_str().map(|text| text.replacen('.', "", 1));
-                let point = json
-                    .as_str()
-                    .and_then(|text| Some(text.len() - 1 - text.find('.')?));
+                let point = json.as_str().and_then(|text| Some(text.len() - 1 - text.find('.')?));
                 digits.and_then(|digits| digits.parse().ok()) == Some(*value)
                     && point.unwrap_or(0) == usize::from(*scale)
             }
-            Self::Text(bytes) | Self::Bytes(bytes) => {
-                json == String::from_utf8_lossy(&bytes.bytes()).as_ref()
-            }
+            Self::Text(bytes) | Self::Bytes(bytes) => json == String::from_utf8_lossy(&bytes.bytes()).as_ref(),
             Self::Array(fields) => json.as_array().is_some_and(|found| {
-                found.len() == fields.len()
-                    && fields
-                        .iter()
-                        .zip(found)
-                        .all(|(field, found)| field.is(found))
+                found.len() == fields.len() && fields.iter().zip(found).all(|(field, found)| field.is(found))
             }),
             Self::Table(table) => table.is(json),
             Self::Void => json.is_null(),

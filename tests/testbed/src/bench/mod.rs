@@ -79,8 +79,7 @@ struct Pair<T> {
 /// Measures everything, prints the table, and puts it into the page if there is one.
 pub fn run(options: &Options) -> Result<()> {
     let programs = Pair {
-        amqp_consume: find_in_path("amqp-consume")
-            .context("there is no amqp-consume; install amqp-tools")?,
+        amqp_consume: find_in_path("amqp-consume").context("there is no amqp-consume; install amqp-tools")?,
         qconsume: fs::canonicalize(&options.qconsume)
             .with_context(|| format!("no qconsume at {}", options.qconsume.display()))?,
     };
@@ -93,11 +92,7 @@ pub fn run(options: &Options) -> Result<()> {
     });
     process::raise_file_limit()?;
     let bench = Bench::start(options.quick, programs)?;
-    let mut results = Results {
-        table: Table::new(&BESIDE),
-        blocks: Vec::new(),
-        plot: None,
-    };
+    let mut results = Results { table: Table::new(&BESIDE), blocks: Vec::new(), plot: None };
     for (name, measure) in PARTS {
         if options.only.as_deref().is_none_or(|only| only == name) {
             measure(&bench, &mut results)?;
@@ -139,13 +134,7 @@ impl Bench {
             .start()?;
         let ca = temp_folder("bench").join("ca.pem");
         fs::write(&ca, authority.as_ref().pem())?;
-        Ok(Self {
-            quick,
-            programs,
-            broker,
-            tls,
-            ca,
-        })
+        Ok(Self { quick, programs, broker, tls, ca })
     }
 
     fn rounds(&self, full: usize) -> usize {
@@ -170,9 +159,7 @@ impl Bench {
         let costs = self.costs("one message", &self.near(), rounds)?;
         let memory = self.memory("one message", &self.near())?;
         // The kernel doesn't tell the two apart afterwards; by itself the command costs the same.
-        let command = (0..rounds)
-            .map(|_| Ok(process::cost(owner::command("cat"))?.cpu))
-            .collect::<Result<Vec<_>>>()?;
+        let command = (0..rounds).map(|_| Ok(process::cost(owner::command("cat"))?.cpu)).collect::<Result<Vec<_>>>()?;
         let command = median(&command);
         table.beside("one small message: time", Time, &costs, |it| it.wall);
         table.beside("… processor", Time, &costs, |it| it.cpu);
@@ -189,10 +176,7 @@ impl Bench {
         let proxy = Proxy::of(&self.broker);
         proxy.delay(Direction::ToBroker, ONE_WAY);
         proxy.delay(Direction::ToClient, ONE_WAY);
-        let work = Work {
-            url: proxy.url(),
-            ..self.near()
-        };
+        let work = Work { url: proxy.url(), ..self.near() };
         let costs = self.costs("one message, 20 ms away", &work, self.rounds(150))?;
         table.beside("one, 20 ms round trip: time", Time, &costs, |it| it.wall);
         Ok(())
@@ -215,10 +199,7 @@ impl Bench {
 
     fn large(&self, results: &mut Results) -> Result<()> {
         let table = &mut results.table;
-        let work = Work {
-            body: (0..12 << 20).map(|index| (index % 251) as u8).collect(),
-            ..self.near()
-        };
+        let work = Work { body: (0..12 << 20).map(|index| (index % 251) as u8).collect(), ..self.near() };
         let costs = self.costs("one of 12 MiB", &work, self.rounds(30))?;
         let memory = self.memory("one of 12 MiB", &work)?;
         table.beside("one of 12 MiB: time", Time, &costs, |it| it.wall);
@@ -228,15 +209,10 @@ impl Bench {
 
     fn series(&self, results: &mut Results) -> Result<()> {
         let table = &mut results.table;
-        for (what, prefetch) in [
-            ("300 in one process (`-c 300`): time", None),
-            ("… both one at a time (`-p 1`): time", Some(1)),
-        ] {
-            let work = Work {
-                messages: 300,
-                prefetch,
-                ..self.near()
-            };
+        for (what, prefetch) in
+            [("300 in one process (`-c 300`): time", None), ("… both one at a time (`-p 1`): time", Some(1))]
+        {
+            let work = Work { messages: 300, prefetch, ..self.near() };
             let costs = self.costs(what, &work, self.rounds(20))?;
             table.beside(what, Time, &costs, |it| it.wall);
             table.beside("… processor", Time, &costs, |it| it.cpu);
@@ -301,22 +277,12 @@ impl Bench {
     }
 
     /// amqp-consume first: A B A B, round after round.
-    fn in_turn<T>(
-        &self,
-        label: &str,
-        rounds: usize,
-        mut make: impl FnMut(&Path) -> Result<T>,
-    ) -> Result<Vec<Pair<T>>> {
+    fn in_turn<T>(&self, label: &str, rounds: usize, mut make: impl FnMut(&Path) -> Result<T>) -> Result<Vec<Pair<T>>> {
         eprintln!("bench: {label}, {rounds} rounds");
-        let mut make = |program: &Path| {
-            make(program).with_context(|| format!("{label}: {}", program.display()))
-        };
+        let mut make = |program: &Path| make(program).with_context(|| format!("{label}: {}", program.display()));
         (0..rounds)
             .map(|_| {
-                Ok(Pair {
-                    amqp_consume: make(&self.programs.amqp_consume)?,
-                    qconsume: make(&self.programs.qconsume)?,
-                })
+                Ok(Pair { amqp_consume: make(&self.programs.amqp_consume)?, qconsume: make(&self.programs.qconsume)? })
             })
             .collect()
     }

@@ -96,11 +96,7 @@ mod tests {
     fn a_page_gets_new_results_and_keeps_its_prose() {
         let mut table = Table::new(&["a"]);
         table.row(vec!["new".to_owned()]);
-        let results = Results {
-            table,
-            blocks: vec![("scale", "new block\n".to_owned())],
-            plot: None,
-        };
+        let results = Results { table, blocks: vec![("scale", "new block\n".to_owned())], plot: None };
         let page = "# Title\n\n| a |\n| old |\n\nMeasured on Monday.\n\nProse.\n\n\
                     <!-- bench scale -->\nold block\n<!-- end of bench scale -->\n\nEnd.\n";
         let expected = "# Title\n\n| a   |\n| --- |\n| new |\n\nMeasured on Tuesday.\n\nProse.\n\n\
@@ -114,11 +110,7 @@ mod tests {
     #[test]
     fn the_page_in_the_repository_has_a_place_for_all_results() {
         let blocks = ["scale", "waiting", "reconnect"].map(|name| (name, format!("of {name}\n")));
-        let results = Results {
-            table: Table::new(&["a"]),
-            blocks: blocks.to_vec(),
-            plot: None,
-        };
+        let results = Results { table: Table::new(&["a"]), blocks: blocks.to_vec(), plot: None };
         let page = include_str!("../../../../docs/benchmarks.md");
         let replaced = results.replaced(page, "Measured on Tuesday.").unwrap();
         for (name, _) in blocks {

@@ -38,27 +38,14 @@ struct Curve {
 }
 
 const CURVES: [Curve; 2] = [
-    Curve {
-        class: "one",
-        name: "one message a process",
-        left: 60.0,
-        figures: |it| &it.one_message,
-    },
-    Curve {
-        class: "drain",
-        name: "--drain",
-        left: 290.0,
-        figures: |it| &it.drain,
-    },
+    Curve { class: "one", name: "one message a process", left: 60.0, figures: |it| &it.one_message },
+    Curve { class: "drain", name: "--drain", left: 290.0, figures: |it| &it.drain },
 ];
 
 /// Draws the points, of which there are at least two.
 pub(super) fn draw(points: &[Point]) -> String {
     let mut svg = HEAD.to_owned();
-    for Curve {
-        class, name, left, ..
-    } in CURVES
-    {
+    for Curve { class, name, left, .. } in CURVES {
         svg += &format!(
             "<g class=\"{class}\"><polyline points=\"{left},28 {},28\"/>{}</g>\n<text x=\"{}\" y=\"33\">{name}</text>\n",
             left + 32.0,
@@ -68,43 +55,26 @@ pub(super) fn draw(points: &[Point]) -> String {
     }
     let [first, second] = PANELS;
     svg += &panel(points, first, "messages a second", |it| it.rate);
-    svg += &panel(
-        points,
-        second,
-        "broker's processor time, ms a message",
-        |it| it.broker * 1e3,
-    );
+    svg += &panel(points, second, "broker's processor time, ms a message", |it| it.broker * 1e3);
     svg + "</svg>\n"
 }
 
 fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -> String {
-    let all = points
-        .iter()
-        .flat_map(|point| CURVES.map(|curve| value((curve.figures)(point))));
+    let all = points.iter().flat_map(|point| CURVES.map(|curve| value((curve.figures)(point))));
     let highest = all.fold(0.0, f64::max);
     let step = step(highest);
     let steps = (highest / step).ceil();
     let y = |value: f64| TOP + HEIGHT * (1.0 - value / (step * steps));
     let logarithm = |workers: usize| (workers as f64).ln();
-    let most = points
-        .iter()
-        .map(|point| logarithm(point.workers))
-        .fold(0.0, f64::max);
+    let most = points.iter().map(|point| logarithm(point.workers)).fold(0.0, f64::max);
     let x = |workers: usize| left + WIDTH * logarithm(workers) / most;
     let (right, middle) = (left + WIDTH, left + WIDTH / 2.0);
 
-    let mut svg = format!(
-        "<text class=\"title\" x=\"{left}\" y=\"{}\">{title}</text>\n",
-        TOP - 22.0
-    );
+    let mut svg = format!("<text class=\"title\" x=\"{left}\" y=\"{}\">{title}</text>\n", TOP - 22.0);
     for tick in 0..=steps as usize {
         let value = tick as f64 * step;
         let at = y(value);
-        let label = if step < 1.0 {
-            format!("{value:.*}", (-step.log10()).ceil() as usize)
-        } else {
-            thousands(value)
-        };
+        let label = if step < 1.0 { format!("{value:.*}", (-step.log10()).ceil() as usize) } else { thousands(value) };
         svg += &format!(
             "<line class=\"grid\" x1=\"{left}\" y1=\"{at:.1}\" x2=\"{right}\" y2=\"{at:.1}\"/>\
              <text class=\"end\" x=\"{}\" y=\"{:.1}\">{label}</text>\n",
@@ -125,18 +95,13 @@ fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -
         TOP + HEIGHT + 46.0
     );
     for Curve { class, figures, .. } in CURVES {
-        let places = points
-            .iter()
-            .map(|point| (x(point.workers), y(value(figures(point)))));
+        let places = points.iter().map(|point| (x(point.workers), y(value(figures(point)))));
         let (mut line, mut marks) = (String::new(), String::new());
         for (x, y) in places {
             line += &format!("{x:.1},{y:.1} ");
             marks += &mark(class, x, y);
         }
-        svg += &format!(
-            "<g class=\"{class}\"><polyline points=\"{}\"/>{marks}</g>\n",
-            line.trim()
-        );
+        svg += &format!("<g class=\"{class}\"><polyline points=\"{}\"/>{marks}</g>\n", line.trim());
     }
     svg
 }
@@ -145,11 +110,7 @@ fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -
 fn mark(class: &str, x: f64, y: f64) -> String {
     match class {
         "one" => format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.5\"/>"),
-        _ => format!(
-            "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"8\" height=\"8\"/>",
-            x - 4.0,
-            y - 4.0
-        ),
+        _ => format!("<rect x=\"{:.1}\" y=\"{:.1}\" width=\"8\" height=\"8\"/>", x - 4.0, y - 4.0),
     }
 }
 
@@ -157,10 +118,7 @@ fn mark(class: &str, x: f64, y: f64) -> String {
 fn step(highest: f64) -> f64 {
     let power = 10f64.powf((highest / 4.0).log10().floor());
     let steps = [5.0, 2.0].map(|factor| factor * power);
-    steps
-        .into_iter()
-        .find(|step| *step <= highest / 4.0)
-        .unwrap_or(power)
+    steps.into_iter().find(|step| *step <= highest / 4.0).unwrap_or(power)
 }
 
 #[cfg(test)]
@@ -168,25 +126,15 @@ mod tests {
     use super::*;
 
     fn point(workers: usize, rate: f64) -> Point {
-        let figures = Figures {
-            rate,
-            broker: 0.002,
-            worker: 0.004,
-        };
-        Point {
-            workers,
-            one_message: figures,
-            drain: figures,
-        }
+        let figures = Figures { rate, broker: 0.002, worker: 0.004 };
+        Point { workers, one_message: figures, drain: figures }
     }
 
     /// The circles of the first panel; the very first circle is the legend's.
     fn circles(svg: &str) -> Vec<(f64, f64)> {
         let number = |text: &str| text.split('"').next().unwrap().parse().unwrap();
         let circles = svg.split("<circle cx=\"").skip(2).take(3);
-        circles
-            .map(|text| (number(text), number(text.split("cy=\"").nth(1).unwrap())))
-            .collect()
+        circles.map(|text| (number(text), number(text.split("cy=\"").nth(1).unwrap()))).collect()
     }
 
     #[test]

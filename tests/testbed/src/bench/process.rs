@@ -33,10 +33,7 @@ pub(super) fn cost(command: Command) -> Result<Cost> {
     let before = children_cpu()?;
     let started = Instant::now();
     succeeded(spawn(command)?)?;
-    Ok(Cost {
-        wall: started.elapsed().as_secs_f64(),
-        cpu: children_cpu()? - before,
-    })
+    Ok(Cost { wall: started.elapsed().as_secs_f64(), cpu: children_cpu()? - before })
 }
 
 /// What a process had resident, in bytes: itself alone, not what it has started.
@@ -61,10 +58,7 @@ pub(super) fn resident(command: Command) -> Result<Resident> {
             WaitStatus::PtraceEvent(_, _, event) => {
                 if event == Event::PTRACE_EVENT_EXIT as i32 {
                     let status = format!("/proc/{pid}/status");
-                    resident = Some(Resident {
-                        peak: kib(&status, "VmHWM:")?,
-                        own: kib(&status, "RssAnon:")?,
-                    });
+                    resident = Some(Resident { peak: kib(&status, "VmHWM:")?, own: kib(&status, "RssAnon:")? });
                 }
                 ptrace::cont(pid, None)?;
             }
@@ -150,10 +144,7 @@ fn kib(file: &str, name: &str) -> Result<f64> {
     let text = fs::read_to_string(file)?;
     let value = text.lines().find_map(|line| line.strip_prefix(name));
     let value = value.and_then(|value| value.trim().strip_suffix(" kB"));
-    let kib: f64 = value
-        .with_context(|| format!("{file} has no {name}"))?
-        .trim()
-        .parse()?;
+    let kib: f64 = value.with_context(|| format!("{file} has no {name}"))?.trim().parse()?;
     Ok(kib * 1024.0)
 }
 

@@ -39,11 +39,7 @@ pub(super) struct Point {
 
 impl Bench {
     pub(super) fn scale(&self, results: &mut Results) -> Result<()> {
-        let sizes: &[usize] = if self.quick {
-            &[1, 8]
-        } else {
-            &[1, 8, 64, 256, 1024]
-        };
+        let sizes: &[usize] = if self.quick { &[1, 8] } else { &[1, 8, 64, 256, 1024] };
         let points = sizes.iter().map(|workers| self.point(*workers));
         let points = points.collect::<Result<Vec<_>>>()?;
         let text = format!("{}\n{}\n{}", table(&points), self.method(), advice(&points));
@@ -60,11 +56,7 @@ impl Bench {
             one_message.push(self.figures(workers, false)?);
             drain.push(self.figures(workers, true)?);
         }
-        Ok(Point {
-            workers,
-            one_message: medians(&one_message),
-            drain: medians(&drain),
-        })
+        Ok(Point { workers, one_message: medians(&one_message), drain: medians(&drain) })
     }
 
     /// How many messages a round has at least.
@@ -84,10 +76,7 @@ impl Bench {
 
     /// One round: queues are filled, then the workers empty them one after the other, and it lasts until the last one has ended.
     fn figures(&self, workers: usize, drain: bool) -> Result<Figures> {
-        let work = Work {
-            drain,
-            ..self.near()
-        };
+        let work = Work { drain, ..self.near() };
         let enough = self.enough();
         let (queues, messages, runs) = if drain {
             let messages = DRAINED * workers;
@@ -140,11 +129,7 @@ fn at_a_time(workers: usize, runs: usize, run: impl Fn() -> Result<()> + Sync) -
 
 fn medians(rounds: &[Figures]) -> Figures {
     let of = |value: fn(&Figures) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
-    Figures {
-        rate: of(|it| it.rate),
-        broker: of(|it| it.broker),
-        worker: of(|it| it.worker),
-    }
+    Figures { rate: of(|it| it.rate), broker: of(|it| it.broker), worker: of(|it| it.worker) }
 }
 
 fn table(points: &[Point]) -> String {
@@ -208,21 +193,13 @@ mod tests {
 
     #[test]
     fn the_advice_has_the_figures_of_the_run() {
-        let figures = |rate, broker| Figures {
-            rate,
-            broker,
-            worker: 0.004,
-        };
+        let figures = |rate, broker| Figures { rate, broker, worker: 0.004 };
         let point = |workers, rate, broker| Point {
             workers,
             one_message: figures(rate, broker),
             drain: figures(rate * 5.0, broker / 10.0),
         };
-        let text = advice(&[
-            point(1, 100.0, 0.003),
-            point(8, 150.0, 0.0025),
-            point(1024, 200.0, 0.002),
-        ]);
+        let text = advice(&[point(1, 100.0, 0.003), point(8, 150.0, 0.0025), point(1024, 200.0, 0.002)]);
         for expected in [
             "only 8.0 ms to",
             "takes 10.0 ms for a message, and 2.0 ms with",

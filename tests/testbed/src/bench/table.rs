@@ -39,13 +39,7 @@ impl Table {
     }
 
     /// Adds medians over the rounds, of their ratios too, as each round compares what ran within the same second.
-    pub(super) fn beside<T>(
-        &mut self,
-        what: &str,
-        unit: Unit,
-        rounds: &[Pair<T>],
-        value: impl Fn(&T) -> f64,
-    ) {
+    pub(super) fn beside<T>(&mut self, what: &str, unit: Unit, rounds: &[Pair<T>], value: impl Fn(&T) -> f64) {
         let of = |value: &dyn Fn(&Pair<T>) -> f64| rounds.iter().map(value).collect::<Vec<_>>();
         let theirs = of(&|pair| value(&pair.amqp_consume));
         let ours = of(&|pair| value(&pair.qconsume));
@@ -102,10 +96,7 @@ pub(super) fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let place = part * (sorted.len() - 1) as f64;
-    let (low, high) = (
-        sorted[place.floor() as usize],
-        sorted[place.ceil() as usize],
-    );
+    let (low, high) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
     low + (high - low) * place.fract()
 }
 
@@ -115,26 +106,18 @@ mod tests {
 
     #[test]
     fn a_long_number_has_commas() {
-        assert_eq!(
-            [7.4, 999.0, 1024.0, 1_234_567.0].map(thousands),
-            ["7", "999", "1,024", "1,234,567"]
-        );
+        assert_eq!([7.4, 999.0, 1024.0, 1_234_567.0].map(thousands), ["7", "999", "1,024", "1,234,567"]);
     }
 
     #[test]
     fn a_row_has_the_medians_of_values_and_of_ratios() {
-        let rounds = [(2.0, 1.0), (4.0, 3.0), (8.0, 9.0)].map(|(amqp_consume, qconsume)| Pair {
-            amqp_consume,
-            qconsume,
-        });
+        let rounds =
+            [(2.0, 1.0), (4.0, 3.0), (8.0, 9.0)].map(|(amqp_consume, qconsume)| Pair { amqp_consume, qconsume });
         let mut table = Table::new(&BESIDE);
         table.beside("a", Unit::Time, &rounds, |value| *value);
         let text = table.text();
         let row = text.lines().last().unwrap();
         let cells: Vec<_> = row.split('|').map(str::trim).collect();
-        assert_eq!(
-            cells,
-            ["", "a", "4.00 s", "3.00 s", "0.750", "0.62 to 0.94", ""]
-        );
+        assert_eq!(cells, ["", "a", "4.00 s", "3.00 s", "0.750", "0.62 to 0.94", ""]);
     }
 }

@@ -23,10 +23,7 @@ impl Bench {
         let broker = Broker::options().start()?;
         let processes = process::of_broker(&broker)?;
         let queue = broker.queue("bench");
-        let work = Work {
-            url: broker.url(),
-            ..self.near()
-        };
+        let work = Work { url: broker.url(), ..self.near() };
         let (mut crowd, mut points) = (Vec::new(), Vec::new());
         for quarter in [0, 1, 2, 4] {
             let size = self.crowd_size() / 4 * quarter;
@@ -62,9 +59,7 @@ impl Bench {
             }
         }
         finish(crowd, &work, &queue)?;
-        results
-            .blocks
-            .push(("reconnect", outages_text(size, &outages)));
+        results.blocks.push(("reconnect", outages_text(size, &outages)));
         Ok(())
     }
 
@@ -126,19 +121,10 @@ struct Waiting {
 fn memory_text(points: &[Waiting]) -> String {
     let mut table = Table::new(&["workers that wait", "memory of all", "the broker's memory"]);
     for point in points {
-        table.row(vec![
-            thousands(point.workers),
-            Memory.write(point.memory),
-            Memory.write(point.broker),
-        ]);
+        table.row(vec![thousands(point.workers), Memory.write(point.memory), Memory.write(point.broker)]);
     }
     let line = |value: fn(&Waiting) -> f64| {
-        Line::through(
-            &points
-                .iter()
-                .map(|it| (it.workers, value(it)))
-                .collect::<Vec<_>>(),
-        )
+        Line::through(&points.iter().map(|it| (it.workers, value(it))).collect::<Vec<_>>())
     };
     let (memory, broker) = (line(|it| it.memory), line(|it| it.broker));
     table.row(vec![
@@ -169,20 +155,12 @@ struct Line {
 impl Line {
     fn through(points: &[(f64, f64)]) -> Self {
         let count = points.len() as f64;
-        let mean =
-            |value: &dyn Fn(&(f64, f64)) -> f64| points.iter().map(value).sum::<f64>() / count;
+        let mean = |value: &dyn Fn(&(f64, f64)) -> f64| points.iter().map(value).sum::<f64>() / count;
         let (x, y) = (mean(&|point| point.0), mean(&|point| point.1));
-        let slope =
-            mean(&|point| (point.0 - x) * (point.1 - y)) / mean(&|point| (point.0 - x).powi(2));
-        let mut line = Self {
-            start: y - slope * x,
-            slope,
-            off: 0.0,
-        };
+        let slope = mean(&|point| (point.0 - x) * (point.1 - y)) / mean(&|point| (point.0 - x).powi(2));
+        let mut line = Self { start: y - slope * x, slope, off: 0.0 };
         let highest = points.iter().map(|point| point.1).fold(0.0, f64::max);
-        let off = points
-            .iter()
-            .map(|point| (line.at(point.0) - point.1).abs());
+        let off = points.iter().map(|point| (line.at(point.0) - point.1).abs());
         line.off = off.fold(0.0, f64::max) / highest;
         line
     }
@@ -208,19 +186,11 @@ fn peak(counted: &Counted) -> usize {
         // Fewer than before when a connection was lost again.
         count.saturating_sub(before.map_or(0, |(_, count)| *count))
     };
-    counted
-        .iter()
-        .map(within_a_second)
-        .max()
-        .unwrap_or_default()
+    counted.iter().map(within_a_second).max().unwrap_or_default()
 }
 
 fn outages_text(size: usize, outages: &[Counted]) -> String {
-    let mut table = Table::new(&[
-        "since the broker's port was open again",
-        "median",
-        "lowest to highest",
-    ]);
+    let mut table = Table::new(&["since the broker's port was open again", "median", "lowest to highest"]);
     let shares = [
         ("the first worker is back".to_owned(), 1),
         ("half of them".to_owned(), size.div_ceil(2)),
@@ -228,18 +198,11 @@ fn outages_text(size: usize, outages: &[Counted]) -> String {
         (format!("all {}", thousands(size as f64)), size),
     ];
     for (what, wanted) in shares {
-        let times: Vec<_> = outages
-            .iter()
-            .map(|counted| back(counted, wanted))
-            .collect();
+        let times: Vec<_> = outages.iter().map(|counted| back(counted, wanted)).collect();
         table.row(vec![
             what,
             Time.write(median(&times)),
-            format!(
-                "{} to {}",
-                Time.write(quantile(&times, 0.0)),
-                Time.write(quantile(&times, 1.0))
-            ),
+            format!("{} to {}", Time.write(quantile(&times, 0.0)), Time.write(quantile(&times, 1.0))),
         ]);
     }
     let peak = outages.iter().map(peak).max().unwrap_or_default();
@@ -266,10 +229,7 @@ mod tests {
     #[test]
     fn an_outage_is_over_when_all_are_back() {
         let counted = vec![(0.1, 0), (0.5, 10), (1.2, 60), (1.6, 90), (3.0, 100)];
-        assert_eq!(
-            [1, 50, 99].map(|wanted| back(&counted, wanted)),
-            [0.5, 1.2, 3.0]
-        );
+        assert_eq!([1, 50, 99].map(|wanted| back(&counted, wanted)), [0.5, 1.2, 3.0]);
         assert_eq!(peak(&counted), 80);
         assert_eq!(peak(&vec![(0.1, 5), (1.5, 3)]), 5);
     }

@@ -11,9 +11,5 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     let report = soak::run(&options)?;
     print!("{report}");
-    Ok(if report.passed() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -111,8 +111,7 @@ impl Cluster {
         let mut config = CONFIG.to_owned();
         let mut hosts = Vec::new();
         for number in 1..=size {
-            config +=
-                &format!("cluster_formation.classic_config.nodes.{number} = rabbit@node{number}\n");
+            config += &format!("cluster_formation.classic_config.nodes.{number} = rabbit@node{number}\n");
             let address = network.address(FIRST_NODE + number - 1);
             // Docker's own name server can't be reached from a node that is cut off.
             hosts.push(format!("--add-host=node{number}:{address}"));
@@ -131,16 +130,9 @@ impl Cluster {
             environment.push((ERL_ARGS.0, ERL_ARGS.1.to_owned()));
             let container = ContainerNode::start(&image, &options, &environment, &files)?;
             let container = Arc::new(container);
-            Ok(ClusterNode {
-                name,
-                broker: Broker::on(container.clone(), (address, AMQP).into()),
-                container,
-            })
+            Ok(ClusterNode { name, broker: Broker::on(container.clone(), (address, AMQP).into()), container })
         });
-        let cluster = Self {
-            nodes: nodes.collect::<Result<_>>()?,
-            _network: network,
-        };
+        let cluster = Self { nodes: nodes.collect::<Result<_>>()?, _network: network };
         for node in &cluster.nodes {
             node.await_start()?;
         }
@@ -149,17 +141,14 @@ impl Cluster {
             version >= (4, 0, 0),
             "a cluster whose network can be cut needs RabbitMQ 4.0 or newer, not {version:?}"
         );
-        cluster.nodes[0]
-            .await_cluster(size.into(), &cluster.all_see_all())
-            .with_context(|| cluster.logs())?;
+        cluster.nodes[0].await_cluster(size.into(), &cluster.all_see_all()).with_context(|| cluster.logs())?;
         Ok(cluster)
     }
 
     /// The last lines of every node's log.
     pub(crate) fn logs(&self) -> String {
         let logs = self.nodes.iter();
-        let logs =
-            logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log_tail()));
+        let logs = logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log_tail()));
         logs.collect::<Vec<_>>().join("\n")
     }
 
@@ -251,16 +240,12 @@ pub(crate) struct Leader {
 impl ClusterNode {
     /// Puts it into maintenance mode: it closes its connections, takes no new ones, and leads no queue any more.
     pub(crate) fn drain(&self) -> Result<()> {
-        self.container
-            .tool("rabbitmq-upgrade", &["drain"])
-            .map(drop)
+        self.container.tool("rabbitmq-upgrade", &["drain"]).map(drop)
     }
 
     /// Ends its maintenance mode.
     pub(crate) fn revive(&self) -> Result<()> {
-        self.container
-            .tool("rabbitmq-upgrade", &["revive"])
-            .map(drop)
+        self.container.tool("rabbitmq-upgrade", &["revive"]).map(drop)
     }
 
     /// Drops what comes from these nodes.
@@ -282,8 +267,7 @@ impl ClusterNode {
     }
 
     fn drop_packets(&self, chain: &str, which: &[&str]) -> Result<()> {
-        self.iptables(&[&["--append", chain], which, &["--jump", "DROP"]].concat())
-            .map(drop)
+        self.iptables(&[&["--append", chain], which, &["--jump", "DROP"]].concat()).map(drop)
     }
 
     fn iptables(&self, arguments: &[&str]) -> Result<String> {

@@ -46,8 +46,7 @@ done
 pub fn docker_works() -> bool {
     static WORKS: OnceLock<bool> = OnceLock::new();
     *WORKS.get_or_init(|| {
-        find_in_path("docker").is_some()
-            && docker(&["version", "--format", "{{.Server.Version}}"]).is_ok()
+        find_in_path("docker").is_some() && docker(&["version", "--format", "{{.Server.Version}}"]).is_ok()
     })
 }
 
@@ -61,11 +60,8 @@ pub(crate) fn provide_image(image: &str) -> Result<()> {
     if image_present(image) {
         return Ok(());
     }
-    exec::run(
-        Command::new("docker").args(["pull", "--quiet", image]),
-        PULL_LIMIT,
-    )
-    .with_context(|| format!("the image {image} is not here and can't be pulled"))?;
+    exec::run(Command::new("docker").args(["pull", "--quiet", image]), PULL_LIMIT)
+        .with_context(|| format!("the image {image} is not here and can't be pulled"))?;
     Ok(())
 }
 
@@ -85,9 +81,7 @@ impl Container {
     /// `docker create` or `docker run --detach`, with more options, the image and its command.
     fn make(how: &str, arguments: &[&str]) -> Result<Self> {
         let label = docker_label()?;
-        let container = Self {
-            name: format!("{}-{:08x}", owner::id(), fastrand::u32(..)),
-        };
+        let container = Self { name: format!("{}-{:08x}", owner::id(), fastrand::u32(..)) };
         let mut command = Command::new("docker");
         command.args(how.split(' '));
         command.args(["--name", &container.name, "--label", &label]);
@@ -149,16 +143,9 @@ impl ContainerNode {
     }
 
     /// Starts one with more `options` of `docker create`; what is in the folder `files` becomes its [`FOLDER`].
-    pub(super) fn start(
-        image: &str,
-        options: &[&str],
-        environment: &[(&str, String)],
-        files: &Path,
-    ) -> Result<Self> {
+    pub(super) fn start(image: &str, options: &[&str], environment: &[(&str, String)], files: &Path) -> Result<Self> {
         let env = environment.iter();
-        let env: Vec<String> = env
-            .map(|(name, value)| format!("--env={name}={value}"))
-            .collect();
+        let env: Vec<String> = env.map(|(name, value)| format!("--env={name}={value}")).collect();
         let script = format!("{SCRIPTS}exec rabbitmq-server");
         let mut arguments = options.to_vec();
         arguments.extend(env.iter().map(String::as_str));
@@ -166,34 +153,22 @@ impl ContainerNode {
         let container = Container::make("create", &arguments)?;
         container.copy_in(&files.join("."), FOLDER);
         docker(&["start", container.name()])?;
-        Ok(Self {
-            container,
-            _settings: None,
-        })
+        Ok(Self { container, _settings: None })
     }
 
     /// Runs one of RabbitMQ's tools in it, and gives what it printed.
     pub(super) fn tool(&self, name: &str, args: &[&str]) -> Result<String> {
         let script = format!("{SCRIPTS}exec {name} -q \"$@\"");
         let mut command = Command::new("docker");
-        command
-            .args(["exec", &self.container.name, "sh", "-c", &script, "sh"])
-            .args(args);
+        command.args(["exec", &self.container.name, "sh", "-c", &script, "sh"]).args(args);
         exec::run(&mut command, CTL_LIMIT)
     }
 
     /// Runs a program of this machine in the container's network namespace; needs root.
     pub(super) fn in_its_network(&self, arguments: &[&str]) -> Result<String> {
-        let pid = docker(&[
-            "inspect",
-            "--format",
-            "{{.State.Pid}}",
-            &self.container.name,
-        ])?;
+        let pid = docker(&["inspect", "--format", "{{.State.Pid}}", &self.container.name])?;
         let mut command = Command::new("nsenter");
-        command
-            .args(["--target", pid.trim(), "--net", "--"])
-            .args(arguments);
+        command.args(["--target", pid.trim(), "--net", "--"]).args(arguments);
         exec::run(&mut command, CTL_LIMIT)
     }
 }
@@ -205,8 +180,7 @@ impl Node for ContainerNode {
 
     fn is_running(&self) -> bool {
         let state = "{{.State.Running}}";
-        docker(&["inspect", "--format", state, &self.container.name])
-            .is_ok_and(|answer| answer.trim() == "true")
+        docker(&["inspect", "--format", state, &self.container.name]).is_ok_and(|answer| answer.trim() == "true")
     }
 
     fn log(&self) -> String {
@@ -230,10 +204,7 @@ impl Node for ContainerNode {
         let format = "{{.State.ExitCode}}";
         let status = docker(&["inspect", "--format", format, &self.container.name])?;
         // Docker kills what doesn't stop, and calls that stopped.
-        ensure!(
-            status.trim() != "137",
-            "the node hadn't stopped after 240 s"
-        );
+        ensure!(status.trim() != "137", "the node hadn't stopped after 240 s");
         Ok(())
     }
 

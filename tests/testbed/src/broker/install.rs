@@ -66,9 +66,8 @@ fn install() -> Result<Installation> {
         turn = turn.take().or_else(|| lock("install"));
         turn.is_some()
     });
-    let _turn = turn.with_context(|| {
-        format!("another test process is still installing packages after {INSTALL_LIMIT:?}")
-    })?;
+    let _turn =
+        turn.with_context(|| format!("another test process is still installing packages after {INSTALL_LIMIT:?}"))?;
     if let Some(installation) = Installation::find() {
         return Ok(installation);
     }
@@ -76,10 +75,7 @@ fn install() -> Result<Installation> {
     let _policy = start_no_services()?;
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
-        command
-            .args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"])
-            .args(args)
-            .env("DEBIAN_FRONTEND", "noninteractive");
+        command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(args).env("DEBIAN_FRONTEND", "noninteractive");
         exec::run(&mut command, INSTALL_LIMIT)
     };
     // The lists may be absent or old; if they can't be had the installation's own error says more.

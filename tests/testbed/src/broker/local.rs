@@ -44,10 +44,7 @@ impl Installation {
         if !scripts.join("rabbitmqctl").exists() {
             return None;
         }
-        Some(Self {
-            scripts,
-            epmd: find_in_path("epmd")?,
-        })
+        Some(Self { scripts, epmd: find_in_path("epmd")? })
     }
 
     pub(super) fn start_epmd(&self, port: u16) -> Result<LocalEpmd> {
@@ -58,10 +55,7 @@ impl Installation {
             .context("cannot run epmd, Erlang's port mapper")?;
         let epmd = LocalEpmd(child);
         let answers = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
-        ensure!(
-            eventually(EPMD_LIMIT, answers),
-            "epmd doesn't answer on port {port}"
-        );
+        ensure!(eventually(EPMD_LIMIT, answers), "epmd doesn't answer on port {port}");
         Ok(epmd)
     }
 }
@@ -90,12 +84,7 @@ impl LocalNode {
     pub(super) fn launch(installation: &Installation, settings: Settings) -> Result<Self> {
         let folder = owner::temp_folder("node");
         settings.write_files(&folder, &folder.display().to_string())?;
-        let node = Self {
-            installation: installation.clone(),
-            settings,
-            folder,
-            child: Mutex::new(None),
-        };
+        let node = Self { installation: installation.clone(), settings, folder, child: Mutex::new(None) };
         node.start_again()?;
         Ok(node)
     }
@@ -103,12 +92,7 @@ impl LocalNode {
     /// One of RabbitMQ's scripts in this node's environment.
     fn command(&self, script: &str) -> Command {
         let mut command = owner::command(self.installation.scripts.join(script));
-        command
-            .envs(
-                self.settings
-                    .environment(&self.folder.display().to_string()),
-            )
-            .current_dir(&self.folder);
+        command.envs(self.settings.environment(&self.folder.display().to_string())).current_dir(&self.folder);
         command
     }
 }
@@ -120,9 +104,7 @@ impl Node for LocalNode {
 
     fn is_running(&self) -> bool {
         let mut child = self.child.lock();
-        child
-            .as_mut()
-            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     fn log(&self) -> String {
@@ -174,10 +156,7 @@ impl Node for LocalNode {
     }
 
     fn signal(&self, wanted: Signal) -> Result<()> {
-        signal(
-            self.child.lock().as_ref().context("it isn't running")?,
-            wanted,
-        )
+        signal(self.child.lock().as_ref().context("it isn't running")?, wanted)
     }
 }
 

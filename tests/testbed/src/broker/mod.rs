@@ -104,17 +104,12 @@ impl Broker {
     /// A private node with more lines in its rabbitmq.conf, such as
     /// `"consumer_timeout = 2000\nchannel_tick_interval = 1000\n"`.
     pub fn with_config(lines: &str) -> Self {
-        Self::options()
-            .config(lines)
-            .start()
-            .unwrap_or_else(|error| panic!("{error:#}"))
+        Self::options().config(lines).start().unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// Private nodes that form one cluster.
     pub fn cluster(size: usize) -> Vec<Self> {
-        Self::options()
-            .cluster(size)
-            .unwrap_or_else(|error| panic!("{error:#}"))
+        Self::options().cluster(size).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// For a private node with more than a few lines of configuration.
@@ -203,9 +198,9 @@ impl Broker {
     }
 
     fn private(&self) -> Result<&dyn Node> {
-        self.node.as_deref().context(
-            "the broker at BROKER_URL is not the tests' to control; start a private one with Broker::start()",
-        )
+        self.node
+            .as_deref()
+            .context("the broker at BROKER_URL is not the tests' to control; start a private one with Broker::start()")
     }
 
     /// Whether the testbed started this broker, and so may stop it and use [`Broker::ctl`].
@@ -232,13 +227,7 @@ impl Broker {
 
     /// The address for another user and virtual host.
     pub fn url_for(&self, user: &str, password: &str, vhost: &str) -> String {
-        format!(
-            "amqp://{}:{}@{}/{}",
-            percent_encode(user),
-            percent_encode(password),
-            self.addr,
-            percent_encode(vhost)
-        )
+        format!("amqp://{}:{}@{}/{}", percent_encode(user), percent_encode(password), self.addr, percent_encode(vhost))
     }
 
     /// Where it listens.
@@ -362,11 +351,7 @@ impl Broker {
 }
 
 /// What is plainly allowed in every part of a URL needs no encoding.
-const ENCODED: &AsciiSet = &NON_ALPHANUMERIC
-    .remove(b'-')
-    .remove(b'.')
-    .remove(b'_')
-    .remove(b'~');
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 fn percent_encode(text: &str) -> PercentEncode<'_> {
     utf8_percent_encode(text, ENCODED)

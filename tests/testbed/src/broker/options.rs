@@ -56,11 +56,7 @@ impl BrokerOptions {
         let mut settings = settings.collect::<Result<Vec<_>>>()?;
         let mut peers = String::from("cluster_formation.peer_discovery_backend = classic_config\n");
         for (index, node) in settings.iter().enumerate() {
-            peers += &format!(
-                "cluster_formation.classic_config.nodes.{} = {}\n",
-                index + 1,
-                node.name
-            );
+            peers += &format!("cluster_formation.classic_config.nodes.{} = {}\n", index + 1, node.name);
         }
         if size > 1 {
             for node in &mut settings {

@@ -12,10 +12,8 @@ use std::sync::Arc;
 const CLI_PORTS: (u16, u16) = (7000, 9999);
 
 /// One scheduler of each kind is enough for tests, starts faster and leaves the cores to the workers.
-pub(super) const ERL_ARGS: (&str, &str) = (
-    "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
-    "+S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none",
-);
+pub(super) const ERL_ARGS: (&str, &str) =
+    ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none");
 
 /// The variable that tells a node's processes apart from every other node's, also in its container: the port on which it listens.
 pub(super) const PORT_MARK: &str = "QCONSUME_TESTBED_PORT";
@@ -49,11 +47,7 @@ impl Group {
             Source::Image(image) if several => Some(Box::new(container::start_epmd(image, port)?)),
             Source::Image(_) => None,
         };
-        Ok(Arc::new(Self {
-            cookie: format!("{:016x}", fastrand::u64(..)),
-            epmd_port,
-            _epmd: epmd,
-        }))
+        Ok(Arc::new(Self { cookie: format!("{:016x}", fastrand::u64(..)), epmd_port, _epmd: epmd }))
     }
 }
 

@@ -44,10 +44,7 @@ impl QueueBuilder {
         Self {
             client: client.clone(),
             name: format!("{name}-{:08x}", fastrand::u32(..)),
-            options: QueueDeclareOptions {
-                durable: true,
-                ..Default::default()
-            },
+            options: QueueDeclareOptions { durable: true, ..Default::default() },
             arguments: FieldTable::default(),
         }
     }
@@ -88,10 +85,7 @@ impl QueueBuilder {
 
     /// The handle of a queue with this name that is not declared (yet).
     pub fn absent(self) -> Queue {
-        Queue {
-            client: self.client,
-            name: self.name,
-        }
+        Queue { client: self.client, name: self.name }
     }
 
     /// Declares it.
@@ -102,9 +96,7 @@ impl QueueBuilder {
         if arguments.inner().get("x-queue-type") == Some(&LongString::from("quorum").into()) {
             queue.client.inner.quorum_declared.store(true, Relaxed);
         }
-        queue.operate("declare", async |channel, name| {
-            channel.queue_declare(name, options, arguments).await
-        });
+        queue.operate("declare", async |channel, name| channel.queue_declare(name, options, arguments).await);
         queue
     }
 }
@@ -222,16 +214,10 @@ impl Queue {
         let consumer = block_on(limited(async {
             let channel = self.client.open_channel().await?;
             channel.basic_qos(1, Default::default()).await?;
-            let options = BasicConsumeOptions {
-                exclusive,
-                ..Default::default()
-            };
+            let options = BasicConsumeOptions { exclusive, ..Default::default() };
             let queue = self.name.as_str().into();
             let deliveries = channel.basic_consume(queue, "".into(), options, Default::default());
-            Ok(Consumer {
-                _deliveries: deliveries.await?,
-                channel,
-            })
+            Ok(Consumer { _deliveries: deliveries.await?, channel })
         }));
         self.must("consume from", consumer)
     }
@@ -239,36 +225,25 @@ impl Queue {
     /// Throws away what is ready.
     #[track_caller]
     pub fn purge(&self) {
-        self.operate("purge", async |channel, name| {
-            channel.queue_purge(name, Default::default()).await
-        });
+        self.operate("purge", async |channel, name| channel.queue_purge(name, Default::default()).await);
     }
 
     /// Deletes it under its consumers' feet.
     #[track_caller]
     pub fn delete(&self) {
-        self.operate("delete", async |channel, name| {
-            channel.queue_delete(name, Default::default()).await
-        });
+        self.operate("delete", async |channel, name| channel.queue_delete(name, Default::default()).await);
     }
 
     /// Whether the broker has it.
     #[track_caller]
     pub fn exists(&self) -> bool {
-        self.must("look at", self.client.counts(&self.name))
-            .is_some()
+        self.must("look at", self.client.counts(&self.name)).is_some()
     }
 
     #[track_caller]
-    fn operate<T>(
-        &self,
-        what: &str,
-        operation: impl AsyncFnOnce(&Channel, ShortString) -> lapin::Result<T>,
-    ) -> T {
+    fn operate<T>(&self, what: &str, operation: impl AsyncFnOnce(&Channel, ShortString) -> lapin::Result<T>) -> T {
         let name = self.name.as_str().into();
-        let done = self
-            .client
-            .operate(async |channel| Ok(operation(channel, name).await?));
+        let done = self.client.operate(async |channel| Ok(operation(channel, name).await?));
         self.must(what, done)
     }
 
@@ -301,8 +276,6 @@ pub struct Consumer {
 impl Consumer {
     /// Ends it and waits until the broker has taken note.
     pub fn close(self) -> Result<()> {
-        block_on(limited(async {
-            Ok(self.channel.close(200, "".into()).await?)
-        }))
+        block_on(limited(async { Ok(self.channel.close(200, "".into()).await?) }))
     }
 }

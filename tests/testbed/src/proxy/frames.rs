@@ -106,10 +106,7 @@ pub(super) fn next(stream: &[u8]) -> Next {
     if greets(stream) {
         return match stream.len() {
             ..8 => Next::Incomplete,
-            _ => Next::Frame {
-                length: 8,
-                method: Method::PROTOCOL_HEADER,
-            },
+            _ => Next::Frame { length: 8, method: Method::PROTOCOL_HEADER },
         };
     }
     if !matches!(stream[0], 1 | 2 | 3 | 8) {
@@ -121,10 +118,7 @@ pub(super) fn next(stream: &[u8]) -> Next {
     let size = u32::from_be_bytes(size) as usize;
     match rest.get(size) {
         None => Next::Incomplete,
-        Some(&FRAME_END) => Next::Frame {
-            length: FRAME_HEADER + size + 1,
-            method: method(kind, &rest[..size]).0,
-        },
+        Some(&FRAME_END) => Next::Frame { length: FRAME_HEADER + size + 1, method: method(kind, &rest[..size]).0 },
         Some(_) => Next::Foreign,
     }
 }

@@ -156,22 +156,11 @@ impl Proxy {
         let listener = runtime::block_on(async { TcpListener::from_std(listener) })?;
         let addr = SocketAddr::new(ip, port.number());
         let shared = Arc::new(Shared {
-            state: watch::Sender::new(State {
-                listening: true,
-                ..State::default()
-            }),
-            control: watch::Sender::new(Control {
-                upstream,
-                ..Control::default()
-            }),
+            state: watch::Sender::new(State { listening: true, ..State::default() }),
+            control: watch::Sender::new(Control { upstream, ..Control::default() }),
         });
         runtime::handle().spawn(relay::accept(shared.clone(), addr, listener));
-        Ok(Self {
-            shared,
-            addr,
-            url: format!("amqp://guest:guest@{addr}"),
-            _port: port,
-        })
+        Ok(Self { shared, addr, url: format!("amqp://guest:guest@{addr}"), _port: port })
     }
 
     /// Where it listens.
@@ -249,12 +238,7 @@ impl Proxy {
     }
 
     fn rule(&self, direction: Direction, method: Method, action: Action, once: bool) {
-        let rule = Rule {
-            direction,
-            method,
-            action,
-            once,
-        };
+        let rule = Rule { direction, method, action, once };
         self.shared.change(|state| state.rules.push(rule));
     }
 
@@ -271,10 +255,7 @@ impl Proxy {
     /// The methods that the worker has sent, in order, without bodies and heartbeats.
     pub fn sent(&self) -> Vec<Method> {
         let state = self.shared.state.borrow();
-        let sent = state
-            .seen
-            .iter()
-            .filter(|seen| seen.direction == Direction::ToBroker && seen.method.is_method());
+        let sent = state.seen.iter().filter(|seen| seen.direction == Direction::ToBroker && seen.method.is_method());
         sent.map(|seen| seen.method).collect()
     }
 
@@ -349,12 +330,7 @@ impl Drop for Proxy {
     }
 }
 
-fn count(
-    state: &State,
-    direction: Direction,
-    method: Method,
-    which: impl Fn(&Seen) -> bool,
-) -> usize {
+fn count(state: &State, direction: Direction, method: Method, which: impl Fn(&Seen) -> bool) -> usize {
     let wanted = |seen: &&Seen| seen.direction == direction && seen.method == method && which(seen);
     state.seen.iter().filter(wanted).count()
 }

@@ -87,22 +87,14 @@ struct Connection {
 
 /// What the reader of a direction hands to its writer.
 enum Item {
-    Bytes {
-        due: Instant,
-        bytes: Vec<u8>,
-        record: Option<usize>,
-    },
+    Bytes { due: Instant, bytes: Vec<u8>, record: Option<usize> },
     Eof,
     Cut,
 }
 
 async fn connection(shared: Arc<Shared>, cut: u64, number: usize, mut client: TcpStream) {
-    let connection = Connection {
-        shared: shared.clone(),
-        number,
-        swallow: Default::default(),
-        foreign: AtomicBool::new(false),
-    };
+    let connection =
+        Connection { shared: shared.clone(), number, swallow: Default::default(), foreign: AtomicBool::new(false) };
     let mut control = shared.control.subscribe();
     let mut broker = None;
     let end = tokio::select! {
@@ -127,11 +119,7 @@ async fn connection(shared: Arc<Shared>, cut: u64, number: usize, mut client: Tc
 }
 
 impl Connection {
-    async fn serve(
-        &self,
-        client: &mut TcpStream,
-        broker: &mut Option<TcpStream>,
-    ) -> Result<(), End> {
+    async fn serve(&self, client: &mut TcpStream, broker: &mut Option<TcpStream>) -> Result<(), End> {
         let mut control = self.shared.control.subscribe();
         let ready = |control: &Control| !control.stall && control.upstream.is_some();
         let upstream = control.wait_for(ready).await?.upstream;
@@ -151,12 +139,7 @@ impl Connection {
         let injected = to_client.clone();
         tokio::try_join!(
             self.read(Direction::ToBroker, client_read, to_broker, injected),
-            self.read(
-                Direction::ToClient,
-                broker_read,
-                to_client.clone(),
-                to_client
-            ),
+            self.read(Direction::ToClient, broker_read, to_client.clone(), to_client),
             self.write(Direction::ToBroker, broker_write, from_client),
             self.write(Direction::ToClient, client_write, from_broker),
         )?;
@@ -206,8 +189,7 @@ impl Connection {
                     Next::Frame { length, method } => {
                         greeted = true;
                         let frame = &rest[..length];
-                        self.pass(direction, method, frame, &out, &to_client)
-                            .await?;
+                        self.pass(direction, method, frame, &out, &to_client).await?;
                         start += length;
                     }
                 }
@@ -226,13 +208,7 @@ impl Connection {
         to_client: &mpsc::Sender<Item>,
     ) -> Result<(), End> {
         let (record, action) = self.shared.change(|state| {
-            state.seen.push(Seen {
-                connection: self.number,
-                direction,
-                method,
-                at: Instant::now(),
-                settled: false,
-            });
+            state.seen.push(Seen { connection: self.number, direction, method, at: Instant::now(), settled: false });
             let record = Some(state.seen.len() - 1);
             let fits = |rule: &super::Rule| rule.direction == direction && rule.method == method;
             let Some(index) = state.rules.iter().position(fits) else {
@@ -291,11 +267,7 @@ impl Connection {
         record: Option<usize>,
     ) -> Result<(), End> {
         let delay = self.shared.control.borrow().delay[direction.index()];
-        let item = Item::Bytes {
-            due: Instant::now() + delay,
-            bytes,
-            record,
-        };
+        let item = Item::Bytes { due: Instant::now() + delay, bytes, record };
         out.send(item).await.map_err(|_| End::Reset)
     }
 

@@ -93,11 +93,7 @@ impl Soak<'_> {
         let between = 5500..8000;
         self.cause_all(&faults, Fault::name, between, random, |fault, random| {
             let leader = self.look_at_leader(cluster, None)?;
-            let victim = if random.bool() {
-                leader
-            } else {
-                random.usize(0..cluster.nodes.len())
-            };
+            let victim = if random.bool() { leader } else { random.usize(0..cluster.nodes.len()) };
             let begun = Instant::now();
             let from = now();
             self.break_node(fault, cluster, victim, random)
@@ -114,19 +110,9 @@ impl Soak<'_> {
         })
     }
 
-    fn break_node(
-        &self,
-        fault: Fault,
-        cluster: &Cluster,
-        victim: usize,
-        random: &mut fastrand::Rng,
-    ) -> Result<()> {
+    fn break_node(&self, fault: Fault, cluster: &Cluster, victim: usize, random: &mut fastrand::Rng) -> Result<()> {
         let node = &cluster.nodes[victim];
-        let others: Vec<_> = cluster
-            .nodes
-            .iter()
-            .filter(|it| it.name != node.name)
-            .collect();
+        let others: Vec<_> = cluster.nodes.iter().filter(|it| it.name != node.name).collect();
         let longest = self.options.cut_seconds * 1000;
         let length = Duration::from_millis(random.u64(longest / 5..=longest));
         match fault {
@@ -185,28 +171,16 @@ impl Soak<'_> {
 
     /// Waits until the cluster is whole, and gives the index of the leader's node. Notes the fault that has just ended, and from
     /// when on; or, between two faults, a leader that has changed by itself.
-    pub(super) fn look_at_leader(
-        &self,
-        cluster: &Cluster,
-        fault: Option<(Fault, u64)>,
-    ) -> Result<usize> {
+    pub(super) fn look_at_leader(&self, cluster: &Cluster, fault: Option<(Fault, u64)>) -> Result<usize> {
         let leader = self.await_whole(cluster)?;
         let until = now();
         let last = self.led.lock().replace((leader.term, until));
         let changed = last.filter(|(term, _)| *term != leader.term);
         let window = match (fault, changed) {
-            (Some((fault, from)), _) => Some(Window {
-                fault: fault.name(),
-                from,
-                until,
-                separates: fault.separates() || changed.is_some(),
-            }),
-            (None, Some((_, from))) => Some(Window {
-                fault: "leader changed by itself",
-                from,
-                until,
-                separates: true,
-            }),
+            (Some((fault, from)), _) => {
+                Some(Window { fault: fault.name(), from, until, separates: fault.separates() || changed.is_some() })
+            }
+            (None, Some((_, from))) => Some(Window { fault: "leader changed by itself", from, until, separates: true }),
             (None, None) => None,
         };
         self.note(|books| books.windows.extend(window));
@@ -220,11 +194,6 @@ impl Soak<'_> {
             leader = cluster.leader_if_whole(&self.queue);
             leader.is_some()
         });
-        leader.with_context(|| {
-            format!(
-                "the cluster is not whole after {WHOLE:?}\n{}",
-                cluster.logs()
-            )
-        })
+        leader.with_context(|| format!("the cluster is not whole after {WHOLE:?}\n{}", cluster.logs()))
     }
 }

@@ -109,9 +109,7 @@ pub(super) fn body(message: u64, filler: usize) -> Vec<u8> {
 fn number(arrived: &[u8]) -> Result<u64> {
     let line = arrived.split(|byte| *byte == b'\n').next();
     let line = std::str::from_utf8(line.unwrap_or_default())?;
-    let (message, filler) = line
-        .split_once(' ')
-        .context("a message without its length")?;
+    let (message, filler) = line.split_once(' ').context("a message without its length")?;
     let (message, filler) = (message.parse()?, filler.parse()?);
     let intact = filler < arrived.len() && arrived == body(message, filler);
     ensure!(intact, "message {message} has arrived damaged");
@@ -123,11 +121,7 @@ fn write(what: What, message: u64) -> Result<()> {
     let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
     let mut book = OpenOptions::new().append(true).open(variable(BOOK)?)?;
     let attempt = variable("MESSAGE_ATTEMPT").unwrap_or_default();
-    let line = format!(
-        "{} {} {message} {what:?} {attempt}\n",
-        now(),
-        variable(RUN)?
-    );
+    let line = format!("{} {} {message} {what:?} {attempt}\n", now(), variable(RUN)?);
     book.write_all(line.as_bytes())?;
     Ok(())
 }

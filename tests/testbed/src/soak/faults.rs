@@ -63,18 +63,10 @@ impl Soak<'_> {
     }
 
     /// Does what may undo an exit 0 right before it, and notes when.
-    pub(super) fn crash(
-        &self,
-        name: &'static str,
-        what: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+    pub(super) fn crash(&self, name: &'static str, what: impl FnOnce() -> Result<()>) -> Result<()> {
         let before = now();
         what()?;
-        let crash = Crash {
-            name,
-            before,
-            after: now(),
-        };
+        let crash = Crash { name, before, after: now() };
         self.note(|books| books.crashes.push(crash));
         Ok(())
     }
@@ -83,9 +75,7 @@ impl Soak<'_> {
     pub(super) fn break_broker(&self, broker: &Broker, mut random: fastrand::Rng) -> Result<()> {
         use Fault::{Freeze, Kill, Restart, Stop};
         // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
-        let kinds = [
-            Freeze, Kill, Stop, Restart, Freeze, Freeze, Kill, Freeze, Freeze, Freeze,
-        ];
+        let kinds = [Freeze, Kill, Stop, Restart, Freeze, Freeze, Kill, Freeze, Freeze, Freeze];
         let faults = kinds.into_iter().cycle();
         let mut faults: Vec<_> = faults.take(self.options.faults as usize).collect();
         random.shuffle(&mut faults);
@@ -135,11 +125,7 @@ impl Soak<'_> {
         while !self.ending.load(Relaxed) && !self.out_of_time() {
             self.pause(Duration::from_millis(random.u64(500..3000)));
             let length = Duration::from_millis(random.u64(200..6000));
-            let direction = if random.bool() {
-                Direction::ToBroker
-            } else {
-                Direction::ToClient
-            };
+            let direction = if random.bool() { Direction::ToBroker } else { Direction::ToClient };
             let name = match random.u32(0..5) {
                 0 | 1 => {
                     proxy.cut();

@@ -227,10 +227,9 @@ impl Soak<'_> {
         });
         match counts {
             Some((ready, 0)) => Ok(ready),
-            counts => bail!(
-                "what is in queue {} is not known after {GONE:?}: (ready, consumers) is {counts:?}",
-                queue.name()
-            ),
+            counts => {
+                bail!("what is in queue {} is not known after {GONE:?}: (ready, consumers) is {counts:?}", queue.name())
+            }
         }
     }
 }
@@ -250,10 +249,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let clients: Vec<_> = clients.map(|node| node.client().clone()).collect();
     let client = clients[0].clone();
     let dead = client.declare("soak-dead").kind(options.queue).create();
-    let mut queue = client
-        .declare("soak")
-        .kind(options.queue)
-        .dead_letter_to(&dead);
+    let mut queue = client.declare("soak").kind(options.queue).dead_letter_to(&dead);
     if options.queue == QueueKind::Quorum {
         // From 4.0 on there is a limit of 20 unless one is set.
         queue = queue.arg("x-delivery-limit", 10_000);

@@ -62,10 +62,7 @@ impl Soak<'_> {
 
     async fn ready(&self, client: &Client) -> Result<u32> {
         let channel = client.open_channel().await?;
-        let options = QueueDeclareOptions {
-            passive: true,
-            ..Default::default()
-        };
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let queue = self.queue.as_str().into();
         let declared = channel.queue_declare(queue, options, Default::default());
         let ready = declared.await?.message_count();
@@ -86,9 +83,8 @@ impl Soak<'_> {
                 _ => random.usize(0..2000),
             };
             let body = command::body(message, filler);
-            let properties = BasicProperties::default()
-                .with_delivery_mode(2)
-                .with_message_id(message.to_string().into());
+            let properties =
+                BasicProperties::default().with_delivery_mode(2).with_message_id(message.to_string().into());
             let (options, queue) = (Default::default(), self.queue.as_str().into());
             self.note(|books| books.published = message);
             let confirm = channel.basic_publish("".into(), queue, options, &body, properties);

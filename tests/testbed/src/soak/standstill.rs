@@ -85,12 +85,7 @@ fn longest<'a>(phases: &[Phase<'a>], window: &Window, end: u64) -> (u64, Option<
     phases
         .iter()
         .filter(|phase| phase.from < window.until && phase.until > window.from)
-        .map(|phase| {
-            (
-                phase.until.min(end) - phase.from.max(window.from),
-                phase.run,
-            )
-        })
+        .map(|phase| (phase.until.min(end) - phase.from.max(window.from), phase.run))
         .max_by_key(|(length, _)| *length)
         .unwrap_or_default()
 }
@@ -103,11 +98,7 @@ fn gaps(books: &Books) -> Vec<Phase<'static>> {
     moved.extend(acknowledged.map(|(_, at)| at));
     moved.sort_unstable();
     let pairs = moved.windows(2);
-    let gap = |pair: &[u64]| Phase {
-        from: pair[0],
-        until: pair[1],
-        run: None,
-    };
+    let gap = |pair: &[u64]| Phase { from: pair[0], until: pair[1], run: None };
     pairs.map(gap).collect()
 }
 
@@ -122,11 +113,7 @@ fn pauses<'a>(run: &'a Run, entries: &[Entry]) -> Vec<Phase<'a>> {
     let mut since = Some(run.started);
     for (at, stands_still_after) in events {
         if let Some(from) = since {
-            phases.push(Phase {
-                from,
-                until: at,
-                run: Some(run),
-            });
+            phases.push(Phase { from, until: at, run: Some(run) });
         }
         since = stands_still_after.then_some(at);
     }
@@ -163,11 +150,7 @@ fn both(nanoseconds: &[u64]) -> String {
     let mut sorted = nanoseconds.to_vec();
     sorted.sort_unstable();
     let seconds = |at: usize| sorted.get(at).map_or(0.0, |it| *it as f64 / 1e9);
-    format!(
-        "{:.1} / {:.1}",
-        seconds(sorted.len() / 2),
-        seconds(sorted.len() - 1)
-    )
+    format!("{:.1} / {:.1}", seconds(sorted.len() / 2), seconds(sorted.len() - 1))
 }
 
 #[cfg(test)]
@@ -193,27 +176,13 @@ mod tests {
     #[test]
     fn a_command_that_runs_is_no_standstill_and_what_was_before_the_fault_is_not_counted() {
         let mut books = Books {
-            windows: vec![Window {
-                fault: "cut",
-                from: 10 * SECOND,
-                until: 20 * SECOND,
-                separates: false,
-            }],
+            windows: vec![Window { fault: "cut", from: 10 * SECOND, until: 20 * SECOND, separates: false }],
             // The first waits from 4 to 16; the second's command runs from 6 to 19, and it waits for a confirmation until 22.
-            runs: vec![
-                run(1, 4, 17, &[(1, 17)]),
-                run(2, 5, 22, &[(2, 22)]),
-                run(3, 30, 60, &[]),
-            ],
+            runs: vec![run(1, 4, 17, &[(1, 17)]), run(2, 5, 22, &[(2, 22)]), run(3, 30, 60, &[])],
             ..Books::default()
         };
         let entry = |at: u64, rest: &str| format!("{} {rest}\n", at * SECOND);
-        let text = [
-            entry(16, "1 1 start"),
-            entry(17, "1 1 done"),
-            entry(6, "2 2 start"),
-            entry(19, "2 2 done"),
-        ];
+        let text = [entry(16, "1 1 start"), entry(17, "1 1 done"), entry(6, "2 2 start"), entry(19, "2 2 done")];
         books.read(&text.concat()).unwrap();
         let table = Table::of(&books);
         let row = &table.0["cut"];
@@ -225,12 +194,8 @@ mod tests {
 
     #[test]
     fn what_stands_still_when_the_next_fault_begins_is_that_fault_s() {
-        let window = |from: u64, fault| Window {
-            fault,
-            from: from * SECOND,
-            until: (from + 1) * SECOND,
-            separates: false,
-        };
+        let window =
+            |from: u64, fault| Window { fault, from: from * SECOND, until: (from + 1) * SECOND, separates: false };
         let books = Books {
             windows: vec![window(10, "first"), window(20, "second")],
             runs: vec![run(1, 10, 25, &[])],

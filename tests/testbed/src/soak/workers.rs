@@ -60,15 +60,8 @@ impl Soak<'_> {
             91..96 => How::Hang,
             _ => How::HangDeaf,
         };
-        let longest = if ending {
-            20
-        } else {
-            2 * self.options.command_ms
-        };
-        let plan = Plan {
-            how,
-            after: random.u64(0..=longest),
-        };
+        let longest = if ending { 20 } else { 2 * self.options.command_ms };
+        let plan = Plan { how, after: random.u64(0..=longest) };
         let count = match random.u32(0..10) {
             0 if how == How::Succeed => 3,
             _ => 1,
@@ -100,15 +93,8 @@ impl Soak<'_> {
             .queue(&self.queue)
             .env(BOOK, &self.book)
             .env(RUN, number.to_string());
-        let mut run = Run {
-            number,
-            started: now(),
-            end: End::Hung,
-            at: 0,
-            count,
-            acknowledged: Vec::new(),
-            said: String::new(),
-        };
+        let mut run =
+            Run { number, started: now(), end: End::Hung, at: 0, count, acknowledged: Vec::new(), said: String::new() };
         let worker = Arc::new(worker.spawn());
         self.register.lock().insert(number, worker.clone());
         self.follow(&worker, &mut run, wait);
@@ -129,8 +115,7 @@ impl Soak<'_> {
             let said = worker.stderr();
             let new = said.lines().filter_map(acknowledged_in);
             let new: Vec<_> = new.skip(run.acknowledged.len()).collect();
-            run.acknowledged
-                .extend(new.into_iter().map(|message| (message, now())));
+            run.acknowledged.extend(new.into_iter().map(|message| (message, now())));
             if ended {
                 break;
             }

@@ -16,25 +16,13 @@ impl Display for Report {
             ("messages gone", &self.gone),
             ("exits 0 (one a message)", &self.claims),
             ("75s", &self.unknown),
-            (
-                "  of these done and gone all the same",
-                &self.unknown_but_gone,
-            ),
+            ("  of these done and gone all the same", &self.unknown_but_gone),
             ("workers by their end", &list(&self.by_end)),
             ("faults", &list(&self.faults)),
-            (
-                "deliveries that came late, on a dead connection",
-                &self.late,
-            ),
+            ("deliveries that came late, on a dead connection", &self.late),
             ("workers with a second message", &self.second),
-            (
-                "exits 0 undone by a fault right after them",
-                &self.excused.len(),
-            ),
-            (
-                "exits 0 undone between a node and the leader",
-                &self.parted.len(),
-            ),
+            ("exits 0 undone by a fault right after them", &self.excused.len()),
+            ("exits 0 undone between a node and the leader", &self.parted.len()),
             ("lost", &failed("LOST")),
             ("false successes", &failed("FALSE")),
         ];
@@ -58,9 +46,6 @@ impl Display for Report {
 }
 
 fn list<K: Display>(counts: &BTreeMap<K, impl Display>) -> String {
-    let items: Vec<String> = counts
-        .iter()
-        .map(|(name, count)| format!("{name}: {count}"))
-        .collect();
+    let items: Vec<String> = counts.iter().map(|(name, count)| format!("{name}: {count}")).collect();
     items.join(", ")
 }

@@ -61,8 +61,7 @@ impl Delivery<'_> {
 
     /// Whether nobody knows what the broker has heard of it.
     fn is_unclear(&self) -> bool {
-        self.run
-            .is_none_or(|run| matches!(run.end, End::Exited(75) | End::Signalled(9) | End::Hung))
+        self.run.is_none_or(|run| matches!(run.end, End::Exited(75) | End::Signalled(9) | End::Hung))
     }
 }
 
@@ -82,10 +81,7 @@ impl Report {
     }
 
     pub(in super::super) fn of(books: &Books) -> Self {
-        let mut report = Self {
-            faults: books.faults.clone(),
-            ..Self::default()
-        };
+        let mut report = Self { faults: books.faults.clone(), ..Self::default() };
         let runs: BTreeMap<u64, &Run> = books.runs.iter().map(|run| (run.number, run)).collect();
         let all = (1..=books.published).map(|number| (number, Message::default()));
         let mut messages: BTreeMap<u64, Message<'_>> = all.collect();
@@ -155,12 +151,7 @@ impl Report {
     }
 
     /// What a worker claims to have done must have been done by its command.
-    fn claims<'a>(
-        &mut self,
-        run: &'a Run,
-        done: &[u64],
-        messages: &mut BTreeMap<u64, Message<'a>>,
-    ) {
+    fn claims<'a>(&mut self, run: &'a Run, done: &[u64], messages: &mut BTreeMap<u64, Message<'a>>) {
         let acknowledged = run.acknowledged.len();
         let claimed = if run.count > 1 {
             if run.end == End::Exited(0) && acknowledged as u64 != run.count {
@@ -200,9 +191,7 @@ impl Report {
         if message.claims.is_empty() {
             let done = message.deliveries.iter().filter(|it| it.done.is_some());
             if !done.clone().any(Delivery::is_unclear) && books.left == 0 {
-                self.fail(format!(
-                    "LOST: message {number} is gone, but no worker can have acknowledged it"
-                ));
+                self.fail(format!("LOST: message {number} is gone, but no worker can have acknowledged it"));
             }
             let unknown = |run: &Run| run.end == End::Exited(75);
             if done.filter_map(|it| it.run).any(unknown) {
@@ -220,9 +209,8 @@ impl Report {
                 let mut later = message.claims.iter().filter(|(_, at)| at > claimed);
                 later.any(|(run, _)| it.is_of(run.number))
             };
-            let came_back = |it: &&Delivery<'_>| {
-                !it.is_of(claimer.number) && (it.started > finished || claimed_again(it))
-            };
+            let came_back =
+                |it: &&Delivery<'_>| !it.is_of(claimer.number) && (it.started > finished || claimed_again(it));
             let later: Vec<_> = message.deliveries.iter().filter(came_back).collect();
             if later.is_empty() {
                 continue;
@@ -233,10 +221,7 @@ impl Report {
                 self.late += 1;
                 continue;
             }
-            let whom: Vec<_> = later
-                .iter()
-                .map(|it| it.run.map(|run| (run.number, run.end)))
-                .collect();
+            let whom: Vec<_> = later.iter().map(|it| it.run.map(|run| (run.number, run.end))).collect();
             let text = format!(
                 "message {number} came back after run {} had exited with 0, to run {whom:?}{}",
                 claimer.number,
@@ -256,19 +241,16 @@ impl Report {
             } else if books.windows.iter().any(parted) {
                 self.parted.push(text);
             } else {
-                self.fail(format!(
-                    "FALSE SUCCESS: {text}, at {claimed}; the first said\n{}",
-                    claimer.said
-                ));
+                self.fail(format!("FALSE SUCCESS: {text}, at {claimed}; the first said\n{}", claimer.said));
             }
         }
     }
 
     /// As many messages have left the queue as somebody has acknowledged.
     fn balance(&mut self, books: &Books, messages: &BTreeMap<u64, Message<'_>>) {
-        let arrived = messages.iter().filter(|(number, message)| {
-            !books.confirmed.contains(number) && !message.deliveries.is_empty()
-        });
+        let arrived = messages
+            .iter()
+            .filter(|(number, message)| !books.confirmed.contains(number) && !message.deliveries.is_empty());
         self.published = books.confirmed.len();
         self.stowaways = arrived.count();
         let came = self.published + self.stowaways;
@@ -291,14 +273,12 @@ impl Report {
         let least = self.claims - self.excused.len() - self.parted.len();
         let parting = books.windows.iter().filter(|it| it.separates).count();
         if self.parted.len() > PARTED_MAX * parting {
-            let text = "more messages than that came back after a success, in so many faults that part nodes from the leader";
+            let text =
+                "more messages than that came back after a success, in so many faults that part nodes from the leader";
             self.fail(format!("{} of {parting}: {text}", self.parted.len()));
         }
         if self.gone < least || self.gone > most {
-            self.fail(format!(
-                "the books don't balance: {} messages gone, not from {least} to {most}",
-                self.gone
-            ));
+            self.fail(format!("the books don't balance: {} messages gone, not from {least} to {most}", self.gone));
         }
     }
 }

@@ -3,15 +3,7 @@ use super::*;
 const SECOND: u64 = 1_000_000_000;
 
 fn run(number: u64, end: End, at: u64, acknowledged: &[(u64, u64)]) -> Run {
-    Run {
-        number,
-        started: 0,
-        end,
-        at,
-        count: 1,
-        acknowledged: acknowledged.to_vec(),
-        said: String::new(),
-    }
+    Run { number, started: 0, end, at, count: 1, acknowledged: acknowledged.to_vec(), said: String::new() }
 }
 
 /// One that exits with 0 after message 1.
@@ -32,11 +24,7 @@ fn books(confirmed: &[u64], runs: Vec<Run>, text: &str) -> Books {
 }
 
 fn crash(before: u64, after: u64) -> Crash {
-    Crash {
-        name: "killed",
-        before,
-        after,
-    }
+    Crash { name: "killed", before, after }
 }
 
 #[test]
@@ -54,11 +42,8 @@ fn one_success_a_message_balances() {
 #[test]
 fn a_message_is_not_acknowledged_twice() {
     let both = |crashes| {
-        let mut books = books(
-            &[1],
-            vec![success(1, 16), success(2, 21)],
-            "10 1 1 start\n12 2 1 start\n15 1 1 done\n20 2 1 done\n",
-        );
+        let mut books =
+            books(&[1], vec![success(1, 16), success(2, 21)], "10 1 1 start\n12 2 1 start\n15 1 1 done\n20 2 1 done\n");
         books.crashes = crashes;
         Report::of(&books).failures
     };
@@ -82,12 +67,7 @@ fn a_leader_that_loses_sight_of_a_node_is_counted_and_bounded() {
             })
             .collect();
         let mut books = books(&confirmed, runs.collect(), &text);
-        books.windows = vec![Window {
-            fault: "cut",
-            from: 12,
-            until: 18,
-            separates,
-        }];
+        books.windows = vec![Window { fault: "cut", from: 12, until: 18, separates }];
         Report::of(&books).failures
     };
     assert_eq!(failures(2, true), Vec::<String>::new());
@@ -100,11 +80,7 @@ fn a_crash_long_before_an_exit_0_excuses_nothing() {
     let mut books = books(
         &[1],
         vec![success(1, 30 * SECOND), success(2, 41 * SECOND)],
-        &format!(
-            "1 1 1 start\n2 1 1 done\n{} 2 1 start\n{} 2 1 done\n",
-            31 * SECOND,
-            40 * SECOND
-        ),
+        &format!("1 1 1 start\n2 1 1 done\n{} 2 1 start\n{} 2 1 done\n", 31 * SECOND, 40 * SECOND),
     );
     books.crashes = vec![crash(3, 4)];
     assert!(Report::of(&books).failures[0].starts_with("FALSE SUCCESS"));
@@ -112,19 +88,11 @@ fn a_crash_long_before_an_exit_0_excuses_nothing() {
 
 #[test]
 fn a_message_that_nobody_has_done_is_lost() {
-    let failed = books(
-        &[1],
-        vec![run(1, End::Exited(3), 20, &[])],
-        "10 1 1 start 1\n",
-    );
+    let failed = books(&[1], vec![run(1, End::Exited(3), 20, &[])], "10 1 1 start 1\n");
     assert!(Report::of(&failed).failures[0].starts_with("LOST"));
     let never = books(&[1], vec![], "");
     assert!(Report::of(&never).failures[0].starts_with("LOST"));
-    let unknown = books(
-        &[1],
-        vec![run(1, End::Exited(75), 20, &[])],
-        "10 1 1 start 1\n15 1 1 done 1\n",
-    );
+    let unknown = books(&[1], vec![run(1, End::Exited(75), 20, &[])], "10 1 1 start 1\n15 1 1 done 1\n");
     assert_eq!(Report::of(&unknown).failures, Vec::<String>::new());
     assert_eq!(Report::of(&unknown).unknown_but_gone, 1);
 }
