@@ -19,6 +19,7 @@ pub mod fuzzing;
 mod program;
 pub mod publish;
 pub mod report;
+pub mod settlement;
 pub mod signals;
 pub mod verdict;
 pub mod worker;

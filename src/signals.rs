@@ -7,11 +7,8 @@ use nix::{
         signalfd::{SfdFlags, SignalFd},
     },
 };
-use std::io;
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::mpsc,
-};
+use std::{collections::VecDeque, future::pending, io};
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// The signals that ask qconsume to stop.
 const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
@@ -48,8 +45,102 @@ pub struct Received {
     pub from_terminal: bool,
 }
 
-/// The signals sent to this process; there is always another one to come.
-pub type Signals = mpsc::UnboundedReceiver<Received>;
+/// The signals sent to this process.
+#[derive(Debug)]
+pub struct Signals {
+    source: Source,
+    /// Read before anybody asked for the next one.
+    read_ahead: VecDeque<Received>,
+    stopped_by: Option<Signal>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Kernel(AsyncFd<SignalFd>),
+    #[cfg(test)]
+    Injected(tokio::sync::mpsc::UnboundedReceiver<Received>),
+}
+
+impl Signals {
+    /// The next signal. Dropping the future loses none.
+    pub async fn recv(&mut self) -> Received {
+        let received = match self.read_ahead.pop_front() {
+            Some(received) => received,
+            None => self.source.next().await,
+        };
+        self.note(received);
+        received
+    }
+
+    /// The first signal that asked for the end, whenever it came; what only now waits to be read counts, too.
+    pub fn stopped_by(&mut self) -> Option<Signal> {
+        while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.pending()) {
+            self.note(received);
+        }
+        self.stopped_by
+    }
+
+    /// To be called when a command was started: a signal that waits to be read may have come before the command was there,
+    /// so the command doesn't have it, even if a terminal sent it to our whole process group.
+    pub fn command_started(&mut self) {
+        while let Some(received) = self.source.pending() {
+            self.read_ahead.push_back(Received { from_terminal: false, ..received });
+        }
+    }
+
+    fn note(&mut self, received: Received) {
+        if is_stop(received.signal) {
+            self.stopped_by.get_or_insert(received.signal);
+        }
+    }
+
+    /// Signals that a test sends.
+    #[cfg(test)]
+    pub fn injected(receiver: tokio::sync::mpsc::UnboundedReceiver<Received>) -> Self {
+        Self::from(Source::Injected(receiver))
+    }
+}
+
+impl From<Source> for Signals {
+    fn from(source: Source) -> Self {
+        Self { source, read_ahead: VecDeque::new(), stopped_by: None }
+    }
+}
+
+impl Source {
+    async fn next(&mut self) -> Received {
+        match self {
+            Self::Kernel(fd) => match fd.async_io(Interest::READABLE, read).await {
+                Ok(received) => received,
+                Err(error) => {
+                    tracing::error!("can't read signals, so none ends this run: {error}");
+                    pending().await
+                }
+            },
+            #[cfg(test)]
+            Self::Injected(receiver) => match receiver.recv().await {
+                Some(received) => received,
+                None => pending().await,
+            },
+        }
+    }
+
+    /// One that needs no waiting.
+    fn pending(&mut self) -> Option<Received> {
+        match self {
+            // Not through tokio, which asks the kernel only when nothing else is left to do.
+            Self::Kernel(fd) => read(fd.get_ref()).ok(),
+            #[cfg(test)]
+            Self::Injected(receiver) => receiver.try_recv().ok(),
+        }
+    }
+}
+
+fn read(fd: &SignalFd) -> io::Result<Received> {
+    let info = fd.read_signal()?.ok_or(io::ErrorKind::WouldBlock)?;
+    let signal = Signal::try_from(info.ssi_signo.cast_signed())?;
+    Ok(Received { signal, from_terminal: info.ssi_code == libc::SI_KERNEL })
+}
 
 /// Begins to hand out signals, with what [`hold`] has held back.
 ///
@@ -76,23 +167,7 @@ pub fn install() -> io::Result<Signals> {
     blocked.add(Signal::SIGXFSZ);
     // No others: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
-    let (sender, signals) = mpsc::unbounded_channel();
-    tokio::spawn(async move {
-        let next = |source: &SignalFd| source.read_signal()?.ok_or(io::ErrorKind::WouldBlock.into());
-        loop {
-            let info = match source.async_io(Interest::READABLE, next).await {
-                Ok(info) => info,
-                Err(error) => {
-                    tracing::error!("can't read signals, so none ends this run: {error}");
-                    return;
-                }
-            };
-            if let Ok(signal) = Signal::try_from(info.ssi_signo.cast_signed()) {
-                let _ = sender.send(Received { signal, from_terminal: info.ssi_code == libc::SI_KERNEL });
-            }
-        }
-    });
-    Ok(signals)
+    Ok(Source::Kernel(source).into())
 }
 
 /// The signals that are ignored, as bits; none where there is no /proc.
@@ -102,13 +177,12 @@ fn ignored() -> u64 {
     line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or_default()
 }
 
-/// The next signal that asks for the end; what would only be forwarded is dropped, as there is no command.
+/// The next signal that asks for the end. A signal that would only be forwarded is dropped, as there is no command.
 pub async fn next_stop(signals: &mut Signals) -> Signal {
     loop {
-        match signals.recv().await {
-            Some(Received { signal, .. }) if is_stop(signal) => return signal,
-            Some(_) => {}
-            None => std::future::pending().await,
+        let Received { signal, .. } = signals.recv().await;
+        if is_stop(signal) {
+            return signal;
         }
     }
 }

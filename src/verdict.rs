@@ -1,6 +1,9 @@
 //! What becomes of the message, and what qconsume exits with: pure, so that every case can be tested.
 
-use crate::exit::{Exit, status_of_signal};
+use crate::{
+    exit::{Exit, status_of_signal},
+    settlement::Outcome,
+};
 use std::{ops::RangeInclusive, str::FromStr};
 
 /// How the command ended.
@@ -133,6 +136,17 @@ pub struct Verdict {
     pub exit_code_if_unconfirmed: u8,
 }
 
+impl Verdict {
+    /// The exit status for this message, once its settlement has ended like this.
+    pub const fn status(self, outcome: Outcome) -> u8 {
+        match outcome {
+            Outcome::Confirmed => self.exit_code,
+            Outcome::Unconfirmed => self.exit_code_if_unconfirmed,
+            Outcome::Lost => Exit::Unconfirmed.status(),
+        }
+    }
+}
+
 /// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     use Settlement::{Ack, DeadLetter, Release, Requeue};
@@ -157,6 +171,54 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
         (Some(Requeue), failed, failed)
     };
     Verdict { settlement, exit_code, exit_code_if_unconfirmed }
+}
+
+/// How far a run is, and what it may still do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Course {
+    /// How many messages are still to be done, the one at hand included; `None` without a limit.
+    pub to_do: Option<u64>,
+    /// `--keep-going`.
+    pub keep_going: bool,
+    /// The first stop signal of the run, whenever it came.
+    pub stopped_by: Option<i32>,
+}
+
+/// What comes after a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The next message.
+    Message,
+    /// The end of the run, with this message's status.
+    End,
+    /// The end of the run, as everything that `--count` asked for is done; only with `--keep-going`, which counts failures in.
+    AllDone,
+    /// The end of the run by this signal, before everything that the run was asked for is done: never with 0.
+    Stopped(i32),
+}
+
+impl Course {
+    /// What comes after a message whose settlement is confirmed. Before that, it says what would come: the consumer is
+    /// cancelled before a settlement that is known to be the last one.
+    pub fn next(self, verdict: Verdict, failures_before: Option<u64>) -> Next {
+        let done = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
+        let all_done = self.to_do.is_some_and(|to_do| to_do <= u64::from(done));
+        let goes_on = verdict.exit_code == 0 || self.keep_going && !repeats(verdict, failures_before);
+        match self.stopped_by {
+            _ if !goes_on => Next::End,
+            Some(_) if all_done || verdict.exit_code != 0 => Next::End,
+            Some(signal) => Next::Stopped(signal),
+            None if all_done && self.keep_going => Next::AllDone,
+            None if all_done => Next::End,
+            None => Next::Message,
+        }
+    }
+}
+
+/// Whether the queue would deliver the same message again and again: a classic queue puts a requeued message back to the front, and
+/// doesn't count its failures.
+pub fn repeats(verdict: Verdict, failures_before: Option<u64>) -> bool {
+    verdict.settlement == Some(Settlement::Requeue) && failures_before.is_none()
 }
 
 fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {

@@ -116,8 +116,7 @@ pub async fn supervise<L: std::fmt::Display>(
 
     let ended = loop {
         tokio::select! {
-            // Lost beats everything. A signal goes before the command's end: who signals a whole group or
-            // a whole service ends both at once, and that is no failure of the command.
+            // Lost beats everything.
             biased;
             why = &mut lost_future, if lost.is_none() => {
                 let then = match limits.on_lost {
@@ -132,7 +131,7 @@ pub async fn supervise<L: std::fmt::Display>(
                 }
                 lost = Some(why);
             }
-            Some(Received { signal, from_terminal }) = signals.recv() => {
+            Received { signal, from_terminal } = signals.recv() => {
                 // It went to the terminal's whole foreground group.
                 let has_it = from_terminal && process.shares_group();
                 if is_stop(signal) {
@@ -174,6 +173,10 @@ pub async fn supervise<L: std::fmt::Display>(
             }
         }
     };
+    if ended != Ended::Exited(0) {
+        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction.
+        stop = stop.or(signals.stopped_by().map(|signal| StopReason::Signal(signal as i32)));
+    }
     let mut outcome = Supervised { ended, stop, lost };
     let failed = ended != Ended::Exited(0) || outcome.stop == Some(StopReason::TimeLimit);
     if !failed && !stops_on_loss(&outcome, limits) {
@@ -215,7 +218,7 @@ async fn let_finish<L: std::fmt::Display>(
                 }
             }
             () = process.none_left() => return,
-            Some(Received { signal, from_terminal }) = signals.recv() => {
+            Received { signal, from_terminal } = signals.recv() => {
                 if !is_stop(signal) {
                     continue;
                 }

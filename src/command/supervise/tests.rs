@@ -131,7 +131,7 @@ fn signals_from(from_terminal: bool, at: &[(u64, Signal)]) -> Signals {
         }
         pending::<()>().await;
     });
-    receiver
+    Signals::injected(receiver)
 }
 
 async fn lost_after(seconds: u32) -> &'static str {
@@ -249,10 +249,10 @@ async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
 #[tokio::test(start_paused = true)]
 async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(3));
-    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let (sender, receiver) = mpsc::unbounded_channel();
     let received = Received { signal: Signal::SIGTERM, from_terminal: false };
     sender.send(received).unwrap();
-    let outcome = supervise(&mut process, &limits(), &mut receiver, never()).await;
+    let outcome = supervise(&mut process, &limits(), &mut Signals::injected(receiver), never()).await;
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(outcome.ended, Ended::Exited(3));
 }
