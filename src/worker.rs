@@ -1,7 +1,7 @@
 //! The story, top to bottom: find the command, connect, take, run, decide, settle.
 
+mod summary;
 mod take;
-mod task;
 
 use crate::{
     broker::{Consumer, ConsumerOptions, DeliveryLost},
@@ -9,12 +9,13 @@ use crate::{
     command::{Command, Reaper, Variable, find, supervise},
     exit::{Exit, Failure, status_of_signal},
     report::{HumanDuration, Outcome, RunSummary, Subject, program},
+    settlement,
     signals::{Signals, unless_stopped},
-    verdict::{CommandResult, Settlement, StopReason, Verdict, decide},
+    verdict::{CommandResult, Course, Next, Settlement, StopReason, Verdict, decide, repeats},
 };
 use nix::sys::signal::Signal;
 use std::{future::pending, path::PathBuf};
-use task::{Tally, describe_end, describe_settlement, log_taken, summary};
+use summary::{Tally, describe_end, describe_settlement, log_taken, summary};
 use tokio::time::timeout;
 
 /// The share of `--ack-timeout` after which a command that still runs is mentioned.
@@ -64,7 +65,7 @@ struct Worker {
 impl Worker {
     /// One message, from the wait for it until it is settled; how the run ends, if it does.
     async fn one(&mut self, signals: &mut Signals) -> Result<Option<RunSummary>, Failure> {
-        let taken = match unless_stopped(signals, self.take()).await {
+        let taken = match unless_stopped(signals, take::take(&mut self.consumer, &self.options)).await {
             Ok(taken) => taken?,
             Err(signal) => return Ok(Some(self.stopped(signal).await)),
         };
@@ -78,6 +79,9 @@ impl Worker {
         {
             return Ok(Some(summary));
         }
+        if let Some(summary) = self.must_not_start(signals, &subject).await {
+            return Ok(Some(summary));
+        }
 
         let (body, mut variables) = (message.body, message.variables);
         let hidden = self.options.hidden_variables().iter();
@@ -87,24 +91,27 @@ impl Worker {
             Ok(command) => command,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
         };
+        signals.command_started();
         let limits = self.options.limits.clone();
         let outcome = supervise(&mut command, &limits, signals, self.lost()).await;
+        let lost = match outcome.lost {
+            None if !self.options.no_ack => self.consumer.is_lost().await,
+            lost => lost,
+        };
         let result = CommandResult {
             ended: outcome.ended,
             stop: outcome.stop,
-            still_owned: outcome.lost.is_none(),
+            still_owned: lost.is_none(),
             failures_before: message.failures,
         };
         let verdict = decide(result, &self.options.policy);
         let Some(settlement) = verdict.settlement else {
-            let why = outcome.lost.map_or(String::new(), |lost| lost.to_string());
-            let text = format!(
-                "delivery lost while the command ran, another worker may have it: {why}; {}",
-                describe_end(result)
-            );
+            let why = lost.map_or(String::new(), |lost| lost.to_string());
+            let end = describe_end(result);
+            let text = format!("delivery lost while the command ran, another worker may have it: {why}; {end}");
             return Ok(Some(summary(&subject, verdict.exit_code, Outcome::Lost, text)));
         };
-        Ok(self.settle(&subject, result, verdict, settlement).await)
+        Ok(self.settle(signals, &subject, result, verdict, settlement).await)
     }
 
     /// Waits until the delivery is lost; warns when the broker is about to requeue the message.
@@ -125,74 +132,83 @@ impl Worker {
         self.consumer.lost().await
     }
 
-    /// Tells the broker what the verdict says; how the run ends, if it does.
+    /// Settles the message as the verdict says; how the run ends, if it does.
     async fn settle(
         &mut self,
+        signals: &mut Signals,
         subject: &Subject,
         result: CommandResult,
         verdict: Verdict,
         settlement: Settlement,
     ) -> Option<RunSummary> {
-        let signal = result.stop.and_then(StopReason::signal);
-        let failed = verdict.exit_code != 0;
-        let done = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
-        let count_reached = self.options.count().is_some_and(|count| self.tally.done() + u64::from(done) >= count);
-        // A classic queue would deliver the same message again at once, for ever.
-        let uncounted = settlement == Settlement::Requeue && result.failures_before.is_none();
-        let keeps_going = self.options.keep_going && !uncounted && signal.is_none();
-        let ends_run = count_reached || signal.is_some() || (failed && !keeps_going);
-        if uncounted {
+        if repeats(verdict, result.failures_before) {
             self.warn_of_uncounted();
         }
-
-        // A quorum queue applies a requeue some time after the broker has confirmed it, and until then it is not
-        // among the ready messages: `--drain` would find an empty queue (seen with RabbitMQ 3.10 under load). A consumer
-        // that is registered anew is applied behind it, so it gets the message, or sees it.
-        let cancel = ends_run || settlement == Settlement::Requeue;
-        let (outcome, became) = self.tell(settlement, cancel).await;
-        let confirmed = outcome != Outcome::Unconfirmed;
-        let status = if confirmed { verdict.exit_code } else { verdict.exit_code_if_unconfirmed };
-        let text = format!("{}; {became}", describe_end(result));
-        let mut summary = summary(subject, status, outcome, text);
-        let timed_out = result.stop == Some(StopReason::TimeLimit);
-        if !timed_out && (confirmed || settlement != Settlement::Ack) {
-            summary.source = "command";
-        }
+        let is_last = self.course(signals).next(verdict, result.failures_before) != Next::Message;
+        // A quorum queue applies a requeue some time after the broker has confirmed it, and until then it is not among the
+        // ready messages: `--drain` would find an empty queue (seen with RabbitMQ 3.10 under load). Subscribing again is ordered
+        // after the requeue, so the new consumer sees the message.
+        let cancels = is_last || settlement == Settlement::Requeue;
+        let (settled, outcome, description) = self.tell(settlement, cancels).await;
+        // It may have come meanwhile.
+        let next = self.course(signals).next(verdict, result.failures_before);
         match outcome {
             Outcome::Acknowledged => self.tally.acknowledged += 1,
             Outcome::Requeued => self.tally.requeued += 1,
             Outcome::DeadLettered => self.tally.dead_lettered += 1,
-            _ => return Some(summary),
+            _ => {}
         }
-        match signal {
-            _ if status != 0 && !keeps_going => Some(summary),
-            None if !count_reached => {
+
+        let text = format!("{}; {description}", describe_end(result));
+        let mut summary = summary(subject, verdict.status(settled), outcome, text);
+        let is_commands = match settled {
+            settlement::Outcome::Confirmed => true,
+            settlement::Outcome::Unconfirmed => settlement != Settlement::Ack,
+            settlement::Outcome::Lost => false,
+        };
+        if is_commands && result.stop != Some(StopReason::TimeLimit) {
+            summary.source = "command";
+        }
+        if settled != settlement::Outcome::Confirmed {
+            return Some(summary);
+        }
+        match next {
+            Next::End => Some(summary),
+            Next::Message => {
                 summary.log();
                 None
             }
-            None if self.options.keep_going => {
+            Next::AllDone => {
                 summary.log();
                 Some(self.count_done())
             }
-            // This message is done, but a stop before all are is no completion.
-            Some(signal) if !count_reached => Some(RunSummary {
+            Next::Stopped(signal) => Some(RunSummary {
                 source: program(),
                 status: status_of_signal(signal),
                 text: format!("{}; stopped by a signal before everything was done", summary.text),
                 ..summary
             }),
-            _ => Some(summary),
         }
     }
 
-    /// Tells the broker, unless it was told before the command; what became of the message, for machines and for people.
-    async fn tell(&mut self, settlement: Settlement, cancel: bool) -> (Outcome, String) {
+    /// How far the run is, before the message at hand is counted.
+    fn course(&self, signals: &mut Signals) -> Course {
+        Course {
+            to_do: self.options.count().map(|count| count.saturating_sub(self.tally.done())),
+            keep_going: self.options.keep_going,
+            stopped_by: signals.stopped_by().map(|signal| signal as i32),
+        }
+    }
+
+    /// Settles the message (with --no-ack it already is). Returns how that ended, the outcome and its description.
+    async fn tell(&mut self, settlement: Settlement, cancels: bool) -> (settlement::Outcome, Outcome, String) {
         if self.options.no_ack {
             let before = "message was acknowledged before the command (--no-ack)";
-            return (Outcome::Acknowledged, before.to_owned());
+            return (settlement::Outcome::Confirmed, Outcome::Acknowledged, before.to_owned());
         }
-        let unconfirmed = self.consumer.settle(settlement, cancel).await.err();
-        describe_settlement(settlement, unconfirmed.as_ref())
+        let (settled, why) = self.consumer.settle(settlement, cancels).await;
+        let (outcome, description) = describe_settlement(settlement, settled, why);
+        (settled, outcome, description)
     }
 
     /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
@@ -213,14 +229,32 @@ impl Worker {
     ///
     /// Returns how the run ends, if the acknowledgement isn't confirmed: then the command mustn't start.
     async fn acknowledge_beforehand(&mut self, subject: &Subject) -> Option<RunSummary> {
-        // As if it were the last one: the next is for whoever has time for it, not for a worker that is busy.
-        let settled = self.consumer.settle(Settlement::Ack, true).await;
-        let why = settled.err()?;
+        // Cancel too: don't prefetch the next message while this command runs.
+        let (settled, why) = self.consumer.settle(Settlement::Ack, true).await;
+        if settled == settlement::Outcome::Confirmed {
+            return None;
+        }
+        let why = why.map_or(String::new(), |why| why.to_string());
         let text = format!(
             "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
         );
         let status = Exit::Unconfirmed.status();
         Some(summary(subject, status, Outcome::Unconfirmed, text))
+    }
+
+    /// How the run ends if the command mustn't start, as the run was stopped or the message was lost since it was taken.
+    async fn must_not_start(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
+        if let Some(signal) = signals.stopped_by() {
+            let (_, outcome, description) = self.tell(Settlement::Release, true).await;
+            let text = format!("stopped by {signal} before the command was started; {description}");
+            return Some(summary(subject, status_of_signal(signal as i32), outcome, text));
+        }
+        if self.options.no_ack {
+            return None;
+        }
+        let lost = self.consumer.is_lost().await?;
+        let text = format!("delivery lost before the command was started, another worker may have it: {lost}");
+        Some(summary(subject, Exit::Unconfirmed.status(), Outcome::Lost, text))
     }
 
     /// The end of a run that found nothing more to do.
@@ -237,7 +271,7 @@ impl Worker {
     /// The end of a run that has done as many messages as it was asked for.
     fn count_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
-        let text = format!("all messages are done that --count asked for, of queue {queue:?}");
+        let text = format!("processed all messages that --count asked for, from queue {queue:?}");
         RunSummary::without_message(0, text)
     }
 
@@ -256,18 +290,18 @@ impl Worker {
 
     /// The end of a run that was told to stop while no command ran.
     async fn stopped(&mut self, signal: Signal) -> RunSummary {
-        self.consumer.release().await;
-        RunSummary::without_message(
-            status_of_signal(signal as i32),
-            format!("stopped by {signal} while no command ran; whatever had arrived is released"),
-        )
+        let released = self.consumer.release().await;
+        let mut text = format!("stopped by {signal} before a command was started");
+        if !released {
+            text += "; the broker doesn't answer, so a message that had arrived is requeued when it notices that the connection has ended";
+        }
+        RunSummary::without_message(status_of_signal(signal as i32), text)
     }
 
     /// Nobody has run the message, so it is released, which RabbitMQ 4.3 doesn't count.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
-        let (outcome, became) = self.tell(Settlement::Release, true).await;
-        let text = format!("{failure}; {became}");
-        summary(subject, failure.exit.status(), outcome, text)
+        let (_, outcome, description) = self.tell(Settlement::Release, true).await;
+        summary(subject, failure.exit.status(), outcome, format!("{failure}; {description}"))
     }
 }
 

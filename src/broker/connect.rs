@@ -141,8 +141,7 @@ impl Broker {
         };
         self.stage = format!("waiting for the AMQP handshake with {address}");
         let observed = Arc::default();
-        // The broker's greeting comes before a smaller limit is agreed on.
-        let tap = Tap::new(frame_max(address).max(FRAME_MAX), Arc::clone(&observed));
+        let tap = Tap::new(frame_max(address), Arc::clone(&observed));
         let stream = Mutex::new(Some(TappedStream { socket, tap }));
         // lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
         let hand_over = async move |_, _| {

@@ -3,25 +3,24 @@
 use super::{
     connect::{Attempts, Broker},
     connection::OpenConnection,
-    errors::{ConnectError, described},
+    errors::described,
     lost::DeliveryLost,
-    message::Message,
-    registration::{ConsumerOptions, Registration},
-    topology::{Ask, Declare, NotRegistered},
+    message::{Fingerprint, Message},
+    settle,
+    subscription::{ConsumerOptions, Subscription},
+    topology::{Declare, NotSubscribed, Request},
 };
 use crate::{
     exit::{Exit, Failure},
-    report::with_reminders,
+    settlement::Outcome,
+    verdict::Settlement,
 };
-use lapin::{
-    message::Delivery,
-    options::QueueDeclareOptions,
-    types::{DeliveryTag, FieldTable},
-};
-use std::{mem, time::Duration};
+use lapin::{message::Delivery, types::DeliveryTag};
+use std::{future::ready, mem, time::Duration};
 use tokio::{
+    sync::oneshot,
     task::JoinHandle,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout},
 };
 
 /// Longest time that releasing messages may take when nothing answers. What isn't released by then is requeued when the
@@ -34,33 +33,35 @@ pub struct Consumer {
     options: ConsumerOptions,
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
-    pub(super) state: State,
+    state: State,
+    /// The last connection was lost before a message was whole.
+    cut_short: bool,
 }
 
 /// What the consumer is doing.
-pub(super) enum State {
-    /// Not registered. The connection of one that was cancelled may be left.
+enum State {
+    /// No subscription. The connection of one that has ended may be left.
     Idle(Option<OpenConnection>),
-    /// `basic.consume` is under way: kept, as the broker may deliver a message before its reply is here.
-    Registering(JoinHandle<Result<Registration, (OpenConnection, NotRegistered)>>),
-    /// Registered: the broker may deliver.
-    Ready(Registration),
+    /// `basic.consume` is under way: a task of its own, as the broker may deliver a message before its reply is here.
+    Subscribing(JoinHandle<Result<Subscription, (OpenConnection, NotSubscribed)>>, oneshot::Sender<()>),
+    /// The broker may deliver.
+    Ready(Subscription),
     /// A message was delivered and isn't settled.
-    Holding(Registration, Held),
+    Holding(Subscription, Held),
 }
 
 /// A delivery that isn't settled.
-#[derive(Clone, Copy)]
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
     pub(super) since: Instant,
+    pub(super) fingerprint: Fingerprint,
 }
 
 impl Consumer {
-    /// A consumer that isn't registered yet.
+    /// A consumer without a subscription.
     #[must_use]
     pub fn new(broker: Broker, options: ConsumerOptions) -> Self {
-        Self { broker, options, known_as: None, state: State::Idle(None) }
+        Self { broker, options, known_as: None, state: State::Idle(None), cut_short: false }
     }
 
     /// The queue's name; empty before the broker has chosen it.
@@ -85,41 +86,27 @@ impl Consumer {
 
     /// Whether the broker may deliver a message.
     #[must_use]
-    pub fn is_registered(&self) -> bool {
+    pub fn is_subscribed(&self) -> bool {
         matches!(self.state, State::Ready(_))
     }
 
-    /// Connects as often as it needs and registers the consumer, within `--connect-timeout`.
+    /// Connects as often as it needs and subscribes, within `--connect-timeout`.
     ///
     /// Dropping the future loses no message: see [`Consumer::release`].
     ///
     /// # Errors
     /// The permanent failure, or when time is up the last transient one.
-    pub async fn register(&mut self) -> Result<(), Failure> {
+    pub async fn subscribe(&mut self) -> Result<(), Failure> {
         let mut attempts = Attempts::new(self.broker.options.timeout);
-        let mut ask = Ask { create: false, ack_timeout: true };
-        let mut kept = match mem::replace(&mut self.state, State::Idle(None)) {
-            State::Idle(kept) => kept.filter(OpenConnection::is_connected),
-            _ => None,
-        };
-        if kept.is_none() {
+        let mut request = Request::default();
+        if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
             self.check_queue_survives("the connection was lost")?;
         }
         loop {
-            // On a connection that is kept, what was declared for it is still there.
-            let declared = kept.as_ref().and(self.known_as.clone());
-            let opened = match kept.take() {
-                Some(connection) => Ok(connection),
-                None => self.broker.attempt(attempts.deadline).await,
-            };
-            let registered = match opened {
-                Ok(connection) => self.ask(connection, ask, declared, attempts.deadline).await,
-                Err(error) => Err(error.into()),
-            };
-            match registered {
+            match self.try_to_subscribe(mem::take(&mut request), attempts.deadline).await {
                 Ok(()) => return Ok(()),
-                Err(NotRegistered::RetryWith(instead)) => ask = instead,
-                Err(NotRegistered::Failed(error)) => {
+                Err(NotSubscribed::RetryWith(instead)) => request = instead,
+                Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
                     attempts.failed(error).await?;
                 }
@@ -127,58 +114,60 @@ impl Consumer {
         }
     }
 
-    /// Asks the broker to register the consumer.
-    async fn ask(
-        &mut self,
-        connection: OpenConnection,
-        ask: Ask,
-        declared: Option<String>,
-        deadline: Instant,
-    ) -> Result<(), NotRegistered> {
-        const STAGE: &str = "waiting for the reply to basic.consume";
-        let options = self.options.clone();
-        let task = tokio::spawn(Registration::open(connection, options, ask, declared));
-        self.state = State::Registering(task);
-        match timeout_at(deadline, with_reminders(STAGE, self.registered())).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(why)) => {
-                // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes
-                // a new connection.
-                self.close().await;
-                Err(why)
-            }
-            Err(_) => Err(ConnectError::no_answer(STAGE).into()),
+    /// One attempt, on the connection that is left if there is one.
+    async fn try_to_subscribe(&mut self, request: Request, deadline: Instant) -> Result<(), NotSubscribed> {
+        let (connection, declared) = match mem::replace(&mut self.state, State::Idle(None)) {
+            // What was declared on it is still there.
+            State::Idle(Some(kept)) if kept.is_connected() => (kept, self.known_as.clone()),
+            _ => (self.broker.attempt(deadline).await?, None),
+        };
+        let (give_up, given_up) = oneshot::channel();
+        let open = Subscription::open(connection, self.options.clone(), request, declared, deadline, given_up);
+        self.state = State::Subscribing(tokio::spawn(open), give_up);
+        let subscribed = self.subscribed().await;
+        if subscribed.is_err() {
+            // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes a new
+            // connection.
+            self.close().await;
         }
+        subscribed
     }
 
-    /// Waits for the registration that is under way. Dropping the future leaves it there. The connection of one that was
-    /// refused is kept, to be closed.
-    async fn registered(&mut self) -> Result<(), NotRegistered> {
-        let State::Registering(task) = &mut self.state else {
+    /// Waits for the subscription that is under way. Dropping the future leaves it there. The connection of a refused one is
+    /// kept, to be closed.
+    async fn subscribed(&mut self) -> Result<(), NotSubscribed> {
+        let State::Subscribing(task, _) = &mut self.state else {
             return Ok(());
         };
-        let answer = task.await.expect("registering doesn't panic");
-        let registration = match answer {
-            Ok(registration) => registration,
+        let subscription = match task.await.expect("subscribing doesn't panic") {
+            Ok(subscription) => subscription,
             Err((connection, why)) => {
+                let cut_short = connection.observed().deliveries > 0;
+                let again = self.note_cut_short(cut_short);
                 self.state = State::Idle(Some(connection));
-                return Err(why);
+                return Err(match why {
+                    NotSubscribed::Failed(error) if again => {
+                        let lost = DeliveryLost::because(error.failure.message).cut_short_again();
+                        NotSubscribed::Failed(lost.unreadable_in(self.queue()).into())
+                    }
+                    why => why,
+                });
             }
         };
         if self.known_as.is_none() && self.options.queue.is_empty() {
-            tracing::info!("server provided queue name: {}", registration.queue);
+            tracing::info!("server provided queue name: {}", subscription.queue);
         }
-        self.known_as = Some(registration.queue.clone());
-        self.state = State::Ready(registration);
+        self.known_as = Some(subscription.queue.clone());
+        self.state = State::Ready(subscription);
         Ok(())
     }
 
     /// The next message. Dropping the future loses none.
     ///
     /// # Errors
-    /// Why the consumer is no longer registered; nothing was taken.
+    /// Why the subscription has ended; nothing was taken.
     pub async fn next(&mut self) -> Result<Message, DeliveryLost> {
-        match self.registration().step().await {
+        match self.subscription().step().await {
             Ok(delivery) => Ok(self.hold(delivery)),
             Err(lost) => Err(self.end(lost).await),
         }
@@ -186,28 +175,29 @@ impl Consumer {
 
     /// Waits until the message that is held is lost.
     pub async fn lost(&mut self) -> DeliveryLost {
-        match self.registration().step().await {
+        match self.subscription().step().await {
             Err(lost) => lost,
             Ok(_) => DeliveryLost::delivered_again(),
         }
     }
 
-    /// How many messages are ready, by a passive declare; `None` where the broker knows of no consumer, though there is one
-    /// here: its figures come from no queue that answers.
+    /// Whether the message that is held is known to be lost: the broker may have said so while nobody waited for that.
+    pub async fn is_lost(&mut self) -> Option<DeliveryLost> {
+        tokio::select! {
+            biased;
+            lost = self.lost() => Some(lost),
+            () = ready(()) => self.subscription().has_another().then(DeliveryLost::delivered_again),
+        }
+    }
+
+    /// How many messages are ready; `None` if the broker can't say.
     ///
     /// # Errors
-    /// Why the consumer is no longer registered.
+    /// Why the subscription has ended.
     pub async fn depth(&mut self) -> Result<Option<u32>, DeliveryLost> {
-        let registration = self.registration();
-        let queue = registration.queue.as_str().into();
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let declare = registration.channel.queue_declare(queue, passive, FieldTable::default());
-        match declare.await {
-            Ok(declared) => Ok((declared.consumer_count() > 0).then(|| declared.message_count())),
-            Err(error) => {
-                let lost = registration.delivery_lost(&error);
-                Err(self.end(lost).await)
-            }
+        match self.subscription().depth().await {
+            Err(lost) => Err(self.end(lost).await),
+            depth => depth,
         }
     }
 
@@ -215,9 +205,9 @@ impl Consumer {
     /// seconds delivers nothing.
     ///
     /// # Errors
-    /// Why the consumer was no longer registered; nothing was taken.
+    /// Why the subscription had ended before; nothing was taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
-        match timeout(RELEASE_TIMEOUT, self.registration().cancel()).await {
+        match timeout(RELEASE_TIMEOUT, self.subscription().cancel()).await {
             Ok(Ok(Some(delivery))) => Ok(Some(self.hold(delivery))),
             Ok(Ok(None)) => {
                 self.idle();
@@ -228,29 +218,46 @@ impl Consumer {
         }
     }
 
-    /// Releases whatever may have arrived, before an end without a command; takes two seconds at most.
-    pub async fn release(&mut self) {
+    /// Settles the message that is held; with `cancels`, the consumer is cancelled first, so that no message is delivered
+    /// that nobody here would run. Says why if the settlement isn't confirmed.
+    pub async fn settle(&mut self, settlement: Settlement, cancels: bool) -> (Outcome, Option<DeliveryLost>) {
+        let State::Holding(mut subscription, held) = mem::replace(&mut self.state, State::Idle(None)) else {
+            unreachable!("only called while a message is held")
+        };
+        let settled = settle::carry_out(&mut subscription, &held, settlement, cancels).await;
+        self.state = if settled.0 == Outcome::Confirmed && subscription.consumer.is_some() {
+            State::Ready(subscription)
+        } else {
+            State::Idle(Some(subscription.end()))
+        };
+        settled
+    }
+
+    /// Releases whatever may have arrived, before an end without a command; takes four seconds at most. Whether the broker has
+    /// confirmed that.
+    pub async fn release(&mut self) -> bool {
         let work = async {
-            let _ = self.registered().await;
+            // It may be refused, or it was there already.
+            let _ = self.subscribed().await;
             match &mut self.state {
-                State::Ready(registration) => registration.release(None).await,
-                State::Holding(registration, held) => registration.release(Some(held.tag)).await,
-                State::Idle(_) | State::Registering(_) => Ok(()),
+                State::Ready(subscription) => subscription.release(None).await,
+                State::Holding(subscription, held) => subscription.release(Some(held.tag)).await,
+                State::Idle(_) | State::Subscribing(..) => Ok(()),
             }
         };
         match timeout(RELEASE_TIMEOUT, work).await {
-            Ok(released) => {
-                if let Err(error) = released {
-                    tracing::debug!("releasing: {}", described(&error));
-                }
-                self.idle();
-            }
-            Err(_) => {
-                tracing::debug!("releasing: no answer within {RELEASE_TIMEOUT:?}");
-                // Who doesn't answer isn't asked to close either.
-                self.state = State::Idle(None);
-            }
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => tracing::debug!("releasing: {}", described(&error)),
+            Err(_) => tracing::debug!("releasing: no answer within {RELEASE_TIMEOUT:?}"),
         }
+        if let State::Subscribing(task, give_up) = mem::replace(&mut self.state, State::Idle(None)) {
+            drop(give_up);
+            self.state = match task.await.expect("subscribing doesn't panic") {
+                Ok(subscription) => State::Ready(subscription),
+                Err((connection, _)) => State::Idle(Some(connection)),
+            };
+        }
+        false
     }
 
     /// Closes the connection politely, within two seconds.
@@ -261,39 +268,47 @@ impl Consumer {
         }
     }
 
-    /// Ends the registration, if there is one, and keeps its connection.
-    pub(super) fn idle(&mut self) {
+    /// Ends the subscription, if there is one, and keeps its connection.
+    fn idle(&mut self) {
         self.state = State::Idle(match mem::replace(&mut self.state, State::Idle(None)) {
             State::Idle(connection) => connection,
-            State::Registering(task) => {
+            State::Subscribing(task, _) => {
                 task.abort();
                 None
             }
-            State::Ready(registration) | State::Holding(registration, _) => Some(registration.end()),
+            State::Ready(subscription) | State::Holding(subscription, _) => Some(subscription.end()),
         });
     }
 
-    /// Ends a registration that was lost. Its connection may be good; another attempt takes a new one.
+    /// Ends a subscription that was lost. Its connection may be good; another attempt takes a new one.
     async fn end(&mut self, lost: DeliveryLost) -> DeliveryLost {
+        let cut_short = self.subscription().has_another();
         self.close().await;
-        lost
+        if self.note_cut_short(cut_short) && !lost.unreadable { lost.cut_short_again() } else { lost }
+    }
+
+    /// Takes note of whether a connection ended after the broker began to deliver a message and before that was here, and
+    /// tells whether the one before it did, too. Nobody would get such a message, and every try counts towards the queue's
+    /// `delivery-limit`, at which the broker destroys it.
+    fn note_cut_short(&mut self, cut_short: bool) -> bool {
+        let before = mem::replace(&mut self.cut_short, cut_short);
+        before && cut_short
     }
 
     fn hold(&mut self, delivery: Delivery) -> Message {
-        let held = Held { tag: delivery.delivery_tag, since: Instant::now() };
+        self.cut_short = false;
+        let held = Held { tag: delivery.delivery_tag, since: Instant::now(), fingerprint: Fingerprint::of(&delivery) };
         self.state = match mem::replace(&mut self.state, State::Idle(None)) {
-            State::Ready(registration) => State::Holding(registration, held),
+            State::Ready(subscription) => State::Holding(subscription, held),
             other => other,
         };
         Message::new(delivery, self.queue())
     }
 
-    pub(super) fn registration(&mut self) -> &mut Registration {
+    fn subscription(&mut self) -> &mut Subscription {
         match &mut self.state {
-            State::Ready(registration) | State::Holding(registration, _) => registration,
-            State::Idle(_) | State::Registering(_) => {
-                unreachable!("only called while the consumer is registered")
-            }
+            State::Ready(subscription) | State::Holding(subscription, _) => subscription,
+            State::Idle(_) | State::Subscribing(..) => unreachable!("only called while there is a subscription"),
         }
     }
 }

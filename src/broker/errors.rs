@@ -133,7 +133,7 @@ impl ConnectError {
 }
 
 /// The end of a run whose next message can't be read: every new connection would get it again.
-pub fn unreadable(queue: &str, problem: &str) -> Failure {
+pub(super) fn unreadable(queue: &str, problem: &str) -> Failure {
     Failure::new(
         Exit::Software,
         format!(

@@ -1,9 +1,10 @@
 //! Why a delivery was lost, in words, and what to do about it.
 
 use super::{
-    errors::{Meaning, described},
+    errors::{Meaning, described, unreadable},
     observed::{Observed, Version},
 };
+use crate::exit::Failure;
 use lapin::ErrorKind;
 use std::fmt;
 
@@ -20,9 +21,22 @@ impl DeliveryLost {
         Self { text: text.into(), unreadable: false }
     }
 
+    /// The next message can't be read: a new connection would get it again, and every delivery counts.
+    fn unreadable(problem: impl Into<String>) -> Self {
+        Self { text: problem.into(), unreadable: true }
+    }
+
+    /// The connection was lost before a message was whole, and so was the one before it.
+    pub(super) fn cut_short_again(self) -> Self {
+        Self::unreadable(format!(
+            "two connections in succession were lost while it arrived, the last one so: {}",
+            self.text
+        ))
+    }
+
     pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {
-        if let Some(problem) = observed.unreadable {
-            return Self { text: problem.to_owned(), unreadable: true };
+        if let Some(problem) = &observed.unreadable {
+            return Self::unreadable(problem);
         }
         let Some(refusal) = observed.refusal(error) else {
             return Self::because(described(error));
@@ -39,9 +53,7 @@ impl DeliveryLost {
         Self::because(format!("the broker closed the {what}: {refusal}"))
     }
 
-    /// With a prefetch of one a second message comes only when the broker has requeued the first one: so does a quorum queue
-    /// whose leader has lost sight of our node for some time. It would drop our acknowledgement without a word (seen with 4.0,
-    /// where the network between its nodes was cut). The second message is requeued with the connection.
+    /// See `Settling::means_requeued`. The second message is requeued with the connection.
     pub(super) fn delivered_again() -> Self {
         Self::because(
             "the broker delivered another message, so it has requeued this one: its nodes have lost each other, or the queue's leader has changed",
@@ -58,6 +70,7 @@ impl DeliveryLost {
     /// doesn't know.
     pub(super) fn ended(observed: &Observed) -> Self {
         match &observed.closed {
+            _ if observed.unreadable.is_some() => Self::unreadable(observed.unreadable.clone().unwrap_or_default()),
             Some(refusal) if !observed.cancelled => {
                 Self::because(format!("the broker closed the channel or the connection: {refusal}"))
             }
@@ -67,6 +80,11 @@ impl DeliveryLost {
             )),
             _ => Self::because("the broker cancelled the consumer: the queue was deleted or has moved"),
         }
+    }
+
+    /// The end of the run, as the next message of this queue can't be read.
+    pub fn unreadable_in(&self, queue: &str) -> Failure {
+        unreadable(queue, &self.text)
     }
 }
 

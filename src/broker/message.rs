@@ -6,7 +6,11 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::{Value, json};
-use std::{ffi::OsString, os::unix::ffi::OsStringExt};
+use std::{
+    ffi::OsString,
+    hash::{DefaultHasher, Hash, Hasher},
+    os::unix::ffi::OsStringExt,
+};
 
 /// A message that was delivered and not settled yet.
 #[derive(Debug)]
@@ -21,6 +25,28 @@ pub struct Message {
     pub failures: Option<u64>,
     /// What the command is told.
     pub variables: Vec<Variable>,
+}
+
+/// Enough of a message to tell it from the next one in its queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Fingerprint {
+    id: Option<String>,
+    size: usize,
+    hash: u64,
+}
+
+/// How much of a body its fingerprint looks at, in bytes: a large one isn't read for it.
+const FINGERPRINT: usize = 4096;
+
+impl Fingerprint {
+    pub(super) fn of(delivery: &Delivery) -> Self {
+        let (size, mut hasher) = (delivery.data.len(), DefaultHasher::new());
+        let (begin, end) =
+            (&delivery.data[..size.min(FINGERPRINT)], &delivery.data[size.saturating_sub(FINGERPRINT)..]);
+        (delivery.exchange.as_str(), delivery.routing_key.as_str(), begin, end).hash(&mut hasher);
+        let id = delivery.properties.message_id().as_ref().map(ToString::to_string);
+        Self { id, size, hash: hasher.finish() }
+    }
 }
 
 impl Message {

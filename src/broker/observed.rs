@@ -28,16 +28,22 @@ pub(super) struct Observed {
     pub(super) mechanisms: Option<String>,
     /// The heartbeat interval that it proposed, in seconds; 0 is none.
     pub(super) heartbeat: Option<u16>,
+    /// The largest frame that it proposed, in bytes; 0 is no limit.
+    pub(super) frame_max: Option<u32>,
     /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
     pub(super) closed: Option<Refusal>,
     /// Whether lapin can't read that close.
     pub(super) closed_unreadably: bool,
     /// Whether it has cancelled a consumer.
     pub(super) cancelled: bool,
-    /// Why the message that it delivers can't be read.
-    pub(super) unreadable: Option<&'static str>,
+    /// How many messages it has delivered, or begun to. lapin drops those that come after a cancel without waiting.
+    pub(super) deliveries: u64,
+    /// Whether the last of them was delivered before.
+    pub(super) redelivered: bool,
     /// `basic.deliver` was the last method: a message's content comes next.
     delivering: bool,
+    /// Why the message that it delivers can't be read.
+    pub(super) unreadable: Option<String>,
 }
 
 impl Observed {
@@ -55,8 +61,12 @@ impl Observed {
     ///
     /// # Errors
     /// Why lapin must not read it.
-    pub(super) fn method(&mut self, payload: &[u8]) -> Result<(), &'static str> {
+    pub(super) fn method(&mut self, payload: &[u8]) -> Result<(), String> {
         self.delivering = payload.starts_with(&DELIVER);
+        if self.delivering {
+            self.deliveries += 1;
+            self.redelivered = redelivered(payload);
+        }
         let read = check_nesting(payload).and_then(|()| self.read_method(payload));
         self.note_unreadable(read)
     }
@@ -65,23 +75,34 @@ impl Observed {
     ///
     /// # Errors
     /// Why lapin must not read them.
-    pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), &'static str> {
+    pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), String> {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {
             let read = basic::parse_properties(properties);
-            read.map(drop).map_err(|_| "its properties are not valid AMQP")
+            read.map(drop).map_err(|_| "its properties are not valid AMQP".to_owned())
         });
         self.note_unreadable(read)
     }
 
-    fn note_unreadable(&mut self, read: Result<(), &'static str>) -> Result<(), &'static str> {
-        read.inspect_err(|problem| {
-            // Only a message that was delivered comes again over a new connection.
-            self.unreadable = self.delivering.then_some(problem);
-        })
+    /// Takes note of a frame that is larger than the connection's limit, both in bytes. lapin ends the connection then.
+    pub(super) fn too_large(&mut self, size: usize, limit: usize) {
+        let problem = format!(
+            "its headers are a frame of {size} bytes, and this connection takes {limit} (frame_max): raise frame_max in the URL and in rabbitmq.conf"
+        );
+        let _ = self.note_unreadable(Err(problem));
     }
 
-    fn read_method(&mut self, payload: &[u8]) -> Result<(), &'static str> {
+    fn note_unreadable(&mut self, read: Result<(), String>) -> Result<(), String> {
+        if let Err(problem) = &read
+            && self.delivering
+        {
+            // Only a message that was delivered comes again over a new connection.
+            self.unreadable.get_or_insert_with(|| problem.clone());
+        }
+        read
+    }
+
+    fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
         // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in a
@@ -98,13 +119,24 @@ impl Observed {
                 self.version = version(&start);
                 self.mechanisms = Some(start.mechanisms.to_string());
             }
-            Ok(AMQPClass::Connection(Co::Tune(tune))) => self.heartbeat = Some(tune.heartbeat),
+            Ok(AMQPClass::Connection(Co::Tune(tune))) => {
+                self.heartbeat = Some(tune.heartbeat);
+                self.frame_max = Some(tune.frame_max);
+            }
             Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
-            Err(_) if self.delivering => return Err("its exchange or routing key is not UTF-8"),
+            Err(_) if self.delivering => {
+                return Err("its exchange or routing key is not UTF-8".to_owned());
+            }
             _ => {}
         }
         Ok(())
     }
+}
+
+/// The flag of a `basic.deliver` (1.8.3.13): after the numbers, the consumer's tag and the delivery's.
+fn redelivered(payload: &[u8]) -> bool {
+    let tag = payload.get(DELIVER.len()).copied().unwrap_or_default();
+    payload.get(DELIVER.len() + 1 + usize::from(tag) + 8).is_some_and(|flags| flags & 1 == 1)
 }
 
 /// The version among the server's properties.
@@ -117,7 +149,7 @@ fn version(start: &connection::Start) -> Option<Version> {
 
 /// Refuses tables and arrays that may be nested too deep, wherever they stand: each begins with its type and its size
 /// (4.2.5.5). What only looks like one, in a text, counts too, as long as it would fit.
-fn check_nesting(payload: &[u8]) -> Result<(), &'static str> {
+fn check_nesting(payload: &[u8]) -> Result<(), String> {
     let mut ends = Vec::new();
     for (at, field) in payload.windows(5).enumerate() {
         if let &[b'A' | b'F', a, b, c, d] = field {
@@ -127,7 +159,7 @@ fn check_nesting(payload: &[u8]) -> Result<(), &'static str> {
                 ends.push(end);
             }
             if ends.len() > NESTING_MAX {
-                return Err("its headers are nested more than 100 deep");
+                return Err("its headers are nested more than 100 deep".to_owned());
             }
         }
     }

@@ -90,7 +90,7 @@ impl ConnectError {
     /// What an error from `channel.open` on means.
     pub(super) fn refused(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
         let observed = connection.observed();
-        match (observed.refusal(error), observed.unreadable, asked) {
+        match (observed.refusal(error), &observed.unreadable, asked) {
             (_, Some(problem), Asked::Queue(_, queue)) => unreadable(queue, problem).into(),
             (Some(refusal), ..) => Self::answer(asked, &refusal, &connection.lapin.status().username()),
             (None, _, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),

@@ -1,150 +1,150 @@
-//! Settles a message with the broker, and makes sure that the broker has processed that.
+//! Carries out a settlement, step by step as [`Settling`] says.
 
 use super::{
-    consumer::{Consumer, Held, State},
+    consumer::Held,
     lost::DeliveryLost,
-    registration::{CONSUMER_TIMEOUT_SINCE, RELEASE, Registration},
+    message::Fingerprint,
+    subscription::{RELEASE, Subscription},
 };
 use crate::{
     report::{HumanDuration, with_reminders},
+    settlement::{Event, Outcome, Settling, Step},
     verdict::Settlement,
 };
-use lapin::{
-    options::{BasicAckOptions, BasicCancelOptions, BasicRejectOptions},
-    types::DeliveryTag,
-};
-use std::{future::ready, mem, time::Duration};
-use tokio::time::{sleep, timeout};
-use tokio_stream::StreamExt;
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicRejectOptions};
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout_at};
 
 /// Longest wait for the broker to confirm a settlement: nodes of a cluster notice a frozen leader after 45 to 75 seconds
 /// (Erlang's net_ticktime of 60), and only then elect another one, which confirms.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// A shorter run can't have met RabbitMQ's own acknowledgement timeout, which is 30 minutes and at least a minute.
-const RECHECK_FROM: Duration = Duration::from_secs(60);
-
-/// Where we have asked for the acknowledgement timeout ourselves: the share of it that is safe.
-const SAFE_SHARE: f64 = 0.8;
-
 /// How long the queue is given to say that its timeout came first: some tens of milliseconds under load.
-const RECHECK_PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(100);
 
-impl Consumer {
-    /// Settles the message that is held; with `cancel`, the consumer is cancelled first, so that no message is delivered
-    /// that nobody here would run.
-    ///
-    /// # Errors
-    /// When the broker hasn't confirmed within 90 seconds that it has processed the settlement.
-    pub async fn settle(&mut self, settlement: Settlement, cancel: bool) -> Result<(), DeliveryLost> {
-        let State::Holding(mut registration, held) = mem::replace(&mut self.state, State::Idle(None)) else {
-            unreachable!("only called while a message is held")
-        };
-        let settle = registration.settle(held, settlement, cancel);
-        let stage = "waiting for the broker to confirm the settlement";
-        let settled = timeout(SETTLE_TIMEOUT, with_reminders(stage, settle)).await.unwrap_or_else(|_| {
-            let limit = HumanDuration(SETTLE_TIMEOUT);
-            Err(DeliveryLost::because(format!("no reply from the broker within {limit}")))
-        });
-        self.state = if settled.is_err() || registration.consumer.is_none() {
-            State::Idle(Some(registration.end()))
-        } else {
-            State::Ready(registration)
-        };
-        settled
-    }
+/// Settles a delivery, and makes sure that the broker has processed that; says why if that isn't so.
+pub(super) async fn carry_out(
+    subscription: &mut Subscription,
+    held: &Held,
+    settlement: Settlement,
+    cancels: bool,
+) -> (Outcome, Option<DeliveryLost>) {
+    let asks_twice = Settling::asks_twice(settlement, held.since.elapsed(), subscription.ack_timeout);
+    let mut machine = Machine { settling: Settling::new(cancels, asks_twice), why: None };
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
+    let mut barriers = 0;
+    let steps = async {
+        loop {
+            let step = machine.settling.step();
+            if let Step::Done(outcome) = step {
+                return outcome;
+            }
+            machine.look(subscription, held, step, deadline).await;
+            if machine.settling.step() != step {
+                continue;
+            }
+            barriers += u8::from(step == Step::Barrier);
+            let done = timeout_at(deadline, perform(subscription, held, settlement, step)).await;
+            if matches!(step, Step::Barrier | Step::Pause) {
+                // What the broker has sent before its reply.
+                machine.look(subscription, held, step, deadline).await;
+            }
+            match done {
+                Ok(Ok(event)) => machine.happened(event, None),
+                Ok(Err(error)) => {
+                    let why = match barriers {
+                        2 => subscription.unconfirmed_again(&error),
+                        _ => subscription.delivery_lost(&error),
+                    };
+                    machine.happened(Event::Closed, Some(why));
+                }
+                Err(_) => {
+                    let why = format!("no reply from the broker within {}", HumanDuration(SETTLE_TIMEOUT));
+                    machine.happened(Event::Elapsed, Some(DeliveryLost::because(why)));
+                }
+            }
+        }
+    };
+    let outcome = with_reminders("waiting for the broker to confirm the settlement", steps).await;
+    (outcome, machine.why)
 }
 
-impl Registration {
-    /// tests/model/worker.rs has the same steps in its `plan`, and checks them over every interleaving: change both
-    /// together.
-    async fn settle(&mut self, held: Held, settlement: Settlement, cancel: bool) -> Result<(), DeliveryLost> {
-        let ran = held.since.elapsed();
-        let sent = self.send(held.tag, settlement, cancel).await;
-        let cancelled = sent.map_err(|error| self.delivery_lost(&error))?;
-        self.check_still_owned()?;
-        if let Some(consumer) = cancelled
-            && has_another(consumer).await
-        {
-            return Err(DeliveryLost::delivered_again());
+/// The machine, and what its end is due to.
+struct Machine {
+    settling: Settling,
+    why: Option<DeliveryLost>,
+}
+
+impl Machine {
+    /// Takes note of what the broker has sent until now.
+    async fn look(&mut self, subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) {
+        if subscription.connection.observed().cancelled {
+            let why = DeliveryLost::ended(&subscription.connection.observed());
+            self.happened(Event::Cancelled, Some(why));
         }
-        if matches!(settlement, Settlement::Ack | Settlement::DeadLetter) {
-            self.recheck_after_consumer_timeout(ran).await?;
+        if let Some(same) = another(subscription, held, step, deadline).await {
+            self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
         }
-        Ok(())
     }
 
-    /// Cancels with `cancel`, settles, and waits for the broker to have processed both; returns the consumer that is
-    /// cancelled.
-    async fn send(
-        &mut self,
-        tag: DeliveryTag,
-        settlement: Settlement,
-        cancel: bool,
-    ) -> lapin::Result<Option<lapin::Consumer>> {
-        let channel = &self.channel;
-        let cancelled = self.consumer.take_if(|_| cancel);
-        if let Some(consumer) = &cancelled {
-            // Without waiting for its reply: it only has to be in front of the settlement.
-            let cancel = BasicCancelOptions { nowait: true };
-            channel.basic_cancel(consumer.tag(), cancel).await?;
-        }
-        // By the channel, not by lapin's acker, which says Ok(false) when the message is lost. It returns when the
-        // method is written: only then is the barrier asked for.
-        let requeue = settlement == Settlement::Requeue;
-        match settlement {
-            Settlement::Ack => channel.basic_ack(tag, BasicAckOptions::default()).await?,
-            Settlement::Requeue | Settlement::DeadLetter => {
-                let reject = BasicRejectOptions { requeue };
-                channel.basic_reject(tag, reject).await?;
-            }
-            Settlement::Release => channel.basic_nack(tag, RELEASE).await?,
-        }
-        self.barrier().await?;
-        Ok(cancelled)
-    }
-
-    /// RabbitMQ 4.3's acknowledgement timeout only cancels the consumer; what comes after is answered as if nothing had
-    /// happened, though the message is requeued.
-    fn check_still_owned(&self) -> Result<(), DeliveryLost> {
-        let observed = self.connection.observed();
-        if observed.cancelled {
-            return Err(DeliveryLost::ended(&observed));
-        }
-        Ok(())
-    }
-
-    /// RabbitMQ 4.3 may requeue the delivery and still answer our qos: wait, and send a second one.
-    ///
-    /// From that version on the queue, not the channel, watches the time. When it requeues the message while a settlement
-    /// is on its way, the channel hears of that only after it has answered the barrier. It then cancels the consumer, or
-    /// where we have done that already, ends the channel with 406 (seen with 4.3.6).
-    async fn recheck_after_consumer_timeout(&self, ran: Duration) -> Result<(), DeliveryLost> {
-        let safe = match self.ack_timeout {
-            Some(timeout) => timeout.mul_f64(SAFE_SHARE),
-            None => RECHECK_FROM,
-        };
-        if self.connection.version() < Some(CONSUMER_TIMEOUT_SINCE) || ran < safe {
-            return Ok(());
-        }
-        sleep(RECHECK_PAUSE).await;
-        match self.barrier().await {
-            // A connection that is lost now was good when the settlement was confirmed; but for one that lapin has ended
-            // itself, as it can't read why the channel was closed.
-            Err(_) if self.connection.is_connected() || self.connection.observed().closed_unreadably => {
-                Err(DeliveryLost::timed_out(self.connection.version()))
-            }
-            _ => self.check_still_owned(),
+    fn happened(&mut self, event: Event, why: Option<DeliveryLost>) {
+        self.settling.happened(event);
+        if matches!(self.settling.step(), Step::Done(_)) && self.why.is_none() {
+            self.why = why;
         }
     }
 }
 
-/// Whether a message has come to a consumer before it was cancelled: whatever the broker sent in front of the barrier's
-/// reply is here by now.
-async fn has_another(mut consumer: lapin::Consumer) -> bool {
-    tokio::select! {
-        biased;
-        next = consumer.next() => matches!(next, Some(Ok(_))),
-        () = ready(()) => false,
+/// Does what the step says, and tells what that is for the machine when it is done.
+async fn perform(
+    subscription: &mut Subscription,
+    held: &Held,
+    settlement: Settlement,
+    step: Step,
+) -> lapin::Result<Event> {
+    let channel = &subscription.channel;
+    match step {
+        Step::Cancel => {
+            // It is cancelled already if the message came when --wait had passed.
+            if let Some(consumer) = subscription.consumer.take() {
+                channel.basic_cancel(consumer.tag(), BasicCancelOptions { nowait: true }).await?;
+            }
+        }
+        // By the channel, not by lapin's acker, which says Ok(false) when the message is lost.
+        Step::Settle => match settlement {
+            Settlement::Ack => channel.basic_ack(held.tag, BasicAckOptions::default()).await?,
+            Settlement::Requeue => channel.basic_reject(held.tag, BasicRejectOptions { requeue: true }).await?,
+            Settlement::DeadLetter => channel.basic_reject(held.tag, BasicRejectOptions { requeue: false }).await?,
+            Settlement::Release => channel.basic_nack(held.tag, RELEASE).await?,
+        },
+        Step::Barrier => {
+            subscription.barrier().await?;
+            return Ok(Event::Reply);
+        }
+        Step::Pause => {
+            sleep(PAUSE).await;
+            return Ok(Event::Elapsed);
+        }
+        Step::Done(_) => {}
     }
+    Ok(Event::Written)
+}
+
+/// Whether the broker has delivered another message, and if so, whether it is the one that is being settled.
+///
+/// Without a cancel, the next message may come as soon as the broker has processed the acknowledgement, and only its content tells
+/// it from the same one. It is looked at, and stays the next one.
+async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) -> Option<bool> {
+    if !subscription.has_another() {
+        return None;
+    }
+    let expected = subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
+    if !expected || !subscription.connection.observed().redelivered {
+        return Some(false);
+    }
+    // If it doesn't arrive, the loss that keeps it away shows at the next step, or when it is waited for.
+    let delivery = timeout_at(deadline, subscription.step()).await.ok()?.ok()?;
+    let same = Fingerprint::of(&delivery) == held.fingerprint;
+    subscription.put_back(delivery);
+    Some(same)
 }

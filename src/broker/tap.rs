@@ -4,7 +4,7 @@
 use super::observed::Observed;
 use std::{
     io,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 /// Frame header (AMQP 0-9-1, 2.3.5): type, channel (2 bytes), size of the payload (4 bytes).
@@ -14,11 +14,15 @@ const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
+/// Largest payload before a limit is agreed on, in bytes.
+const GREETING_MAX: u32 = 131_072;
 
 /// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
 pub(super) struct Tap {
     observed: Arc<Mutex<Observed>>,
+    /// The largest frame that we have proposed, in bytes.
+    frame_max: usize,
     /// The largest payload that is read, in bytes.
     payload_max: usize,
     /// The frame that has begun, as far as it is here.
@@ -28,8 +32,11 @@ pub(super) struct Tap {
 }
 
 impl Tap {
+    /// `frame_max`: the largest frame that we propose, in bytes.
     pub(super) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
-        Self { observed, payload_max: frame_max as usize, frame: Vec::new(), skip: 0 }
+        // The broker's greeting comes before a smaller limit is agreed on.
+        let payload_max = frame_max.max(GREETING_MAX) as usize;
+        Self { observed, frame_max: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
     }
 
     /// Looks at what was received.
@@ -48,6 +55,9 @@ impl Tap {
             let Some(size) = payload_size(&self.frame) else {
                 continue;
             };
+            if self.frame.len() == HEADER && self.frame[0] == CONTENT_HEADER {
+                self.check_size(size);
+            }
             match self.frame[0] {
                 METHOD | CONTENT_HEADER | BODY | HEARTBEAT if size > self.payload_max => {
                     return Err(refuse("a frame is larger than was agreed on"));
@@ -64,17 +74,34 @@ impl Tap {
 
     fn inspect(&self, kind: u8, size: usize) -> io::Result<()> {
         let payload = &self.frame[HEADER..HEADER + size];
-        let mut observed = self.observed.lock().expect("nobody panics with it");
+        let mut observed = self.observed();
         let read = match kind {
             METHOD => observed.method(payload),
             _ => observed.content_header(payload),
         };
         read.map_err(refuse)
     }
+
+    /// Takes note of headers that lapin will refuse, as their frame is larger than both sides have agreed on. RabbitMQ sends
+    /// a message's headers in one frame, whatever the limit (seen with 3.10 and 4.3).
+    fn check_size(&self, size: usize) {
+        let mut observed = self.observed();
+        let theirs = observed.frame_max.filter(|max| *max > 0).map(|max| max as usize);
+        let agreed = theirs.map_or(self.frame_max, |theirs| theirs.min(self.frame_max));
+        // A frame's header and its end count, too.
+        let frame = HEADER + size + 1;
+        if frame > agreed {
+            observed.too_large(frame, agreed);
+        }
+    }
+
+    fn observed(&self) -> MutexGuard<'_, Observed> {
+        self.observed.lock().expect("nobody panics with it")
+    }
 }
 
-fn refuse(why: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, why)
+fn refuse(why: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why.into())
 }
 
 /// The size of the payload, once the frame's header is here.

@@ -1,4 +1,4 @@
-//! What is declared and bound before a consumer is registered, and the declaration that qpublish shares.
+//! What is declared and bound before a subscription, and the declaration that qpublish shares.
 
 use super::{
     connection::OpenConnection,
@@ -10,7 +10,7 @@ use lapin::{
     types::FieldTable,
 };
 
-/// What is to be there before the consumer is registered.
+/// What is to be there before the subscription.
 #[derive(Clone, Debug, Default)]
 pub struct Topology {
     /// The queue.
@@ -33,44 +33,59 @@ pub enum Declare {
     Exclusive,
 }
 
-/// What is asked of the broker, which the refusals of earlier attempts may have changed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ask {
-    /// To create the queue, as it isn't there.
-    pub(super) create: bool,
+/// What the broker is asked for, which the refusals of earlier attempts may have changed.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) create: Create,
     pub(super) ack_timeout: bool,
 }
 
-/// Why a consumer isn't registered.
+impl Default for Request {
+    fn default() -> Self {
+        Self { create: Create::IfMissing, ack_timeout: true }
+    }
+}
+
+/// How a durable queue is declared. A refusal costs the connection, so each of these is an attempt of its own.
 #[derive(Debug)]
-pub(super) enum NotRegistered {
+pub(super) enum Create {
+    /// Passively: a queue that is there may have any properties, and needs no permission to configure it.
+    IfMissing,
+    /// It isn't there.
+    Now,
+    /// Passively once more, as its creation was refused like this: somebody may have created it with other properties in between.
+    Refused(ConnectError),
+}
+
+/// Why there is no subscription.
+#[derive(Debug)]
+pub(super) enum NotSubscribed {
     /// Try again at once, with this request.
-    RetryWith(Ask),
+    RetryWith(Request),
     Failed(ConnectError),
 }
 
-impl From<ConnectError> for NotRegistered {
+impl From<ConnectError> for NotSubscribed {
     fn from(error: ConnectError) -> Self {
         Self::Failed(error)
     }
 }
 
 impl Topology {
-    /// Declares and binds, and returns the queue's name, which the broker chooses where `queue` is empty.
-    ///
-    /// A durable queue is declared passively first: one that is there may have any properties, and needs no permission
-    /// to configure it. Only with `create` it is declared in earnest.
+    /// Declares and binds, and returns the queue's name, which the broker chooses if `queue` is empty.
     pub(super) async fn set_up(
         &self,
         connection: &OpenConnection,
         queue: &str,
-        ask: Ask,
-    ) -> Result<String, NotRegistered> {
+        request: Request,
+    ) -> Result<String, NotSubscribed> {
+        let Request { create, ack_timeout } = request;
+        let creates = matches!(create, Create::Now);
         let declared = match self.declare {
             Declare::No => Ok(queue.to_owned()),
             kind => {
                 let options = QueueDeclareOptions {
-                    passive: kind == Declare::Durable && !ask.create,
+                    passive: kind == Declare::Durable && !creates,
                     durable: kind == Declare::Durable,
                     exclusive: kind == Declare::Exclusive,
                     ..QueueDeclareOptions::default()
@@ -79,18 +94,19 @@ impl Topology {
             }
         };
         let name = declared.map_err(|error| {
-            let create = match connection.meaning(&error) {
-                Some(Meaning::Missing) if self.declare == Declare::Durable && !ask.create => true,
-                // It was created with other properties in between: that one is good.
-                Some(Meaning::Precondition) if ask.create => false,
-                _ => {
-                    let asked = Asked::Queue("declare", queue);
-                    return ConnectError::refused(&error, connection, asked).into();
+            let meaning = connection.meaning(&error);
+            let refused = || ConnectError::refused(&error, connection, Asked::Queue("declare", queue));
+            let create = match create {
+                Create::IfMissing if meaning == Some(Meaning::Missing) && self.declare == Declare::Durable => {
+                    Create::Now
                 }
+                Create::Now if meaning == Some(Meaning::Precondition) => Create::Refused(refused()),
+                Create::Refused(refusal) if meaning == Some(Meaning::Missing) => return refusal.into(),
+                _ => return refused().into(),
             };
-            NotRegistered::RetryWith(Ask { create, ..ask })
+            NotSubscribed::RetryWith(Request { create, ack_timeout })
         })?;
-        if ask.create {
+        if creates {
             tracing::info!("declared queue {queue:?}, which was not there");
         }
         if let Some(exchange) = &self.exchange {

@@ -150,13 +150,14 @@ pub async fn supervise<L: std::fmt::Display>(
             }
             ended = process.ended() => break ended,
             () = sleep_until_or_never(kill_at.map(|(at, _)| at)) => {
-                tracing::warn!("the command has not ended on its signal: killing it and its process group");
+                let option = kill_at.map_or("", |(_, option)| option);
+                tracing::warn!("the command did not exit within {option}: sending SIGKILL to its process group");
                 process.signal(Target::Group, Signal::SIGKILL);
                 kill_at = None;
                 told = None;
             }
             () = sleep_until_or_never(time_limit) => {
-                tracing::warn!("the command has reached its time limit: terminating it");
+                tracing::warn!("--timeout reached: sending SIGTERM to the command");
                 terminate(process, Target::Group, Signal::SIGTERM);
                 told.get_or_insert_default();
                 kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
@@ -233,7 +234,7 @@ async fn let_finish<L: std::fmt::Display>(
             }
             () = sleep_until(end.0) => {
                 tracing::warn!(
-                    "the command has left {} behind that still ran {} after its success ({}): killing them",
+                    "{} left by the command still there {} after it succeeded ({}): sending SIGKILL",
                     counted(process.left() as u64, "process", "processes"),
                     HumanDuration(started.elapsed()),
                     end.1

@@ -40,9 +40,9 @@ fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connecti
 }
 
 #[test]
-fn a_frame_that_is_not_amqp_is_a_broken_connection_and_69_in_the_end() {
+fn a_message_that_never_arrives_whole_is_70_at_the_second_try() {
     let broker = Broker::shared();
-    let queue = broker.queue("endless");
+    let queue = broker.declare("endless").quorum().create();
     queue.publish("body");
     let proxy = Proxy::of(broker);
     let spoil = |frame: &[u8]| {
@@ -50,15 +50,57 @@ fn a_frame_that_is_not_amqp_is_a_broken_connection_and_69_in_the_end() {
         *frame.last_mut().expect("an end octet") = 0;
         frame
     };
-    let spoil = Action::Replace(Arc::new(spoil));
-    proxy.on(Direction::ToClient, Method::BODY, spoil);
-    let run = behind(&proxy, &queue).args(["--connect-timeout", "8s", "touch", "/proc/never/run"]).run();
-    run.assert_status(69)
+    proxy.on(Direction::ToClient, Method::BODY, Action::Replace(Arc::new(spoil)));
+    let run = behind(&proxy, &queue).args(["touch", "/proc/never/run"]).run();
+    run.assert_status(70)
         .assert_stderr("connecting again")
-        .assert_stderr("gave up after 8s (--connect-timeout) of losing each new connection");
-    // At growing intervals, and no storm.
-    assert!((2..40).contains(&proxy.accepted()), "{}", run.stderr);
+        .assert_stderr("two connections in succession were lost while it arrived")
+        .assert_stderr(queue.name());
+    // Every try counts towards the queue's delivery-limit, at which the broker destroys the message.
+    assert_eq!(proxy.accepted(), 2, "{}", run.stderr);
     queue.wait_ready(1);
+}
+
+/// Headers as large as this many bytes make a frame of.
+fn with_headers(bytes: usize) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert("h".into(), AMQPValue::LongString(LongString::from("x".repeat(bytes))));
+    BasicProperties::default().with_headers(headers)
+}
+
+#[test]
+fn headers_larger_than_a_frame_are_70_at_the_first_try() {
+    let broker = Broker::shared();
+    let run = |queue: &Queue, query: &str, script: &str| {
+        let proxy = Proxy::of(broker);
+        let url = format!("{}/?{query}", proxy.url());
+        let run = worker(queue).url(&url).shell(script).run();
+        assert_eq!(proxy.accepted(), 1, "{}", run.stderr);
+        run
+    };
+    let assert_refused = |queue: &Queue, query: &str, limit: &str| {
+        let run = run(queue, query, "echo ran");
+        run.assert_status(70)
+            .assert_stderr(queue.name())
+            .assert_stderr(limit)
+            .assert_stderr("raise frame_max in the URL and in rabbitmq.conf")
+            .assert_stderr("remove it");
+        assert!(run.stdout.is_empty());
+        queue.wait_ready(1);
+    };
+    // A limit of ours.
+    let queue = broker.declare("large-headers").quorum().create();
+    queue.publish_with(with_headers(10_000), "body");
+    assert_refused(&queue, "frame_max=8192", "this connection takes 8192");
+    run(&queue, "frame_max=16384", "exit 0").assert_status(0);
+
+    // The broker's own: headers that fit at first, and have grown by the counts of one requeue.
+    let queue = broker.declare("growing-headers").quorum().create();
+    let rest = 7 + 1 + 12 + 2 + 4 + 2 + 5;
+    queue.publish_with(with_headers(131_072 - rest - 1), "body");
+    run(&queue, "", "exit 3").assert_status(3);
+    queue.wait_ready(1);
+    assert_refused(&queue, "", "this connection takes 131072");
 }
 
 /// Two and a half heartbeats of two seconds, and as much as a busy machine needs; by the default interval it would be more.
@@ -874,6 +916,6 @@ fn a_run_that_ends_by_its_count_does_not_call_the_queue_empty() {
     queue.publish_all(["one", "two", "three"]);
     let options = ["--drain", "--count", "2", "--keep-going", "--max-attempts", "1", "cat"];
     let run = worker(&queue).args(options).run();
-    run.assert_status(0).assert_stderr("all messages are done that --count asked for");
+    run.assert_status(0).assert_stderr("processed all messages that --count asked for");
     queue.wait_ready(1);
 }

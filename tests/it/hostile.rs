@@ -351,13 +351,7 @@ fn a_second_delivery_is_no_success() {
 fn a_refusal_that_cannot_be_read_is_no_confirmation() {
     let asked = AtomicUsize::new(0);
     let peer = Peer::new(move |request| match request.method {
-        Method::PROTOCOL_HEADER => {
-            let (name, version) = (frames::short(b"version"), frames::long(b"4.3.6"));
-            let properties = frames::long(&[&name[..], b"S", &version].concat());
-            let lists = [frames::long(b"PLAIN"), frames::long(b"en_US")].concat();
-            let arguments = [&[0, 9][..], &properties, &lists].concat();
-            Answer::Bytes(method_frame(0, Method::CONNECTION_START, &arguments))
-        }
+        Method::PROTOCOL_HEADER => Answer::Bytes(peer::greeting("4.3.6")),
         Method::BASIC_CONSUME => {
             let message = [
                 peer::usual(request),

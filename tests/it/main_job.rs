@@ -1,6 +1,7 @@
 //! One message, one command, one status.
 
 mod configuration;
+mod exit_zero;
 mod odd;
 mod refused;
 mod settlement;

@@ -115,7 +115,7 @@ fn an_idle_container_stops_at_once() {
             worker.look(&format!("{DOUBLE_FORKS}; {ALONE}"));
         }
         let finished = worker.stop();
-        finished.assert_status(143).assert_stderr("while no command ran");
+        finished.assert_status(143).assert_stderr("before a command was started");
         assert_eq!(finished.stdout_text(), "", "{first:?}");
         queue.wait_consumers(0);
     }

@@ -112,3 +112,32 @@ fn what_is_too_large_is_refused_and_what_is_not_amqp_is_left_to_lapin() {
         observe(&[foreign.to_vec()], 3).1.unwrap();
     }
 }
+
+/// A content header of a body of this size.
+fn header(size: u64) -> Vec<u8> {
+    frame(CONTENT_HEADER, &[&[0, 60, 0, 0][..], &size.to_be_bytes(), &[0, 0]].concat())
+}
+
+#[test]
+fn deliveries_are_counted_and_the_last_ones_flag_is_kept() {
+    let again = b"\0\x3c\0\x3c\x01t\0\0\0\0\0\0\0\x02\x01\0\x01q";
+    let (observed, _) = observe(&[frame(METHOD, DELIVER), header(0), frame(METHOD, again), header(0)], 64);
+    assert_eq!((observed.deliveries, observed.redelivered), (2, true));
+    let (observed, _) = observe(&[frame(METHOD, again), header(0), frame(METHOD, DELIVER)], 64);
+    assert_eq!((observed.deliveries, observed.redelivered), (2, false));
+}
+
+#[test]
+fn headers_larger_than_was_agreed_on_are_unreadable() {
+    let tune = |max: u32| frame(METHOD, &[&b"\0\x0a\0\x1e\x07\xff"[..], &max.to_be_bytes(), &[0, 60]].concat());
+    let payload = [&[0, 60, 0, 0][..], &[0; 8], &[0x20, 0], &9000_u32.to_be_bytes(), &[0; 9000]].concat();
+    let large = frame(CONTENT_HEADER, &payload);
+    let limits = [(8192, true), (large.len() as u32 - 1, true), (large.len() as u32, false), (0, false)];
+    for (theirs, unreadable) in limits {
+        let (observed, _) = observe(&[tune(theirs), frame(METHOD, DELIVER), large.clone()], 100);
+        let why = observed.unreadable.unwrap_or_default();
+        assert_eq!(why.contains("frame_max"), unreadable, "{theirs}: {why}");
+    }
+    let (observed, _) = observe(&[tune(8192), frame(METHOD, RETURN), large], 100);
+    assert!(observed.unreadable.is_none(), "nobody holds it");
+}

@@ -181,7 +181,7 @@ fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
         finished
             .assert_status(0)
             // How many they are depends on how far they have come.
-            .assert_stderr(" behind that still ran ")
+            .assert_stderr(" left by the command still there ")
             .assert_stderr("--kill-after");
         running.wait_no_leftovers(PROMPT);
         assert_settled(&proxy, Method::BASIC_ACK);

@@ -3,8 +3,21 @@
 use super::*;
 use crate::common::in_time;
 use nix::libc::O_NONBLOCK;
-use std::{fs::OpenOptions, io::Write, net::UdpSocket, os::unix::fs::OpenOptionsExt};
-use testbed::{Action, FullBacklog, missing, owner, reserve_port};
+use std::{
+    fs::OpenOptions,
+    io::Write,
+    net::UdpSocket,
+    os::unix::fs::OpenOptionsExt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
+use testbed::{
+    Action, FullBacklog, missing, owner,
+    peer::{self, Answer, Peer},
+    reserve_port,
+};
 
 /// All that ask for the end, with the status that they lead to.
 const STOPS: [(Signal, i32); 4] =
@@ -23,7 +36,7 @@ fn stop_idle(running: &Running, signal: Signal, status: i32) {
 
 #[track_caller]
 fn assert_stopped(finished: &Finished, status: i32) {
-    finished.assert_status(status).assert_stderr("while no command ran");
+    finished.assert_status(status).assert_stderr("before a command was started");
     // By its own exit: a default disposition would do nothing as PID 1.
     assert_eq!(finished.code, Some(status));
     assert_eq!(finished.stdout_text(), "");
@@ -387,5 +400,59 @@ fn a_signal_cuts_the_goodbye_short() {
         } else {
             assert_back(&queue);
         }
+    }
+}
+
+/// The signal after the time limit ends the run, although the time limit decides what becomes of the message at hand.
+#[test]
+fn a_signal_after_the_time_limit_ends_the_run() {
+    let queue = Broker::shared().declare("behind-the-limit").quorum().create();
+    queue.publish_all(["one", "two", "three"]);
+    let running = worker(&queue)
+        .args(["--drain", "--max-attempts", "1", "--reject-exit-code", "0", "--timeout", "500ms", "--kill-after", "4s"])
+        .shell("trap '' TERM; echo started; while :; do sleep 0.05; done")
+        .spawn();
+    running.wait_for_stderr("--timeout reached", PATIENCE);
+    signal_and_wait(&running, Signal::SIGTERM);
+    let finished = running.finish(PATIENCE);
+    finished.assert_status(143).assert_stderr("stopped by a signal before everything was done");
+    assert_eq!(finished.stdout_text(), "started\n", "one command, and no other after the signal");
+    queue.wait_ready(2);
+}
+
+/// A peer that delivers a message, and answers its acknowledgement only when it is told to.
+pub(super) fn late_confirmation() -> (Peer, Arc<AtomicBool>) {
+    let answer = Arc::new(AtomicBool::new(false));
+    let may_answer = Arc::clone(&answer);
+    let peer = Peer::new(move |request| match (request.method, request.nth) {
+        (Method::BASIC_CONSUME, _) => {
+            let message = peer::message(request.channel, 1, false, MESSAGE.as_bytes());
+            Answer::Bytes([peer::usual(request), message].concat())
+        }
+        // The first is for the prefetch.
+        (Method::BASIC_QOS, 2) => {
+            eventually(PATIENCE, || may_answer.load(Relaxed));
+            Answer::Usual
+        }
+        _ => Answer::Usual,
+    });
+    (peer, answer)
+}
+
+#[test]
+fn a_signal_between_the_message_and_the_command_starts_none() {
+    for (signal, status) in STOPS {
+        let (peer, answer) = late_confirmation();
+        // Acknowledged before it is run.
+        let running = never_runs(qconsume().url(&peer.url()).queue("q").args(["--no-ack"])).spawn();
+        assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
+        running.signal(signal);
+        answer.store(true, Relaxed);
+        let finished = running.finish(PATIENCE);
+        finished
+            .assert_status(status)
+            .assert_stderr(&format!("stopped by {signal} before the command was started"))
+            .assert_stderr("message was acknowledged before the command (--no-ack)");
+        assert_eq!(finished.stdout_text(), "");
     }
 }

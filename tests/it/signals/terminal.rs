@@ -1,7 +1,9 @@
 //! On a terminal.
 
+use super::states::late_confirmation;
 use super::*;
 use pty_process::blocking::{Command, Pty, open};
+use std::sync::atomic::Ordering::Relaxed;
 use std::{
     fs::File,
     io::{Read, Write},
@@ -26,6 +28,10 @@ struct Terminal {
 impl Terminal {
     /// Starts the worker as the session's leader, or what `through` names and is given the program as its last argument.
     fn start(queue: &Queue, proxy: &Proxy, through: &[&str], arguments: &[&str]) -> Self {
+        Self::start_at(&proxy.url(), queue.name(), through, arguments)
+    }
+
+    fn start_at(url: &str, queue: &str, through: &[&str], arguments: &[&str]) -> Self {
         let (keys, terminal) = open().unwrap();
         // Whoever runs the tests may ignore signals, as nohup(1) does; that is inherited.
         let start = ["env", "--default-signal=HUP,INT,QUIT"];
@@ -34,8 +40,8 @@ impl Terminal {
         let words = [&start, through, &[qconsume], arguments].concat();
         let leader = Command::new(words[0])
             .args(&words[1..])
-            .env("BROKER_URL", proxy.url())
-            .env("QUEUE", queue.name())
+            .env("BROKER_URL", url)
+            .env("QUEUE", queue)
             .env("PS1", "prompt ")
             .env(owner::MARK, owner::id())
             .spawn(terminal)
@@ -154,4 +160,16 @@ fn ctrl_z_stops_both_and_fg_continues_both() {
     terminal.wait_for("status 4");
     terminal.wait_end();
     assert_back(&queue);
+}
+
+#[test]
+fn ctrl_c_between_the_message_and_the_command_starts_none() {
+    let (peer, answer) = late_confirmation();
+    let arguments = ["--no-ack", "sh", "-c", "echo started; sleep 600"];
+    let mut terminal = Terminal::start_at(&peer.url(), "q", &[], &arguments);
+    assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
+    terminal.press(CTRL_C);
+    answer.store(true, Relaxed);
+    terminal.wait_for("stopped by SIGINT before the command was started");
+    assert_eq!(terminal.wait_end().code(), Some(130));
 }

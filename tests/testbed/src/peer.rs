@@ -180,10 +180,28 @@ pub fn returned(channel: u16) -> Vec<u8> {
 
 /// basic.deliver to qconsume's consumer, with this delivery tag and routing key.
 pub fn deliver(channel: u16, tag: u64, routing_key: &[u8]) -> Vec<u8> {
+    deliver_as(channel, tag, false, routing_key)
+}
+
+fn deliver_as(channel: u16, tag: u64, redelivered: bool, routing_key: &[u8]) -> Vec<u8> {
     let tag = tag.to_be_bytes();
     let key = short(routing_key);
-    let arguments = [&short(b"qconsume")[..], &tag, &[0], &[0], &key].concat();
+    let arguments = [&short(b"qconsume")[..], &tag, &[redelivered.into()], &[0], &key].concat();
     method_frame(channel, Method::BASIC_DELIVER, &arguments)
+}
+
+/// A whole message to qconsume's consumer, with this delivery tag and this body.
+pub fn message(channel: u16, tag: u64, redelivered: bool, body: &[u8]) -> Vec<u8> {
+    let deliver = deliver_as(channel, tag, redelivered, b"q");
+    let header = content_header(channel, body.len() as u64, &[0, 0]);
+    [deliver, header, frame(3, channel, body)].concat()
+}
+
+/// connection.start of a broker that says that it has this version.
+pub fn greeting(version: &str) -> Vec<u8> {
+    let properties = long(&[&short(b"version")[..], b"S", &long(version.as_bytes())].concat());
+    let arguments = [&[0, 9][..], &properties, &long(b"PLAIN"), &long(b"en_US")].concat();
+    method_frame(0, Method::CONNECTION_START, &arguments)
 }
 
 /// A content header: the body's size, and the properties as they are encoded.

@@ -1,26 +1,34 @@
-//! A consumer on a channel of its own: how it is registered, what comes of it, how it is cancelled.
+//! A consumer on a channel of its own: how it is made, what comes of it, how it is cancelled.
 
 use super::{
     connection::OpenConnection,
     errors::{ConnectError, Meaning},
     lost::DeliveryLost,
     refused::Asked,
-    topology::{Ask, Declare, NotRegistered, Topology},
+    topology::{Create, Declare, NotSubscribed, Request, Topology},
 };
+use crate::report::with_reminders;
 use lapin::{
     Channel, Event,
     message::Delivery,
-    options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions},
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, DeliveryTag, FieldTable},
 };
 use std::{future::pending, time::Duration};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout, timeout_at},
+};
 use tokio_stream::StreamExt;
 
 /// The consumer tag; one channel has one consumer.
 const TAG: &str = "qconsume";
 
 /// From this version on a consumer may ask for an acknowledgement timeout of its own, and the queue watches it.
-pub(super) const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
+const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
+
+/// Longest wait for a queue to say how many messages it has: its leader may be gone.
+const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
 pub(super) const RELEASE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
@@ -28,7 +36,7 @@ pub(super) const RELEASE: BasicNackOptions = BasicNackOptions { requeue: true, m
 /// What to consume from, and how.
 #[derive(Clone, Debug)]
 pub struct ConsumerOptions {
-    /// The queue's name; empty where the broker is to choose one.
+    /// The queue's name; empty if the broker is to choose one.
     pub queue: String,
     /// What is declared before it is consumed from.
     pub topology: Topology,
@@ -37,33 +45,55 @@ pub struct ConsumerOptions {
 }
 
 /// A consumer on a channel of its own.
-pub(super) struct Registration {
+pub(super) struct Subscription {
     pub(super) connection: OpenConnection,
     pub(super) channel: Channel,
     /// `None` once it is cancelled by us.
     pub(super) consumer: Option<lapin::Consumer>,
-    /// The acknowledgement timeout that the queue has taken from us.
+    /// A message that `settle` has looked at, and that is the next one.
+    next: Option<Delivery>,
+    /// How many deliveries have been handed out, or dropped.
+    taken: u64,
+    /// `--ack-timeout`, whether or not the queue knows of it.
     pub(super) ack_timeout: Option<Duration>,
     pub(super) queue: String,
 }
 
-impl Registration {
-    /// `declared`: what the queue is called that was declared on this connection before.
+impl Subscription {
+    /// Subscribes until `deadline`, or until `give_up` is dropped or sent.
+    ///
+    /// `declared`: the name of the queue that was declared on this connection before.
     pub(super) async fn open(
         mut connection: OpenConnection,
         options: ConsumerOptions,
-        ask: Ask,
+        request: Request,
         declared: Option<String>,
-    ) -> Result<Self, (OpenConnection, NotRegistered)> {
+        deadline: Instant,
+        give_up: oneshot::Receiver<()>,
+    ) -> Result<Self, (OpenConnection, NotSubscribed)> {
+        const STAGE: &str = "waiting for the reply to basic.consume";
+        {
+            // Those of an earlier consumer are not ours.
+            let mut observed = connection.observed();
+            (observed.cancelled, observed.deliveries) = (false, 0);
+        }
         if let Some(channel) = connection.last_channel.take() {
             // Should that fail, so does the next channel.
             let _ = channel.close(200, "OK".into()).await;
         }
-        match register(&connection, &options, ask, declared).await {
-            Ok((queue, ack_timeout, channel, consumer)) => {
-                Ok(Self { connection, channel, consumer: Some(consumer), ack_timeout, queue })
+        let reply = with_reminders(STAGE, subscribe(&connection, &options, request, declared));
+        let subscribed = tokio::select! {
+            biased;
+            subscribed = timeout_at(deadline, reply) => subscribed.ok(),
+            _ = give_up => None,
+        };
+        match subscribed {
+            Some(Ok((queue, channel, consumer))) => {
+                let ack_timeout = options.ack_timeout;
+                Ok(Self { connection, channel, consumer: Some(consumer), next: None, taken: 0, ack_timeout, queue })
             }
-            Err(why) => Err((connection, why)),
+            Some(Err(why)) => Err((connection, why)),
+            None => Err((connection, ConnectError::no_answer(STAGE).into())),
         }
     }
 
@@ -74,8 +104,12 @@ impl Registration {
         connection
     }
 
-    /// The next thing that happens: a delivery, or the end. A loss may show in either stream, or in both.
+    /// The next thing that happens: a delivery, or the end. A loss may show in either stream, or in both. Dropping the future
+    /// loses nothing.
     pub(super) async fn step(&mut self) -> Result<Delivery, DeliveryLost> {
+        if let Some(delivery) = self.next.take() {
+            return Ok(delivery);
+        }
         let delivery = async {
             match &mut self.consumer {
                 Some(consumer) => consumer.next().await,
@@ -96,16 +130,55 @@ impl Registration {
             error = connection_error => Some(Err(error)),
         };
         match next {
-            Some(delivery) => delivery.map_err(|error| self.delivery_lost(&error)),
+            Some(Ok(delivery)) => {
+                self.taken += 1;
+                Ok(delivery)
+            }
+            Some(Err(error)) => Err(self.delivery_lost(&error)),
             None => Err(DeliveryLost::ended(&self.connection.observed())),
         }
+    }
+
+    /// Puts a delivery back, to be the next one.
+    pub(super) fn put_back(&mut self, delivery: Delivery) {
+        self.next = Some(delivery);
+    }
+
+    /// Whether the broker has delivered more than was taken. By the tap: lapin knows nothing of what comes to a consumer that it
+    /// has cancelled without waiting.
+    pub(super) fn has_another(&self) -> bool {
+        self.connection.observed().deliveries > self.taken
     }
 
     pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
         DeliveryLost::new(error, &self.connection.observed())
     }
 
+    /// Why a second barrier has got no answer. If only the channel is gone, or lapin can't read why, it is the acknowledgement
+    /// timeout, see `Settling::asks_twice`.
+    pub(super) fn unconfirmed_again(&self, error: &lapin::Error) -> DeliveryLost {
+        if self.connection.is_connected() || self.connection.observed().closed_unreadably {
+            return DeliveryLost::timed_out(self.connection.version());
+        }
+        self.delivery_lost(error)
+    }
+
+    /// How many messages are ready, by a passive declare. `None` if the reply lists no consumers although we are one, or if
+    /// there is no reply: the queue's leader doesn't answer, so the count means nothing.
+    pub(super) async fn depth(&self) -> Result<Option<u32>, DeliveryLost> {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let declare = self.channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
+        match timeout(DEPTH_TIMEOUT, declare).await {
+            Ok(Ok(declared)) => Ok((declared.consumer_count() > 0).then(|| declared.message_count())),
+            Ok(Err(error)) => Err(self.delivery_lost(&error)),
+            Err(_) => Ok(None),
+        }
+    }
+
     pub(super) async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {
+        if let Some(delivery) = self.next.take() {
+            return Ok(Some(delivery));
+        }
         // Kept until its stream has ended: should this future be dropped, releasing goes on from here.
         let Some(consumer) = &mut self.consumer else {
             return Ok(None);
@@ -117,6 +190,7 @@ impl Registration {
             Err(error) => Err(error),
         };
         let last = last.map_err(|error| self.delivery_lost(&error))?;
+        self.taken += u64::from(last.is_some());
         self.consumer = None;
         let observed = self.connection.observed();
         if last.is_none() && observed.cancelled {
@@ -134,7 +208,8 @@ impl Registration {
                 self.channel.basic_nack(tag, RELEASE).await?;
             }
         }
-        if let Some(tag) = held {
+        let put_back = self.next.take().map(|delivery| delivery.delivery_tag);
+        for tag in held.into_iter().chain(put_back) {
             self.channel.basic_nack(tag, RELEASE).await?;
         }
         self.barrier().await
@@ -147,40 +222,34 @@ impl Registration {
     }
 }
 
-/// The queue's name, the acknowledgement timeout that it has taken, and its consumer on a channel.
-type Registered = (String, Option<Duration>, Channel, lapin::Consumer);
+/// The queue's name, and its consumer on a channel.
+type Subscribed = (String, Channel, lapin::Consumer);
 
-async fn register(
+async fn subscribe(
     connection: &OpenConnection,
     options: &ConsumerOptions,
-    ask: Ask,
+    request: Request,
     declared: Option<String>,
-) -> Result<Registered, NotRegistered> {
+) -> Result<Subscribed, NotSubscribed> {
+    let ask_for_timeout = request.ack_timeout;
     let queue = match declared {
         Some(queue) => queue,
-        None => {
-            let topology = &options.topology;
-            topology.set_up(connection, &options.queue, ask).await?
-        }
+        None => options.topology.set_up(connection, &options.queue, request).await?,
     };
     // An exclusive queue is a classic one, which refuses: a refusal costs the connection, and with it the queue.
-    let may_ask = ask.ack_timeout
+    let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
         && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE);
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
-    connection.observed().cancelled = false;
     match consume(connection, &queue, ack_timeout).await {
-        Ok((channel, consumer)) => Ok((queue, ack_timeout, channel, consumer)),
+        Ok((channel, consumer)) => Ok((queue, channel, consumer)),
         // A classic queue has no acknowledgement timeout, and refuses to be asked for one.
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
-            // What was to be created is there by now.
-            Err(NotRegistered::RetryWith(Ask { create: false, ack_timeout: false }))
+            // The queue is there by now.
+            Err(NotSubscribed::RetryWith(Request { create: Create::IfMissing, ack_timeout: false }))
         }
-        Err(error) => {
-            let asked = Asked::Queue("consume from", &queue);
-            Err(ConnectError::refused(&error, connection, asked).into())
-        }
+        Err(error) => Err(ConnectError::refused(&error, connection, Asked::Queue("consume from", &queue)).into()),
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::{
     broker::{DeliveryLost, Message},
     report::{Outcome, RunSummary, Subject},
+    settlement,
     verdict::{CommandResult, Ended, Settlement, StopReason},
 };
 use nix::sys::signal::Signal;
@@ -44,26 +45,32 @@ pub(super) fn summary(subject: &Subject, status: u8, outcome: Outcome, text: Str
     RunSummary { outcome: Some(outcome), subject: Some(subject.clone()), ..RunSummary::without_message(status, text) }
 }
 
-/// What became of the message, for machines and for people.
-pub(super) fn describe_settlement(settlement: Settlement, unconfirmed: Option<&DeliveryLost>) -> (Outcome, String) {
-    let requeued = "message is requeued, though the broker has not confirmed it: ";
-    let (outcome, confirmed, not_confirmed) = match settlement {
+/// What became of the message, for machines and for people; `why` it is not confirmed.
+pub(super) fn describe_settlement(
+    settlement: Settlement,
+    settled: settlement::Outcome,
+    why: Option<DeliveryLost>,
+) -> (Outcome, String) {
+    let why = why.map_or(String::new(), |why| why.to_string());
+    let requeued = "message is requeued, though the broker has not confirmed it";
+    let (outcome, confirmed, unconfirmed) = match settlement {
         Settlement::Ack => (
             Outcome::Acknowledged,
             "message acknowledged",
-            "acknowledgement not confirmed, so the message may be delivered again: ",
+            "acknowledgement not confirmed, so the message may be delivered again",
         ),
         Settlement::DeadLetter => (
             Outcome::DeadLettered,
             "message dead-lettered, or dropped where the queue has no dead-letter exchange",
-            "rejection not confirmed, so the message may be delivered again: ",
+            "rejection not confirmed, so the message may be delivered again",
         ),
         Settlement::Requeue => (Outcome::Requeued, "message requeued", requeued),
         Settlement::Release => (Outcome::Released, "message released", requeued),
     };
-    match unconfirmed {
-        None => (outcome, confirmed.to_owned()),
-        Some(why) => (Outcome::Unconfirmed, format!("{not_confirmed}{why}")),
+    match settled {
+        settlement::Outcome::Confirmed => (outcome, confirmed.to_owned()),
+        settlement::Outcome::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
+        settlement::Outcome::Lost => (Outcome::Lost, format!("the delivery was lost before that: {why}")),
     }
 }
 
@@ -78,7 +85,7 @@ pub(super) fn describe_end(result: CommandResult) -> String {
         None => ended,
         Some(StopReason::TimeLimit) => format!("{ended} after its time limit (--timeout)"),
         Some(StopReason::Signal(signal)) => {
-            format!("{ended} after {} was forwarded to it", signal_name(signal))
+            format!("{ended} after qconsume received {}", signal_name(signal))
         }
     }
 }

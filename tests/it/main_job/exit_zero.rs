@@ -1,0 +1,193 @@
+//! What exit 0 promises, against a scripted broker that breaks it: no real one can be made to do these at the right moment.
+
+use crate::common::qconsume;
+use testbed::{
+    Method, PATIENCE, Program, eventually, frames,
+    peer::{self, Answer, Peer, Request},
+};
+
+/// The peer's queue; the first message is `lemon`.
+fn work_on(peer: &Peer) -> Program {
+    qconsume().url(&peer.url()).queue("q").args(["--connect-timeout", "10s"])
+}
+
+/// Answers basic.consume, and delivers the first message.
+fn first_message(request: &Request) -> Answer {
+    Answer::Bytes([peer::usual(request), peer::message(request.channel, 1, false, b"lemon")].concat())
+}
+
+/// A peer that delivers one message, and another one before its reply to the barrier, which is the second basic.qos.
+fn delivers_before_the_reply(redelivered: bool, body: &'static [u8]) -> Peer {
+    Peer::new(move |request| match (request.method, request.nth) {
+        (Method::BASIC_CONSUME, _) => first_message(request),
+        (Method::BASIC_QOS, 2) => {
+            let another = peer::message(request.channel, 2, redelivered, body);
+            Answer::Bytes([another, peer::usual(request)].concat())
+        }
+        _ => Answer::Usual,
+    })
+}
+
+#[test]
+fn a_redelivery_before_the_barriers_reply_is_75() {
+    // Not cancelled as the next message is wanted, so only the same message means that it was requeued.
+    for several in [&[][..], &["--count", "2"], &["--drain"]] {
+        let peer = delivers_before_the_reply(true, b"lemon");
+        let done = work_on(&peer).args(several).args(["--", "true"]).run();
+        done.assert_status(75)
+            .assert_stderr("the delivery was lost before that: the broker delivered another message")
+            .assert_stderr("outcome=\"lost\" status=75 source=\"qconsume\"");
+        assert_eq!(peer.count(Method::BASIC_ACK), 1);
+    }
+}
+
+#[test]
+fn any_delivery_after_the_cancel_is_75() {
+    let peer = delivers_before_the_reply(false, b"another");
+    work_on(&peer).args(["--", "true"]).run().assert_status(75).assert_stderr("the broker delivered another message");
+}
+
+#[test]
+fn a_failure_whose_message_is_delivered_again_is_75() {
+    let peer = delivers_before_the_reply(true, b"lemon");
+    work_on(&peer).shell("exit 3").run().assert_status(75).assert_stderr("the broker delivered another message");
+}
+
+#[test]
+fn the_next_message_may_come_before_the_barriers_reply() {
+    // Redelivered, too: another worker has failed with it before.
+    for redelivered in [false, true] {
+        let peer = delivers_before_the_reply(redelivered, b"melon");
+        let done = work_on(&peer).args(["--count", "2", "--", "cat"]).run();
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), "lemonmelon");
+        assert_eq!(peer.count(Method::BASIC_ACK), 2);
+    }
+}
+
+/// How a broker of 4.3 tells, tens of milliseconds after the barrier's reply, that the acknowledgement timeout came first; or what
+/// looks like it.
+fn after_the_reply(channel: u16) -> [(&'static str, Answer); 4] {
+    [
+        ("reset", Answer::Last(Vec::new())),
+        ("connection.close", Answer::Bytes(frames::connection_close(320, "CONNECTION_FORCED - closed"))),
+        ("channel.close", Answer::Bytes(frames::channel_close(channel, 406, "PRECONDITION_FAILED - timed out"))),
+        (
+            "another delivery",
+            Answer::Bytes(
+                [peer::message(channel, 2, true, b"lemon"), frames::method_frame(channel, Method::BASIC_QOS_OK, &[])]
+                    .concat(),
+            ),
+        ),
+    ]
+}
+
+#[test]
+fn no_reply_to_the_second_barrier_is_75_whatever_the_version() {
+    for version in ["4.3.6", "3.1.3"] {
+        for case in 0..4 {
+            let peer = Peer::new(move |request| match (request.method, request.nth) {
+                (Method::PROTOCOL_HEADER, _) => Answer::Bytes(peer::greeting(version)),
+                (Method::BASIC_CONSUME, _) => first_message(request),
+                (Method::BASIC_QOS, 3) => after_the_reply(request.channel)[case].1.clone(),
+                _ => Answer::Usual,
+            });
+            let what = after_the_reply(1)[case].0;
+            let done = work_on(&peer).args(["--ack-timeout", "200ms", "--", "sleep", "0.3"]).run();
+            assert_eq!(done.status(), 75, "{version}, {what}: {}", done.stderr);
+            assert_eq!(peer.count(Method::BASIC_QOS), 3, "{version}, {what}: {}", done.stderr);
+        }
+    }
+}
+
+#[test]
+fn a_run_of_five_seconds_is_confirmed_twice_and_a_shorter_one_once() {
+    for (seconds, barriers) in [("5", 2), ("0.1", 1)] {
+        let peer = Peer::new(|request| match request.method {
+            Method::BASIC_CONSUME => first_message(request),
+            _ => Answer::Usual,
+        });
+        work_on(&peer).args(["--", "sleep", seconds]).run().assert_status(0);
+        assert_eq!(peer.count(Method::BASIC_QOS), 1 + barriers, "{seconds}");
+    }
+}
+
+#[test]
+fn a_message_that_two_connections_in_succession_have_begun_to_deliver_is_70() {
+    let half = |request: &Request| {
+        let message = peer::message(request.channel, 1, false, b"lemon");
+        Answer::Last([peer::usual(request), message[..message.len() - 3].to_vec()].concat())
+    };
+    let peer = Peer::new(move |request| match request.method {
+        Method::BASIC_CONSUME => half(request),
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--", "touch", "/proc/never/run"]).run();
+    done.assert_status(70).assert_stderr(
+        "the next message in queue \"q\" can't be read: two connections in succession were lost while it arrived",
+    );
+    assert_eq!(peer.count(Method::PROTOCOL_HEADER), 2, "{}", done.stderr);
+
+    // Once is no more than a lost connection.
+    let peer = Peer::new(move |request| match (request.method, request.connection) {
+        (Method::BASIC_CONSUME, 1) => half(request),
+        (Method::BASIC_CONSUME, _) => first_message(request),
+        _ => Answer::Usual,
+    });
+    work_on(&peer).args(["--", "true"]).run().assert_status(0);
+}
+
+#[test]
+fn a_creation_that_is_refused_is_tried_once_more_and_then_78() {
+    let peer = Peer::new(|request| match request.method {
+        Method::QUEUE_DECLARE => {
+            // Behind a reserved number and the name: passive is the first flag.
+            let passive = request.arguments[3 + usize::from(request.arguments[2])] & 1 == 1;
+            let (code, text) = match passive {
+                true => (404, "NOT_FOUND - no queue 'q' in vhost '/'"),
+                false => (406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'q'"),
+            };
+            Answer::Bytes(frames::channel_close(request.channel, code, text))
+        }
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["-d", "--", "true"]).run();
+    done.assert_status(78).assert_stderr("inequivalent arg 'durable'");
+    assert_eq!(peer.count(Method::PROTOCOL_HEADER), 3, "{}", done.stderr);
+}
+
+#[test]
+fn a_subscription_that_is_never_answered_ends_with_a_goodbye() {
+    let silent = || {
+        Peer::new(|request| match request.method {
+            Method::BASIC_CONSUME => Answer::Bytes(Vec::new()),
+            _ => Answer::Usual,
+        })
+    };
+    let peer = silent();
+    let done = qconsume().url(&peer.url()).queue("q").args(["--connect-timeout", "1s", "true"]).run();
+    done.assert_status(69).assert_stderr("waiting for the reply to basic.consume");
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", done.stderr);
+
+    let peer = silent();
+    let running = work_on(&peer).args(["true"]).spawn();
+    assert!(eventually(PATIENCE, || peer.count(Method::BASIC_CONSUME) == 1));
+    running.signal(testbed::Signal::SIGTERM);
+    let done = running.finish(PATIENCE);
+    done.assert_status(143).assert_stderr("before a command was started; the broker doesn't answer");
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", done.stderr);
+}
+
+#[test]
+fn a_queue_that_does_not_say_how_full_it_is_may_still_deliver() {
+    // Neither is the first question answered, nor is the message a reply to it.
+    let peer = Peer::new(|request| match (request.method, request.nth) {
+        (Method::QUEUE_DECLARE, 1) => Answer::Bytes(Vec::new()),
+        (Method::QUEUE_DECLARE, 2) => Answer::Bytes(peer::message(request.channel, 1, false, b"lemon")),
+        _ => Answer::Usual,
+    });
+    let running = work_on(&peer).args(["--drain", "--", "cat"]).spawn();
+    running.wait_for_stdout("lemon", PATIENCE);
+    running.signal(testbed::Signal::SIGTERM);
+    running.finish(PATIENCE);
+}
