@@ -21,6 +21,9 @@ pub(super) const FAILURE: u8 = 3;
 /// The status of a command whose input isn't what was published.
 const BAD_INPUT: u8 = 4;
 
+/// More than a pipe holds, in bytes.
+const NOISE: usize = 100_000;
+
 /// How a command shall end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum How {
@@ -43,14 +46,18 @@ pub struct Plan {
     pub(super) how: How,
     /// After so many milliseconds
     pub(super) after: u64,
+    /// Writes more to standard error than a pipe holds, so it waits for a reader
+    #[arg(long)]
+    pub(super) noisy: bool,
 }
 
 impl Plan {
     /// The arguments that make this program the command.
-    pub(super) fn arguments(self) -> [String; 3] {
+    pub(super) fn arguments(self) -> Vec<String> {
         let how = self.how.to_possible_value().expect("none is left out");
-        let after = self.after.to_string();
-        ["command".to_owned(), how.get_name().to_owned(), after]
+        let mut arguments = vec!["command".to_owned(), how.get_name().to_owned(), self.after.to_string()];
+        arguments.extend(self.noisy.then(|| "--noisy".to_owned()));
+        arguments
     }
 
     /// Is the command.
@@ -80,6 +87,9 @@ fn obey(plan: Plan) -> Result<u8> {
         }
     };
     write(What::Start, message)?;
+    if plan.noisy {
+        std::io::stderr().write_all(&[b'.'; NOISE])?;
+    }
     std::thread::sleep(Duration::from_millis(plan.after));
     match plan.how {
         How::Succeed => {

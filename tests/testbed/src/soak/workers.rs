@@ -61,11 +61,13 @@ impl Soak<'_> {
             _ => How::HangDeaf,
         };
         let longest = if ending { 20 } else { 2 * self.options.command_ms };
-        let plan = Plan { how, after: random.u64(0..=longest) };
         let count = match random.u32(0..10) {
             0 if how == How::Succeed => 3,
             _ => 1,
         };
+        // Of one message only the exit status is asked, so its lines may be dropped.
+        let noisy = count == 1 && !ending && random.u32(0..10) == 0;
+        let plan = Plan { how, after: random.u64(0..=longest), noisy };
         let url = self.site.url(random);
         let wait = match self.options.cluster {
             Some(_) if !ending => WAIT_CLUSTER,
@@ -85,6 +87,11 @@ impl Soak<'_> {
             let limit = if random.bool() { "500ms" } else { "3s" };
             worker = worker.args(["--timeout", limit, "--grace", "300ms"]);
         }
+        if noisy {
+            // A log that nobody reads for a while, and that the command fills.
+            let pause = format!("exec \"$0\" \"$@\" 2> >(sleep {}; exec cat >&2)", random.u32(1..6));
+            worker = worker.args(["--log-level", "debug"]).through(["bash", "-c", &pause]);
+        }
         let worker = worker
             .arg("--")
             .arg(std::env::current_exe().context("where is this program?")?)
@@ -97,13 +104,15 @@ impl Soak<'_> {
             Run { number, started: now(), end: End::Hung, at: 0, count, acknowledged: Vec::new(), said: String::new() };
         let worker = Arc::new(worker.spawn());
         self.register.lock().insert(number, worker.clone());
-        self.follow(&worker, &mut run, wait);
+        let terminates = random.bool();
+        self.follow(&worker, &mut run, wait, terminates);
         self.register.lock().remove(&number);
         Ok(run)
     }
 
-    /// Waits for the end of a worker, and of all that it has started.
-    fn follow(&self, worker: &Running, run: &mut Run, wait: Duration) {
+    /// Waits for the end of a worker, and of all that it has started. With `terminates` it is sent a SIGTERM when its command has
+    /// reached its time limit.
+    fn follow(&self, worker: &Running, run: &mut Run, wait: Duration, mut terminates: bool) {
         let started = Instant::now();
         let limit = match self.options.cluster {
             Some(_) => HANG_CLUSTER,
@@ -123,6 +132,11 @@ impl Soak<'_> {
                 // It would wait for a message that nobody publishes any more.
                 worker.signal(Signal::SIGTERM);
                 told = true;
+            }
+            if terminates && said.contains("--timeout reached") {
+                worker.signal(Signal::SIGTERM);
+                terminates = false;
+                self.note(|books| *books.faults.entry("SIGTERM after --timeout").or_default() += 1);
             }
             if started.elapsed() > limit {
                 hung = true;
