@@ -26,11 +26,15 @@ use std::{
 };
 use tokio::{
     net::TcpStream,
+    task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 
 /// Longest wait for one address to accept: a host that is gone without a word mustn't use up the time of the others.
 const TCP_CONNECT: Duration = Duration::from_secs(5);
+
+/// How long an address of a name may stay silent before the next one is tried beside it: RFC 8305's recommendation.
+const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 
 /// Largest frame asked for, in bytes: RabbitMQ's default. Without a preset lapin touches two buffers of 4 MiB.
 const FRAME_MAX: u32 = 131_072;
@@ -65,13 +69,17 @@ pub struct Broker {
     pub(super) options: ConnectOptions,
     /// What is under way, for the message when time runs out in the middle of it.
     stage: String,
+    /// For each address of this attempt that can't be used: what happened.
+    problems: Vec<String>,
+    /// The addresses that have accepted a connection, the latest last.
+    reached: Vec<SocketAddr>,
 }
 
 impl Broker {
     /// A broker at these nodes.
     #[must_use]
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
-        Self { nodes, attempts: 0, options, stage: String::new() }
+        Self { nodes, attempts: 0, options, stage: String::new(), problems: Vec::new(), reached: Vec::new() }
     }
 
     /// A connection, from as many attempts as it needs within `--connect-timeout`.
@@ -100,13 +108,18 @@ impl Broker {
         // A node that accepts and stays silent gets half of the time, so that the next one gets the rest.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
-        match timeout(share, self.open(&address)).await {
-            Ok(opened) => opened.map_err(|mut error| {
-                error.failure.message = format!("{address}: {}", error.failure.message);
-                error
-            }),
-            Err(_) => Err(ConnectError::no_answer(&self.stage)),
-        }
+        let opened = timeout(share, self.open(&address)).await;
+        opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage))).map_err(|mut error| {
+            let message = &mut error.failure.message;
+            *message = format!("{address}: {message}");
+            // A permanent failure is the broker's own reply: the other addresses don't matter.
+            if error.transient {
+                for problem in &self.problems {
+                    *message = format!("{message}; {problem}");
+                }
+            }
+            error
+        })
     }
 
     async fn open(&mut self, address: &Address) -> Result<OpenConnection, ConnectError> {
@@ -124,22 +137,25 @@ impl Broker {
     }
 
     async fn open_with(&mut self, address: &Address, heartbeat: u16) -> Result<OpenConnection, ConnectError> {
+        self.problems.clear();
         self.stage = format!("looking up {}", address.host);
-        let found = with_reminders(&self.stage, resolve(&address.host, address.port)).await.map_err(|error| {
+        let mut found = with_reminders(&self.stage, resolve(&address.host, address.port)).await.map_err(|error| {
             let what = format!("the name {:?} can't be looked up", address.host);
             ConnectError::of_system(what, &error)
         })?;
-        let socket = self.dial(address, &found).await?;
+        // Last those that have accepted before, the latest at the end: that gave no connection, or one that was lost.
+        found.sort_by_key(|target| self.reached.iter().position(|reached| reached == target));
+        let (target, socket) = self.dial(address, found).await?;
         let cutter =
             Cutter::new(&socket).map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
         let socket: Box<dyn Socket> = if address.tls {
-            self.stage = format!("waiting for the TLS handshake with {address}");
+            self.stage = format!("waiting for the TLS handshake with {target}");
             let handshake = self.nodes.tls.handshake(socket, address);
             Box::new(with_reminders(&self.stage, handshake).await?)
         } else {
             Box::new(socket)
         };
-        self.stage = format!("waiting for the AMQP handshake with {address}");
+        self.stage = format!("waiting for the AMQP handshake with {target}");
         let observed = Arc::default();
         let tap = Tap::new(frame_max(address), Arc::clone(&observed));
         let stream = Mutex::new(Some(TappedStream { socket, tap }));
@@ -154,7 +170,7 @@ impl Broker {
             let observed = observed.lock().expect("nobody panics with it");
             ConnectError::in_handshake(&error, &observed, address)
         })?;
-        tracing::debug!("connected to {address}");
+        tracing::debug!("connected to {address} at {target}");
         Ok(OpenConnection {
             events: Box::pin(lapin.events_listener()),
             lapin,
@@ -164,28 +180,51 @@ impl Broker {
         })
     }
 
-    async fn dial(&mut self, address: &Address, found: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
+    /// Connects to the first of these addresses that accepts. The next one is tried as soon as one fails, and after
+    /// [`NEXT_ADDRESS`] beside those that are silent.
+    async fn dial(
+        &mut self,
+        address: &Address,
+        found: Vec<SocketAddr>,
+    ) -> Result<(SocketAddr, TcpStream), ConnectError> {
         let limit = address.parameters.connection_timeout.unwrap_or(TCP_CONNECT);
-        let mut problems = Vec::new();
-        for target in found {
-            self.stage = format!("connecting to {target}");
-            let problem = match timeout(limit, TcpStream::connect(target)).await {
+        // Sooner if they are so many, or the time so short, that a quarter of it would be over before the last one's turn.
+        let pause = NEXT_ADDRESS.min(self.options.timeout.div_f64(4.0 * found.len().max(1) as f64));
+        let mut untried = found.into_iter();
+        let mut silent = Vec::new();
+        let mut dialling = JoinSet::new();
+        loop {
+            if let Some(target) = untried.next() {
+                silent.push(target);
+                dialling.spawn(async move { (target, timeout(limit, TcpStream::connect(target)).await) });
+            }
+            let names: Vec<_> = silent.iter().map(SocketAddr::to_string).collect();
+            self.stage = format!("connecting to {}", names.join(", "));
+            let (target, dialled) = match timeout(pause, dialling.join_next()).await {
+                Ok(Some(ended)) => ended.expect("dialling doesn't panic"),
+                Ok(None) => break,
+                Err(_) => continue,
+            };
+            silent.retain(|other| *other != target);
+            let problem = match dialled {
                 Ok(Ok(socket)) => {
                     // Small methods go out at once; refusing that is no reason to fail.
                     let _ = socket.set_nodelay(true);
-                    return Ok(socket);
+                    self.problems.extend(silent.iter().map(|other| format!("{other}: no answer")));
+                    self.reached.retain(|other| *other != target);
+                    self.reached.push(target);
+                    return Ok((target, socket));
                 }
                 Ok(Err(error)) if crate::exit::is_shortage(&error) => {
                     return Err(ConnectError::of_system("can't open a socket", &error));
                 }
-                Ok(Err(error)) => format!("{target}: {error}"),
-                Err(_) => format!("{target}: no answer within {limit:?}"),
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer within {limit:?}"),
             };
-            if !problems.contains(&problem) {
-                problems.push(problem);
-            }
+            self.problems.push(format!("{target}: {problem}"));
         }
-        Err(ConnectError::transient(format!("can't connect: {}", problems.join("; "))))
+        let problems = std::mem::take(&mut self.problems).join("; ");
+        Err(ConnectError::transient(format!("can't connect: {problems}")))
     }
 }
 

@@ -5,15 +5,28 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
 };
 
-/// All addresses of `host`, with `port`.
+/// All addresses of `host`, with `port`, in the order in which they are to be tried.
 ///
 /// # Errors
 /// When the name can't be looked up or has no address.
 pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     match literal(host, port) {
         Some(address) => Ok(vec![address?]),
-        None => look_up(host, port).await,
+        None => Ok(in_turn(look_up(host, port).await?)),
     }
+}
+
+/// Each address once, IPv6 and IPv4 in turn (RFC 8305, 4); otherwise in the resolver's order.
+fn in_turn(found: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let mut turns: Vec<(usize, SocketAddr)> = Vec::new();
+    for address in found {
+        if turns.iter().all(|(_, other)| *other != address) {
+            let turn = turns.iter().filter(|(_, other)| other.is_ipv6() == address.is_ipv6()).count();
+            turns.push((turn, address));
+        }
+    }
+    turns.sort_by_key(|(turn, _)| *turn);
+    turns.into_iter().map(|(_, address)| address).collect()
 }
 
 /// An address rather than a name, IPv6 with or without the zone of RFC 6874.
@@ -62,5 +75,17 @@ mod tests {
         assert_eq!(found("fe80::1%lo"), Some("[fe80::1%1]:5672".into()));
         assert_eq!(found("localhost"), None);
         assert!(literal("fe80::1%nowhere", 5672).unwrap().is_err());
+    }
+
+    #[test]
+    fn families_take_turns_beginning_with_the_resolvers_first() {
+        let ordered = |found: &[&str]| {
+            let found = found.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 5672));
+            in_turn(found.collect()).iter().map(|address| address.ip().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(ordered(&["::1", "::2", "::3", "1.1.1.1", "2.2.2.2"]), ["::1", "1.1.1.1", "::2", "2.2.2.2", "::3"]);
+        assert_eq!(ordered(&["1.1.1.1", "2.2.2.2", "::1"]), ["1.1.1.1", "::1", "2.2.2.2"]);
+        assert_eq!(ordered(&["2.2.2.2", "1.1.1.1", "2.2.2.2"]), ["2.2.2.2", "1.1.1.1"]);
+        assert!(ordered(&[]).is_empty());
     }
 }

@@ -2,8 +2,13 @@
 //! secret. The whole table of cases is beside the parser.
 
 use crate::common::{User, Vhost, private_broker, qconsume, qpublish};
-use std::fs;
-use testbed::{Broker, Program, Proxy, Queue, missing, owner::temp_folder};
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr, TcpListener},
+    thread,
+    time::Duration,
+};
+use testbed::{Broker, Finished, FullBacklog, Network, Program, Proxy, Queue, missing, owner::temp_folder};
 
 /// What every malformed address below has for a password, or a piece of it.
 const SECRET: &str = "hunter2";
@@ -193,4 +198,165 @@ fn any_user_password_and_virtual_host_can_be_written() {
         .run();
     ended.assert_status(77).assert_stderr("wörker@/:?#");
     assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
+}
+
+/// The name that has several addresses.
+const NAME: &str = "broker.test";
+
+/// The broker's address, far from the others: a resolver that sorts addresses (RFC 6724) prefers those that begin as the
+/// source address does, 127.0.0.1.
+const HEALTHY: &str = "127.200.0.1";
+
+/// IPv6 without a route to it.
+const UNREACHABLE: &str = "2001:db8::1";
+
+/// Addresses of one name, in a network of the test's own.
+struct Addresses {
+    network: Network,
+    broker: Proxy,
+    port: u16,
+}
+
+impl Addresses {
+    /// `None` if this machine doesn't let a test have a network.
+    fn new() -> Option<Self> {
+        let network = match Network::new() {
+            Ok(network) => network,
+            Err(error) => {
+                missing(&format!("a network namespace ({error:#})"));
+                return None;
+            }
+        };
+        let upstream = Broker::shared().addr();
+        let broker = network.inside(|| Proxy::listen(HEALTHY.parse().unwrap(), Some(upstream))).unwrap();
+        let port = broker.addr().port();
+        Some(Self { network, broker, port })
+    }
+
+    fn at(&self, ip: &str) -> SocketAddr {
+        SocketAddr::new(ip.parse().unwrap(), self.port)
+    }
+
+    /// Lets these addresses drop what they get.
+    fn silence(&self, ips: &[impl AsRef<str>]) -> Vec<FullBacklog> {
+        let starting = |ip| {
+            let address = self.at(ip);
+            move || self.network.inside(|| FullBacklog::at(address))
+        };
+        thread::scope(|scope| {
+            let starting: Vec<_> = ips.iter().map(|ip| scope.spawn(starting(ip.as_ref()))).collect();
+            starting.into_iter().map(|starting| starting.join().unwrap()).collect()
+        })
+    }
+
+    /// Takes a message from the queue, from the broker that has this name.
+    ///
+    /// One of the addresses should be IPv6: otherwise what the build has left asks name servers for one, and there are none.
+    fn worker(&self, queue: &Queue, ips: &[impl AsRef<str>], limit: &str) -> Finished {
+        self.worker_with("", queue, ips, limit)
+    }
+
+    /// The same with these parameters of the URL.
+    fn worker_with(&self, parameters: &str, queue: &Queue, ips: &[impl AsRef<str>], limit: &str) -> Finished {
+        let ips: Vec<IpAddr> = ips.iter().map(|ip| ip.as_ref().parse().unwrap()).collect();
+        self.network.name(NAME, &ips);
+        let url = queue.url().replace(&Broker::shared().addr().to_string(), &format!("{NAME}:{}", self.port));
+        let program = qconsume().url(&(url + parameters)).queue(queue.name()).args(["--connect-timeout", limit, "cat"]);
+        program.through(self.network.prefix()).run()
+    }
+}
+
+/// Checks that it was done, and within its first attempt.
+#[track_caller]
+fn assert_done_at_once(done: &Finished, ips: &[impl AsRef<str> + std::fmt::Debug]) {
+    let said = format!("{ips:?}, after {:?}: {}", done.wall, done.stderr);
+    assert_eq!(done.status(), 0, "{said}");
+    assert_eq!(done.stdout_text(), "x", "{said}");
+    assert!(!done.stderr.contains("trying again"), "{said}");
+}
+
+#[test]
+fn silent_addresses_do_not_hold_up_a_healthy_one() {
+    let Some(addresses) = Addresses::new() else { return };
+    let queue = Broker::shared().queue("silent-addresses");
+    let many: Vec<String> = (2..17).map(|last| format!("127.0.0.{last}")).collect();
+    let _silent = (addresses.silence(&many), addresses.silence(&["::1"]));
+    // So many that at a quarter of a second for each the last case's time would be over before the last address.
+    for (silent, limit) in [(1, "10s"), (7, "10s"), (15, "3s")] {
+        for ipv6 in ["::1", UNREACHABLE] {
+            let ips = [&[ipv6.to_owned()][..], &many[..silent], &[HEALTHY.to_owned()]].concat();
+            queue.publish("x");
+            let done = addresses.worker(&queue, &ips, limit);
+            assert_done_at_once(&done, &ips);
+            assert!(done.wall < Duration::from_secs(5), "{ips:?}: {:?}", done.wall);
+        }
+    }
+}
+
+#[test]
+fn an_address_that_refuses_a_silent_one_and_a_healthy_one_are_one_attempt() {
+    let Some(addresses) = Addresses::new() else { return };
+    let queue = Broker::shared().queue("refusing-address");
+    let _silent = addresses.silence(&["127.0.0.2"]);
+    for ips in [
+        ["::1", "127.0.0.2", "127.0.0.3", HEALTHY],
+        ["127.0.0.3", "127.0.0.2", HEALTHY, UNREACHABLE],
+        ["127.0.0.2", "127.0.0.3", "::1", HEALTHY],
+    ] {
+        queue.publish("x");
+        assert_done_at_once(&addresses.worker(&queue, &ips, "10s"), &ips);
+    }
+    // The others were dropped before they could be accepted.
+    assert_eq!(addresses.broker.accepted(), 3);
+}
+
+#[test]
+fn the_last_line_names_each_address_and_what_it_said() {
+    let Some(addresses) = Addresses::new() else { return };
+    let queue = Broker::shared().queue("no-address");
+    let _silent = addresses.silence(&["127.0.0.2", "127.0.0.3", "::1"]);
+    let port = addresses.port;
+    let [second, third, sixth] = [format!("127.0.0.2:{port}"), format!("127.0.0.3:{port}"), format!("[::1]:{port}")];
+    let ips = ["127.0.0.2", "127.0.0.3", "::1", UNREACHABLE, "127.0.0.4"];
+    for (parameters, says) in [
+        ("", "no answer while connecting to ".to_owned()),
+        ("?connection_timeout=300", format!("{second}: no answer within 300ms")),
+    ] {
+        let done = addresses.worker_with(parameters, &queue, &ips, "2s");
+        done.assert_status(69).assert_stderr("gave up after 2s (--connect-timeout): amqp://");
+        let last = done.stderr.lines().last().unwrap();
+        assert!(last.contains(&says), "{last}");
+        for address in [&second, &third, &sixth] {
+            assert!(last.contains(address), "{address}: {last}");
+        }
+        assert!(last.contains(&format!("127.0.0.4:{port}: Connection refused")), "{last}");
+        assert!(last.contains(&format!("[{UNREACHABLE}]:{port}: ")), "{last}");
+    }
+}
+
+/// As a broker that is stopped or frozen: its system accepts, and nobody reads.
+#[test]
+fn after_an_address_that_accepts_and_stays_silent_the_others_are_tried_first() {
+    let Some(addresses) = Addresses::new() else { return };
+    let queue = Broker::shared().queue("frozen-address");
+    let frozen = addresses.at("127.0.0.2");
+    let listener = addresses.network.inside(|| TcpListener::bind(frozen)).unwrap();
+    let says = format!("no answer while waiting for the AMQP handshake with {frozen}");
+    queue.publish("x");
+    let done = addresses.worker(&queue, &["127.0.0.2", "::1", HEALTHY], "12s");
+    done.assert_status(0).assert_stderr(&says);
+    assert_eq!(done.stdout_text(), "x");
+    // Without another that accepts it is the only hope, and the last line tells of all of them.
+    let _silent = addresses.silence(&["127.0.0.3"]);
+    let done = addresses.worker(&queue, &["127.0.0.2", "::1", "127.0.0.3"], "12s");
+    done.assert_status(69).assert_stderr(&says);
+    let last = done.stderr.lines().last().unwrap();
+    for said in [
+        says,
+        format!("; [::1]:{}: Connection refused", addresses.port),
+        format!("; {}: no answer", addresses.at("127.0.0.3")),
+    ] {
+        assert!(last.contains(&said), "{said}: {last}");
+    }
+    drop(listener);
 }

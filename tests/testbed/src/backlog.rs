@@ -17,14 +17,19 @@ pub struct FullBacklog {
 }
 
 impl FullBacklog {
-    /// Listens and fills the backlog.
+    /// Listens on a free port and fills the backlog.
     pub fn start() -> Self {
-        runtime::block_on(Self::fill()).unwrap_or_else(|error| panic!("{error:#}"))
+        Self::at(([127, 0, 0, 1], 0).into())
     }
 
-    async fn fill() -> Result<Self> {
-        let socket = TcpSocket::new_v4()?;
-        socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    /// The same at this address.
+    pub fn at(address: SocketAddr) -> Self {
+        runtime::block_on(Self::fill(address)).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    async fn fill(address: SocketAddr) -> Result<Self> {
+        let socket = if address.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
+        socket.bind(address)?;
         let mut full = Self { listener: socket.listen(1)?, filling: Vec::new() };
         while full.filling.len() < 16 {
             match tokio::time::timeout(UNANSWERED, TcpStream::connect(full.addr())).await {

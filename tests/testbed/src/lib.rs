@@ -9,6 +9,7 @@
 //! - [`soak`] puts all of it together, at random, and keeps the books.
 //! - [`mod@bench`] compares qconsume with what it replaces.
 //! - [`FullBacklog`] is an address that swallows packets.
+//! - [`Network`] is a network namespace of a test's own.
 //!
 //! Everything blocks, so a test is a plain function; what is asynchronous inside runs on one thread of the testbed's own.
 //! What gives no `Result` panics where it fails, or where what it waits for doesn't come within its limit.
@@ -22,6 +23,7 @@ mod broker;
 pub mod certificates;
 mod client;
 mod exec;
+mod network;
 pub mod owner;
 pub mod peer;
 mod ports;
@@ -34,6 +36,7 @@ pub use backlog::FullBacklog;
 pub use broker::{Broker, BrokerOptions, Container, docker, docker_works, image_present};
 pub use client::{Client, Consumer, Got, Queue, QueueBuilder, QueueKind};
 pub use lapin::{self, BasicProperties, types};
+pub use network::Network;
 pub use nix::sys::signal::Signal;
 
 pub use ports::{Port, reserve_port};
