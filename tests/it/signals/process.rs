@@ -332,7 +332,7 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
             ))
             .spawn();
         let finished = running.finish(PATIENCE);
-        finished.assert_status(0).assert_stderr("left 1 process behind");
+        finished.assert_status(0).assert_stderr("1 process left by the command");
         assert_gone(&queue);
         running.wait_no_leftovers(PROMPT);
     }

@@ -358,9 +358,8 @@ fn a_signal_while_settling_changes_nothing() {
             let running = behind(&proxy, &queue).shell(script).spawn();
             proxy.wait_for(Direction::ToBroker, Method::BASIC_CANCEL);
             for (signal, _) in STOPS {
-                signal_and_wait(&running, signal);
+                running.signal(signal);
             }
-            assert!(!running.has_ended());
             proxy.release();
             running.finish(PROMPT).assert_status(status);
             assert_settled(&proxy, by);
