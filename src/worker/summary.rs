@@ -82,6 +82,10 @@ pub(super) fn describe_end(result: CommandResult) -> String {
         Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
     };
     match result.stop {
+        // qconsume sends SIGKILL only after a signal, after --timeout, and when the delivery is lost.
+        None if result.ended == Ended::Killed(Signal::SIGKILL as i32) && result.still_owned => {
+            format!("{ended} (often: out of memory)")
+        }
         None => ended,
         Some(StopReason::TimeLimit) => format!("{ended} after its time limit (--timeout)"),
         Some(StopReason::Signal(signal)) => {

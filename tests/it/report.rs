@@ -105,7 +105,10 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
     );
     let killed = run(worker(&queue), "kill -KILL $$");
     killed.assert_status(137);
-    assert_contains(last(&killed), &["command was killed by SIGKILL; message requeued", "status=137"]);
+    assert_contains(
+        last(&killed),
+        &["command was killed by SIGKILL (often: out of memory); message requeued", "status=137"],
+    );
     let late = run(worker(&queue).args(["--timeout", "50ms"]), "sleep 60");
     late.assert_status(124);
     assert_contains(
@@ -114,6 +117,13 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
             "command was killed by SIGTERM after its time limit (--timeout); message requeued",
             "status=124 source=\"qconsume\"",
         ],
+    );
+    // This SIGKILL is qconsume's own.
+    let stubborn = run(worker(&queue).args(["--timeout", "50ms", "--kill-after", "50ms"]), "trap '' TERM; sleep 60");
+    stubborn.assert_status(124);
+    assert_contains(
+        last(&stubborn),
+        &["command was killed by SIGKILL after its time limit (--timeout); message requeued"],
     );
     let rejected = run(worker(&queue).args(["--reject-on", "3"]), "exit 3");
     rejected.assert_status(3);
