@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help demo recording check-recording test test-addresses fuzz test-manifests test-kubernetes soak bench image binaries dist docs manuals verify-dist deny
+.PHONY: help demo recording check-recording test test-addresses fuzz test-manifests test-kubernetes soak bench image binaries dist verify-dist release deny docs manuals
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 - \2/p' Makefile
@@ -38,29 +38,53 @@ soak: ## minutes of random faults, with a record of every message; SOAK='--queue
 	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
 
 bench: $(if $(BENCH_QCONSUME),,binaries) ## measures the static qconsume beside amqp-consume, and writes docs/benchmarks.md; BENCH=--quick, BENCH_QCONSUME=path
-	$(CARGO) run --quiet --locked --package testbed --bin bench -- --qconsume $(or $(BENCH_QCONSUME),dist/qconsume) --page docs/benchmarks.md $(BENCH)
+	$(CARGO) run --quiet --locked --package testbed --bin bench -- --qconsume $(or $(BENCH_QCONSUME),dist/$(HOST_ARCH)/qconsume) --page docs/benchmarks.md $(BENCH)
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
 REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 IMAGE ?= qconsume
 
-image: ## the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name
-	docker build $(DOCKER_BUILD_FLAGS) -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) -t $(IMAGE):$(VERSION) -t $(IMAGE) .
+# amd64 or arm64: for `image` and `binaries` this machine's own unless it is said, for `dist` both.
+HOST_ARCH := $(patsubst aarch64,arm64,$(patsubst x86_64,amd64,$(shell uname -m)))
+ARCHES := $(or $(ARCH),amd64 arm64)
+ARCH ?= $(HOST_ARCH)
+# Another processor's image gets a name of its own, so that `qconsume` is always one that runs here.
+SUFFIX := $(if $(filter $(HOST_ARCH),$(ARCH)),,-$(ARCH))
 
-dist: binaries manuals ## what a release needs, in dist/: static binaries, man pages, completions, .tar.gz, .deb, SBOM, checksums
-	docker/dist
+# The project's address, for the image's labels: once Cargo.toml has a `repository`, that one.
+URL ?= $(shell sed -n 's/^repository = "\(.*\)"/\1/p' Cargo.toml)
+LABEL := --label org.opencontainers.image
+LABELS := $(if $(URL),$(LABEL).source=$(URL) $(LABEL).url=$(URL) $(LABEL).documentation=$(URL)\#readme)
+
+BUILD_FLAGS := -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(LABELS)
+# The legacy builder doesn't set TARGETARCH, and can't build with another --platform than its own.
+BUILD := docker build $(DOCKER_BUILD_FLAGS) $(BUILD_FLAGS) $(if $(SUFFIX),--build-arg TARGETARCH=$(ARCH))
+
+image: ## the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name; with buildx ARCH=arm64 for another processor
+	$(BUILD) $(if $(SUFFIX),--platform linux/$(ARCH),-t $(IMAGE)) -t $(IMAGE):$(VERSION)$(SUFFIX) .
+
+# By way of an image whose platform isn't told, so that the legacy builder can make it.
+binaries: ## the static programs of that image, in dist/amd64 or dist/arm64
+	$(BUILD) -t $(IMAGE):binaries-$(ARCH) .
+	mkdir -p dist/$(ARCH)
+	container=$$(docker create $(IMAGE):binaries-$(ARCH)) && \
+	docker cp $$container:/qconsume dist/$(ARCH)/ && docker cp $$container:/qpublish dist/$(ARCH)/; \
+	status=$$?; docker rm $$container >/dev/null; docker image rm $(IMAGE):binaries-$(ARCH) >/dev/null; exit $$status
+
+dist: manuals ## what a release needs, in dist/: static binaries for amd64 and arm64 (or ARCH=arm64), man pages, completions, .tar.gz, .deb, SBOM, checksums
+	set -e; for arch in $(ARCHES); do $(MAKE) binaries ARCH=$$arch; done
+	docker/dist $(ARCHES)
 
 verify-dist: ## makes `dist` of the last commit twice, in two folders without Docker's cache, and compares the checksums
 	docker/verify-dist
 
+release: ## fills dist/ and pushes the image for both processors: REGISTRY=registry.example/team; without it, says what it would do
+	@REGISTRY='$(REGISTRY)' VERSION=$(VERSION) docker/release $(DOCKER_BUILD_FLAGS) $(BUILD_FLAGS)
+
 deny: ## licences, versions and sources of all dependencies, by cargo-deny
 	$(CARGO) deny --locked check licenses bans sources
-
-binaries: image
-	mkdir -p dist
-	container=$$(docker create $(IMAGE)) && docker cp $$container:/qconsume dist/ && docker cp $$container:/qpublish dist/; \
-	status=$$?; docker rm $$container >/dev/null; exit $$status
+	@echo 'Advisories are not checked, as that needs the network: cargo deny check advisories'
 
 docs: ## writes docs/options.md and the tables of exit statuses
 	$(CARGO) run --quiet --locked --example docgen

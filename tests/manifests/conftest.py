@@ -22,12 +22,13 @@ EXAMPLES = ROOT / "examples"
 VERSION = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
 # The same for all that is built, so that it is compiled once.
 REVISION = "0123abc"
+URL = "https://qconsume.example/project"
 FRUITS = "apple banana cherry date fig grape lemon melon".split()
 
 RABBITMQ = "rabbitmq:4-management"
 PYTHON = "python:3-slim"
 DEBIAN = "debian:bookworm-slim"
-RUST = "rust:1-alpine"
+[RUST] = re.findall(r"(?m)^FROM .*(rust:\S+)", (ROOT / "docker/Dockerfile").read_text())
 
 
 def missing(what):
@@ -58,8 +59,8 @@ def image(docker):
     if ready := os.environ.get("QCONSUME_TEST_IMAGE"):
         return ready
     need(RUST)
-    subprocess.run(["make", "--directory", ROOT, "image", f"IMAGE={engine.RUN}", f"REVISION={REVISION}"], check=True,
-                   timeout=7200)
+    subprocess.run(["make", "--directory", ROOT, "image", f"IMAGE={engine.RUN}", f"REVISION={REVISION}", f"URL={URL}"],
+                   check=True, timeout=7200)
     return f"{engine.RUN}:{VERSION}"
 
 

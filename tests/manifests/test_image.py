@@ -1,6 +1,7 @@
 """The image, looked into and used: what is in it, and that it finds its broker by every kind of name."""
 
 import io
+import os
 import re
 import struct
 import tarfile
@@ -8,7 +9,7 @@ import tarfile
 import pytest
 
 import engine
-from conftest import RABBITMQ, VERSION, Broker, need
+from conftest import RABBITMQ, URL, VERSION, Broker, need
 
 HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
@@ -67,6 +68,9 @@ def test_its_user_labels_and_command(image):
     assert labels["org.opencontainers.image.version"] == VERSION
     assert labels["org.opencontainers.image.revision"]
     assert labels["org.opencontainers.image.description"]
+    if "QCONSUME_TEST_IMAGE" not in os.environ:
+        assert labels["org.opencontainers.image.source"] == labels["org.opencontainers.image.url"] == URL
+        assert labels["org.opencontainers.image.documentation"] == f"{URL}#readme"
 
 
 @pytest.mark.parametrize("program", ["qconsume", "qpublish"])
