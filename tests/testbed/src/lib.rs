@@ -64,6 +64,16 @@ pub fn version_lacks(what: &str) {
     skipped(&format!("this version of the broker lacks {what}"));
 }
 
+/// Whether the programs under test run in an emulator (`tests/arm64`); then it reports that the emulator lacks what a test is
+/// about, and the test should return.
+pub fn emulator_lacks(what: &str) -> bool {
+    let emulator = std::env::var("QCONSUME_TEST_EMULATOR").unwrap_or_default();
+    if !emulator.is_empty() {
+        skipped(&format!("{emulator} lacks {what}"));
+    }
+    !emulator.is_empty()
+}
+
 fn skipped(why: &str) {
     let thread = std::thread::current();
     eprintln!("{} skipped: {why}", thread.name().unwrap_or("test"));
