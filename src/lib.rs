@@ -48,7 +48,7 @@ pub fn main(program: Program) -> ! {
         report::failure(failure)
     });
     // Not by returning: see `block_on`.
-    std::process::exit(status.into())
+    report::exit(status)
 }
 
 fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
@@ -91,6 +91,6 @@ fn exit_on_panic() {
             Some(error) => Failure::system("can't go on", &error),
             None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
         };
-        std::process::exit(report::failure(failure).into());
+        report::exit(report::failure(failure));
     }));
 }

@@ -2,6 +2,7 @@
 
 mod log;
 mod reminder;
+mod writer;
 
 pub use log::LogFormat;
 #[cfg(fuzzing)]
@@ -182,6 +183,12 @@ pub fn failure(failure: Failure) -> u8 {
     let status = failure.exit.status();
     RunSummary::without_message(status, failure.message).report();
     status
+}
+
+/// Ends the process with this status as soon as the last log lines are written, or after a second if nobody reads them.
+pub fn exit(status: u8) -> ! {
+    log::finish();
+    std::process::exit(status.into())
 }
 
 #[cfg(test)]

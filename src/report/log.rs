@@ -1,10 +1,11 @@
 //! Log lines on standard error, as text or JSON.
 
-use super::program;
+use super::{counted, program, writer::Writer};
 use serde_json::{Map, Value};
 use std::{
     fmt::{self, Write as _},
-    io::{self, IsTerminal, Write as _},
+    io::{self, IsTerminal, Stderr},
+    sync::OnceLock,
     time::SystemTime,
 };
 use tracing::{
@@ -24,12 +25,22 @@ pub enum LogFormat {
     Json,
 }
 
+static WRITER: OnceLock<Writer<Stderr>> = OnceLock::new();
+
 /// Starts to write lines of this level and the more important ones.
 pub(super) fn start(level: Level, format: LogFormat) {
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let lines = Lines { format, colour };
-    let write = move |level, line| lines.write(level, line);
+    let writer = WRITER.get_or_init(|| Writer::new(io::stderr(), lines));
+    let write = move |level, line| writer.write(lines.render(level, line));
     let _ = tracing::subscriber::set_global_default(Events { level, write });
+}
+
+/// Waits for the last lines to be written, for a second at most.
+pub(super) fn finish() {
+    if let Some(writer) = WRITER.get() {
+        writer.finish();
+    }
 }
 
 /// What the broker, the message or an option says mustn't pass for a line of ours.
@@ -69,19 +80,26 @@ impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
     fn exit(&self, _: &span::Id) {}
 }
 
-struct Lines {
+#[derive(Clone, Copy, Default)]
+pub(super) struct Lines {
     format: LogFormat,
     colour: bool,
 }
 
 impl Lines {
-    fn write(&self, level: Level, line: Line) {
+    fn render(&self, level: Level, line: Line) -> String {
         let text = match self.format {
             LogFormat::Text => self.text(level, line),
             LogFormat::Json => json(level, line),
         };
-        // In one write, so that lines of several processes don't mix. Nobody may be reading; that is no reason to fail.
-        let _ = io::stderr().write_all((text + "\n").as_bytes());
+        text + "\n"
+    }
+
+    /// The line in the place of those that were dropped.
+    pub(super) fn about_dropped(&self, dropped: u64) -> String {
+        let lines = counted(dropped, "line was", "lines were");
+        let message = format!("{lines} dropped here: nobody was reading standard error");
+        self.render(Level::WARN, Line { message, ..Line::default() })
     }
 
     /// `qconsume: what happened key=value …`, the level named where it is more than information.

@@ -17,3 +17,4 @@ mod publish;
 mod report;
 mod signals;
 mod tls;
+mod unread;

@@ -7,6 +7,7 @@ use nix::unistd::{Pid, getpgid, getpgrp};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -35,6 +36,7 @@ pub struct Program {
     env: Vec<(OsString, Option<OsString>)>,
     folder: Option<PathBuf>,
     stdin: Option<Vec<u8>>,
+    stderr: Option<Arc<OwnedFd>>,
 }
 
 impl Program {
@@ -47,6 +49,7 @@ impl Program {
             env: Vec::new(),
             folder: None,
             stdin: None,
+            stderr: None,
         }
     }
 
@@ -101,6 +104,12 @@ impl Program {
         self
     }
 
+    /// Gives it this as standard error, instead of a file that is read through [`Running::stderr`].
+    pub fn stderr(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.stderr = Some(Arc::new(file.into()));
+        self
+    }
+
     /// Runs it through another command that replaces itself with it: `["ip", "netns", "exec", name]`, `["tini", "--"]`.
     pub fn through<A: AsRef<OsStr>>(mut self, prefix: impl IntoIterator<Item = A>) -> Self {
         self.prefix.extend(prefix.into_iter().map(|arg| arg.as_ref().to_owned()));
@@ -141,6 +150,9 @@ impl Program {
             command.current_dir(folder);
         }
         let started = Instant::now();
+        if let Some(file) = &self.stderr {
+            command.stderr(file.try_clone().expect("a second handle"));
+        }
         let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot run {}: {error}", self.path.display()));
         let running = Running {
             name: self.path.display().to_string(),
