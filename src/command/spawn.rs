@@ -82,9 +82,10 @@ impl Command {
             reaper.note_strangers(others.iter().map(|process| process.pid).collect());
         }
         let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
+        let input = holding(body)?;
         let begin = || -> io::Result<Self> {
             let mut command = process::Command::new(path);
-            command.stdin(holding(body)?);
+            command.stdin(input);
             if !shares_group {
                 command.process_group(0);
             }
@@ -101,7 +102,6 @@ impl Command {
                 Some(libc::ENOEXEC) => {
                     (Exit::NotExecutable, "built for another machine, or a script without a #! line")
                 }
-                Some(libc::EFBIG) => (Exit::OsError, "its message is larger than files may be here (ulimit -f)"),
                 Some(libc::E2BIG) => (Exit::NotExecutable, "its arguments and environment are too long"),
                 _ => (Exit::NotExecutable, "the system refused"),
             };

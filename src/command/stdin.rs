@@ -1,44 +1,97 @@
 //! The command's standard input.
 
+use crate::exit::{Exit, Failure, is_shortage};
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, fcntl},
+    fcntl::{FcntlArg, OFlag, fcntl},
     libc,
     sys::memfd::{MFdFlags, memfd_create},
 };
 use std::{
     fs::File,
-    io::{self, Write},
+    io::{self, PipeReader, Write},
     os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
-/// How much of a large body is copied before that is given back, in bytes: it is never in memory twice.
+/// The largest body that is passed in a pipe, in bytes: the largest pipe that any user may have, unless
+/// /proc/sys/fs/pipe-max-size says otherwise.
+const PIPE_MAX: usize = 1 << 20;
+
+/// How much of a large body is copied into the file before its memory is freed, in bytes: the body is never in memory twice.
 const PIECE: usize = 1 << 20;
 
-/// A standard input that holds all of the body: a pipe where that has room for it (64 KiB as a rule), otherwise a file in
-/// memory.
+/// A standard input that holds all of the body: a pipe, or a file if the body is larger than a pipe can be.
 ///
-/// Nothing is written once the command runs. When qconsume is killed, the kernel closes its end of a pipe before it sends the
-/// command its death signal: the command would take what it has got until then for the whole body (seen in 10 of 300 runs
-/// on a busy machine).
-pub(super) fn holding(body: Vec<u8>) -> io::Result<OwnedFd> {
-    let (reader, mut writer) = io::pipe()?;
-    let room = fcntl(&writer, FcntlArg::F_GETPIPE_SZ)?;
-    if body.len() > usize::try_from(room).unwrap_or(0) {
-        return in_memory(body).map(OwnedFd::from);
-    }
-    writer.write_all(&body)?;
-    Ok(reader.into())
+/// Nothing is written once the command runs. When qconsume is killed, the kernel closes its end of a pipe before it sends
+/// the death signal to the command: the command would take the part that had arrived for the whole body (seen in 10 of
+/// 300 runs on a busy machine).
+///
+/// # Errors
+/// 71, whatever the system refuses: the command is not to blame.
+pub(super) fn holding(body: Vec<u8>) -> Result<OwnedFd, Failure> {
+    let size = body.len();
+    let hold = || -> io::Result<OwnedFd> {
+        if size <= PIPE_MAX
+            && let Some(pipe) = pipe(&body)?
+        {
+            return Ok(pipe.into());
+        }
+        let file = match file_in_memory() {
+            Err(error) if !is_shortage(&error) => temporary_file(&error)?,
+            created => created?,
+        };
+        fill(&file, body)?;
+        Ok(file.into())
+    };
+    hold().map_err(|error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::EFBIG) => "; files may not be so large here (ulimit -f)",
+            _ if is_shortage(&error) => "; another try may help",
+            _ => "",
+        };
+        let text = format!("the command can't be started: no standard input for the {size} bytes of its message: ");
+        Failure::new(Exit::OsError, format!("{text}{error}{hint}"))
+    })
 }
 
-fn in_memory(mut body: Vec<u8>) -> io::Result<File> {
+/// A pipe that holds all of the body; `None` if the system doesn't give it so much room.
+fn pipe(body: &[u8]) -> io::Result<Option<PipeReader>> {
+    let (reader, mut writer) = io::pipe()?;
+    let size = libc::c_int::try_from(body.len()).unwrap_or(libc::c_int::MAX);
+    if size > fcntl(&writer, FcntlArg::F_GETPIPE_SZ)? {
+        // It is refused if the user's pipes have more than fs.pipe-user-pages-soft in all; a new pipe has two pages then.
+        let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(size));
+    }
+    // The write tells whether there is room, instead of waiting for a reader that isn't there yet.
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok((writer.write(body)? == body.len()).then_some(reader))
+}
+
+fn file_in_memory() -> io::Result<File> {
     // Administrators may forbid files that could be executed (vm.memfd_noexec); Linux knows the flag since 6.3.
     let sealed = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL) | MFdFlags::MFD_CLOEXEC;
     let file = match memfd_create(c"message", sealed) {
         Err(Errno::EINVAL) => memfd_create(c"message", MFdFlags::MFD_CLOEXEC),
         created => created,
     }?;
-    let file = File::from(file);
+    Ok(file.into())
+}
+
+/// A temporary file that is deleted already, for a system that refuses files in memory: a seccomp profile may.
+fn temporary_file(refusal: &io::Error) -> io::Result<File> {
+    let folder = std::env::temp_dir();
+    let file = tempfile::tempfile_in(&folder).map_err(|error| {
+        let folder = folder.display();
+        let text = format!("memfd_create: {refusal}; a temporary file in {folder}: {error}");
+        io::Error::other(format!("{text}; set TMPDIR to a folder that can be written to"))
+    })?;
+    tracing::debug!(
+        "memfd_create is refused ({refusal}): the message is in a temporary file, which is deleted already"
+    );
+    Ok(file)
+}
+
+fn fill(file: &File, mut body: Vec<u8>) -> io::Result<()> {
     while !body.is_empty() {
         // The last piece first, as a vector gives back its end; and the command begins to read where nobody has written yet.
         let start = body.len().saturating_sub(PIECE);
@@ -46,7 +99,7 @@ fn in_memory(mut body: Vec<u8>) -> io::Result<File> {
         body.truncate(start);
         body.shrink_to_fit();
     }
-    Ok(file)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -56,7 +109,7 @@ mod tests {
 
     #[test]
     fn all_of_the_body_is_there_before_anybody_reads() {
-        for size in [0, 1, 65_536, 65_537, PIECE, 5_000_000] {
+        for size in [0, 1, 65_536, 65_537, PIPE_MAX, PIPE_MAX + 1, 5_000_000] {
             // Its pieces differ, so that one in another's place is noticed.
             let body: Vec<u8> = (0..size).map(|n| (n % 65_521) as u8).collect();
             let mut input = File::from(holding(body.clone()).unwrap());

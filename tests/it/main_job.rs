@@ -2,6 +2,7 @@
 
 mod configuration;
 mod exit_zero;
+mod input;
 mod odd;
 mod refused;
 mod settlement;

@@ -1,0 +1,207 @@
+//! The command's standard input: a pipe up to a mebibyte, a file above, and all of the message in either.
+
+use super::{MEBIBYTE, assert_gone, assert_returned, binary, worker};
+use crate::common::qconsume_path;
+use std::{fs, process};
+use testbed::{
+    Broker, Program, missing,
+    owner::{self, temp_folder},
+};
+
+/// Says what standard input is, and copies it.
+const KIND: &str = "if [ -p /dev/stdin ]; then echo pipe; else echo file; fi; exec cat";
+
+/// Refuses memfd_create(2) by a seccomp filter, with the error that is the first argument; the rest is the program.
+const WITHOUT_MEMFD: &str = r#"
+import ctypes, os, sys
+class Instruction(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(Instruction))]
+number = {"x86_64": 319, "aarch64": 279}[os.uname().machine]
+# Load the call's number; if it is this one, the next instruction, otherwise the last one; an error; go on.
+instructions = (Instruction * 4)(
+    (0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | int(sys.argv[1])), (0x06, 0, 0, 0x7FFF0000))
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+prctl = ctypes.CDLL(None).prctl
+assert prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+assert prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(Filter(4, instructions)), 0, 0) == 0
+os.execv(sys.argv[2], sys.argv[2:])
+"#;
+
+/// Becomes the user that is the first argument, and takes all of the user's share of pipes; the rest is the program.
+const WITHOUT_PIPES: &str = r#"
+import fcntl, os, sys
+F_SETPIPE_SZ = 1031
+os.setgroups([])
+os.setuid(int(sys.argv[1]))
+try:
+    while True:
+        for end in os.pipe():
+            os.set_inheritable(end, True)
+        fcntl.fcntl(end, F_SETPIPE_SZ, 1 << 20)
+except PermissionError:
+    os.execv(sys.argv[2], sys.argv[2:])
+"#;
+
+fn has_python() -> bool {
+    owner::find_in_path("python3").is_some()
+}
+
+#[test]
+fn standard_input_is_a_pipe_up_to_a_mebibyte_and_a_file_above() {
+    let queue = Broker::shared().queue("kind");
+    for (size, kind) in [
+        (0, "pipe"),
+        (65_535, "pipe"),
+        (65_536, "pipe"),
+        (65_537, "pipe"),
+        (MEBIBYTE - 1, "pipe"),
+        (MEBIBYTE, "pipe"),
+        (MEBIBYTE + 1, "file"),
+        (5_000_000, "file"),
+    ] {
+        let body = binary(size);
+        queue.publish(&body);
+        let done = worker(&queue).shell(KIND).run();
+        done.assert_status(0);
+        let expected = [kind.as_bytes(), b"\n", &body].concat();
+        assert!(done.stdout == expected, "{size}: {} bytes, no {kind}", done.stdout.len());
+    }
+    assert_gone(&queue);
+}
+
+#[test]
+fn what_was_read_of_a_pipe_is_not_there_again() {
+    let queue = Broker::shared().queue("read-once");
+    for size in [100, 65_537, MEBIBYTE] {
+        queue.publish([b"head\n", &binary(size - 5)[..]].concat());
+        let done = worker(&queue).shell("read -r head; echo $head; wc -c </dev/stdin").run();
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), format!("head\n{}\n", size - 5));
+    }
+}
+
+#[test]
+fn an_event_loop_can_wait_for_standard_input() {
+    if !has_python() {
+        return missing("python3");
+    }
+    let queue = Broker::shared().queue("event-loop");
+    let script = "
+import asyncio, select, sys
+select.epoll().register(0)
+async def size():
+    reader = asyncio.StreamReader()
+    protocol = lambda: asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(protocol, sys.stdin)
+    return len(await reader.read())
+print(asyncio.run(size()))
+";
+    for size in [0, 65_537, MEBIBYTE] {
+        queue.publish(binary(size));
+        let done = worker(&queue).args(["--", "python3", "-c", script]).run();
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), format!("{size}\n"));
+    }
+}
+
+#[test]
+fn a_user_without_room_for_pipes_gets_a_file() {
+    if !owner::is_root() || !has_python() {
+        return missing("root, and python3");
+    }
+    let broker = Broker::shared();
+    let queue = broker.queue("no-pipes");
+    // A user of our own, whose pipes are counted; and a program that the user can reach.
+    let user = (2_000_000 + process::id()).to_string();
+    let program = temp_folder("no-pipes").join("qconsume");
+    fs::copy(qconsume_path(), &program).unwrap();
+    // A new pipe has two pages then, or on older kernels one.
+    for (size, kind) in [(1000, "pipe"), (20_000, "file"), (100_000, "file")] {
+        let body = binary(size);
+        queue.publish(&body);
+        let done = Program::new(&program)
+            .url(&broker.url())
+            .queue(queue.name())
+            .shell(KIND)
+            .through(["python3", "-c", WITHOUT_PIPES, &user])
+            .run();
+        done.assert_status(0);
+        assert!(done.stdout == [kind.as_bytes(), b"\n", &body].concat(), "{size}: no {kind}, or not all");
+    }
+}
+
+#[test]
+fn without_memfd_a_large_message_is_in_a_deleted_file_or_71_says_why() {
+    if !has_python() {
+        return missing("python3");
+    }
+    let queue = Broker::shared().queue("no-memfd");
+    let without_memfd = |error: &str| worker(&queue).through(["python3", "-c", WITHOUT_MEMFD, error]);
+    let body = binary(2 * MEBIBYTE);
+    // EPERM and ENOSYS
+    for error in ["1", "38"] {
+        let folder = temp_folder("no-memfd");
+        queue.publish(&body);
+        let done = without_memfd(error)
+            .env("TMPDIR", &folder)
+            .shell("readlink /proc/self/fd/0; ls -A \"$TMPDIR\"; exec cat")
+            .run();
+        done.assert_status(0);
+        let line = done.stdout.len().checked_sub(body.len()).expect("all of the message");
+        let (line, rest) = done.stdout.split_at(line);
+        let (folder, line) = (folder.display(), String::from_utf8_lossy(line));
+        assert!(line.starts_with(&format!("{folder}/")) && line.ends_with(" (deleted)\n"), "{line}");
+        assert_eq!(line.lines().count(), 1, "the file is still there: {line}");
+        assert!(rest == body);
+    }
+
+    queue.publish(&body);
+    let folder = temp_folder("no-folder").join("missing");
+    without_memfd("1")
+        .env("TMPDIR", &folder)
+        .arg("cat")
+        .run()
+        .assert_status(71)
+        .assert_stderr("no standard input for the 2097152 bytes of its message")
+        .assert_stderr("memfd_create: Operation not permitted (os error 1); ")
+        .assert_stderr(&format!("a temporary file in {}: No such file or directory (os error 2)", folder.display()))
+        .assert_stderr("; set TMPDIR")
+        .assert_stderr("message released");
+    assert_returned(&queue, &body);
+    // A small message needs no file.
+    queue.publish("small");
+    without_memfd("1").env("TMPDIR", &folder).arg("cat").run().assert_status(0);
+}
+
+#[test]
+fn without_memfd_and_on_a_read_only_system_a_large_message_is_71() {
+    if !owner::is_root() || !has_python() || owner::find_in_path("unshare").is_none() {
+        return missing("root, unshare and python3");
+    }
+    let queue = Broker::shared().queue("read-only");
+    let body = binary(2 * MEBIBYTE);
+    queue.publish(&body);
+    let mount = "mount -t tmpfs -o ro tmpfs \"$TMPDIR\" && exec \"$0\" \"$@\"";
+    worker(&queue)
+        .env("TMPDIR", temp_folder("read-only"))
+        .arg("cat")
+        .through(["unshare", "--mount", "sh", "-c", mount])
+        .through(["python3", "-c", WITHOUT_MEMFD, "1"])
+        .run()
+        .assert_status(71)
+        .assert_stderr("Read-only file system")
+        .assert_stderr("set TMPDIR");
+    assert_returned(&queue, &body);
+}
+
+#[test]
+fn a_message_larger_than_files_may_be_is_a_shortage() {
+    let queue = Broker::shared().queue("limited");
+    let body = binary(2 * MEBIBYTE);
+    queue.publish(&body);
+    let run = worker(&queue).arg("cat").through(["sh", "-c", "ulimit -f 100; exec \"$0\" \"$@\""]).run();
+    run.assert_status(71).assert_stderr("ulimit -f");
+    assert_returned(&queue, &body);
+}
