@@ -16,17 +16,16 @@ use nix::{
     libc,
     sys::{
         prctl::set_pdeathsig,
-        signal::{Signal, kill},
+        signal::{SigSet, Signal, kill},
     },
     unistd::{Pid, getpid, getppid},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::{CString, OsStr, OsString},
-    io,
-    os::unix::{ffi::OsStrExt, process::CommandExt},
+    ffi::{OsStr, OsString},
+    os::unix::process::CommandExt,
     path::Path,
-    process,
+    process, ptr,
 };
 use tokio::{sync::oneshot, task::yield_now};
 
@@ -82,18 +81,15 @@ impl Command {
             reaper.note_strangers(others.iter().map(|process| process.pid).collect());
         }
         let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
-        let input = holding(body)?;
-        let begin = || -> io::Result<Self> {
-            let mut command = process::Command::new(path);
-            command.stdin(input);
-            if !shares_group {
-                command.process_group(0);
-            }
-            execute_in(&mut command, Image::new(path, words, variables)?);
-            let leader = Pid::from_raw(command.spawn()?.id().cast_signed());
-            Ok(Self { leader, shares_group, ended: reaper.watch(leader), reaper: reaper.clone() })
-        };
-        begin().map_err(|error| {
+        let mut command = process::Command::new(path);
+        command.arg0(&words[0]).args(&words[1..]);
+        command.env_clear().envs(environment(variables));
+        command.stdin(holding(body)?);
+        if !shares_group {
+            command.process_group(0);
+        }
+        prepare(&mut command);
+        let started = command.spawn().map_err(|error| {
             let (exit, why) = match error.raw_os_error() {
                 _ if is_shortage(&error) => (Exit::OsError, "the system is short of it, another try may help"),
                 Some(libc::ENOENT | libc::ENOTDIR) => {
@@ -107,7 +103,9 @@ impl Command {
             };
             let path = path.display();
             Failure::new(exit, format!("the command can't be started: {path}: {why} ({error})"))
-        })
+        })?;
+        let leader = Pid::from_raw(started.id().cast_signed());
+        Ok(Self { leader, shares_group, ended: reaper.watch(leader), reaper: reaper.clone() })
     }
 
     fn descendants(&self) -> Descendants {
@@ -221,108 +219,52 @@ impl Process for Command {
     }
 }
 
+/// The environment of the command: ours, with these variables set or removed.
+pub fn environment(variables: &[Variable]) -> BTreeMap<OsString, OsString> {
+    let mut environment: BTreeMap<_, _> = std::env::vars_os().collect();
+    // The termination message is the outermost program's: a qpublish or qconsume that the command calls leaves none.
+    environment.insert(TERMINATION_LOG_VARIABLE.into(), OsString::new());
+    for Variable { name, value } in variables {
+        environment.remove(OsStr::new(name));
+        match value {
+            Some(value) if fits(name, value) => {
+                environment.insert(name.into(), value.clone());
+            }
+            Some(_) => tracing::warn!(
+                "{name} is left out of the command's environment: its value contains a NUL or is over 128 KiB"
+            ),
+            None => {}
+        }
+    }
+    environment
+}
+
 fn fits(name: &str, value: &OsStr) -> bool {
     let value = value.as_encoded_bytes();
     !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX
 }
 
-/// What execve(2) takes.
-///
-/// The standard library would call execvp(3), and glibc's runs what the kernel can't execute by a shell, be it built for
-/// another machine or empty (which would be a success); musl's doesn't.
-struct Image {
-    path: CString,
-    arguments: Vec<*const libc::c_char>,
-    environment: Vec<*const libc::c_char>,
-    /// What the pointers point to.
-    _strings: Vec<CString>,
-}
-
-// SAFETY: the strings that the pointers point to are its own, and never change.
+/// Has the child die with us, and start with default signal dispositions and no signal blocked, whatever we were started
+/// with.
 #[allow(unsafe_code)]
-unsafe impl Send for Image {}
-// SAFETY: likewise.
-#[allow(unsafe_code)]
-unsafe impl Sync for Image {}
-
-impl Image {
-    fn new(path: &Path, words: &[OsString], variables: &[Variable]) -> io::Result<Self> {
-        let words = words.iter().map(|word| CString::new(word.as_bytes()));
-        let mut strings = words.collect::<Result<Vec<_>, _>>()?;
-        let count = strings.len();
-        let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
-        // The termination message is the outermost program's: a qpublish or qconsume that the command calls leaves none.
-        environment.insert(TERMINATION_LOG_VARIABLE.into(), OsString::new());
-        for Variable { name, value } in variables {
-            environment.remove(OsStr::new(name));
-            match value {
-                Some(value) if fits(name, value) => {
-                    environment.insert(name.into(), value.clone());
-                }
-                Some(_) => tracing::warn!(
-                    "{name} is left out of the command's environment: its value contains a NUL or is over 128 KiB"
-                ),
-                None => {}
-            }
-        }
-        for (name, value) in environment {
-            let entry = [name.as_bytes(), b"=", value.as_bytes()].concat();
-            strings.push(CString::new(entry)?);
-        }
-        let pointers = |strings: &[CString]| {
-            let pointers = strings.iter().map(|string| string.as_ptr());
-            pointers.chain([std::ptr::null()]).collect()
-        };
-        Ok(Self {
-            path: CString::new(path.as_os_str().as_bytes())?,
-            arguments: pointers(&strings[..count]),
-            environment: pointers(&strings[count..]),
-            _strings: strings,
-        })
-    }
-
-    /// Becomes the program, or says why that isn't possible.
-    #[allow(unsafe_code)]
-    fn execute(&self) -> io::Error {
-        let (arguments, environment) = (self.arguments.as_ptr(), self.environment.as_ptr());
-        // SAFETY: both are arrays of strings that end with a null pointer.
-        unsafe { libc::execve(self.path.as_ptr(), arguments, environment) };
-        io::Error::last_os_error()
-    }
-}
-
-/// The environment that a command gets: `NAME=value` each.
-#[cfg(fuzzing)]
-pub fn environment(variables: &[Variable]) -> Vec<CString> {
-    let image = Image::new(Path::new("/"), &[], variables).expect("the inherited environment has no NUL");
-    image._strings
-}
-
-/// Has the child become the program by itself, once the standard library has set up its group and its standard input.
-#[allow(unsafe_code)]
-fn execute_in(command: &mut process::Command, image: Image) {
+fn prepare(command: &mut process::Command) {
     let parent = getpid();
-    let become_program = move || {
+    let in_child = move || {
         set_pdeathsig(Signal::SIGKILL)?;
         // The parent may have died before the death signal was asked for.
         if getppid() != parent {
             return Err(Errno::ESRCH.into());
         }
-        // SAFETY: system calls with memory that is there. Whoever started us may have ignored signals; by the kernel's call,
-        // as libc's refuses the two signals of its own, which glibc's posix_spawn(3) ignores.
-        unsafe {
-            for signal in 1..=libc::SIGRTMAX() {
-                let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
-                libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SIGSET);
-            }
-            // Last: what has come since the fork is pending, and meets the default action now.
-            let none = 0_u64;
-            let (how, old) = (libc::SIG_SETMASK, std::ptr::null_mut::<u64>());
-            libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const none, old, SIGSET);
+        for signal in 1..=libc::SIGRTMAX() {
+            // The kernel's own call: libc's refuses 32 and 33, which glibc's posix_spawn(3) leaves ignored.
+            let (new, old) = (DEFAULT.as_ptr(), ptr::null_mut::<u64>());
+            // SAFETY: a system call that reads memory that is there.
+            unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SIGSET) };
         }
-        Err(image.execute())
+        // Last: a signal that has come since the fork is pending, and meets its default disposition now.
+        Ok(SigSet::empty().thread_set_mask()?)
     };
     // SAFETY: between fork(2) and execve(2) the closure makes system calls only: it allocates nothing, takes no lock and
     // doesn't panic.
-    unsafe { command.pre_exec(become_program) };
+    unsafe { command.pre_exec(in_child) };
 }
