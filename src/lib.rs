@@ -7,7 +7,6 @@
 
 #![deny(unsafe_code)]
 
-#[cfg(target_env = "musl")]
 mod allocator;
 pub mod broker;
 pub mod cli;

@@ -7,6 +7,7 @@ use super::{
     stdin::holding,
 };
 use crate::{
+    allocator,
     exit::{Exit, Failure, is_shortage},
     report::TERMINATION_LOG_VARIABLE,
     verdict::Ended,
@@ -104,6 +105,7 @@ impl Command {
             let path = path.display();
             Failure::new(exit, format!("the command can't be started: {path}: {why} ({error})"))
         })?;
+        allocator::note_start();
         let leader = Pid::from_raw(started.id().cast_signed());
         Ok(Self { leader, shares_group, ended: reaper.watch(leader), reaper: reaper.clone() })
     }

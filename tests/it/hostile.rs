@@ -21,7 +21,7 @@ const LANES: usize = 16;
 const SEED: &str = "QCONSUME_TEST_SEED";
 
 /// What a run may write to, in KiB: no size that a peer claims may be taken for memory. Beyond it an allocation fails,
-/// which aborts the program.
+/// which ends the program with 71.
 const MEMORY: &str = "ulimit -d 65536; exec \"$0\" \"$@\"";
 
 /// Where the peer may break off: what it has been sent last.

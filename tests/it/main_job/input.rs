@@ -205,3 +205,26 @@ fn a_message_larger_than_files_may_be_is_a_shortage() {
     run.assert_status(71).assert_stderr("ulimit -f");
     assert_returned(&queue, &body);
 }
+
+#[test]
+fn memory_that_runs_out_is_71_and_said() {
+    let queue = Broker::shared().queue("memory");
+    queue.publish(binary(12 * MEBIBYTE));
+    let mut said = false;
+    for limit in (1..).map(|n| n * 10_000) {
+        assert!(limit < 1_000_000, "it never has enough");
+        let line = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
+        // So little that no program starts.
+        let done = worker(&queue).arg("true").through(["sh", "-c", &line]).run();
+        if done.status() == 0 {
+            break;
+        }
+        if done.stderr.contains("memory has run out") {
+            said = true;
+            assert!(done.stderr.ends_with(" status=71 source=\"qconsume\"\n"), "{}", done.stderr);
+            done.assert_status(71);
+        }
+    }
+    assert!(said, "no limit was just too small");
+    assert_gone(&queue);
+}
