@@ -102,19 +102,39 @@ pub const fn status_of_signal(signal: i32) -> u8 {
     128 + signal as u8
 }
 
-/// What the system answers when it has nothing left to give for now.
-const SHORTAGE: [i32; 6] = [libc::EAGAIN, libc::ENOMEM, libc::ENOSPC, libc::EMFILE, libc::ENFILE, libc::ETXTBSY];
+/// What the system answers if it has nothing left to give for now: what is short, and what to raise.
+const SHORTAGES: [(i32, &str); 8] = [
+    (
+        libc::EAGAIN,
+        // A thread whose stack finds no memory is EAGAIN, too, with glibc 2.36 as with musl 1.2.
+        "no more processes or threads may be started (pids limit, ulimit -u), or there is no memory for one (ulimit -v)",
+    ),
+    (libc::ENOMEM, "no memory is left (of the node, or within ulimit -v)"),
+    (libc::EMFILE, "no more files may be open in one process (ulimit -n)"),
+    (libc::ENFILE, "no more files may be open on this node (fs.file-max), or no more pipes (fs.pipe-user-pages-hard)"),
+    (libc::ENOSPC, "no space is left (on the file system of TMPDIR, or in memory)"),
+    (libc::EDQUOT, "the user's disk quota is used up (on the file system of TMPDIR)"),
+    (libc::EFBIG, "the message is larger than files may be (ulimit -f)"),
+    (libc::ETXTBSY, "the program's file is being written"),
+];
 
-/// Whether the system is short of processes, memory or descriptors, or a program's file is being written.
+/// What the system is short of, in words, and what to raise; or that a program's file is being written. `None` for any
+/// other error.
+pub fn shortage(error: &io::Error) -> Option<&'static str> {
+    let code = error.raw_os_error()?;
+    SHORTAGES.into_iter().find_map(|(short, words)| (short == code).then_some(words))
+}
+
+/// Whether the system is short of something for now.
 pub fn is_shortage(error: &io::Error) -> bool {
-    error.raw_os_error().is_some_and(|code| SHORTAGE.contains(&code))
+    shortage(error).is_some()
 }
 
 /// The shortage that a panic's message tells of: tokio and std panic where they get no thread or descriptor.
 pub fn shortage_behind(panic: &str) -> Option<io::Error> {
     let shown = |code| [format!("(os error {code})"), format!("Os {{ code: {code},")];
     let is_named = |code: &i32| shown(*code).iter().any(|text| panic.contains(text));
-    SHORTAGE.into_iter().find(is_named).map(io::Error::from_raw_os_error)
+    SHORTAGES.into_iter().map(|(code, _)| code).find(is_named).map(io::Error::from_raw_os_error)
 }
 
 /// An error that ends the run, with the status that it ends with.
@@ -142,12 +162,11 @@ impl Failure {
         Self::new(Exit::Config, message)
     }
 
-    /// A system call of ours that failed: 71 where the system is short of something, otherwise a defect.
+    /// A system call of ours that failed: 71 and what to raise if the system is short of something, otherwise a defect.
     pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
-        if is_shortage(error) {
-            Self::new(Exit::OsError, format!("{what}: {error}; another try may help"))
-        } else {
-            Self::new(Exit::Software, format!("{what}: {error}"))
+        match shortage(error) {
+            Some(words) => Self::new(Exit::OsError, format!("{what}: {words}: {error}; another try may help")),
+            None => Self::new(Exit::Software, format!("{what}: {error}")),
         }
     }
 }
@@ -185,14 +204,17 @@ mod tests {
 
     #[test]
     fn a_shortage_is_no_defect() {
-        let exit = |code| Failure::system("can't start", &io::Error::from_raw_os_error(code)).exit;
-        for code in SHORTAGE {
-            assert_eq!(exit(code), Exit::OsError);
+        let failure = |code| Failure::system("can't start", &io::Error::from_raw_os_error(code));
+        for (code, words) in SHORTAGES {
+            assert_eq!(failure(code).exit, Exit::OsError);
             let error = io::Error::from_raw_os_error(code);
+            assert_eq!(failure(code).message, format!("can't start: {words}: {error}; another try may help"));
             assert!(shortage_behind(&format!("can't spawn thread: {error}")).is_some());
             assert!(shortage_behind(&format!("failed to create: {error:?}")).is_some());
         }
-        assert_eq!(exit(libc::EINVAL), Exit::Software);
+        let processes = "no more processes or threads may be started (pids limit, ulimit -u)";
+        assert!(failure(libc::EAGAIN).message.contains(processes));
+        assert_eq!(failure(libc::EINVAL).exit, Exit::Software);
         assert!(shortage_behind("index out of bounds (os error 1)").is_none());
     }
 }

@@ -1,17 +1,28 @@
-//! Finds the command the way the shell would, before a message is taken that nobody could work on.
+//! Finds the command as execvp(3) and env(1) would, before a message is taken that nobody could process.
 
-use crate::exit::{Exit, Failure};
-use nix::unistd::{AccessFlags, access};
+use crate::exit::{Exit, Failure, shortage};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::statvfs::{FsFlags, statvfs},
+    unistd::{AccessFlags, access},
+};
 use std::{
-    ffi::OsStr,
-    fs::File,
-    io::{ErrorKind, Read},
-    os::unix::ffi::OsStrExt,
+    ffi::{OsStr, OsString},
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, PermissionsExt},
+    },
     path::{Path, PathBuf},
 };
 
-/// Linux reads no more of a `#!` line than this (`BINPRM_BUF_SIZE`).
-const INTERPRETER_LINE_MAX: u64 = 256;
+/// Linux reads no more of a `#!` line than this, in bytes (`BINPRM_BUF_SIZE`).
+const FIRST_LINE_MAX: u64 = 256;
+
+/// How many scripts may be each other's interpreters: Linux refuses more (ELOOP), and a script may ask for itself.
+const LEVELS_MAX: usize = 5;
 
 /// Where execvp(3) looks when there is no `PATH` (musl's default).
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
@@ -19,87 +30,244 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 /// Finds the program that a command's first word names, in the folders of `path` unless it has a slash.
 ///
 /// # Errors
-/// 127 when there is no such file or its interpreter isn't there, 126 when one of them can't be executed.
+/// 127 if there is no such file, or no such interpreter, or not the program that its `#!/usr/bin/env` line names; 126 if one of
+/// them can't be executed; 71 if one of them can't be looked at on this node for now.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
-    let file = look_up(name, path)?;
-    check_interpreter(&file)?;
+    look_up(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
+        let message = match exit {
+            Exit::NotFound if is_absence => format!("command not found: no file {what}"),
+            Exit::NotFound => format!("command not found: {what} {why}"),
+            Exit::NotExecutable => format!("command not executable: {what} {why}"),
+            _ => format!("the command can't be looked up: {what} {why}"),
+        };
+        Failure::new(exit, message)
+    })
+}
+
+/// The status of a program that can't be looked up or executed, by the system's reason. env(1), timeout(1) and bash have 126
+/// for all reasons but ENOENT; some of these are the node's trouble, and pass.
+pub(super) fn exit_of(error: &io::Error) -> Exit {
+    match error.raw_os_error() {
+        _ if shortage(error).is_some() || is_dead_mount(error) => Exit::OsError,
+        Some(libc::ENOENT) => Exit::NotFound,
+        _ => Exit::NotExecutable,
+    }
+}
+
+/// Whether a file system answers so that has lost its server, its daemon or its device.
+fn is_dead_mount(error: &io::Error) -> bool {
+    const REASONS: [i32; 17] = [
+        libc::EIO,
+        libc::ENXIO,
+        libc::ENODEV,
+        libc::ENOLINK,
+        libc::EREMOTEIO,
+        libc::EUCLEAN,
+        libc::ENETDOWN,
+        libc::ENETUNREACH,
+        libc::ECONNABORTED,
+        libc::ECONNRESET,
+        libc::ENOTCONN,
+        libc::ESHUTDOWN,
+        libc::ETIMEDOUT,
+        libc::ECONNREFUSED,
+        libc::EHOSTDOWN,
+        libc::EHOSTUNREACH,
+        libc::ESTALE,
+    ];
+    error.raw_os_error().is_some_and(|code| REASONS.contains(&code))
+}
+
+/// Why a program can't be executed: a sentence, of which `what` is the subject.
+struct Problem {
+    exit: Exit,
+    what: String,
+    why: String,
+    /// Whether execvp(3) passes over it as if the folder of `PATH` were empty.
+    is_absence: bool,
+}
+
+impl Problem {
+    fn new(exit: Exit, what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self { exit, what: what.into(), why: why.into(), is_absence: false }
+    }
+
+    fn of_system(file: &Path, error: &io::Error) -> Self {
+        let exit = exit_of(error);
+        let why = match (exit, shortage(error), error.raw_os_error()) {
+            (Exit::NotFound, ..) => "isn't there".to_owned(),
+            (_, Some(words), _) => format!("can't be opened: {words}: {error}; another try may help"),
+            (Exit::OsError, ..) => {
+                format!("can't be opened: {error}; its mount doesn't answer on this node, another try may help")
+            }
+            (.., Some(libc::EACCES)) => {
+                format!("can't be opened: {error}; this user may not enter one of the folders above it")
+            }
+            _ => format!("can't be opened: {error}"),
+        };
+        let is_absence = matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR));
+        Self { is_absence, ..Self::new(exit, file.display().to_string(), why) }
+    }
+
+    /// That of `file`, which needs what this one is about.
+    fn of_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
+        let hint = match name {
+            [.., b'\r'] => "; the file has Windows line ends",
+            // Without -S it is one word for env(1).
+            _ if asks == ENV && name.contains(&b' ') => "; to pass options, write env -S",
+            _ => "",
+        };
+        let why = format!("asks {asks} {}, which {}{hint}", self.what.escape_debug(), self.why);
+        Self::new(self.exit, file.display().to_string(), why)
+    }
+}
+
+const INTERPRETER: &str = "for the interpreter";
+const ENV: &str = "env for";
+
+/// What a `#!` line has env(1) start.
+#[derive(Debug, PartialEq, Eq)]
+struct EnvCommand {
+    name: OsString,
+    /// The `PATH` that env(1) has then.
+    path: Option<OsString>,
+}
+
+/// Finds the file that execvp(3) would execute, and checks what env(1) is to start for it.
+fn look_up(name: &OsStr, path: Option<&OsStr>, level: usize) -> Result<PathBuf, Problem> {
+    let (file, command) = search(name, path)?;
+    if let Some(EnvCommand { name, path }) = command
+        && level < LEVELS_MAX
+    {
+        look_up(&name, path.as_deref(), level + 1).map_err(|problem| problem.of_script(&file, ENV, name.as_bytes()))?;
+    }
     Ok(file)
 }
 
-fn look_up(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
+fn search(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<EnvCommand>), Problem> {
     if name.is_empty() {
-        return Err(Failure::new(Exit::NotFound, "the command is an empty word"));
+        return Err(Problem::new(Exit::NotFound, "the command", "is an empty word"));
     }
     if name.as_bytes().contains(&b'/') {
         let file = PathBuf::from(name);
-        return executable(&file).map(|()| file);
+        return check(&file, path, 0).map(|command| (file, command));
     }
-    let mut refused = None;
+    let mut first: Option<Problem> = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
         // An empty entry of PATH is the current directory, which the file name alone would be looked up in again.
         let file = Path::new(".").join(folder).join(name);
-        match executable(&file) {
-            Ok(()) => return Ok(file),
-            Err(failure) if failure.exit == Exit::NotFound => {}
-            Err(failure) => refused = refused.or(Some(failure)),
+        match check(&file, path, 0) {
+            Ok(command) => return Ok((file, command)),
+            Err(problem) if problem.is_absence => {}
+            // As execvp(3) does with EACCES, bash with every error: a later folder may have one that works. If none has, a
+            // mount that doesn't answer may have it (71); otherwise it is there and of no use (126).
+            Err(problem) if first.as_ref().is_none_or(|first| problem.exit.status() < first.exit.status()) => {
+                first = Some(problem);
+            }
+            Err(_) => {}
         }
     }
-    Err(refused.unwrap_or_else(|| {
-        let name = name.display();
-        Failure::new(Exit::NotFound, format!("command not found: {name} is in none of the folders of PATH"))
-    }))
+    let nowhere = || Problem::new(Exit::NotFound, name.display().to_string(), "is in none of the folders of PATH");
+    Err(first.unwrap_or_else(nowhere))
 }
 
-fn executable(file: &Path) -> Result<(), Failure> {
-    let shown = file.display();
-    let why = match std::fs::metadata(file) {
-        Ok(found) if found.is_dir() => " is a folder".to_owned(),
+/// Checks, as far as that can be known, that the kernel would execute it, with its interpreter and the interpreter's own; gives
+/// what they have env(1) start.
+fn check(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
+    executable(file)?;
+    let line = match first_line(file) {
+        Ok(Some(line)) if level < LEVELS_MAX => line,
+        Err(error) if exit_of(&error) == Exit::OsError => return Err(Problem::of_system(file, &error)),
+        // One that may be executed, but not read, is none of ours to judge.
+        _ => return Ok(None),
+    };
+    let end = line.iter().position(is_blank).unwrap_or(line.len());
+    let (interpreter, argument) = (&line[..end], trim_blanks(&line[end..]));
+    let interpreter = Path::new(OsStr::from_bytes(interpreter));
+    let command = check(interpreter, path, level + 1)
+        .map_err(|problem| problem.of_script(file, INTERPRETER, interpreter.as_os_str().as_bytes()))?;
+    let is_env = interpreter.file_name().is_some_and(|name| name == "env");
+    Ok(if is_env { env_command(argument, path) } else { command })
+}
+
+fn executable(file: &Path) -> Result<(), Problem> {
+    let found = fs::metadata(file).map_err(|error| Problem::of_system(file, &error))?;
+    let mode = found.permissions().mode();
+    let why = match access(file, AccessFlags::X_OK) {
+        _ if found.is_dir() => "is a folder".to_owned(),
         // The kernel executes none, and to read the first line of a FIFO would take for ever.
-        Ok(found) if !found.is_file() => " is no regular file".to_owned(),
-        Err(error) if error.kind() != ErrorKind::PermissionDenied => {
-            let text = format!("command not found: no file {shown}");
-            return Err(Failure::new(Exit::NotFound, text));
+        _ if !found.is_file() => "is no regular file".to_owned(),
+        Ok(()) => return Ok(()),
+        Err(Errno::EACCES) if mode & 0o111 == 0 => "can't be executed: set its execute bit (chmod +x)".to_owned(),
+        Err(Errno::EACCES) if statvfs(file).is_ok_and(|mount| mount.flags().contains(FsFlags::ST_NOEXEC)) => {
+            "is on a mount that forbids execution (noexec): move it, or run it by its interpreter".to_owned()
         }
-        // Whoever may not look into its folder may not execute it either.
-        _ => match access(file, AccessFlags::X_OK) {
-            Ok(()) => return Ok(()),
-            Err(error) => format!(": {}; set its execute bit (chmod +x)", error.desc()),
-        },
+        Err(Errno::EACCES) => {
+            format!("may not be executed by this user: its mode is {:o}, its owner {}", mode & 0o7777, found.uid())
+        }
+        Err(error) => return Err(Problem::of_system(file, &error.into())),
     };
-    let text = format!("command not executable: {shown}{why}");
-    Err(Failure::new(Exit::NotExecutable, text))
+    Err(Problem::new(Exit::NotExecutable, file.display().to_string(), why))
 }
 
-/// A script whose interpreter is missing fails with the same "no such file" as a missing script; say which it is.
-fn check_interpreter(file: &Path) -> Result<(), Failure> {
-    let Some(interpreter) = interpreter(file) else {
-        return Ok(());
-    };
-    let Err(Failure { exit, .. }) = executable(&interpreter) else {
-        return Ok(());
-    };
-    let shown = interpreter.as_os_str().as_bytes();
-    let hint = match shown.last() {
-        Some(b'\r') => "; the file has Windows line ends",
-        _ => "",
-    };
-    let (file, shown) = (file.display(), shown.escape_ascii());
-    let text = match exit {
-        Exit::NotFound => {
-            format!("{file} asks for the interpreter {shown}, which isn't there{hint}")
-        }
-        _ => format!("{file} asks for the interpreter {shown}, which can't be executed{hint}"),
-    };
-    Err(Failure::new(exit, text))
-}
-
-/// What the `#!` line names; none for a binary, or for a file that may be executed but not read.
-fn interpreter(file: &Path) -> Option<PathBuf> {
+/// What follows the `#!` of a script, without blanks at either end; none for a binary, or for a line that is too long.
+fn first_line(file: &Path) -> io::Result<Option<Vec<u8>>> {
     let mut start = Vec::new();
-    File::open(file).ok()?.take(INTERPRETER_LINE_MAX).read_to_end(&mut start).ok()?;
-    let line = start.strip_prefix(b"#!")?.split(|&b| b == b'\n').next()?;
-    let word = line.trim_ascii_start().split(|&b| b == b' ' || b == b'\t').next()?;
-    (!word.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(word)))
+    let read = File::open(file)?.take(FIRST_LINE_MAX).read_to_end(&mut start)?;
+    let end = start.iter().position(|c| matches!(c, b'\n' | 0));
+    let Some(end) = end.or_else(|| ((read as u64) < FIRST_LINE_MAX).then_some(read)) else {
+        return Ok(None);
+    };
+    let line = start[..end].strip_prefix(b"#!").map(trim_blanks);
+    Ok(line.filter(|line| !line.is_empty()).map(<[u8]>::to_vec))
+}
+
+/// What separates words to the kernel; the carriage return of Windows is a part of one.
+fn is_blank(c: &u8) -> bool {
+    matches!(c, b' ' | b'\t')
+}
+
+fn trim_blanks(text: &[u8]) -> &[u8] {
+    let start = text.iter().take_while(|c| is_blank(c)).count();
+    let end = text.iter().rev().take_while(|c| is_blank(c)).count();
+    text.get(start..text.len() - end).unwrap_or_default()
+}
+
+/// What env(1) starts if it gets this as its one argument (GNU's 9.1); `None` for what isn't understood here, or is nothing.
+fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
+    let split_options: [&[u8]; 3] = [b"-S", b"-vS", b"--split-string="];
+    let text = split_options.into_iter().find_map(|option| argument.strip_prefix(option));
+    let mut words = text.unwrap_or(argument).split(|c| text.is_some() && is_blank(c)).filter(|word| !word.is_empty());
+    let mut path = path.map(OsStr::to_owned);
+    while let Some(word) = words.next() {
+        if text.is_some() && word.iter().any(|c| br#"\'"#.contains(c) || matches!(c, b'"' | b'#')) {
+            return None;
+        }
+        match word {
+            b"-" | b"-i" | b"--ignore-environment" | b"-uPATH" | b"--unset=PATH" => path = None,
+            b"-u" | b"--unset" => {
+                if words.next() == Some(b"PATH") {
+                    path = None;
+                }
+            }
+            b"-v" | b"--debug" => {}
+            _ if word.starts_with(b"-u") || word.starts_with(b"--unset=") => {}
+            [b'-', ..] => return None,
+            _ => {
+                let equals = word.iter().position(|c| *c == b'=');
+                // What ${NAME} stands for isn't known here; it matters in the name and in PATH only.
+                let is_expanded = text.is_some() && word.contains(&b'$');
+                match equals {
+                    Some(4) if word.starts_with(b"PATH") && is_expanded => return None,
+                    Some(4) if word.starts_with(b"PATH") => path = Some(OsStr::from_bytes(&word[5..]).to_owned()),
+                    Some(_) => {}
+                    None if is_expanded => return None,
+                    None => return Some(EnvCommand { name: OsStr::from_bytes(word).to_owned(), path }),
+                }
+            }
+        }
+    }
+    None
 }
 
 #[cfg(test)]
@@ -154,13 +322,13 @@ mod tests {
         }
         for (name, exit, says) in [
             ("nowhere", Exit::NotFound, "none of the folders of PATH"),
-            ("./nowhere", Exit::NotFound, "no file ./nowhere"),
-            ("plain", Exit::NotExecutable, "execute bit"),
+            ("./nowhere", Exit::NotFound, "command not found: no file ./nowhere"),
+            ("plain", Exit::NotExecutable, "plain can't be executed: set its execute bit (chmod +x)"),
             ("folder", Exit::NotExecutable, "is a folder"),
             ("fifo", Exit::NotExecutable, "is no regular file"),
-            ("lost", Exit::NotFound, "/no/such/interpreter"),
+            ("lost", Exit::NotFound, "lost asks for the interpreter /no/such/interpreter, which isn't there"),
             ("windows", Exit::NotFound, r"/bin/sh\r, which isn't there; the file has Windows line ends"),
-            ("unable", Exit::NotExecutable, "can't be executed"),
+            ("unable", Exit::NotExecutable, "plain, which can't be executed: set its execute bit"),
             ("", Exit::NotFound, "empty"),
         ] {
             let failure = folder.find(name).unwrap_err();
@@ -170,12 +338,139 @@ mod tests {
     }
 
     #[test]
+    fn statuses_follow_the_systems_reason() {
+        let folder = Folder::new("reasons");
+        folder.file("file", b"", 0o755);
+        let path = |name: &str| folder.0.join(name).into_os_string().into_string().unwrap();
+        std::os::unix::fs::symlink(path("b"), path("a")).unwrap();
+        std::os::unix::fs::symlink(path("a"), path("b")).unwrap();
+        folder.file("loop", format!("#!{}\n", path("a")).as_bytes(), 0o755);
+        folder.file("below", format!("#!{}\n", path("file/below")).as_bytes(), 0o755);
+        let long = "n".repeat(300);
+        for (name, exit, says) in [
+            (path("a"), Exit::NotExecutable, "a can't be opened: Too many levels of symbolic links"),
+            ("a".to_owned(), Exit::NotExecutable, "a can't be opened: Too many levels of symbolic links"),
+            (path("file/below"), Exit::NotExecutable, "file/below can't be opened: Not a directory"),
+            (path(&long), Exit::NotExecutable, "can't be opened: File name too long"),
+            (long, Exit::NotExecutable, "can't be opened: File name too long"),
+            (path("loop"), Exit::NotExecutable, "a, which can't be opened: Too many levels of symbolic links"),
+            (path("below"), Exit::NotExecutable, "file/below, which can't be opened: Not a directory"),
+        ] {
+            let failure = folder.find(&name).unwrap_err();
+            assert_eq!(failure.exit, exit, "{name}");
+            assert!(failure.message.contains(says), "{name}: {failure}");
+        }
+        // To execvp(3) and bash a file is a folder of PATH that has nothing in it.
+        let failure = find(OsStr::new("nowhere"), Some(OsStr::new(&path("file")))).unwrap_err();
+        assert_eq!(failure.exit, Exit::NotFound);
+    }
+
+    #[test]
+    fn the_nodes_trouble_is_not_the_commands() {
+        let exit = |code| exit_of(&io::Error::from_raw_os_error(code));
+        for code in
+            [libc::ENOTCONN, libc::ESTALE, libc::EIO, libc::EHOSTDOWN, libc::ETIMEDOUT, libc::ENOMEM, libc::EMFILE]
+        {
+            assert_eq!(exit(code), Exit::OsError, "{}", io::Error::from_raw_os_error(code));
+        }
+        for code in [libc::EACCES, libc::ELOOP, libc::ENAMETOOLONG, libc::ENOTDIR, libc::EPERM, libc::ENOEXEC] {
+            assert_eq!(exit(code), Exit::NotExecutable, "{}", io::Error::from_raw_os_error(code));
+        }
+        assert_eq!(exit(libc::ENOENT), Exit::NotFound);
+    }
+
+    #[test]
+    fn what_env_starts_is_looked_up_where_env_would() {
+        let folder = Folder::new("env");
+        let other = Folder::new("env-other");
+        folder.file("python", b"", 0o755);
+        folder.file("plain", b"", 0o644);
+        folder.file("shim", b"#!/usr/bin/env no-such-program\n", 0o755);
+        other.file("tool", b"", 0o755);
+        let elsewhere = other.0.display();
+        let run = |line: &str| {
+            folder.file("script", line.as_bytes(), 0o755);
+            folder.find("script")
+        };
+        for line in [
+            "#!/usr/bin/env python",
+            "#! /usr/bin/env \t python \t\n",
+            "#!/usr/bin/env -S python -u\n",
+            "#!/usr/bin/env -vS FOO=bar LANG=${LANG} python -c 'import os'\n",
+            "#!/usr/bin/env --split-string=python\n",
+            &format!("#!/usr/bin/env -S PATH={elsewhere} tool\n"),
+            &format!("#!/usr/bin/env -S -i -u FOO --unset=BAR PATH={elsewhere} tool\n"),
+            // Where env has no PATH it looks where execvp(3) does then.
+            "#!/usr/bin/env -S -i env\n",
+            "#!/usr/bin/env -S -u PATH env\n",
+            // What isn't understood, or starts nothing, is left to the kernel, and to env.
+            "#!/usr/bin/env\n",
+            "#!/usr/bin/env FOO=bar\n",
+            "#!/usr/bin/env -i\n",
+            "#!/usr/bin/env -u FOO no-such-program\n",
+            "#!/usr/bin/env -S -C /tmp no-such-program\n",
+            "#!/usr/bin/env -S 'no-such-program'\n",
+            "#!/usr/bin/env -S ${SHELL} -c\n",
+            "#!/usr/bin/env -S PATH=${HOME}/bin no-such-program\n",
+            "#!/usr/bin/env -S #no-such-program\n",
+            "#!/bin/sh no-such-program\n",
+            // It asks for itself.
+            "#!/usr/bin/env script\n",
+            &format!("#!/usr/bin/env {}", "n".repeat(300)),
+        ] {
+            assert!(run(line).is_ok(), "{line}: {:?}", run(line));
+        }
+        let nowhere = "no-such-program, which is in none of the folders of PATH";
+        for (line, exit, says) in [
+            ("#!/usr/bin/env no-such-program\n", Exit::NotFound, nowhere),
+            ("#!/usr/bin/env -S no-such-program -u\n", Exit::NotFound, nowhere),
+            ("#!/usr/bin/env -S FOO=bar no-such-program\n", Exit::NotFound, nowhere),
+            ("#!/usr/bin/env -S PATH=/no/such python\n", Exit::NotFound, "python, which is in none of"),
+            ("#!/usr/bin/env -S -i python\n", Exit::NotFound, "python, which is in none of"),
+            ("#!/usr/bin/env python -u\n", Exit::NotFound, "to pass options, write env -S"),
+            (
+                "#!/usr/bin/env python\r\n",
+                Exit::NotFound,
+                r"python\r, which is in none of the folders of PATH; the file has",
+            ),
+            ("#!/usr/bin/env /no/such/python\n", Exit::NotFound, "/no/such/python, which isn't there"),
+            ("#!/usr/bin/env plain\n", Exit::NotExecutable, "plain, which can't be executed: set its execute bit"),
+            // What it starts may be such a script itself.
+            ("#!/usr/bin/env shim\n", Exit::NotFound, nowhere),
+            ("#!/no/such/env python\n", Exit::NotFound, "interpreter /no/such/env, which isn't there"),
+        ] {
+            let failure = run(line).unwrap_err();
+            assert_eq!(failure.exit, exit, "{line}");
+            assert!(failure.message.contains(says), "{line}: {failure}");
+        }
+        // A script's interpreter may be a script, too, as in a chain that ends with env.
+        let runner = folder.file("runner", b"#!/usr/bin/env no-such-program\n", 0o755);
+        let failure = run(&format!("#!{}\n", runner.display())).unwrap_err();
+        assert!(failure.message.contains(nowhere), "{failure}");
+        let itself = folder.0.join("itself");
+        folder.file("itself", format!("#!{}\n", itself.display()).as_bytes(), 0o755);
+        assert!(folder.find("itself").is_ok(), "the kernel says ELOOP");
+    }
+
+    #[test]
     fn a_later_folder_of_path_may_have_what_an_earlier_one_cannot_execute() {
         let first = Folder::new("first");
         let second = Folder::new("second");
-        first.file("tool", b"", 0o644);
         let good = second.file("tool", b"", 0o755);
         let path = std::env::join_paths([&first.0, &second.0]).unwrap();
-        assert_eq!(find(OsStr::new("tool"), Some(&path)).unwrap(), good);
+        let find = || find(OsStr::new("tool"), Some(&path));
+        first.file("tool", b"", 0o644);
+        assert_eq!(find().unwrap(), good);
+        first.file("tool", b"#!/no/such/interpreter\n", 0o755);
+        assert_eq!(find().unwrap(), good);
+        // What env(1) lacks is no reason to go on: the kernel has started env(1) by then.
+        first.file("tool", b"#!/usr/bin/env no-such-program\n", 0o755);
+        assert_eq!(find().unwrap_err().exit, Exit::NotFound);
+        // The first reason is told, and one for 126 goes before one for 127.
+        second.file("tool", b"", 0o644);
+        first.file("tool", b"#!/no/such/interpreter\n", 0o755);
+        assert_eq!(find().unwrap_err().exit, Exit::NotExecutable);
+        first.file("tool", b"", 0o644);
+        assert!(find().unwrap_err().message.contains(&*first.0.to_string_lossy()));
     }
 }

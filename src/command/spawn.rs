@@ -2,6 +2,7 @@
 
 use super::{
     Process, Reaper, Target,
+    find::exit_of,
     left::{Descendants, Stat},
     reap::Children,
     stdin::holding,
@@ -91,19 +92,19 @@ impl Command {
         }
         prepare(&mut command);
         let started = command.spawn().map_err(|error| {
-            let (exit, why) = match error.raw_os_error() {
-                _ if is_shortage(&error) => (Exit::OsError, "the system is short of it, another try may help"),
-                Some(libc::ENOENT | libc::ENOTDIR) => {
-                    (Exit::NotFound, "the file, its interpreter or its dynamic loader isn't there")
-                }
-                Some(libc::ENOEXEC) => {
-                    (Exit::NotExecutable, "built for another machine, or a script without a #! line")
-                }
-                Some(libc::E2BIG) => (Exit::NotExecutable, "its arguments and environment are too long"),
-                _ => (Exit::NotExecutable, "the system refused"),
+            let what = format!("the command can't be started: {}", path.display());
+            if is_shortage(&error) {
+                return Failure::system(what, &error);
+            }
+            let exit = exit_of(&error);
+            let why = match error.raw_os_error() {
+                Some(libc::ENOEXEC) => "built for another machine, or a script without a #! line",
+                Some(libc::E2BIG) => "its arguments and environment are too long",
+                _ if exit == Exit::NotFound => "the file, its interpreter or its dynamic loader isn't there",
+                _ if exit == Exit::OsError => "its mount doesn't answer on this node, another try may help",
+                _ => "the system refused",
             };
-            let path = path.display();
-            Failure::new(exit, format!("the command can't be started: {path}: {why} ({error})"))
+            Failure::new(exit, format!("{what}: {why} ({error})"))
         })?;
         allocator::note_start();
         let leader = Pid::from_raw(started.id().cast_signed());

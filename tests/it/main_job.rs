@@ -3,6 +3,7 @@
 mod configuration;
 mod exit_zero;
 mod input;
+mod look_up;
 mod odd;
 mod refused;
 mod settlement;
@@ -141,6 +142,9 @@ fn a_command_that_cannot_be_executed_is_noticed_before_the_broker_is_touched() {
     };
     let plain = file("plain", "#!/bin/sh\n", 0o644);
     let lost = file("lost", "#!/no/such/interpreter\n", 0o755);
+    let env = file("env", "#!/usr/bin/env no-such-program\n", 0o755);
+    let env_s = file("env-s", "#!/usr/bin/env -S A=b no-such-program -u\n", 0o755);
+    let env_plain = file("env-plain", &format!("#!/usr/bin/env {plain}\n"), 0o755);
     let windows = file("windows", "#!/bin/sh\r\nexit 0\r\n", 0o755);
     let folder_itself = folder.to_str().unwrap().to_owned();
     for queue in queues("untouched") {
@@ -152,6 +156,9 @@ fn a_command_that_cannot_be_executed_is_noticed_before_the_broker_is_touched() {
             (&plain, 126, "set its execute bit (chmod +x)"),
             (&folder_itself, 126, "is a folder"),
             (&lost, 127, "/no/such/interpreter, which isn't there"),
+            (&env, 127, "env for no-such-program, which is in none of the folders of PATH"),
+            (&env_s, 127, "env for no-such-program, which is in none of the folders of PATH"),
+            (&env_plain, 126, "plain, which can't be executed: set its execute bit"),
             (&windows, 127, "Windows line ends"),
         ] {
             behind(&proxy, &queue).args(["--", command]).run().assert_status(status).assert_stderr(says);
