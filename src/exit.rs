@@ -112,7 +112,7 @@ const SHORTAGES: [(i32, &str); 8] = [
     (libc::ENOMEM, "no memory is left (of the node, or within ulimit -v)"),
     (libc::EMFILE, "no more files may be open in one process (ulimit -n)"),
     (libc::ENFILE, "no more files may be open on this node (fs.file-max), or no more pipes (fs.pipe-user-pages-hard)"),
-    (libc::ENOSPC, "no space is left (on the file system of TMPDIR, or in memory)"),
+    (libc::ENOSPC, "no space is left (on the file system of TMPDIR, in memory, or within fs.epoll.max_user_watches)"),
     (libc::EDQUOT, "the user's disk quota is used up (on the file system of TMPDIR)"),
     (libc::EFBIG, "the message is larger than files may be (ulimit -f)"),
     (libc::ETXTBSY, "the program's file is being written"),

@@ -208,6 +208,30 @@ fn whoever_is_first_a_container_leaves_no_process_behind() {
     assert_back(&queue);
 }
 
+#[test]
+fn a_pids_limit_that_is_too_small_is_71_and_named() {
+    let Some(image) = image() else { return };
+    let queue = one_message("pids-limit");
+    let url = format!("BROKER_URL={}", Broker::shared().url());
+    let name = format!("QUEUE={}", queue.name());
+    // One is for qconsume itself; lapin's thread and the command are two more.
+    for limit in 1.. {
+        let limit_text = limit.to_string();
+        let settings = ["--env", &url, "--env", &name, "--entrypoint", "/qconsume", "--pids-limit", &limit_text];
+        let container = Container::create(image, &settings, &["--", "cat"]);
+        container.copy_in(&crate::common::qconsume_path(), "/qconsume");
+        let finished = container.start().spawn().finish(PATIENCE);
+        if finished.status() == 0 {
+            assert!(limit > 2, "two were enough");
+            break;
+        }
+        let says = "no more processes or threads may be started (pids limit, ulimit -u)";
+        finished.assert_status(71).assert_stderr(says);
+        assert!(limit < 10, "{finished:?}");
+    }
+    assert_gone(&queue);
+}
+
 /// Makes a program the first process of a PID namespace of its own.
 fn as_pid_1(program: Program) -> Program {
     program.through(["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])

@@ -2,6 +2,7 @@
 
 use super::*;
 use nix::{errno::Errno, sys::signal::killpg, unistd::Pid};
+use std::collections::BTreeSet;
 use testbed::{Action, eventually, missing, owner};
 
 #[test]
@@ -39,6 +40,9 @@ fn a_shells_process_substitution_reaches_the_command() {
     assert_eq!(finished.stdout_text(), "of the shell\n");
 }
 
+/// What is short, and what to raise.
+const NO_PROCESS: &str = "no more processes or threads may be started (pids limit, ulimit -u)";
+
 #[test]
 fn a_shortage_of_processes_is_no_broken_command() {
     if !owner::is_root() || owner::find_in_path("setpriv").is_none() {
@@ -51,9 +55,9 @@ fn a_shortage_of_processes_is_no_broken_command() {
     let user = 1_000_000 + std::process::id();
     let program = owner::temp_folder("shortage").join("qconsume");
     std::fs::copy(crate::common::qconsume_path(), &program).unwrap();
-    let mut refused = false;
-    let mut limit = 2;
-    loop {
+    // lapin's thread is the first that is refused, then the command.
+    let mut refused = BTreeSet::new();
+    for limit in 1.. {
         let finished = Program::new(&program)
             .url(&broker.url())
             .queue(queue.name())
@@ -64,16 +68,17 @@ fn a_shortage_of_processes_is_no_broken_command() {
         if finished.status() == 0 {
             break;
         }
-        if finished.stderr.contains("the command can't be started") {
-            finished.assert_status(71).assert_stderr("another try");
-            assert_eq!(queue.wait_get().text(), "the message");
-            queue.publish("the message");
-            refused = true;
+        finished.assert_status(71).assert_stderr(NO_PROCESS).assert_stderr("another try");
+        for what in ["the AMQP handshake failed: ", "the command can't be started: "] {
+            if finished.stderr.contains(what) {
+                refused.insert(what);
+            }
         }
-        limit += 1;
+        assert_eq!(queue.wait_get().text(), "the message");
+        queue.publish("the message");
         assert!(limit < 10, "{finished:?}");
     }
-    assert!(refused, "no limit was just too small");
+    assert_eq!(refused.len(), 2, "no limit was just too small for {refused:?}");
 }
 
 #[test]
