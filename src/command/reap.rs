@@ -34,9 +34,6 @@ pub struct Reaper {
 #[derive(Debug, Default)]
 struct State {
     watched: Option<(Pid, oneshot::Sender<Ended>)>,
-    /// Children that were there before the command: the orphans of a `docker exec` where we are PID 1, or what a shell
-    /// started before it became qconsume.
-    strangers: Vec<Pid>,
 }
 
 impl Reaper {
@@ -68,15 +65,6 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers the children that are there before the command is.
-    pub(super) fn note_strangers(&self, children: Vec<Pid>) {
-        self.state().strangers = children;
-    }
-
-    pub(super) fn is_stranger(&self, pid: Pid) -> bool {
-        self.state().strangers.contains(&pid)
-    }
-
     /// Asks for the end of this child.
     ///
     /// To be called before anything is awaited after the spawn, or the child could be taken for an orphan.
@@ -104,8 +92,6 @@ impl Reaper {
             // The status is known already, and nix can't name a real-time signal: an error is none.
             let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
             let mut state = self.state();
-            // From now on its number may be another's.
-            state.strangers.retain(|stranger| *stranger != child);
             if let Some((_, sender)) = state.watched.take_if(|(command, _)| *command == child) {
                 let _ = sender.send(ended);
             }

@@ -3,7 +3,7 @@
 use super::{
     Process, Reaper, Target,
     find::exit_of,
-    left::{Descendants, Stat},
+    left::{Descendants, Stat, Strangers},
     reap::Children,
     stdin::holding,
 };
@@ -55,6 +55,7 @@ pub struct Command {
     leader: Pid,
     /// Whether it is in our own process group, rather than in one of its own.
     shares_group: bool,
+    strangers: Strangers,
     ended: oneshot::Receiver<Ended>,
     reaper: Reaper,
 }
@@ -77,12 +78,8 @@ impl Command {
         body: Vec<u8>,
         reaper: &Reaper,
     ) -> Result<Self, Failure> {
-        // Children that are there already, if any, are none of the command's.
-        if reaper.sweep() != Children::None {
-            let others = Descendants::find(|_| true).processes;
-            reaper.note_strangers(others.iter().map(|process| process.pid).collect());
-        }
         let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
+        let strangers = Strangers::find(shares_group, reaper.sweep() != Children::None);
         let mut command = process::Command::new(path);
         command.arg0(&words[0]).args(&words[1..]);
         command.env_clear().envs(environment(variables));
@@ -108,11 +105,12 @@ impl Command {
         })?;
         allocator::note_start();
         let leader = Pid::from_raw(started.id().cast_signed());
-        Ok(Self { leader, shares_group, ended: reaper.watch(leader), reaper: reaper.clone() })
+        Ok(Self { leader, shares_group, strangers, ended: reaper.watch(leader), reaper: reaper.clone() })
     }
 
     fn descendants(&self) -> Descendants {
-        Descendants::find(|child| !self.reaper.is_stranger(child))
+        let is_plainly_ours = |child: &Stat| [child.pid, child.group].contains(&self.leader);
+        Descendants::find(|child| is_plainly_ours(child) || !self.strangers.include(child))
     }
 }
 

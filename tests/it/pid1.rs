@@ -232,6 +232,26 @@ fn a_pids_limit_that_is_too_small_is_71_and_named() {
     assert_gone(&queue);
 }
 
+#[test]
+fn what_a_docker_exec_leaves_is_none_of_the_commands_if_it_was_there_before() {
+    let Some(image) = image() else { return };
+    let queue = Broker::shared().queue("exec");
+    // The second command sees that what was left during the first is still there.
+    let script = "touch /go; until [ -s /left ]; do sleep 0.02; done
+        until grep -q ') . 1 ' /proc/$(cat /left)/stat; do sleep 0.02; done
+        grep -q sleep /proc/$(cat /left)/cmdline && echo it lives";
+    let options = ["--count", "2", "--kill-after", "600s"];
+    let worker = Worker::start(image, First::Qconsume, &queue, &options, script);
+    queue.wait_consumers(1);
+    let exec = "echo >/before; until [ -e /go ]; do sleep 0.02; done; sh -c 'sleep 1000 & echo $! >/left'";
+    docker(&["exec", "--detach", worker.container.name(), "sh", "-c", exec]).unwrap();
+    worker.look("until [ -e /before ]; do sleep 0.02; done");
+    queue.publish_all(["first", "second"]);
+    let finished = worker.running.finish(PATIENCE);
+    finished.assert_status(0);
+    assert_eq!(finished.stdout_text(), "it lives\nit lives\n");
+}
+
 /// Makes a program the first process of a PID namespace of its own.
 fn as_pid_1(program: Program) -> Program {
     program.through(["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])

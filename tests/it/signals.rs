@@ -5,6 +5,7 @@ mod limits;
 mod process;
 mod random;
 mod states;
+mod strangers;
 mod terminal;
 
 use crate::common::{MESSAGE, assert_back, assert_gone, behind, qconsume, worker};

@@ -125,7 +125,7 @@ fn a_command_dies_with_a_killed_qconsume() {
 }
 
 /// Ways to leave a process behind that is in no group of the command's.
-const AWAY: [&str; 4] = [
+pub(super) const AWAY: [&str; 4] = [
     "setsid sh -c \"$LATER\" &",
     "timeout 1000 sh -c \"$LATER\" &",
     "set -m; sh -c \"$LATER\" &",
