@@ -117,13 +117,14 @@ impl Problem {
             _ if asks == ENV && name.contains(&b' ') => "; to pass options, write env -S",
             _ => "",
         };
-        let why = format!("asks {asks} {}, which {}{hint}", self.what.escape_debug(), self.why);
+        let why = format!("{asks} {}, which {}{hint}", self.what.escape_debug(), self.why);
         Self::new(self.exit, file.display().to_string(), why)
     }
 }
 
-const INTERPRETER: &str = "for the interpreter";
-const ENV: &str = "env for";
+/// What a `#!` line does.
+const INTERPRETER: &str = "asks for the interpreter";
+const ENV: &str = "asks env for";
 
 /// What a `#!` line has env(1) start.
 #[derive(Debug, PartialEq, Eq)]
@@ -420,7 +421,7 @@ mod tests {
         ] {
             assert!(run(line).is_ok(), "{line}: {:?}", run(line));
         }
-        let nowhere = "no-such-program, which is in none of the folders of PATH";
+        let nowhere = "asks env for no-such-program, which is in none of the folders of PATH";
         for (line, exit, says) in [
             ("#!/usr/bin/env no-such-program\n", Exit::NotFound, nowhere),
             ("#!/usr/bin/env -S no-such-program -u\n", Exit::NotFound, nowhere),
