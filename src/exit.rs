@@ -37,7 +37,11 @@ const QCONSUME: [Row; 11] = [
     (Exit::Empty, "no message: none came within --wait", "later"),
     UNAVAILABLE,
     (Exit::Software, "defect: in qconsume; or a message that can't be read (not valid AMQP)", ""),
-    (Exit::OsError, "shortage: no processes, memory or descriptors left, or the command's mount doesn't answer; the command was not run", "yes"),
+    (
+        Exit::OsError,
+        "shortage: no processes, memory or descriptors left, or the command's mount doesn't answer; the command was not run",
+        "yes",
+    ),
     (
         Exit::Unconfirmed,
         "unconfirmed: the delivery was lost while the command ran, or the acknowledgement is not confirmed; the message may be delivered again",
@@ -47,7 +51,11 @@ const QCONSUME: [Row; 11] = [
     (Exit::Config, "configuration: no such queue or virtual host, an exclusive queue, an unreadable certificate", "no"),
     (Exit::TimedOut, "time limit: --timeout passed", ""),
     (Exit::NotExecutable, "not executable: the command can't be executed", "no"),
-    (Exit::NotFound, "not found: the command, its interpreter, or the program that #!/usr/bin/env names isn't there", "no"),
+    (
+        Exit::NotFound,
+        "not found: the command, its interpreter, or the program that #!/usr/bin/env names isn't there",
+        "no",
+    ),
 ];
 
 const QPUBLISH: [Row; 8] = [
