@@ -44,13 +44,8 @@ pub(super) fn holding(body: Vec<u8>) -> Result<OwnedFd, Failure> {
         Ok(file.into())
     };
     hold().map_err(|error| {
-        let hint = match error.raw_os_error() {
-            Some(libc::EFBIG) => "; files may not be so large here (ulimit -f)",
-            _ if is_shortage(&error) => "; another try may help",
-            _ => "",
-        };
-        let text = format!("the command can't be started: no standard input for the {size} bytes of its message: ");
-        Failure::new(Exit::OsError, format!("{text}{error}{hint}"))
+        let what = format!("the command can't be started: no standard input for the {size} bytes of its message");
+        Failure { exit: Exit::OsError, ..Failure::system(what, &error) }
     })
 }
 
