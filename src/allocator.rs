@@ -9,7 +9,10 @@
 
 #![allow(unsafe_code)]
 
-use crate::{exit::Exit, report};
+use crate::{
+    exit::{Exit, NO_MEMORY},
+    report,
+};
 #[cfg(target_env = "musl")]
 use dlmalloc::GlobalDlmalloc as Small;
 use nix::libc;
@@ -66,7 +69,7 @@ fn end() -> ! {
     };
     let (program, status) = (report::program(), exit.status());
     let mut line = Cursor::new([0; 256]);
-    let _ = writeln!(line, "{program}: error: memory has run out; {then} status={status} source={program:?}");
+    let _ = writeln!(line, "{program}: error: {NO_MEMORY}; {then} status={status} source={program:?}");
     let (length, line) = (line.position() as usize, line.into_inner());
     // SAFETY: system calls with memory that is there. Nobody may read what we say, so the line isn't waited for without end.
     unsafe {

@@ -110,6 +110,9 @@ pub const fn status_of_signal(signal: i32) -> u8 {
     128 + signal as u8
 }
 
+/// What is said if memory runs out: what is short, and what to raise.
+pub const NO_MEMORY: &str = "memory has run out (on this node, or ulimit -v)";
+
 /// What the system answers if it has nothing left to give for now: what is short, and what to raise.
 const SHORTAGES: [(i32, &str); 8] = [
     (
@@ -117,7 +120,7 @@ const SHORTAGES: [(i32, &str); 8] = [
         // A thread whose stack finds no memory is EAGAIN, too, with glibc 2.36 as with musl 1.2.
         "no more processes or threads may be started (pids limit, ulimit -u), or there is no memory for one (ulimit -v)",
     ),
-    (libc::ENOMEM, "no memory is left (of the node, or within ulimit -v)"),
+    (libc::ENOMEM, NO_MEMORY),
     (libc::EMFILE, "no more files may be open in one process (ulimit -n)"),
     (libc::ENFILE, "no more files may be open on this node (fs.file-max), or no more pipes (fs.pipe-user-pages-hard)"),
     (libc::ENOSPC, "no space is left (on the file system of TMPDIR, in memory, or within fs.epoll.max_user_watches)"),

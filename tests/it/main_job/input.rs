@@ -197,12 +197,33 @@ fn without_memfd_and_on_a_read_only_system_a_large_message_is_71() {
 }
 
 #[test]
+fn a_file_system_that_is_full_is_71_and_named() {
+    if !owner::is_root() || !has_python() || owner::find_in_path("unshare").is_none() {
+        return missing("root, unshare and python3");
+    }
+    let queue = Broker::shared().queue("full");
+    let body = binary(2 * MEBIBYTE);
+    queue.publish(&body);
+    let mount = "mount -t tmpfs -o size=1m tmpfs \"$TMPDIR\" && exec \"$0\" \"$@\"";
+    worker(&queue)
+        .env("TMPDIR", temp_folder("full"))
+        .arg("cat")
+        .through(["unshare", "--mount", "sh", "-c", mount])
+        .through(["python3", "-c", WITHOUT_MEMFD, "1"])
+        .run()
+        .assert_status(71)
+        .assert_stderr("no space is left (on the file system of TMPDIR, in memory, ")
+        .assert_stderr("another try may help");
+    assert_returned(&queue, &body);
+}
+
+#[test]
 fn a_message_larger_than_files_may_be_is_a_shortage() {
     let queue = Broker::shared().queue("limited");
     let body = binary(2 * MEBIBYTE);
     queue.publish(&body);
     let run = worker(&queue).arg("cat").through(["sh", "-c", "ulimit -f 100; exec \"$0\" \"$@\""]).run();
-    run.assert_status(71).assert_stderr("ulimit -f");
+    run.assert_status(71).assert_stderr("the message is larger than files may be (ulimit -f)");
     assert_returned(&queue, &body);
 }
 
