@@ -376,7 +376,7 @@ async fn what_a_success_leaves_may_finish_within_kill_after() {
         assert_eq!(process.signals(), []);
     }
     let mut warnings = said.lines();
-    warnings.retain(|line| line.contains("left 3 processes behind"));
+    warnings.retain(|line| line.contains("3 processes left by the command"));
     let kept = |line: &String, option| line.contains(&format!("its success ({option})"));
     assert!(
         matches!(&warnings[..], [first, second] if kept(first, "--kill-after") && kept(second, "--timeout")),
@@ -412,7 +412,7 @@ async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
     assert_eq!(process.signals(), [(Target::Left, Signal::SIGTERM, 4)]);
     assert_eq!(*process.left_killed.borrow(), [6]);
-    assert!(said.lines().iter().any(|line| line.contains("5s after its success (--grace)")), "{:?}", said.lines());
+    assert!(said.lines().iter().any(|line| line.contains("5s after it succeeded (--grace)")), "{:?}", said.lines());
 }
 
 #[tokio::test(start_paused = true)]
@@ -424,7 +424,7 @@ async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
     let mut signals = signals(&[(3, Signal::SIGTERM)]);
     supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(*process.left_killed.borrow(), [14]);
-    assert!(said.lines().iter().any(|line| line.contains("6s after its success (--kill-after)")), "{:?}", said.lines());
+    assert!(said.lines().iter().any(|line| line.contains("6s after it succeeded (--kill-after)")), "{:?}", said.lines());
 }
 
 #[tokio::test(start_paused = true)]
