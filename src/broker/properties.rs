@@ -10,15 +10,23 @@ use std::collections::BTreeMap;
 const PERSISTENT: u8 = 2;
 
 /// Where messages go. Names have 255 bytes at most.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Route {
     /// The exchange; the empty name is the default exchange, which leads to the queue that the routing key names.
     pub exchange: String,
     /// The routing key.
     pub routing_key: String,
+    /// Whether the broker returns a message that it can route to no queue, instead of dropping it.
+    pub mandatory: bool,
 }
 
 impl Route {
+    /// The mandatory flag of `basic.publish`. Never for a reply to a client that waits with direct reply-to: RabbitMQ 3.10 and
+    /// 4.0 return it although the client gets it. 4.3 returns it only if the client is gone, and then nobody wants the reply.
+    pub(super) fn mandatory(&self) -> bool {
+        self.mandatory && !(self.exchange.is_empty() && self.routing_key.starts_with("amq.rabbitmq.reply-to."))
+    }
+
     /// Why a message that went there would be returned.
     #[must_use]
     pub fn missing(&self) -> String {
@@ -28,7 +36,10 @@ impl Route {
                 self.routing_key
             )
         } else {
-            format!("no queue is bound to exchange {:?} for routing key {:?}", self.exchange, self.routing_key)
+            format!(
+                "no queue is bound to exchange {:?} for routing key {:?}; bind one, or use --no-mandatory if the exchange delays messages",
+                self.exchange, self.routing_key
+            )
         }
     }
 }
@@ -53,6 +64,10 @@ pub struct Properties {
     pub reply_to: Option<String>,
     pub message_id: Option<String>,
     pub correlation_id: Option<String>,
+    pub kind: Option<String>,
+    pub app_id: Option<String>,
+    /// In milliseconds.
+    pub expiration: Option<u32>,
     pub priority: Option<u8>,
     pub headers: BTreeMap<String, String>,
 }
@@ -60,12 +75,15 @@ pub struct Properties {
 impl Properties {
     pub(super) fn into_amqp(self) -> BasicProperties {
         let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-        let texts: [(_, fn(_, _) -> _); 5] = [
+        let texts: [(_, fn(_, _) -> _); 8] = [
             (self.content_type, BasicProperties::with_content_type),
             (self.content_encoding, BasicProperties::with_content_encoding),
             (self.reply_to, BasicProperties::with_reply_to),
             (self.message_id, BasicProperties::with_message_id),
             (self.correlation_id, BasicProperties::with_correlation_id),
+            (self.kind, BasicProperties::with_type),
+            (self.app_id, BasicProperties::with_app_id),
+            (self.expiration.map(|time| time.to_string()), BasicProperties::with_expiration),
         ];
         for (value, with) in texts {
             if let Some(value) = value {

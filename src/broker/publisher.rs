@@ -135,7 +135,7 @@ impl Publisher {
         let exchange = ShortString::from(self.route.exchange.as_str());
         let key = ShortString::from(self.route.routing_key.as_str());
         let properties = self.properties.clone();
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let options = BasicPublishOptions { mandatory: self.route.mandatory(), ..BasicPublishOptions::default() };
         self.sending = Some(Box::pin(async move {
             let sent = channel.basic_publish(exchange, key, options, &body, properties);
             sent.await

@@ -46,6 +46,12 @@ pub struct QpublishOptions {
     #[arg(long, value_name = "TYPE", num_args = 0..=1, require_equals = true, default_missing_value = "default", hide_possible_values = true, value_enum, help_heading = "Destination")]
     pub(super) declare: Option<QueueType>,
 
+    /// Let the broker drop a message that no queue takes
+    ///
+    /// Messages are then published without AMQP's mandatory flag. The broker drops a message that it can route to no queue, and still confirms it, so qpublish can't tell. An exchange of the delayed-message plugin needs this: it returns every mandatory message, although it delivers the message later.
+    #[arg(long, hide_short_help = true, help_heading = "Destination")]
+    no_mandatory: bool,
+
     /// Bodies, one for each message
     #[arg(hide_short_help = true, value_name = "MESSAGE", help_heading = "Messages")]
     messages: Vec<OsString>,
@@ -98,6 +104,20 @@ pub struct QpublishOptions {
     #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
     correlation_id: Option<String>,
 
+    /// Type, for the consumer to tell messages apart
+    #[arg(long = "type", hide_short_help = true, value_name = "TYPE", value_parser = name, help_heading = PROPERTIES)]
+    kind: Option<String>,
+
+    /// Application that publishes the message
+    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
+    app_id: Option<String>,
+
+    /// Milliseconds in the queue after which the message expires
+    ///
+    /// The queue then drops the message, or dead-letters it.
+    #[arg(long, hide_short_help = true, value_name = "MILLISECONDS", help_heading = PROPERTIES)]
+    expiration: Option<u32>,
+
     /// Priority: messages of a higher one are delivered first
     ///
     /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 know two priorities: up to 4, and above.
@@ -119,7 +139,7 @@ pub struct QpublishOptions {
     pub(super) broker: BrokerOptions,
 
     /// Where to, once the options are checked.
-    #[arg(skip = Route { exchange: String::new(), routing_key: String::new() })]
+    #[arg(skip)]
     pub(super) route: Route,
 
     /// What every message carries, once the options are checked.
@@ -150,6 +170,9 @@ Examples:
             reply_to: self.reply_to.take(),
             message_id: self.message_id.take(),
             correlation_id: self.correlation_id.take(),
+            kind: self.kind.take(),
+            app_id: self.app_id.take(),
+            expiration: self.expiration,
             priority: self.priority,
             ..Properties::default()
         };
@@ -204,6 +227,7 @@ impl QpublishOptions {
             return Ok(Route {
                 exchange: self.exchange.take().unwrap_or_default(),
                 routing_key: key.or(self.routing_key.take()).unwrap_or_default(),
+                mandatory: !self.no_mandatory,
             });
         };
         Err(Failure::usage(mistake))

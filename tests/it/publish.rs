@@ -1,6 +1,6 @@
 //! qpublish: what it says is confirmed is in the queue, and what isn't is named.
 
-use crate::common::{User, qpublish};
+use crate::common::{User, qpublish, qpublish_path, worker};
 use feed::Fifo;
 use std::{
     path::PathBuf,
@@ -8,10 +8,13 @@ use std::{
     time::Instant,
 };
 use testbed::{
-    Action, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Signal,
+    Action, BasicProperties, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Signal,
+    block_on,
+    lapin::options::BasicConsumeOptions,
     owner::temp_folder,
     types::{AMQPValue, LongString},
 };
+use tokio_stream::StreamExt;
 
 /// Shorter than the tests' patience, longer than a busy machine stumbles.
 const SOON: &str = "5s";
@@ -239,6 +242,7 @@ fn the_properties_are_those_that_were_asked_for() {
         .args(["-p", "-C", "text/plain", "-E", "gzip", "-t", "answers"])
         .args(["-H", "one:  1 ", "-H", "x:y:z", "--header", "empty:"])
         .args(["--message-id", "m1", "--correlation-id", "c1"])
+        .args(["--type", "task", "--app-id", "tests", "--expiration", "600000"])
         .args(["--priority", "7", "-b", "body"])
         .run();
     says_confirmed(&ended, "1 message confirmed");
@@ -251,6 +255,9 @@ fn the_properties_are_those_that_were_asked_for() {
         (properties.reply_to(), "answers"),
         (properties.message_id(), "m1"),
         (properties.correlation_id(), "c1"),
+        (properties.kind(), "task"),
+        (properties.app_id(), "tests"),
+        (properties.expiration(), "600000"),
     ] {
         assert_eq!(text(value).as_deref(), Some(expected));
     }
@@ -282,6 +289,40 @@ fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
         .assert_stderr("begin with message 1");
     let ended = line().args(["-e", "no such", "-r", "x", "-b", "x"]).run();
     ended.assert_status(78).assert_stderr("there is no exchange \"no such\"");
+}
+
+#[test]
+fn a_client_that_waits_with_direct_reply_to_gets_its_reply() {
+    const REPLY_TO: &str = "amq.rabbitmq.reply-to";
+    let broker = Broker::shared();
+    let queue = broker.queue("rpc");
+    let channel = broker.client().channel().unwrap();
+    let no_ack = BasicConsumeOptions { no_ack: true, ..Default::default() };
+    let replies = channel.basic_consume(REPLY_TO.into(), "".into(), no_ack, Default::default());
+    let mut replies = block_on(replies).unwrap();
+    let properties = BasicProperties::default().with_reply_to(REPLY_TO.into()).with_correlation_id("c1".into());
+    let request = channel.basic_publish("".into(), queue.name().into(), Default::default(), b"lemon", properties);
+    block_on(request).unwrap();
+    let answer = format!(
+        "tr a-z A-Z | '{}' -q \"$MESSAGE_REPLY_TO\" --correlation-id \"$MESSAGE_CORRELATION_ID\" -f -",
+        qpublish_path().display()
+    );
+    let done = worker(&queue).shell(&answer).run();
+    done.assert_status(0).assert_stderr("1 message confirmed");
+    let reply = block_on(async { tokio::time::timeout(PATIENCE, replies.next()).await });
+    let reply = reply.unwrap().unwrap().unwrap();
+    assert_eq!(reply.data, b"LEMON");
+    assert_eq!(reply.properties.correlation_id().as_ref().unwrap().as_str(), "c1");
+}
+
+#[test]
+fn without_mandatory_the_broker_may_drop_a_message_and_confirms_it() {
+    let queue = Broker::shared().declare("nowhere").absent();
+    let line = || qpublish().url(&Broker::shared().url()).args(["--no-mandatory", "-r", queue.name()]);
+    says_confirmed(&line().args(["a", "b"]).run(), "2 messages confirmed");
+    says_confirmed(&line().args(["-e", "amq.direct", "a"]).run(), "1 message confirmed");
+    // It is only about routing: what isn't there is still an error.
+    line().args(["-e", "no such", "a"]).run().assert_status(78).assert_stderr("there is no exchange \"no such\"");
 }
 
 #[test]
@@ -553,6 +594,7 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["-q", "a", "-H", "none", "x"], "no colon"),
         (&["-q", "a", "-H", "n:1", "-H", "n:2", "x"], "given twice"),
         (&["-q", "a", "--timeout", "0", "x"], "more than nothing"),
+        (&["-q", "a", "--expiration", "10s", "x"], "--expiration"),
         (&["-q", "a", "--declare=stream", "x"], "stream"),
     ] {
         let ended = qpublish().url(url).args(arguments).run();
