@@ -13,7 +13,7 @@ pub use options::QpublishOptions;
 pub use source::records;
 
 use crate::{
-    broker::{Heard, Publisher, declare},
+    broker::{Heard, Publisher},
     clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
     report::{HumanDuration, Reminder, RunSummary, counted},
@@ -43,14 +43,19 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     if let Some(source) = &source {
         source.check()?;
     }
-    let opened = match unless_stopped(&mut signals, open(&options, source.is_some())).await {
+    let publisher = match unless_stopped(&mut signals, open(&options)).await {
         Ok(opened) => opened?,
         Err(signal) => {
             let text = format!("stopped by {signal} before anything was published");
             return Ok(stopped(signal, text));
         }
     };
-    let (Some(publisher), Some(source)) = (opened, source) else {
+    let Some(source) = source else {
+        tracing::info!(
+            "queue {:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)",
+            options.route.routing_key
+        );
+        publisher.close().await;
         return Ok(0);
     };
     let source = Arc::new(source);
@@ -79,27 +84,12 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     }
 }
 
-/// Connects, declares and makes ready to publish; nothing when there is only something to declare.
-async fn open(options: &QpublishOptions, publishes: bool) -> Result<Option<Publisher>, Failure> {
-    let queue = &options.route.routing_key;
-    let mut broker = options.broker.broker(format!("qpublish {queue}"));
+/// Connects, declares and makes ready to publish.
+async fn open(options: &QpublishOptions) -> Result<Publisher, Failure> {
+    let mut broker = options.broker.broker(format!("qpublish {}", options.route.routing_key));
     let connection = broker.connect().await?;
-    if let Some(kind) = options.declare
-        && let Err(failure) = declare(&connection, queue, kind, options.timeout).await
-    {
-        connection.close().await;
-        return Err(failure);
-    }
-    if !publishes {
-        tracing::info!(
-            "queue {queue:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)"
-        );
-        connection.close().await;
-        return Ok(None);
-    }
-    let route = options.route.clone();
-    let properties = options.properties.clone();
-    Publisher::open(connection, route, properties, options.timeout).await.map(Some)
+    let (route, properties) = (options.route.clone(), options.properties.clone());
+    Publisher::open(connection, options.declare, route, properties, options.timeout).await
 }
 
 /// Why not every message is confirmed.

@@ -31,6 +31,6 @@ pub use lost::DeliveryLost;
 pub use message::Message;
 pub use nodes::{Nodes, TlsOptions};
 pub use properties::{Properties, QueueType, Route};
-pub use publisher::{Answer, Heard, PublishError, Publisher, declare};
+pub use publisher::{Answer, Heard, PublishError, Publisher};
 pub use subscription::ConsumerOptions;
 pub use topology::{Declare, Topology};

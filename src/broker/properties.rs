@@ -55,6 +55,20 @@ pub enum QueueType {
     Classic,
 }
 
+impl QueueType {
+    /// The arguments of `queue.declare` that ask for it.
+    pub(super) fn arguments(self) -> FieldTable {
+        let mut arguments = FieldTable::default();
+        let name = match self {
+            Self::Default => return arguments,
+            Self::Quorum => "quorum",
+            Self::Classic => "classic",
+        };
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(name.into()));
+        arguments
+    }
+}
+
 /// What every message carries, by AMQP's own names. Texts have 255 bytes at most, but for the values of headers.
 #[derive(Clone, Debug, Default)]
 #[allow(missing_docs, reason = "AMQP 0-9-1 has it")]

@@ -5,7 +5,6 @@ use super::{
     errors::ConnectError,
     properties::{Properties, QueueType, Route},
     refused::Asked,
-    topology,
 };
 use crate::{
     exit::{Exit, Failure},
@@ -14,7 +13,7 @@ use crate::{
 use lapin::{
     BasicProperties, Channel, Confirmation, Event, PublisherConfirm,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable, ShortString},
+    types::ShortString,
 };
 use std::{
     collections::VecDeque,
@@ -84,28 +83,40 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Publishes on this connection.
+    /// Opens a channel, the only one, and declares the queue that `route` leads to if `declare` is its type. A queue that
+    /// exists must be of that type.
     ///
     /// # Errors
     /// When the broker refuses, or hasn't answered within `limit`.
     pub async fn open(
         connection: OpenConnection,
+        declare: Option<QueueType>,
         route: Route,
         properties: Properties,
         limit: Duration,
     ) -> Result<Self, Failure> {
         // Kept until the connection is closed, for the reason that `OpenConnection::last_channel` has.
         let mut channel = None;
+        let mut asked = Asked::Publish(&route.exchange);
         let open = async {
             let channel = channel.insert(connection.lapin.create_channel().await?);
+            if let Some(kind) = declare {
+                asked = Asked::Declare(&route.routing_key);
+                let queue = route.routing_key.as_str().into();
+                let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+                channel.queue_declare(queue, durable, kind.arguments()).await?;
+            }
+            asked = Asked::Publish(&route.exchange);
             channel.confirm_select(ConfirmSelectOptions::default()).await
         };
-        let opened = within(limit, open).await.and_then(|opened| {
-            opened.map_err(|error| {
-                let asked = Asked::Publish(&route.exchange);
-                ConnectError::refused(&error, &connection, asked).failure
-            })
-        });
+        let opened = match timeout(limit, open).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(ConnectError::refused(&error, &connection, asked).failure),
+            Err(_) => Err(Failure::new(
+                Exit::Unavailable,
+                format!("no reply from the broker within {} (--timeout)", HumanDuration(limit)),
+            )),
+        };
         if let Err(failure) = opened {
             connection.close().await;
             return Err(failure);
@@ -209,42 +220,6 @@ impl Publisher {
             message: place.map(|place| self.answered + place as u64 + 1),
         }
     }
-}
-
-/// Declares a durable queue; one that exists must be like this.
-///
-/// # Errors
-/// When the broker refuses, or hasn't answered within `limit`.
-pub async fn declare(
-    connection: &OpenConnection,
-    queue: &str,
-    kind: QueueType,
-    limit: Duration,
-) -> Result<(), Failure> {
-    let mut arguments = FieldTable::default();
-    let kind = match kind {
-        QueueType::Default => None,
-        QueueType::Quorum => Some("quorum"),
-        QueueType::Classic => Some("classic"),
-    };
-    if let Some(kind) = kind {
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
-    }
-    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    let declared = topology::declare(connection, queue, durable, arguments);
-    match within(limit, declared).await? {
-        Ok(_) => Ok(()),
-        Err(error) => {
-            let asked = Asked::Declare(queue);
-            Err(ConnectError::refused(&error, connection, asked).failure)
-        }
-    }
-}
-
-async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Failure> {
-    timeout(limit, work).await.map_err(|_| {
-        Failure::new(Exit::Unavailable, format!("no reply from the broker within {} (--timeout)", HumanDuration(limit)))
-    })
 }
 
 /// The size of the message that a refusal for its size is about.

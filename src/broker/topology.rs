@@ -1,4 +1,4 @@
-//! What is declared and bound before a subscription, and the declaration that qpublish shares.
+//! What is declared and bound before a subscription.
 
 use super::{
     connection::OpenConnection,

@@ -326,6 +326,17 @@ fn without_mandatory_the_broker_may_drop_a_message_and_confirms_it() {
 }
 
 #[test]
+fn one_channel_is_enough() {
+    // lapin forgets a closed channel some time after it is closed, so one run says little.
+    for _ in 0..10 {
+        let queue = Broker::shared().declare("one-channel").absent();
+        let url = format!("{}?channel_max=1", Broker::shared().url());
+        let ended = to(&queue).url(&url).args(["--declare", "apple"]).run();
+        says_confirmed(&ended, "1 message confirmed");
+    }
+}
+
+#[test]
 fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
     let queue = Broker::shared().queue("deleted");
     let (mut input, running) = Fifo::feed("deleted", to(&queue).arg("-l"));
