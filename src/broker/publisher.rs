@@ -13,6 +13,7 @@ use crate::{
 use lapin::{
     BasicProperties, Channel, Confirmation, Event, PublisherConfirm,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
+    protocol::basic,
     types::ShortString,
 };
 use std::{
@@ -22,6 +23,10 @@ use std::{
     time::Duration,
 };
 use tokio::time::timeout;
+
+/// What a frame with a content header has beside the properties, in bytes (AMQP 0-9-1, 2.3.5 and 2.3.5.2): type, channel,
+/// size; class, weight, size of the body; the frame's end.
+const AROUND_PROPERTIES: u64 = 7 + 12 + 1;
 
 /// The broker's answer to a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +100,11 @@ impl Publisher {
         properties: Properties,
         limit: Duration,
     ) -> Result<Self, Failure> {
+        let properties = properties.into_amqp();
+        if let Err(failure) = check_size(&properties, connection.lapin.configuration().frame_max()) {
+            connection.close().await;
+            return Err(failure);
+        }
         // Kept until the connection is closed, for the reason that `OpenConnection::last_channel` has.
         let mut channel = None;
         let mut asked = Asked::Publish(&route.exchange);
@@ -125,7 +135,7 @@ impl Publisher {
             connection,
             channel: channel.expect("it was opened"),
             route,
-            properties: properties.into_amqp(),
+            properties,
             sending: None,
             confirms: VecDeque::new(),
             unanswered: VecDeque::new(),
@@ -220,6 +230,18 @@ impl Publisher {
             message: place.map(|place| self.answered + place as u64 + 1),
         }
     }
+}
+
+/// Checks that the properties, headers included, fit into a frame of `frame_max` bytes: AMQP doesn't divide them.
+fn check_size(properties: &BasicProperties, frame_max: u32) -> Result<(), Failure> {
+    let written = basic::gen_properties(properties)(Vec::new().into()).expect("memory takes all of it");
+    let (size, limit) = (written.position, u64::from(frame_max) - AROUND_PROPERTIES);
+    if size <= limit {
+        return Ok(());
+    }
+    Err(Failure::config(format!(
+        "properties and headers have {size} bytes, and only {limit} fit into a frame of {frame_max} (frame_max); send less in headers, or raise frame_max in the broker's rabbitmq.conf and in the URL"
+    )))
 }
 
 /// The size of the message that a refusal for its size is about.

@@ -326,6 +326,25 @@ fn without_mandatory_the_broker_may_drop_a_message_and_confirms_it() {
 }
 
 #[test]
+fn headers_larger_than_a_frame_are_refused_before_anything_is_sent() {
+    let broker = Broker::shared();
+    let queue = broker.queue("frame-max");
+    let proxy = Proxy::of(broker);
+    let line = |frame_max: &str| qpublish().url(&format!("{}{frame_max}", proxy.url())).queue(queue.name()).arg("x");
+    let half = "h".repeat(70_000);
+    let ended = line("").args(["-H", &format!("a: {half}"), "-H", &format!("b: {half}")]).run();
+    ended.assert_status(78).assert_stderr("have 140021 bytes, and only 131052 fit into a frame of 131072 (frame_max)");
+    // To the byte: a frame of this size has 34 bytes beside the header's value.
+    let header = |size: usize| format!("h:{}", "h".repeat(size));
+    let largest = 8192 - 34;
+    let ended = line("?frame_max=8192").args(["-H", &header(largest + 1)]).run();
+    ended.assert_status(78).assert_stderr("frame_max");
+    assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_PUBLISH), 0);
+    let ended = line("?frame_max=8192").args(["-H", &header(largest)]).run();
+    says_confirmed(&ended, "1 message confirmed");
+}
+
+#[test]
 fn one_channel_is_enough() {
     // lapin forgets a closed channel some time after it is closed, so one run says little.
     for _ in 0..10 {
