@@ -5,6 +5,7 @@
 //! so that what amqp-publish loses without a word, a message that no queue takes, is an error here.
 
 mod options;
+mod progress;
 mod source;
 mod tally;
 
@@ -20,9 +21,11 @@ use crate::{
     signals::{Signals, next_stop, unless_stopped},
 };
 use nix::sys::signal::Signal;
+use progress::Progress;
 use source::{Messages, Source};
 use std::{
     collections::VecDeque,
+    future::pending,
     io::{self, IsTerminal},
     mem,
     sync::Arc,
@@ -62,9 +65,21 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     if matches!(*source, Source::Input) && io::stdin().is_terminal() {
         tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
     }
+    // Not where somebody types the messages on the same terminal.
+    let on_terminal = options.output.shows_progress() && !(source.is_input() && io::stdin().is_terminal());
+    let progress = on_terminal.then(|| Progress::new(source.total()));
     let messages = Arc::clone(&source).start().map_err(|error| Failure::system("can't start to read", &error))?;
-    let mut run =
-        Run { publisher, shares: VecDeque::new(), tally: Tally::default(), messages, reading: true, source, options };
+    let mut run = Run {
+        publisher,
+        shares: VecDeque::new(),
+        bytes: 0,
+        tally: Tally::default(),
+        messages,
+        reading: true,
+        source,
+        options,
+        progress,
+    };
     let stop = run.publish(&mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
     let _ = unless_stopped(&mut signals, run.publisher.close()).await;
@@ -104,14 +119,18 @@ enum Stop {
 
 struct Run {
     publisher: Publisher,
-    /// The window's shares of the messages in flight, in their order.
-    shares: VecDeque<OwnedSemaphorePermit>,
+    /// Of the messages in flight, in their order: the share of the window, and the size in bytes.
+    shares: VecDeque<(OwnedSemaphorePermit, u64)>,
+    /// Bytes of all messages that are answered.
+    bytes: u64,
     tally: Tally,
     messages: Messages,
     /// Whether there are more, and more are wanted.
     reading: bool,
     source: Arc<Source>,
     options: QpublishOptions,
+    /// For a terminal.
+    progress: Option<Progress>,
 }
 
 impl Run {
@@ -145,7 +164,7 @@ impl Run {
                     Heard::Sent => {}
                     Heard::Answer(answer) => {
                         moved = Instant::now();
-                        self.shares.pop_front();
+                        self.bytes += self.shares.pop_front().map_or(0, |(_, size)| size);
                         self.tally.note(answer);
                         if self.tally.has_failed() {
                             self.reading = false;
@@ -177,7 +196,7 @@ impl Run {
                     match read {
                         Some(Ok(message)) => {
                             self.tally.sent();
-                            self.shares.push_back(message.share);
+                            self.shares.push_back((message.share, message.body.len() as u64));
                             self.publisher.publish(message.body);
                         }
                         Some(Err(failure)) => {
@@ -190,7 +209,12 @@ impl Run {
                 () = sleep_until_or_never(deadline) => {
                     break stop.or_else(|| Some(Stop::Failed(self.stalled(blocked))));
                 }
-                since = reminder.due() => tracing::info!(
+                progress = progress_due(self.progress.as_mut()) => {
+                    // Each line has a separator, too.
+                    let messages = self.tally.confirmed();
+                    progress.show(messages, self.bytes + messages);
+                }
+                since = reminder.due(), if self.progress.is_none() => tracing::info!(
                     "still publishing, for {} now: {} confirmed",
                     HumanDuration(since),
                     counted(self.tally.confirmed(), "message", "messages")
@@ -251,6 +275,16 @@ impl Run {
             text += "; what was sent and not confirmed may have arrived or not";
         }
         text
+    }
+}
+
+async fn progress_due(progress: Option<&mut Progress>) -> &mut Progress {
+    match progress {
+        Some(progress) => {
+            progress.due().await;
+            progress
+        }
+        None => pending().await,
     }
 }
 

@@ -4,9 +4,9 @@ mod log;
 mod reminder;
 mod writer;
 
-pub use log::LogFormat;
 #[cfg(fuzzing)]
 pub use log::log_lines;
+pub use log::{LogFormat, show_progress};
 pub use reminder::{HumanDuration, Reminder, counted, with_reminders};
 
 use crate::exit::Failure;

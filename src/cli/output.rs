@@ -5,7 +5,11 @@ use clap::{
     ArgMatches, Args, Command,
     builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser},
 };
-use std::{ffi::OsString, path::PathBuf};
+use std::{
+    ffi::OsString,
+    io::{self, IsTerminal},
+    path::PathBuf,
+};
 use tracing::Level;
 
 /// What to say, how, and where.
@@ -44,6 +48,11 @@ impl OutputOptions {
     /// Starts the log.
     pub fn start(&self) {
         report::start(self.log_level, self.log_format, &self.termination_log);
+    }
+
+    /// Whether somebody may be watching: standard error is a terminal, and nothing asks for less, or for JSON.
+    pub(crate) fn shows_progress(&self) -> bool {
+        self.log_level >= Level::INFO && self.log_format == LogFormat::Text && io::stderr().is_terminal()
     }
 
     /// Starts the log as a command line asks for that isn't as it should be.

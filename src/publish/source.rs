@@ -1,12 +1,13 @@
 //! Where messages come from: read on a thread of its own, no further ahead than the window lets it.
 
+use super::progress::Total;
 use crate::exit::{Exit, Failure};
 use nix::unistd::{AccessFlags, access};
 use std::{
     ffi::OsString,
     fmt,
-    fs::File,
-    io::{self, BufRead, BufReader, Read},
+    fs::{File, Metadata},
+    io::{self, BufRead, BufReader, Read, Seek},
     iter, mem,
     os::{fd::AsFd, unix::ffi::OsStringExt},
     path::PathBuf,
@@ -81,6 +82,26 @@ impl Source {
             Self::Input => "the message on standard input".to_owned(),
             _ => format!("message {message}"),
         }
+    }
+
+    /// Whether standard input is read.
+    pub(super) fn is_input(&self) -> bool {
+        matches!(self, Self::Input | Self::Records(_))
+    }
+
+    /// How much there is to publish, if that is known: of standard input the rest of a regular file. Before it is read.
+    pub(super) fn total(&self) -> Option<Total> {
+        let messages = match self {
+            Self::Arguments(arguments) => arguments.len(),
+            Self::Files(files) => files.len(),
+            Self::Input => 1,
+            Self::Records(_) => {
+                let mut input = standard_input().ok()?;
+                let found = input.metadata().ok().filter(Metadata::is_file)?;
+                return Some(Total::Bytes(found.len().saturating_sub(input.stream_position().ok()?)));
+            }
+        };
+        Some(Total::Messages(messages as u64))
     }
 
     /// Begins to read.

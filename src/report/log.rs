@@ -5,7 +5,10 @@ use serde_json::{Map, Value};
 use std::{
     fmt::{self, Write as _},
     io::{self, IsTerminal, Stderr},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::SystemTime,
 };
 use tracing::{
@@ -32,8 +35,25 @@ pub(super) fn start(level: Level, format: LogFormat) {
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let lines = Lines { format, colour };
     let writer = WRITER.get_or_init(|| Writer::new(io::stderr(), lines));
-    let write = move |level, line| writer.write(lines.render(level, line));
+    let write = move |level, line| {
+        let clear = if SHOWS_PROGRESS.swap(false, Relaxed) { CLEAR_LINE } else { "" };
+        writer.write(clear.to_owned() + &lines.render(level, line));
+    };
     let _ = tracing::subscriber::set_global_default(Events { level, write });
+}
+
+/// Takes away what the terminal's last line shows.
+const CLEAR_LINE: &str = "\r\x1b[K";
+
+/// Whether the terminal's last line is one of [`show_progress`].
+static SHOWS_PROGRESS: AtomicBool = AtomicBool::new(false);
+
+/// Shows how far a run is, for people at a terminal only: in place of the last such line, until a log line takes its place.
+pub fn show_progress(text: &str) {
+    if let Some(writer) = WRITER.get() {
+        SHOWS_PROGRESS.store(true, Relaxed);
+        writer.write(format!("{CLEAR_LINE}{}: {text}", program()));
+    }
 }
 
 /// Waits for the last lines to be written, for a second at most.

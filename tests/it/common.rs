@@ -1,5 +1,7 @@
 //! What the tests have in common: the programs under test, brokers and what is in them, and where a message is in the end.
 
+pub mod terminal;
+
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use testbed::{Broker, Got, Program, Proxy, Queue, QueueKind};

@@ -1,6 +1,6 @@
 //! qpublish: what it says is confirmed is in the queue, and what isn't is named.
 
-use crate::common::{User, qpublish, qpublish_path, worker};
+use crate::common::{User, qpublish, qpublish_path, terminal::Terminal, worker};
 use feed::Fifo;
 use std::{
     path::PathBuf,
@@ -647,6 +647,34 @@ fn a_byte_order_mark_is_no_part_of_the_first_line() {
 }
 
 #[test]
+fn a_terminal_shows_how_many_of_how_many_or_how_much() {
+    let broker = Broker::shared();
+    let queue = broker.queue("progress");
+    let lines = file("lines", b"apple\nbanana\n");
+    let qpublish = qpublish_path();
+    let qpublish = qpublish.to_str().unwrap();
+    for (script, shows) in [
+        ("exec \"$1\" apple banana", "0 of 2 messages confirmed, 0/s"),
+        ("exec \"$1\" -f \"$0\" \"$0\"", "0 of 2 messages confirmed, 0/s"),
+        ("exec \"$1\" --lines <\"$0\"", "0 messages confirmed, 0/s, 0 of 13 bytes"),
+        ("cat \"$0\" | \"$1\" --lines", "0 messages confirmed, 0/s"),
+    ] {
+        let proxy = Proxy::of(broker);
+        proxy.on(Direction::ToClient, Method::BASIC_ACK, Action::Hold);
+        let words = ["sh", "-c", script, lines.to_str().unwrap(), qpublish];
+        let mut terminal = Terminal::start(&words, &[("BROKER_URL", &proxy.url()), ("QUEUE", queue.name())]);
+        // Each time in the place of the last.
+        terminal.wait_for(&format!("\r\x1b[Kqpublish: {shows}\r\x1b[Kqpublish: {shows}"));
+        proxy.clear_rules();
+        proxy.release();
+        // So is a log line.
+        let progress = terminal.wait_for("\r\x1b[Kqpublish: 2 messages confirmed\r\n");
+        assert!(!progress.contains('\n'), "{progress:?}");
+        assert_eq!(terminal.wait_end().code(), Some(0));
+    }
+}
+
+#[test]
 fn a_long_run_says_how_far_it_is() {
     let queue = Broker::shared().queue("long");
     let (mut input, running) = Fifo::feed("long", to(&queue).arg("--lines"));
@@ -655,5 +683,7 @@ fn a_long_run_says_how_far_it_is() {
     // A late one says 10s 100ms.
     running.wait_for_stderr(" now: 2 messages confirmed", PATIENCE);
     drop(input);
-    says_confirmed(&running.wait(PATIENCE), "2 messages confirmed");
+    let ended = running.wait(PATIENCE);
+    says_confirmed(&ended, "2 messages confirmed");
+    assert!(!ended.stderr.contains('\r'), "{:?}", ended.stderr);
 }

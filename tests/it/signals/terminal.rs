@@ -1,101 +1,21 @@
 //! On a terminal.
 
-use super::states::late_confirmation;
-use super::*;
-use pty_process::blocking::{Command, Pty, open};
+use super::{states::late_confirmation, *};
+use crate::common::terminal::Terminal;
 use std::sync::atomic::Ordering::Relaxed;
-use std::{
-    fs::File,
-    io::{Read, Write},
-    os::fd::{AsFd, OwnedFd},
-    process::{Child, ExitStatus},
-    sync::mpsc::{Receiver, channel},
-    thread,
-};
-use testbed::{eventually, owner};
 
 const CTRL_C: &str = "\x03";
 const CTRL_Z: &str = "\x1a";
 
-/// A terminal with a session of its own.
-struct Terminal {
-    keys: Pty,
-    output: Receiver<Vec<u8>>,
-    seen: String,
-    leader: Child,
+/// Starts the worker as the session's leader, or what `through` names and is given the program as its last argument.
+fn start(queue: &Queue, proxy: &Proxy, through: &[&str], arguments: &[&str]) -> Terminal {
+    start_at(&proxy.url(), queue.name(), through, arguments)
 }
 
-impl Terminal {
-    /// Starts the worker as the session's leader, or what `through` names and is given the program as its last argument.
-    fn start(queue: &Queue, proxy: &Proxy, through: &[&str], arguments: &[&str]) -> Self {
-        Self::start_at(&proxy.url(), queue.name(), through, arguments)
-    }
-
-    fn start_at(url: &str, queue: &str, through: &[&str], arguments: &[&str]) -> Self {
-        let (keys, terminal) = open().unwrap();
-        // Whoever runs the tests may ignore signals, as nohup(1) does; that is inherited.
-        let start = ["env", "--default-signal=HUP,INT,QUIT"];
-        let qconsume = crate::common::qconsume_path();
-        let qconsume = qconsume.to_str().unwrap();
-        let words = [&start, through, &[qconsume], arguments].concat();
-        let leader = Command::new(words[0])
-            .args(&words[1..])
-            .env("BROKER_URL", url)
-            .env("QUEUE", queue)
-            .env("PS1", "prompt ")
-            .env(owner::MARK, owner::id())
-            .spawn(terminal)
-            .unwrap();
-        let (sender, output) = channel();
-        let screen: OwnedFd = keys.as_fd().try_clone_to_owned().unwrap();
-        thread::spawn(move || {
-            let mut screen = File::from(screen);
-            let mut piece = [0; 4096];
-            // The last process's end is an error (EIO).
-            while let Ok(size @ 1..) = screen.read(&mut piece) {
-                if sender.send(piece[..size].to_vec()).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { keys, output, seen: String::new(), leader }
-    }
-
-    fn press(&mut self, keys: &str) {
-        self.keys.write_all(keys.as_bytes()).unwrap();
-    }
-
-    /// Waits for this text behind what was waited for before.
-    #[track_caller]
-    fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(at) = self.seen.find(text) {
-                self.seen.drain(..at + text.len());
-                return;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.output.recv_timeout(left) {
-                Ok(piece) => self.seen += &String::from_utf8_lossy(&piece),
-                Err(error) => panic!("{text:?} is not on the terminal ({error}): {}", self.seen),
-            }
-        }
-    }
-
-    #[track_caller]
-    fn wait_end(&mut self) -> ExitStatus {
-        let ended = eventually(PATIENCE, || self.leader.try_wait().unwrap().is_some());
-        assert!(ended, "still runs: {}", self.seen);
-        self.leader.wait().unwrap()
-    }
-}
-
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        // The terminal's end hangs up on whoever is left; the leader may ignore that.
-        let _ = self.leader.kill();
-        let _ = self.leader.wait();
-    }
+fn start_at(url: &str, queue: &str, through: &[&str], arguments: &[&str]) -> Terminal {
+    let qconsume = crate::common::qconsume_path();
+    let words = [through, &[qconsume.to_str().unwrap()], arguments].concat();
+    Terminal::start(&words, &[("BROKER_URL", url), ("QUEUE", queue)])
 }
 
 /// Counts its interrupts for a while after the first.
@@ -106,7 +26,7 @@ const COUNTS: &str = "n=0; trap 'n=$((n+1))' INT; echo run''ning; while [ $n = 0
 fn ctrl_c_ends_both_once() {
     for (script, status) in [("echo run''ning; exec sleep 1000", 130), (COUNTS, 5)] {
         let (queue, proxy) = one_message("terminal", QueueKind::Classic);
-        let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
+        let mut terminal = start(&queue, &proxy, &[], &["sh", "-c", script]);
         terminal.wait_for("running");
         terminal.press(CTRL_C);
         if status == 5 {
@@ -122,7 +42,7 @@ fn ctrl_c_ends_both_once() {
 fn a_command_can_read_from_the_terminal() {
     let (queue, proxy) = one_message("terminal-read", QueueKind::Classic);
     let script = "stty -echo </dev/tty; echo pass''word:; read x </dev/tty; stty echo </dev/tty; echo \"<$x>\"";
-    let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
+    let mut terminal = start(&queue, &proxy, &[], &["sh", "-c", script]);
     terminal.wait_for("password:");
     terminal.press("secret\r");
     terminal.wait_for("<secret>");
@@ -138,7 +58,7 @@ fn a_signal_that_is_not_the_terminals_is_forwarded() {
         let script = "trap 'wait; exit 9' TERM HUP
             sh -c 'trap \"echo chi\"\"ld got it; exit\" TERM HUP; echo run\"\"ning
             while :; do sleep 0.02; done' & wait";
-        let mut terminal = Terminal::start(&queue, &proxy, &[], &["sh", "-c", script]);
+        let mut terminal = start(&queue, &proxy, &[], &["sh", "-c", script]);
         terminal.wait_for("running");
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(terminal.leader.id().cast_signed()), signal).unwrap();
         assert_eq!(terminal.wait_end().code(), Some(9));
@@ -152,7 +72,7 @@ fn ctrl_z_stops_both_and_fg_continues_both() {
     // A shell with job control, which runs the worker as it would any other.
     let shell = ["bash", "--norc", "-ic", "\"$0\" \"$@\"; echo stop''ped; fg; echo status $?"];
     let script = "trap 'echo con''tinued; exit 4' CONT; echo run''ning; while :; do sleep 0.05; done";
-    let mut terminal = Terminal::start(&queue, &proxy, &shell, &["sh", "-c", script]);
+    let mut terminal = start(&queue, &proxy, &shell, &["sh", "-c", script]);
     terminal.wait_for("running");
     terminal.press(CTRL_Z);
     terminal.wait_for("stopped");
@@ -166,7 +86,7 @@ fn ctrl_z_stops_both_and_fg_continues_both() {
 fn ctrl_c_between_the_message_and_the_command_starts_none() {
     let (peer, answer) = late_confirmation();
     let arguments = ["--no-ack", "sh", "-c", "echo started; sleep 600"];
-    let mut terminal = Terminal::start_at(&peer.url(), "q", &[], &arguments);
+    let mut terminal = start_at(&peer.url(), "q", &[], &arguments);
     assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
     terminal.press(CTRL_C);
     answer.store(true, Relaxed);
