@@ -15,6 +15,17 @@ const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b
 /// Longest name that AMQP 0-9-1 has room for, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
 
+/// A name, if AMQP has room for it.
+///
+/// # Errors
+/// How long it is.
+pub fn name(text: &str) -> Result<String, String> {
+    if text.len() > NAME_MAX {
+        return Err(format!("has {} bytes; AMQP allows {NAME_MAX}", text.len()));
+    }
+    Ok(text.to_owned())
+}
+
 /// What each IPv6 mistake is answered with.
 const IPV6_HINT: &str = "an IPv6 address goes in square brackets, as in amqp://[::1]:5672";
 

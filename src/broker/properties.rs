@@ -1,10 +1,11 @@
 //! What qpublish's messages carry, and where they go.
 
+use super::address::name;
+use clap::Args;
 use lapin::{
     BasicProperties,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use std::collections::BTreeMap;
 
 /// The delivery mode that survives a restart of the broker.
 const PERSISTENT: u8 = 2;
@@ -44,64 +45,72 @@ impl Route {
     }
 }
 
-/// The types of queue that can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum QueueType {
-    /// What the virtual host makes of a queue whose type isn't named.
-    Default,
-    /// Replicated.
-    Quorum,
-    /// On one node.
-    Classic,
-}
-
-impl QueueType {
-    /// The arguments of `queue.declare` that ask for it.
-    pub(super) fn arguments(self) -> FieldTable {
-        let mut arguments = FieldTable::default();
-        let name = match self {
-            Self::Default => return arguments,
-            Self::Quorum => "quorum",
-            Self::Classic => "classic",
-        };
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString(name.into()));
-        arguments
-    }
-}
-
-/// What every message carries, by AMQP's own names. Texts have 255 bytes at most, but for the values of headers.
-#[derive(Clone, Debug, Default)]
-#[allow(missing_docs, reason = "AMQP 0-9-1 has it")]
+/// What every message carries.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Properties of every message")]
 pub struct Properties {
+    /// Content type, as in text/plain
+    #[arg(short = 'C', long, value_name = "TYPE", value_parser = name)]
     pub content_type: Option<String>,
+
+    /// Content encoding, as in gzip; the message is sent as it is
+    #[arg(short = 'E', long, hide_short_help = true, value_name = "ENCODING", value_parser = name)]
     pub content_encoding: Option<String>,
+
+    /// Queue for replies
+    #[arg(short = 't', long, hide_short_help = true, value_name = "NAME", value_parser = name)]
     pub reply_to: Option<String>,
+
+    /// Header; the option may be given several times
+    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE", value_parser = header)]
+    pub headers: Vec<(String, String)>,
+
+    /// Message id; the command gets it as MESSAGE_ID
+    #[arg(long, value_name = "ID", value_parser = name)]
     pub message_id: Option<String>,
+
+    /// Correlation id, which relates a reply to its request
+    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name)]
     pub correlation_id: Option<String>,
+
+    /// Type, for the consumer to tell messages apart
+    #[arg(long = "type", hide_short_help = true, value_name = "TYPE", value_parser = name)]
     pub kind: Option<String>,
+
+    /// Application that publishes the message
+    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name)]
     pub app_id: Option<String>,
-    /// In milliseconds.
+
+    /// Milliseconds in the queue after which the message expires
+    ///
+    /// The queue then drops the message, or dead-letters it.
+    #[arg(long, hide_short_help = true, value_name = "MILLISECONDS")]
     pub expiration: Option<u32>,
+
+    /// Priority: messages of a higher one are delivered first
+    ///
+    /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 know two priorities: up to 4, and above.
+    #[arg(long, value_name = "0-255")]
     pub priority: Option<u8>,
-    pub headers: BTreeMap<String, String>,
 }
 
 impl Properties {
-    pub(super) fn into_amqp(self) -> BasicProperties {
+    pub(super) fn encode(&self) -> BasicProperties {
         let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
-        let texts: [(_, fn(_, _) -> _); 8] = [
-            (self.content_type, BasicProperties::with_content_type),
-            (self.content_encoding, BasicProperties::with_content_encoding),
-            (self.reply_to, BasicProperties::with_reply_to),
-            (self.message_id, BasicProperties::with_message_id),
-            (self.correlation_id, BasicProperties::with_correlation_id),
-            (self.kind, BasicProperties::with_type),
-            (self.app_id, BasicProperties::with_app_id),
-            (self.expiration.map(|time| time.to_string()), BasicProperties::with_expiration),
+        let expiration = self.expiration.map(|milliseconds| milliseconds.to_string());
+        let texts: [(_, fn(_, ShortString) -> _); 8] = [
+            (&self.content_type, BasicProperties::with_content_type),
+            (&self.content_encoding, BasicProperties::with_content_encoding),
+            (&self.reply_to, BasicProperties::with_reply_to),
+            (&self.message_id, BasicProperties::with_message_id),
+            (&self.correlation_id, BasicProperties::with_correlation_id),
+            (&self.kind, BasicProperties::with_type),
+            (&self.app_id, BasicProperties::with_app_id),
+            (&expiration, BasicProperties::with_expiration),
         ];
         for (value, with) in texts {
             if let Some(value) = value {
-                properties = with(properties, ShortString::from(value));
+                properties = with(properties, value.as_str().into());
             }
         }
         if let Some(priority) = self.priority {
@@ -109,11 +118,38 @@ impl Properties {
         }
         if !self.headers.is_empty() {
             let mut table = FieldTable::default();
-            for (name, value) in self.headers {
-                table.insert(name.into(), AMQPValue::LongString(value.into()));
+            for (name, value) in &self.headers {
+                table.insert(name.as_str().into(), AMQPValue::LongString(value.as_str().into()));
             }
             properties = properties.with_headers(table);
         }
         properties
+    }
+}
+
+/// `name: value`, as amqp-publish takes it apart: spaces before the value aren't part of it.
+fn header(text: &str) -> Result<(String, String), String> {
+    let Some((key, value)) = text.split_once(':') else {
+        return Err("has no colon between a name and a value".to_owned());
+    };
+    if key.is_empty() {
+        return Err("has no name before its colon".to_owned());
+    }
+    Ok((name(key)?, value.trim_start().to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_is_split_at_its_first_colon_as_amqp_publish_does() {
+        let pair = |name: &str, value: &str| Ok((name.to_owned(), value.to_owned()));
+        assert_eq!(header("k:  v w "), pair("k", "v w "));
+        assert_eq!(header("a:b:c"), pair("a", "b:c"));
+        assert_eq!(header("e:"), pair("e", ""));
+        assert!(header("none").is_err());
+        assert!(header(": value").is_err());
+        assert!(header(&format!("{}:", "n".repeat(256))).is_err());
     }
 }

@@ -1,12 +1,13 @@
-//! Messages in flight to one exchange, and the broker's answer to each.
+//! Publishes to one exchange with publisher confirms, many messages in flight.
 
 use super::{
     connection::OpenConnection,
-    errors::ConnectError,
-    properties::{Properties, QueueType, Route},
+    errors::{ConnectError, Meaning},
+    properties::{Properties, Route},
     refused::Asked,
 };
 use crate::{
+    clock::sleep_until_or_never,
     exit::{Exit, Failure},
     report::HumanDuration,
 };
@@ -14,7 +15,7 @@ use lapin::{
     BasicProperties, Channel, Confirmation, Event, PublisherConfirm,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
     protocol::basic,
-    types::ShortString,
+    types::{AMQPValue, FieldTable},
 };
 use std::{
     collections::VecDeque,
@@ -22,152 +23,134 @@ use std::{
     pin::Pin,
     time::Duration,
 };
-use tokio::time::timeout;
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, timeout},
+};
 
 /// What a frame with a content header has beside the properties, in bytes (AMQP 0-9-1, 2.3.5 and 2.3.5.2): type, channel,
 /// size; class, weight, size of the body; the frame's end.
 const AROUND_PROPERTIES: u64 = 7 + 12 + 1;
 
-/// The broker's answer to a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// `basic.ack`: the broker has the message.
-    Acked,
-    /// `basic.ack`, and a message came back that no queue takes. Not necessarily this one: lapin 4.12 hands what was
-    /// returned to whichever message is answered next. It is one that was in flight with it, so one behind the first
-    /// `behind` ones.
-    AckedWithReturn {
-        /// How many messages were answered when this one was sent.
-        behind: u64,
-    },
-    /// `basic.nack`: the broker refused it, as a full queue does.
-    Nacked {
-        /// Whether a message came back, too, as LavinMQ has it.
-        returned: bool,
-    },
+/// A message without an answer.
+struct InFlight {
+    /// `None` while it is being sent.
+    confirm: Option<PublisherConfirm>,
+    /// The body's size in bytes.
+    size: u64,
+    /// How many messages were answered when it was sent.
+    answered_before: u64,
+    /// Its share of what may be in flight.
+    _share: OwnedSemaphorePermit,
 }
 
-/// What the publisher hears.
-#[derive(Debug)]
-pub enum Heard {
-    /// The message that was being sent is sent.
-    Sent,
-    /// An answer to the next message; answers come in the order in which the messages were sent.
-    Answer(Answer),
-    /// The broker takes nothing from publishers for now, for this reason.
-    Blocked(String),
-    /// It does again.
-    Unblocked,
-    /// The channel or the connection is gone.
-    Lost(PublishError),
-}
-
-/// What ended the publishing.
-#[derive(Debug)]
-pub struct PublishError {
-    /// Why.
-    pub failure: Failure,
-    /// The message that is to blame, if it is known, counted from 1.
-    pub message: Option<u64>,
-}
-
-type Sending = Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send>>;
-
-/// Publishes persistent, mandatory messages with publisher confirms, many in flight.
+/// Publishes persistent messages over a connection.
 pub struct Publisher {
     connection: OpenConnection,
-    channel: Channel,
-    route: Route,
+    channel: Option<Channel>,
+    /// Where the messages go.
+    pub route: Route,
     properties: BasicProperties,
-    sending: Option<Sending>,
-    confirms: VecDeque<PublisherConfirm>,
-    /// Of each message without an answer, the one that is being sent included: the size of its body, in bytes, and how
-    /// many messages were answered when it was sent.
-    unanswered: VecDeque<(usize, u64)>,
-    answered: u64,
+    /// Longest wait for the next answer, and when that wait began.
+    limit: Duration,
+    waiting_since: Instant,
+    /// Why the broker takes no messages for now.
+    blocked: Option<String>,
+    sending: Option<Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send>>>,
+    in_flight: VecDeque<InFlight>,
+    /// What became of the messages that are answered.
+    pub tally: Tally,
 }
 
 impl Publisher {
-    /// Opens a channel, the only one, and declares the queue that `route` leads to if `declare` is its type. A queue that
+    /// Publishes over this connection; the broker may take `limit` for each answer.
+    pub fn new(connection: OpenConnection, route: Route, properties: &Properties, limit: Duration) -> Self {
+        Self {
+            connection,
+            channel: None,
+            route,
+            properties: properties.encode(),
+            limit,
+            waiting_since: Instant::now(),
+            blocked: None,
+            sending: None,
+            in_flight: VecDeque::new(),
+            tally: Tally::default(),
+        }
+    }
+
+    /// Opens the channel, and declares the queue that the route leads to if `declare` is its type, or `default`. A queue that
     /// exists must be of that type.
     ///
     /// # Errors
-    /// When the broker refuses, or hasn't answered within `limit`.
-    pub async fn open(
-        connection: OpenConnection,
-        declare: Option<QueueType>,
-        route: Route,
-        properties: Properties,
-        limit: Duration,
-    ) -> Result<Self, Failure> {
-        let properties = properties.into_amqp();
-        if let Err(failure) = check_size(&properties, connection.lapin.configuration().frame_max()) {
-            connection.close().await;
-            return Err(failure);
+    /// When the broker refuses, or doesn't answer, or would refuse every message.
+    pub async fn open(&mut self, declare: Option<&str>) -> Result<(), Failure> {
+        let lapin = &self.connection.lapin;
+        // AMQP divides a body into frames, but not the properties.
+        let frame_max = lapin.configuration().frame_max();
+        let room = u64::from(frame_max) - AROUND_PROPERTIES;
+        let written = basic::gen_properties(&self.properties)(Vec::new().into());
+        let size = written.expect("memory takes all of it").position;
+        if size > room {
+            return Err(Failure::config(format!(
+                "properties and headers have {size} bytes, and only {room} fit into a frame of {frame_max} (frame_max); send less in headers, or raise frame_max in the broker's rabbitmq.conf and in the URL"
+            )));
         }
-        // Kept until the connection is closed, for the reason that `OpenConnection::last_channel` has.
-        let mut channel = None;
-        let mut asked = Asked::Publish(&route.exchange);
+        let Route { exchange, routing_key, .. } = &self.route;
+        let asked = if declare.is_some() { Asked::Declare(routing_key) } else { Asked::Publish(exchange) };
         let open = async {
-            let channel = channel.insert(connection.lapin.create_channel().await?);
+            let channel = self.channel.insert(lapin.create_channel().await?);
             if let Some(kind) = declare {
-                asked = Asked::Declare(&route.routing_key);
-                let queue = route.routing_key.as_str().into();
+                let mut arguments = FieldTable::default();
+                if kind != "default" {
+                    arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
+                }
                 let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-                channel.queue_declare(queue, durable, kind.arguments()).await?;
+                channel.queue_declare(routing_key.as_str().into(), durable, arguments).await?;
             }
-            asked = Asked::Publish(&route.exchange);
             channel.confirm_select(ConfirmSelectOptions::default()).await
         };
-        let opened = match timeout(limit, open).await {
+        match timeout(self.limit, open).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(ConnectError::refused(&error, &connection, asked).failure),
-            Err(_) => Err(Failure::new(
-                Exit::Unavailable,
-                format!("no reply from the broker within {} (--timeout)", HumanDuration(limit)),
-            )),
-        };
-        if let Err(failure) = opened {
-            connection.close().await;
-            return Err(failure);
+            Ok(Err(error)) => Err(ConnectError::refused(&error, &self.connection, asked).failure),
+            Err(_) => {
+                let limit = HumanDuration(self.limit);
+                let text = format!("no reply from the broker within {limit} (--timeout)");
+                Err(Failure::new(Exit::Unavailable, text))
+            }
         }
-        Ok(Self {
-            connection,
-            channel: channel.expect("it was opened"),
-            route,
-            properties,
-            sending: None,
-            confirms: VecDeque::new(),
-            unanswered: VecDeque::new(),
-            answered: 0,
-        })
+    }
+
+    /// Begins to send a message, which [`Self::next`] goes on with. One at a time: what lapin queues takes memory.
+    pub fn publish(&mut self, body: Vec<u8>, share: OwnedSemaphorePermit) {
+        if self.is_idle() {
+            self.waiting_since = Instant::now();
+        }
+        let (size, answered_before) = (body.len() as u64, self.tally.answered);
+        self.in_flight.push_back(InFlight { confirm: None, size, answered_before, _share: share });
+        let options = BasicPublishOptions { mandatory: self.route.mandatory(), ..BasicPublishOptions::default() };
+        let channel = self.channel.clone().expect("it is open");
+        let (route, properties) = (&self.route, self.properties.clone());
+        let (exchange, key) = (route.exchange.as_str().into(), route.routing_key.as_str().into());
+        self.sending =
+            Some(Box::pin(async move { channel.basic_publish(exchange, key, options, &body, properties).await }));
     }
 
     /// Whether a message is still being sent; the next one has to wait.
-    #[must_use]
-    pub const fn is_sending(&self) -> bool {
+    pub fn is_sending(&self) -> bool {
         self.sending.is_some()
     }
 
-    /// Begins to send a message; [`Self::next`] goes on with it.
-    pub fn publish(&mut self, body: Vec<u8>) {
-        self.unanswered.push_back((body.len(), self.answered));
-        let channel = self.channel.clone();
-        let exchange = ShortString::from(self.route.exchange.as_str());
-        let key = ShortString::from(self.route.routing_key.as_str());
-        let properties = self.properties.clone();
-        let options = BasicPublishOptions { mandatory: self.route.mandatory(), ..BasicPublishOptions::default() };
-        self.sending = Some(Box::pin(async move {
-            let sent = channel.basic_publish(exchange, key, options, &body, properties);
-            sent.await
-        }));
-    }
-
-    /// The next thing to happen. Dropping the future loses nothing.
-    pub async fn next(&mut self) -> Heard {
+    /// Waits until something happens; answers come in the order of the messages. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// When there is no answer within the limit, or the channel or the connection is gone; with the number of the message
+    /// that is to blame, if it is known.
+    pub async fn next(&mut self) -> Result<(), (Failure, Option<u64>)> {
+        let deadline = (!self.is_idle()).then(|| self.waiting_since + self.limit);
         let answer = async {
-            match self.confirms.front_mut() {
-                Some(first) => first.await,
+            match self.in_flight.front_mut().and_then(|first| first.confirm.as_mut()) {
+                Some(confirm) => confirm.await,
                 None => pending().await,
             }
         };
@@ -177,40 +160,50 @@ impl Publisher {
                 None => pending().await,
             }
         };
-        let connection = &mut self.connection;
-        let event = async {
-            loop {
-                match connection.event().await {
-                    Event::ConnectionBlocked(reason) => return Ok(Heard::Blocked(reason)),
-                    Event::ConnectionUnblocked => return Ok(Heard::Unblocked),
-                    Event::Error(error) => return Err(error),
-                    _ => {}
-                }
-            }
-        };
-        let heard = tokio::select! {
+        let answered = tokio::select! {
             biased;
-            answer = answer => answer.map(|confirmation| Heard::Answer(self.note(&confirmation))),
-            sent = sent => sent.map(|confirm| {
-                self.sending = None;
-                self.confirms.push_back(confirm);
-                Heard::Sent
-            }),
-            event = event => event,
+            answered = answer => answered,
+            sent = sent => match sent {
+                Ok(confirm) => {
+                    self.sending = None;
+                    self.in_flight.back_mut().expect("it is being sent").confirm = Some(confirm);
+                    return Ok(());
+                }
+                Err(error) => Err(error),
+            },
+            event = self.connection.event() => match event {
+                Event::Error(error) => Err(error),
+                Event::ConnectionBlocked(reason) => {
+                    let limit = HumanDuration(self.limit);
+                    tracing::warn!("the broker blocks publishers: {reason}; waiting for up to {limit} (--timeout)");
+                    self.blocked = Some(reason);
+                    return Ok(());
+                }
+                Event::ConnectionUnblocked => {
+                    tracing::info!("the broker takes messages again");
+                    self.blocked = None;
+                    return Ok(());
+                }
+                _ => return Ok(()),
+            },
+            () = sleep_until_or_never(deadline) => return Err((self.stalled(), None)),
         };
-        heard.unwrap_or_else(|error| Heard::Lost(self.lost(&error)))
+        let confirmation = answered.map_err(|error| self.lost(&error))?;
+        let sent = self.sent();
+        let message = self.in_flight.pop_front().expect("it is answered");
+        self.tally.note(&confirmation, message.size, message.answered_before, sent);
+        self.waiting_since = Instant::now();
+        Ok(())
     }
 
-    fn note(&mut self, confirmation: &Confirmation) -> Answer {
-        self.confirms.pop_front();
-        let behind = self.unanswered.pop_front().map_or(0, |(_, behind)| behind);
-        self.answered += 1;
-        match confirmation {
-            Confirmation::Ack(Some(_)) => Answer::AckedWithReturn { behind },
-            Confirmation::Nack(returned) => Answer::Nacked { returned: returned.is_some() },
-            // NotRequested never comes: the channel is in confirm mode.
-            Confirmation::Ack(None) | Confirmation::NotRequested => Answer::Acked,
-        }
+    /// How many messages are sent.
+    pub fn sent(&self) -> u64 {
+        self.tally.answered + self.in_flight.len() as u64
+    }
+
+    /// Whether every message that is sent is answered.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight.is_empty()
     }
 
     /// Closes the connection politely, within two seconds.
@@ -218,48 +211,117 @@ impl Publisher {
         self.connection.close().await;
     }
 
-    fn lost(&self, error: &lapin::Error) -> PublishError {
+    fn stalled(&self) -> Failure {
+        let why = match &self.blocked {
+            Some(reason) => format!("the broker blocks publishers: {reason}"),
+            None => "the broker has confirmed nothing for so long".to_owned(),
+        };
+        let limit = HumanDuration(self.limit);
+        Failure::new(Exit::Unconfirmed, format!("gave up after {limit} (--timeout): {why}"))
+    }
+
+    fn lost(&self, error: &lapin::Error) -> (Failure, Option<u64>) {
         let refusal = self.connection.observed().refusal(error);
-        // The one error that names its message, though only by its size.
-        let size = refusal.and_then(|refusal| too_large(&refusal.text));
-        let mut sizes = self.unanswered.iter().map(|(size, _)| *size);
-        let place = size.and_then(|size| sizes.position(|other| other == size));
-        let asked = Asked::Publish(&self.route.exchange);
-        PublishError {
-            failure: ConnectError::refused(error, &self.connection, asked).failure,
-            message: place.map(|place| self.answered + place as u64 + 1),
+        // "message size 2000 is larger than configured max size 1000": it names its message, by the size.
+        let too_large = refusal.filter(|refusal| refusal.meaning() == Meaning::TooLarge);
+        let size = too_large.and_then(|refusal| refusal.text.split(' ').find_map(|word| word.parse().ok()));
+        let place = size.and_then(|size: u64| self.in_flight.iter().position(|message| message.size == size));
+        let failure = ConnectError::refused(error, &self.connection, Asked::Publish(&self.route.exchange)).failure;
+        (failure, place.map(|place| self.tally.answered + place as u64 + 1))
+    }
+}
+
+/// What became of the messages that are answered, in the order in which they were sent.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// How many are answered.
+    pub answered: u64,
+    /// The size of their bodies together, in bytes.
+    pub bytes: u64,
+    /// How many were returned (`basic.return`), and how many were refused (`basic.nack`). LavinMQ does both to one.
+    failures: u64,
+    /// The first that is in no queue.
+    pub gap: Option<Gap>,
+}
+
+/// A message that is in no queue, counted from 1: one of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// The first that it may be.
+    pub first: u64,
+    /// The last that it may be.
+    pub last: u64,
+    /// Whether the broker refused it; otherwise no queue takes it.
+    pub refused: bool,
+}
+
+impl Tally {
+    /// Takes note of the next answer, to a message that was sent after `answered_before` answers; `sent` are sent by now.
+    fn note(&mut self, confirmation: &Confirmation, size: u64, answered_before: u64, sent: u64) {
+        self.answered += 1;
+        self.bytes += size;
+        let (refused, returned) = match confirmation {
+            Confirmation::Ack(returned) => (false, returned.is_some()),
+            Confirmation::Nack(returned) => (true, returned.is_some()),
+            Confirmation::NotRequested => (false, false),
+        };
+        self.failures += u64::from(refused) + u64::from(returned);
+        // lapin 4.12 hands what was returned to whichever message is answered next: one that was in flight with it.
+        let first = if returned { answered_before + 1 } else { self.answered };
+        let last = if refused { self.answered } else { sent };
+        if (refused || returned) && self.gap.is_none_or(|gap| first < gap.first) {
+            self.gap = Some(Gap { first, last, refused });
         }
     }
-}
 
-/// Checks that the properties, headers included, fit into a frame of `frame_max` bytes: AMQP doesn't divide them.
-fn check_size(properties: &BasicProperties, frame_max: u32) -> Result<(), Failure> {
-    let written = basic::gen_properties(properties)(Vec::new().into()).expect("memory takes all of it");
-    let (size, limit) = (written.position, u64::from(frame_max) - AROUND_PROPERTIES);
-    if size <= limit {
-        return Ok(());
+    /// How many messages are confirmed from the first on.
+    pub fn without_gap(&self) -> u64 {
+        self.gap.map_or(self.answered, |gap| gap.first - 1)
     }
-    Err(Failure::config(format!(
-        "properties and headers have {size} bytes, and only {limit} fit into a frame of {frame_max} (frame_max); send less in headers, or raise frame_max in the broker's rabbitmq.conf and in the URL"
-    )))
-}
 
-/// The size of the message that a refusal for its size is about.
-fn too_large(text: &str) -> Option<usize> {
-    // "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000" (RabbitMQ 3.10 to 4.3)
-    let (_, rest) = text.split_once("message size ")?;
-    let (size, rest) = rest.split_once(' ')?;
-    (rest.starts_with("is larger") || rest.starts_with("larger")).then(|| size.parse().ok())?
+    /// How many messages are confirmed; with LavinMQ it may be more.
+    pub fn confirmed(&self) -> u64 {
+        self.answered.saturating_sub(self.failures).max(self.without_gap())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use Confirmation::{Ack, Nack};
+    use lapin::message::BasicReturnMessage;
 
     #[test]
-    fn a_refusal_for_its_size_tells_the_size() {
-        let text = "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000";
-        assert_eq!(too_large(text), Some(2000));
-        assert_eq!(too_large("PRECONDITION_FAILED - invalid expiration"), None);
+    fn a_gap_is_never_placed_too_late() {
+        let returned = || {
+            let delivery = lapin::message::Delivery::mock(0, "".into(), "".into(), false, Vec::new());
+            Some(BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() })
+        };
+        let acked = || (Ack(None), 0);
+        let back = |answered_before| (Ack(returned()), answered_before);
+        let refused = || (Nack(None), 0);
+        let both = |answered_before| (Nack(returned()), answered_before);
+        let gap = |first, last, refused| Some(Gap { first, last, refused });
+        for (sent, answers, confirmed, expected) in [
+            (3, vec![acked(), acked(), acked()], 3, None),
+            (3, vec![acked()], 1, None),
+            (4, vec![acked(), acked(), refused(), acked()], 3, gap(3, 3, true)),
+            // The second may be the one that was returned, though the third brought it.
+            (4, vec![acked(), acked(), back(1), acked()], 3, gap(2, 4, false)),
+            (3, vec![acked(), acked(), back(2)], 2, gap(3, 3, false)),
+            (4, vec![back(0), acked(), back(0), back(0)], 1, gap(1, 4, false)),
+            // A refusal that brought what was returned before it.
+            (3, vec![acked(), acked(), both(1)], 1, gap(2, 3, true)),
+            // LavinMQ returns and refuses one that a full queue doesn't take.
+            (3, vec![acked(), both(1), both(2)], 1, gap(2, 2, true)),
+            (3, vec![refused(), back(0), acked()], 1, gap(1, 1, true)),
+        ] {
+            let mut tally = Tally::default();
+            for (confirmation, answered_before) in &answers {
+                tally.note(confirmation, 1, *answered_before, sent);
+            }
+            assert_eq!((tally.confirmed(), tally.gap), (confirmed, expected), "{answers:?}");
+            assert_eq!(tally.without_gap(), expected.map_or(answers.len() as u64, |gap| gap.first - 1));
+        }
     }
 }

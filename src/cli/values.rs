@@ -1,6 +1,6 @@
 //! What the values of options look like.
 
-use crate::broker::address::NAME_MAX;
+pub(crate) use crate::broker::address::name;
 
 /// A switch's variable.
 pub(crate) fn switch(text: &str) -> Result<bool, String> {
@@ -9,14 +9,6 @@ pub(crate) fn switch(text: &str) -> Result<bool, String> {
         "false" | "no" | "off" | "0" => Ok(false),
         _ => Err("not true or false, yes or no, on or off, 1 or 0".to_owned()),
     }
-}
-
-/// What AMQP has a short string for.
-pub(crate) fn name(text: &str) -> Result<String, String> {
-    if text.len() > NAME_MAX {
-        return Err(format!("has {} bytes; AMQP allows {NAME_MAX}", text.len()));
-    }
-    Ok(text.to_owned())
 }
 
 /// A queue's name, without the newline that a file behind the variable ends with.

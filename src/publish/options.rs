@@ -2,17 +2,19 @@
 
 use super::source::Source;
 use crate::{
-    broker::{Properties, QueueType, Route},
+    broker::{Properties, Route},
     cli::{BrokerOptions, Given, Options, OutputOptions, VERSION, name, queue_name},
     clock::duration_above_zero,
     exit::Failure,
     program::Program,
 };
 use clap::{ArgGroup, Parser};
-use std::{ffi::OsString, mem::take, path::PathBuf, time::Duration};
-
-/// The help's section for what goes with each message.
-const PROPERTIES: &str = "Properties of every message";
+use std::{
+    ffi::OsString,
+    mem::take,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// Publishes one message for each argument, and exits with 0 only when the broker has confirmed all of them. Without
 /// an argument, all of standard input is one message.
@@ -42,9 +44,9 @@ pub struct QpublishOptions {
 
     /// Declare the queue first: quorum, classic or default
     ///
-    /// The queue is durable, and of this type or of the virtual host's default type. A queue that exists must be of the same type. Without a message the queue is only declared, and standard input is not read.
-    #[arg(long, value_name = "TYPE", num_args = 0..=1, require_equals = true, default_missing_value = "default", hide_possible_values = true, value_enum, help_heading = "Destination")]
-    pub(super) declare: Option<QueueType>,
+    /// The queue is durable. quorum is replicated, classic is on one node, and default is the virtual host's default type. A queue that exists must be of the same type. Without a message the queue is only declared, and standard input is not read.
+    #[arg(long, value_name = "TYPE", num_args = 0..=1, require_equals = true, default_missing_value = "default", hide_possible_values = true, value_parser = ["default", "quorum", "classic"], help_heading = "Destination")]
+    pub(super) declare: Option<String>,
 
     /// Let the broker drop a message that no queue takes
     ///
@@ -77,52 +79,12 @@ pub struct QpublishOptions {
     null: bool,
 
     /// Changes nothing: messages are always persistent
-    #[arg(short, long, hide = true, help_heading = PROPERTIES)]
+    #[arg(short, long, hide = true)]
     persistent: bool,
 
-    /// Content type, as in text/plain
-    #[arg(short = 'C', long, value_name = "TYPE", value_parser = name, help_heading = PROPERTIES)]
-    content_type: Option<String>,
-
-    /// Content encoding, as in gzip; the message is sent as it is
-    #[arg(short = 'E', long, hide_short_help = true, value_name = "ENCODING", value_parser = name, help_heading = PROPERTIES)]
-    content_encoding: Option<String>,
-
-    /// Queue for replies
-    #[arg(short = 't', long, hide_short_help = true, value_name = "NAME", value_parser = name, help_heading = PROPERTIES)]
-    reply_to: Option<String>,
-
-    /// Header; the option may be given several times
-    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE", value_parser = header, help_heading = PROPERTIES)]
-    headers: Vec<(String, String)>,
-
-    /// Message id; the command gets it as MESSAGE_ID
-    #[arg(long, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
-    message_id: Option<String>,
-
-    /// Correlation id, which relates a reply to its request
-    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
-    correlation_id: Option<String>,
-
-    /// Type, for the consumer to tell messages apart
-    #[arg(long = "type", hide_short_help = true, value_name = "TYPE", value_parser = name, help_heading = PROPERTIES)]
-    kind: Option<String>,
-
-    /// Application that publishes the message
-    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name, help_heading = PROPERTIES)]
-    app_id: Option<String>,
-
-    /// Milliseconds in the queue after which the message expires
-    ///
-    /// The queue then drops the message, or dead-letters it.
-    #[arg(long, hide_short_help = true, value_name = "MILLISECONDS", help_heading = PROPERTIES)]
-    expiration: Option<u32>,
-
-    /// Priority: messages of a higher one are delivered first
-    ///
-    /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 know two priorities: up to 4, and above.
-    #[arg(long, value_name = "0-255", help_heading = PROPERTIES)]
-    priority: Option<u8>,
+    /// What every message carries.
+    #[command(flatten)]
+    pub(super) properties: Properties,
 
     /// Wait this long for the next confirmation
     ///
@@ -141,10 +103,6 @@ pub struct QpublishOptions {
     /// Where to, once the options are checked.
     #[arg(skip)]
     pub(super) route: Route,
-
-    /// What every message carries, once the options are checked.
-    #[arg(skip)]
-    pub(super) properties: Properties,
 }
 
 impl Options for QpublishOptions {
@@ -164,22 +122,10 @@ Examples:
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
         self.route = self.find_route(given)?;
         self.broker.find_nodes(given)?;
-        self.properties = Properties {
-            content_type: self.content_type.take(),
-            content_encoding: self.content_encoding.take(),
-            reply_to: self.reply_to.take(),
-            message_id: self.message_id.take(),
-            correlation_id: self.correlation_id.take(),
-            kind: self.kind.take(),
-            app_id: self.app_id.take(),
-            expiration: self.expiration,
-            priority: self.priority,
-            ..Properties::default()
-        };
-        for (name, value) in take(&mut self.headers) {
-            let again = format!("--header {name:?} is given twice");
-            if self.properties.headers.insert(name, value).is_some() {
-                return Err(Failure::usage(again));
+        let headers = &self.properties.headers;
+        for (at, (name, _)) in headers.iter().enumerate() {
+            if headers[..at].iter().any(|(other, _)| other == name) {
+                return Err(Failure::usage(format!("--header {name:?} is given twice")));
             }
         }
         Ok(())
@@ -187,27 +133,24 @@ Examples:
 }
 
 impl QpublishOptions {
-    /// Where messages come from; `None` is when there is only a queue to declare.
-    pub(super) fn find_source(&mut self) -> Option<Source> {
-        let is_input = |path: &PathBuf| path.as_os_str() == "-";
-        if self.lines {
-            Some(Source::Records(b'\n'))
-        } else if self.null {
-            Some(Source::Records(0))
+    /// Where messages come from. With `--declare` alone there are none.
+    ///
+    /// # Errors
+    /// When a file can't be read.
+    pub(super) fn find_source(&mut self) -> Result<Source, Failure> {
+        Ok(if self.lines || self.null {
+            Source::Records(if self.lines { b'\n' } else { 0 })
         } else if let Some(body) = self.body.take() {
-            Some(Source::Arguments(vec![body]))
-        } else if self.file.iter().all(is_input) && self.file.len() == 1 {
-            Some(Source::Input)
+            Source::Arguments(vec![body])
+        } else if self.file == [Path::new("-")] {
+            Source::Input
         } else if !self.file.is_empty() {
-            for path in self.file.iter_mut().filter(|path| is_input(path)) {
-                *path = "/dev/stdin".into();
-            }
-            Some(Source::Files(take(&mut self.file)))
-        } else if !self.messages.is_empty() {
-            Some(Source::Arguments(take(&mut self.messages)))
+            Source::files(take(&mut self.file))?
+        } else if !self.messages.is_empty() || self.declare.is_some() {
+            Source::Arguments(take(&mut self.messages))
         } else {
-            self.declare.is_none().then_some(Source::Input)
-        }
+            Source::Input
+        })
     }
 
     /// Where to: `--exchange` and `--routing-key`, or else the queue.
@@ -234,17 +177,6 @@ impl QpublishOptions {
     }
 }
 
-/// `name: value`, as amqp-publish takes it apart: spaces before the value aren't part of it.
-fn header(text: &str) -> Result<(String, String), String> {
-    let Some((key, value)) = text.split_once(':') else {
-        return Err("has no colon between a name and a value".to_owned());
-    };
-    if key.is_empty() {
-        return Err("has no name before its colon".to_owned());
-    }
-    Ok((name(key)?, value.trim_start().to_owned()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -253,17 +185,6 @@ mod tests {
     #[test]
     fn the_options_are_consistent() {
         command_line::<QpublishOptions>().debug_assert();
-    }
-
-    #[test]
-    fn a_header_is_split_at_its_first_colon_as_amqp_publish_does() {
-        let pair = |name: &str, value: &str| Ok((name.to_owned(), value.to_owned()));
-        assert_eq!(header("k:  v w "), pair("k", "v w "));
-        assert_eq!(header("a:b:c"), pair("a", "b:c"));
-        assert_eq!(header("e:"), pair("e", ""));
-        assert!(header("none").is_err());
-        assert!(header(": value").is_err());
-        assert!(header(&format!("{}:", "n".repeat(256))).is_err());
     }
 
     #[test]
@@ -277,9 +198,9 @@ mod tests {
             }
         };
         assert!(matches!(source(&["-"]), Source::Input));
-        let Source::Files(files) = source(&["a", "-"]) else {
+        let Source::Files(files) = source(&["/dev/null", "-"]) else {
             panic!("no files");
         };
-        assert_eq!(files, [PathBuf::from("a"), "/dev/stdin".into()]);
+        assert_eq!(files, [PathBuf::from("/dev/null"), "/dev/stdin".into()]);
     }
 }

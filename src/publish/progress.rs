@@ -1,10 +1,13 @@
-//! The line that a terminal shows while a run takes longer than a second: how many messages are confirmed, of how many.
+//! How far a run is: on a terminal one line that is written again each second, elsewhere a log line now and then.
 
-use crate::report::{counted, show_progress};
+use crate::{
+    broker::Tally,
+    report::{HumanDuration, Reminder, counted, show_progress},
+};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// How often the line is written again.
+/// How often the terminal's line is written again.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// How much there is to publish.
@@ -15,48 +18,52 @@ pub(super) enum Total {
 }
 
 pub(super) struct Progress {
+    on_terminal: bool,
     /// `None` if it isn't known before the end.
     total: Option<Total>,
-    /// When the line was last written, and how many messages were confirmed then.
+    reminder: Reminder,
+    /// When the terminal's line was last written, and how many messages were confirmed then.
     last: (Instant, u64),
 }
 
 impl Progress {
-    pub(super) fn new(total: Option<Total>) -> Self {
-        Self { total, last: (Instant::now(), 0) }
+    pub(super) fn new(on_terminal: bool, total: Option<Total>) -> Self {
+        Self { on_terminal, total, reminder: Reminder::default(), last: (Instant::now(), 0) }
     }
 
-    pub(super) async fn due(&self) {
-        sleep_until(self.last.0 + INTERVAL).await;
-    }
-
-    /// Shows how many messages, and how many bytes of the input, are confirmed.
-    pub(super) fn show(&mut self, messages: u64, bytes: u64) {
-        let (since, before) = self.last;
-        let rate = messages.saturating_sub(before) as f64 / since.elapsed().as_secs_f64();
-        show_progress(&line(messages, bytes, rate as u64, self.total));
-        self.last = (Instant::now(), messages);
-    }
-}
-
-fn line(messages: u64, bytes: u64, rate: u64, total: Option<Total>) -> String {
-    let confirmed = match total {
-        Some(Total::Messages(total)) => format!("{messages} of {} confirmed", counted(total, "message", "messages")),
-        _ => format!("{} confirmed", counted(messages, "message", "messages")),
-    };
-    match total {
-        Some(Total::Bytes(total)) => format!("{confirmed}, {rate}/s, {}", of_bytes(bytes.min(total), total)),
-        _ => format!("{confirmed}, {rate}/s"),
-    }
-}
-
-fn of_bytes(done: u64, total: u64) -> String {
-    let units = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match units.into_iter().find(|(_, size)| total >= *size) {
-        Some((name, size)) => {
-            format!("{:.1} of {:.1} {name}", done as f64 / size as f64, total as f64 / size as f64)
+    /// Waits until it is time to say it.
+    pub(super) async fn due(&mut self) -> Duration {
+        if !self.on_terminal {
+            return self.reminder.due().await;
         }
-        None => format!("{done} of {total} bytes"),
+        sleep_until(self.last.0 + INTERVAL).await;
+        self.last.0.elapsed()
+    }
+
+    /// Says how many messages are confirmed after this time: since the start in the log, since the last line on a terminal.
+    pub(super) fn say(&mut self, after: Duration, tally: &Tally) {
+        let confirmed = tally.confirmed();
+        if self.on_terminal {
+            let rate = confirmed.saturating_sub(self.last.1) as f64 / after.as_secs_f64();
+            // Each line of the input has a separator, too.
+            show_progress(&line(confirmed, rate as u64, tally.bytes + tally.answered, self.total));
+            self.last = (Instant::now(), confirmed);
+        } else {
+            let (after, confirmed) = (HumanDuration(after), counted(confirmed, "message", "messages"));
+            tracing::info!("still publishing, for {after} now: {confirmed} confirmed");
+        }
+    }
+}
+
+fn line(messages: u64, rate: u64, bytes: u64, total: Option<Total>) -> String {
+    let counted = |number| counted(number, "message", "messages");
+    match total {
+        Some(Total::Messages(all)) => format!("{messages} of {} confirmed, {rate}/s", counted(all)),
+        Some(Total::Bytes(all)) => {
+            let (done, all) = (bytes.min(all) / 1024, all.div_ceil(1024));
+            format!("{} confirmed, {rate}/s, {done} of {all} KiB", counted(messages))
+        }
+        None => format!("{} confirmed, {rate}/s", counted(messages)),
     }
 }
 
@@ -70,14 +77,12 @@ mod tests {
             (1, 9, None, "1 message confirmed, 7/s"),
             (2, 9, Some(Total::Messages(3)), "2 of 3 messages confirmed, 7/s"),
             (0, 0, Some(Total::Messages(1)), "0 of 1 message confirmed, 7/s"),
-            (2, 9, Some(Total::Bytes(13)), "2 messages confirmed, 7/s, 9 of 13 bytes"),
-            // The last line needs no newline.
-            (2, 14, Some(Total::Bytes(13)), "2 messages confirmed, 7/s, 13 of 13 bytes"),
-            (2, 1024, Some(Total::Bytes(2048)), "2 messages confirmed, 7/s, 1.0 of 2.0 KiB"),
-            (2, 5 << 19, Some(Total::Bytes(5 << 20)), "2 messages confirmed, 7/s, 2.5 of 5.0 MiB"),
-            (2, 1 << 30, Some(Total::Bytes(5 << 30)), "2 messages confirmed, 7/s, 1.0 of 5.0 GiB"),
+            (2, 9, Some(Total::Bytes(13)), "2 messages confirmed, 7/s, 0 of 1 KiB"),
+            (2, 3000, Some(Total::Bytes(4097)), "2 messages confirmed, 7/s, 2 of 5 KiB"),
+            // The last line may lack its newline.
+            (2, 2049, Some(Total::Bytes(2048)), "2 messages confirmed, 7/s, 2 of 2 KiB"),
         ] {
-            assert_eq!(line(messages, bytes, 7, total), expected);
+            assert_eq!(line(messages, 7, bytes, total), expected);
         }
     }
 }

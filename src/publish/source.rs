@@ -7,7 +7,7 @@ use std::{
     ffi::OsString,
     fmt,
     fs::{File, Metadata},
-    io::{self, BufRead, BufReader, Read, Seek},
+    io::{self, BufRead, BufReader, IsTerminal, Read, Seek},
     iter, mem,
     os::{fd::AsFd, unix::ffi::OsStringExt},
     path::PathBuf,
@@ -45,23 +45,19 @@ pub(super) enum Source {
     Records(u8),
 }
 
-/// A message, and its share of the window, which is given back when this is dropped.
-#[derive(Debug)]
-pub(super) struct Message {
-    pub(super) body: Vec<u8>,
-    pub(super) share: OwnedSemaphorePermit,
-}
-
-/// The messages as they are read.
-pub(super) type Messages = mpsc::Receiver<Result<Message, Failure>>;
+/// The messages as they are read, each with its share of the window.
+pub(super) type Messages = mpsc::Receiver<Result<(Vec<u8>, OwnedSemaphorePermit), Failure>>;
 
 impl Source {
-    /// Finds out what can be found out before anything is published.
-    pub(super) fn check(&self) -> Result<(), Failure> {
-        let Self::Files(files) = self else {
-            return Ok(());
-        };
-        for file in files {
+    /// These files, of which `-` is standard input.
+    ///
+    /// # Errors
+    /// When one can't be read.
+    pub(super) fn files(mut files: Vec<PathBuf>) -> Result<Self, Failure> {
+        for file in &mut files {
+            if file.as_os_str() == "-" {
+                *file = "/dev/stdin".into();
+            }
             let readable = if file.is_dir() {
                 Err(io::ErrorKind::IsADirectory.into())
             } else {
@@ -69,24 +65,17 @@ impl Source {
             };
             readable.map_err(|error| unreadable(format!("{file:?}"), &error))?;
         }
-        Ok(())
+        Ok(Self::Files(files))
     }
 
     /// What people call a message, counted from 1.
     pub(super) fn name(&self, message: u64) -> String {
         match self {
-            Self::Files(files) if message <= files.len() as u64 => {
-                format!("file {:?}", files[message as usize - 1])
-            }
+            Self::Files(files) if message <= files.len() as u64 => format!("file {:?}", files[message as usize - 1]),
             Self::Records(b'\n') => format!("line {message}"),
             Self::Input => "the message on standard input".to_owned(),
             _ => format!("message {message}"),
         }
-    }
-
-    /// Whether standard input is read.
-    pub(super) fn is_input(&self) -> bool {
-        matches!(self, Self::Input | Self::Records(_))
     }
 
     /// How much there is to publish, if that is known: of standard input the rest of a regular file. Before it is read.
@@ -97,11 +86,16 @@ impl Source {
             Self::Input => 1,
             Self::Records(_) => {
                 let mut input = standard_input().ok()?;
-                let found = input.metadata().ok().filter(Metadata::is_file)?;
-                return Some(Total::Bytes(found.len().saturating_sub(input.stream_position().ok()?)));
+                let size = input.metadata().ok().filter(Metadata::is_file)?.len();
+                return Some(Total::Bytes(size.saturating_sub(input.stream_position().ok()?)));
             }
         };
         Some(Total::Messages(messages as u64))
+    }
+
+    /// Whether somebody types the messages on a terminal.
+    pub(super) fn is_typed(&self) -> bool {
+        matches!(self, Self::Input | Self::Records(_)) && io::stdin().is_terminal()
     }
 
     /// Begins to read.
@@ -115,9 +109,8 @@ impl Source {
                 let message = body.map(|body| {
                     let size = u32::try_from(body.len() / 1024).unwrap_or(WINDOW);
                     let size = size.saturating_add(BESIDE).min(WINDOW);
-                    let share = Arc::clone(&window).acquire_many_owned(size);
-                    let share = runtime.block_on(share).expect("nobody closes the window");
-                    Message { body, share }
+                    let share = runtime.block_on(Arc::clone(&window).acquire_many_owned(size));
+                    (body, share.expect("nobody closes the window"))
                 });
                 let failed = message.is_err();
                 if sender.blocking_send(message).is_err() || failed {
@@ -139,6 +132,9 @@ impl Source {
                 body.map_err(|error| unreadable(format!("{path:?}"), &error))
             })),
             Self::Input => Box::new(iter::once_with(move || {
+                if self.is_typed() {
+                    tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
+                }
                 let body = standard_input().and_then(whole).map_err(no_input)?;
                 if body.is_empty() {
                     tracing::warn!("standard input is empty: publishing one empty message");
@@ -159,53 +155,37 @@ fn standard_input() -> io::Result<File> {
 }
 
 fn whole(file: File) -> io::Result<Vec<u8>> {
-    let mut body = Vec::new();
     let size = file.metadata().map_or(0, |found| found.len());
-    body.reserve_exact(usize::try_from(size.min(LARGEST)).unwrap_or(0));
+    let mut body = Vec::with_capacity(usize::try_from(size.min(LARGEST)).unwrap_or(0));
     file.take(LARGEST + 1).read_to_end(&mut body)?;
-    check_size(&body)?;
-    Ok(body)
+    checked(body)
 }
 
-/// All records, without a byte order mark in front of the first line.
+/// What is before each separator; the last record needs none. A byte order mark before the first line is left out.
 pub fn records(input: impl Read, separator: u8) -> impl Iterator<Item = io::Result<Vec<u8>>> {
     let mut input = BufReader::with_capacity(64 * 1024, input);
     let mut is_first_line = separator == b'\n';
     iter::from_fn(move || {
-        let mut body = record(&mut input, separator).transpose()?;
-        if mem::take(&mut is_first_line)
-            && let Ok(body) = &mut body
-            && body.starts_with(BYTE_ORDER_MARK)
-        {
+        let mut record = Vec::new();
+        match (&mut input).take(LARGEST + 1).read_until(separator, &mut record) {
+            Ok(0) => return None,
+            Ok(_) => record.pop_if(|last| *last == separator),
+            Err(error) => return Some(Err(error)),
+        };
+        if mem::take(&mut is_first_line) && record.starts_with(BYTE_ORDER_MARK) {
             tracing::warn!("standard input begins with a byte order mark: left out of the first message");
-            body.drain(..BYTE_ORDER_MARK.len());
+            record.drain(..BYTE_ORDER_MARK.len());
         }
-        Some(body)
+        Some(checked(record))
     })
 }
 
-/// The next record, without its separator; the last one needs none.
-fn record(input: &mut impl BufRead, separator: u8) -> io::Result<Option<Vec<u8>>> {
-    let mut record = Vec::new();
-    input.take(LARGEST + 1).read_until(separator, &mut record)?;
-    if record.is_empty() {
-        return Ok(None);
-    }
-    if record.last() == Some(&separator) {
-        record.pop();
-    }
-    check_size(&record)?;
-    Ok(Some(record))
-}
-
-fn check_size(body: &[u8]) -> io::Result<()> {
+fn checked(body: Vec<u8>) -> io::Result<Vec<u8>> {
     if body.len() as u64 > LARGEST {
-        return Err(io::Error::new(
-            io::ErrorKind::FileTooLarge,
-            "a message of more than 512 MiB, which no RabbitMQ takes",
-        ));
+        let text = "a message of more than 512 MiB, which no RabbitMQ takes";
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
     }
-    Ok(())
+    Ok(body)
 }
 
 fn unreadable(what: impl fmt::Display, error: &io::Error) -> Failure {
@@ -216,13 +196,9 @@ fn unreadable(what: impl fmt::Display, error: &io::Error) -> Failure {
 mod tests {
     use super::*;
 
-    fn records(input: &[u8], separator: u8) -> Vec<Vec<u8>> {
-        let mut input = input;
-        std::iter::from_fn(|| record(&mut input, separator).unwrap()).collect()
-    }
-
     #[test]
     fn records_are_what_is_between_separators_and_the_last_needs_none() {
+        let records = |input: &[u8], separator| records(input, separator).collect::<io::Result<Vec<_>>>().unwrap();
         assert!(records(b"", b'\n').is_empty());
         assert_eq!(records(b"\n", b'\n'), [b""]);
         assert_eq!(records(b"a\nb\n", b'\n'), [b"a", b"b"]);

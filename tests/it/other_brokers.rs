@@ -152,3 +152,24 @@ fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
         assert!(!done.stderr.contains(other), "{}", done.stderr);
     }
 }
+
+#[test]
+fn a_message_that_comes_back_before_another_is_refused_is_not_taken_for_a_confirmed_one() {
+    // It returns the first line, refuses the second, and then confirms that it has dealt with the first.
+    let peer = Peer::new(|request| match (request.method, request.nth) {
+        (Method::BODY, 1) => Answer::Bytes(Vec::new()),
+        (Method::BODY, _) => {
+            let first = Request { nth: 1, ..request.clone() };
+            let (refused, confirmed) =
+                (peer::settle(request, Method::BASIC_NACK), peer::settle(&first, Method::BASIC_ACK));
+            Answer::Bytes([peer::returned(request.channel), refused, confirmed].concat())
+        }
+        _ => Answer::Usual,
+    });
+    let lines = qpublish().url(&peer.url()).args(["-q", "x", "--lines"]).stdin("apple\nbanana\n");
+    lines
+        .run()
+        .assert_status(75)
+        .assert_stderr("error: line 1 or a later one, up to line 2, was refused")
+        .assert_stderr("confirmed: 0 of 2 messages sent, 0 from the start without a gap; to resume, begin with line 1");
+}

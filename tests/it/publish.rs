@@ -656,7 +656,7 @@ fn a_terminal_shows_how_many_of_how_many_or_how_much() {
     for (script, shows) in [
         ("exec \"$1\" apple banana", "0 of 2 messages confirmed, 0/s"),
         ("exec \"$1\" -f \"$0\" \"$0\"", "0 of 2 messages confirmed, 0/s"),
-        ("exec \"$1\" --lines <\"$0\"", "0 messages confirmed, 0/s, 0 of 13 bytes"),
+        ("exec \"$1\" --lines <\"$0\"", "0 messages confirmed, 0/s, 0 of 1 KiB"),
         ("cat \"$0\" | \"$1\" --lines", "0 messages confirmed, 0/s"),
     ] {
         let proxy = Proxy::of(broker);
