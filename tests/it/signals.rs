@@ -11,7 +11,8 @@ mod terminal;
 use crate::common::{MESSAGE, assert_back, assert_gone, behind, qconsume, worker};
 use std::time::{Duration, Instant};
 use testbed::{
-    Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running, Signal, eventually,
+    Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Running, Signal, emulator_lacks,
+    eventually,
 };
 
 /// Longest time from a signal to the end: two for a broker that doesn't answer, and much for a busy machine.

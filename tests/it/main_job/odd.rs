@@ -4,7 +4,7 @@ use super::{assert_gone, assert_returned, queues, worker};
 use crate::common::{qconsume, qconsume_path};
 use std::{fs, os::unix::fs::PermissionsExt};
 use testbed::{
-    BasicProperties, Broker, PATIENCE, missing,
+    BasicProperties, Broker, PATIENCE, emulator_lacks, missing,
     owner::temp_folder,
     types::{AMQPValue, FieldTable},
 };
@@ -58,6 +58,9 @@ fn without_path_commands_are_found_where_execvp_looks() {
 
 #[test]
 fn blocked_and_ignored_signals_are_not_the_end_of_it() {
+    if emulator_lacks("signals in /proc/self/status as they are") {
+        return;
+    }
     if testbed::owner::find_in_path("python3").is_none() {
         return missing("python3");
     }
@@ -130,6 +133,9 @@ fn too_long_an_argument_list_gives_the_message_back() {
 
 #[test]
 fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     let queue = Broker::shared().queue("background");
     let body = super::binary(4 * super::MEBIBYTE);
     queue.publish(&body);

@@ -7,6 +7,9 @@ use testbed::{Action, eventually, missing, owner};
 
 #[test]
 fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
+    if emulator_lacks("signals in /proc/self/status as they are") {
+        return;
+    }
     let (queue, proxy) = one_message("dispositions", QueueKind::Classic);
     // With CHLD blocked a careless qconsume would never hear of its command's end.
     let finished = behind(&proxy, &queue)
@@ -83,6 +86,9 @@ fn a_shortage_of_processes_is_no_broken_command() {
 
 #[test]
 fn a_signal_that_may_not_be_sent_is_warned_about() {
+    if emulator_lacks("process groups in /proc/self/stat") {
+        return;
+    }
     if !owner::is_root() || owner::find_in_path("setpriv").is_none() {
         return missing("root, and setpriv");
     }
@@ -104,6 +110,9 @@ fn a_signal_that_may_not_be_sent_is_warned_about() {
 
 #[test]
 fn a_command_leads_a_process_group_of_its_own() {
+    if emulator_lacks("process groups in /proc/self/stat") {
+        return;
+    }
     let (queue, proxy) = one_message("group", QueueKind::Classic);
     let running = behind(&proxy, &queue).args(["--", "cut", "-d ", "-f1,4,5", "/proc/self/stat"]).spawn();
     let text = running.finish(PATIENCE).stdout_text();
@@ -135,6 +144,9 @@ subprocess.Popen([\"sh\", \"-c\", os.environ[\"LATER\"]], start_new_session=True
 
 #[test]
 fn what_a_success_leaves_behind_may_finish_before_the_settlement() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     for away in AWAY {
         let (queue, proxy) = one_message("finishes", QueueKind::Classic);
         let folder = owner::temp_folder("finishes");
@@ -175,6 +187,9 @@ fn a_file_that_is_compressed_on_the_side_is_whole() {
 
 #[test]
 fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     for away in AWAY.iter().chain(&["sh -c \"$LATER\" &"]) {
         let (queue, proxy) = one_message("too-long", QueueKind::Classic);
         let running = behind(&proxy, &queue)
@@ -196,6 +211,9 @@ fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
 
 #[test]
 fn what_a_failure_leaves_is_killed_before_the_settlement() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     // The leader's death by a signal is an end like any other.
     for (end, status) in [("exit 5", 5), ("kill -KILL $$", 137)] {
         for away in AWAY.iter().chain(&["sh -c \"$LATER\" &"]) {
@@ -225,6 +243,9 @@ const CHAIN: &str = "echo left; [ -e out ] && sh -c \"$CHAIN\" &";
 
 #[test]
 fn a_process_that_forks_for_its_life_does_not_escape() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     // A thousand others make /proc long, and qconsume has to share one processor with the chain: to look through /proc
     // takes longer than a process of the chain lives.
     let crowd = "for i in $(seq 1000); do sleep 1000 & done; echo running; wait";
@@ -281,6 +302,9 @@ fn left(worker: Program, script: &str) -> Program {
 
 #[test]
 fn a_stop_ends_what_a_success_has_left() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     let (queue, proxy) = one_message("left-stop", QueueKind::Classic);
     let script = "trap 'echo got TERM; exit' TERM; echo running; while :; do sleep 0.02; done";
     let running = running(left(behind(&proxy, &queue), script));
@@ -293,6 +317,9 @@ fn a_stop_ends_what_a_success_has_left() {
 
 #[test]
 fn a_delivery_lost_while_something_is_left_is_no_success() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     let (queue, proxy) = one_message("left-lost", QueueKind::Classic);
     let running = running(left(behind(&proxy, &queue), WAITS));
     proxy.cut();
@@ -303,6 +330,9 @@ fn a_delivery_lost_while_something_is_left_is_no_success() {
 
 #[test]
 fn what_was_there_before_the_command_is_none_of_its_own() {
+    if emulator_lacks("process groups in /proc/self/stat") {
+        return;
+    }
     // As PID 1's other children: a shell starts something, and then becomes qconsume.
     let (queue, proxy) = one_message("stranger", QueueKind::Classic);
     let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
@@ -321,6 +351,9 @@ fn what_was_there_before_the_command_is_none_of_its_own() {
 
 #[test]
 fn a_child_that_holds_stdin_open_holds_nothing_up() {
+    if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
+        return;
+    }
     // More than the pipe takes, so that there is something left to write when the command has ended. The child holds it
     // behind another number: the shell gives what it starts in the background /dev/null to read.
     let broker = Broker::shared();
@@ -356,6 +389,9 @@ fn the_termination_message_is_not_for_programs_that_the_command_calls() {
 
 #[test]
 fn nohup_keeps_a_hangup_from_qconsume() {
+    if emulator_lacks("signals in /proc/self/status as they are") {
+        return;
+    }
     let broker = Broker::shared();
     let queue = broker.queue("nohup");
     let running = worker(&queue).through(["nohup"]).shell("exit 6").spawn();
@@ -368,6 +404,9 @@ fn nohup_keeps_a_hangup_from_qconsume() {
 
 #[test]
 fn what_was_ignored_at_the_start_stays_ignored() {
+    if emulator_lacks("signals in /proc/self/status as they are") {
+        return;
+    }
     let broker = Broker::shared();
     let queue = broker.queue("ignored");
     let running = worker(&queue).through(["env", "--ignore-signal=INT,QUIT,HUP"]).shell("exit 6").spawn();
