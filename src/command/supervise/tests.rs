@@ -424,7 +424,11 @@ async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
     let mut signals = signals(&[(3, Signal::SIGTERM)]);
     supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(*process.left_killed.borrow(), [14]);
-    assert!(said.lines().iter().any(|line| line.contains("6s after it succeeded (--kill-after)")), "{:?}", said.lines());
+    assert!(
+        said.lines().iter().any(|line| line.contains("6s after it succeeded (--kill-after)")),
+        "{:?}",
+        said.lines()
+    );
 }
 
 #[tokio::test(start_paused = true)]
