@@ -377,7 +377,7 @@ async fn what_a_success_leaves_may_finish_within_kill_after() {
     }
     let mut warnings = said.lines();
     warnings.retain(|line| line.contains("3 processes left by the command"));
-    let kept = |line: &String, option| line.contains(&format!("its success ({option})"));
+    let kept = |line: &String, option| line.contains(&format!("it succeeded ({option})"));
     assert!(
         matches!(&warnings[..], [first, second] if kept(first, "--kill-after") && kept(second, "--timeout")),
         "{warnings:?}"
