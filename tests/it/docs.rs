@@ -26,7 +26,7 @@ const HTTP_SERVER: &str = "http://worker:8080";
 const TERMINAL: &str = "terminal";
 
 /// What isn't run here.
-const ELSEWHERE: [&str; 3] = ["docker", "kubectl", "make"];
+const ELSEWHERE: [&str; 4] = ["docker", "kubectl", "make", "rabbitmqctl"];
 
 /// What the commands of one page may take, generously.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -110,38 +110,42 @@ impl Block {
         let Some(needs) = self.needs.as_deref() else {
             return true;
         };
-        let needs = if needs == TERMINAL { "script" } else { needs };
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        if ELSEWHERE.contains(&needs) {
-            return false;
-        }
-        let found = std::env::split_paths(&path).any(|folder| folder.join(needs).is_file());
-        if !found {
-            missing(needs);
-        }
-        found
+        !ELSEWHERE.contains(&needs) && is_installed(if needs == TERMINAL { "script" } else { needs })
     }
 }
 
-/// A server that reads each request with its body and answers 200, until the test ends.
-fn http_server() -> String {
+/// Whether there is a program of this name; says so if there is none.
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    if !found {
+        missing(program);
+    }
+    found
+}
+
+/// A server that reads each request with its body and answers this, until the test ends; a form it doesn't take.
+fn http_server(status: &'static str) -> String {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("there is a free port");
     let address = listener.local_addr().expect("it is bound");
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = BufReader::new(stream.expect("it connects"));
-            let (mut line, mut length) = (String::new(), 0);
+            let (mut line, mut length, mut status) = (String::new(), 0, status);
             while stream.read_line(&mut line).is_ok_and(|read| read > 2) {
                 let lower = line.to_ascii_lowercase();
                 if let Some(value) = lower.strip_prefix("content-length:") {
                     length = value.trim().parse().expect("a length is a number");
                 }
+                if lower.starts_with("content-type:") && lower.contains("form") {
+                    status = "415 Unsupported Media Type";
+                }
                 line.clear();
             }
             let mut body = vec![0; length];
             stream.read_exact(&mut body).expect("the body is there");
-            let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-            stream.get_mut().write_all(answer).expect("it is read");
+            let answer = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+            stream.get_mut().write_all(answer.as_bytes()).expect("it is read");
         }
     });
     format!("http://{address}")
@@ -163,7 +167,8 @@ fn run(page: &Path, blocks: &[&Block]) {
         }
     }
     let url = broker.url();
-    let script = script.replace(ADDRESS, &url).replace(QUEUE, queue.name()).replace(HTTP_SERVER, &http_server());
+    let script =
+        script.replace(ADDRESS, &url).replace(QUEUE, queue.name()).replace(HTTP_SERVER, &http_server("200 OK"));
     let path = std::env::var("PATH").unwrap_or_default();
     let finished = Program::new("/bin/sh")
         .args(["-c", &script])

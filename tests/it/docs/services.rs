@@ -1,7 +1,7 @@
-//! The recipes for systemd, Compose and plain Docker are run as they stand there, but for the names of programs, images,
-//! queues and the broker.
+//! The recipes for systemd, Compose, plain Docker, HTTP and a retry queue are run as they stand there, except for the names
+//! of programs, images, queues and the broker.
 
-use super::{LIMIT, QUEUE, programs, root};
+use super::{HTTP_SERVER, LIMIT, QUEUE, http_server, is_installed, programs, root, sandbox};
 use std::{fs, path::PathBuf, time::Duration};
 use testbed::{
     Broker, PATIENCE, Program, Queue, Signal, docker, docker_works, image_present, missing, owner::docker_label,
@@ -15,7 +15,11 @@ const COMPOSE_LIMIT: Duration = Duration::from_secs(900);
 
 /// The recipe's fence of this kind that has this text in it.
 fn recipe(fence: &str, text: &str) -> String {
-    let page = fs::read_to_string(root().join("docs/recipes.md")).expect("there is a page");
+    block_of("docs/recipes.md", fence, text)
+}
+
+fn block_of(page: &str, fence: &str, text: &str) -> String {
+    let page = fs::read_to_string(root().join(page)).expect("there is a page");
     page.split(&format!("```{fence}\n"))
         .skip(1)
         .filter_map(|rest| Some(rest.split_once("```")?.0))
@@ -31,24 +35,52 @@ fn setting<'a>(unit: &'a str, name: &str) -> &'a str {
         .unwrap_or_else(|| panic!("the unit doesn't set {name}"))
 }
 
+/// What the unit starts, with this shell script as the worker.
+fn service(unit: &str, worker: &str, queue: &Queue) -> Program {
+    let mut words = setting(unit, "ExecStart").split(' ');
+    let program = words.next().unwrap_or_default();
+    let mut words: Vec<_> = words.collect();
+    assert_eq!(words.pop(), Some("/usr/bin/worker"));
+    Program::new(programs().join(program.trim_start_matches("/usr/bin/")))
+        .args(words)
+        .args(["sh", "-c", worker])
+        .url(&Broker::shared().url())
+        .queue(queue.name())
+}
+
+/// Whether a setting that is a list has this status in it.
+fn lists(unit: &str, name: &str, status: i32) -> bool {
+    setting(unit, name).split(' ').any(|word| word == status.to_string())
+}
+
 #[test]
 fn the_systemd_unit_consumes_until_it_is_stopped() {
     let unit = recipe("ini", "[Service]");
     let queue = Broker::shared().queue("docs-systemd");
     queue.publish_all(["apple", "banana"]);
-    let mut words = setting(&unit, "ExecStart").split(' ');
-    let program = words.next().unwrap_or_default();
-    let words: Vec<_> = words.map(|word| if word == "/usr/bin/worker" { "cat" } else { word }).collect();
-    let running = Program::new(programs().join(program.trim_start_matches("/usr/bin/")))
-        .args(words)
-        .url(&Broker::shared().url())
-        .queue(queue.name())
-        .spawn();
+    let running = service(&unit, "cat", &queue).spawn();
     running.wait_for_stdout("applebanana", PATIENCE);
     queue.wait_ready(0);
     running.signal(Signal::SIGTERM);
-    let status = running.wait(PATIENCE).status().to_string();
-    assert_eq!(status, setting(&unit, "SuccessExitStatus"));
+    let status = running.wait(PATIENCE).status();
+    assert!(lists(&unit, "SuccessExitStatus", status), "{status}");
+}
+
+/// A worker's own 77 is neither qconsume's 77, which ends the service, nor is a worker that is stopped a failed service.
+#[test]
+fn the_systemd_unit_starts_again_whatever_the_worker_exits_with() {
+    let unit = recipe("ini", "[Service]");
+    assert_eq!(setting(&unit, "Restart"), "always");
+    let queue = Broker::shared().queue("docs-systemd");
+    queue.publish("apple");
+    let status = service(&unit, "exit 77", &queue).run().status();
+    assert!(!lists(&unit, "RestartPreventExitStatus", status), "{status}");
+    let running = service(&unit, "echo started; exec sleep 600", &queue).spawn();
+    running.wait_for_stdout("started", PATIENCE);
+    running.signal(Signal::SIGTERM);
+    let status = running.wait(PATIENCE).status();
+    assert!(lists(&unit, "SuccessExitStatus", status), "{status}");
+    queue.wait_ready(1);
 }
 
 #[test]
@@ -60,6 +92,77 @@ fn the_systemd_unit_is_not_restarted_where_a_retry_does_not_help() {
         .collect();
     let unit = recipe("ini", "[Service]");
     assert_eq!(setting(&unit, "RestartPreventExitStatus"), permanent.join(" "));
+}
+
+/// Runs a recipe's commands, of which the last is the one whose status counts.
+fn run(commands: &str, queue: &Queue) -> testbed::Finished {
+    let path = std::env::var("PATH").unwrap_or_default();
+    Program::new("/bin/sh")
+        .args(["-euc", commands])
+        .url(&Broker::shared().url())
+        .queue(queue.name())
+        .env("PATH", format!("{}:{path}", programs().display()))
+        .current_dir(sandbox())
+        .spawn()
+        .wait(LIMIT)
+}
+
+#[test]
+fn the_http_recipe_dead_letters_what_the_server_refuses_and_requeues_the_rest() {
+    if !is_installed("curl") {
+        return;
+    }
+    let commands = recipe("sh curl", "post.sh");
+    for (answer, status, ready) in [
+        ("204 No Content", 0, 0),
+        ("422 Unprocessable Content", 65, 0),
+        ("404 Not Found", 1, 1),
+        ("429 Too Many Requests", 1, 1),
+        ("503 Service Unavailable", 1, 1),
+        ("302 Found", 1, 1),
+    ] {
+        let queue = Broker::shared().declare("docs-http").create();
+        let commands = commands.replace(HTTP_SERVER, &http_server(answer)).replace("job1-orders", queue.name());
+        let finished = run(&commands, &queue);
+        assert_eq!(finished.status(), status, "{answer}: {}", finished.stderr);
+        queue.wait_ready(ready);
+    }
+}
+
+#[test]
+fn the_retry_queue_ends_at_the_third_failure() {
+    let broker = Broker::shared();
+    if !broker.is_private() {
+        return missing("rabbitmqctl for a broker that the tests haven't started");
+    }
+    if !is_installed("jq") {
+        return;
+    }
+    let page = "docs/settling-and-retries.md";
+    let queue = broker.declare("docs-retry").quorum().create();
+    let other = |name: &str| broker.declare("").exact_name(&format!("{}-{name}", queue.name())).create();
+    let (retry, dead) = (other("retry"), other("dead"));
+    let ours = |text: String| text.replace(QUEUE, queue.name());
+    let policies = ours(block_of(page, "sh rabbitmqctl", "set_policy")).replace("30000", "100");
+    for policy in policies.lines() {
+        let words = format!("rabbitmqctl() {{ printf '%s\\n' \"$@\"; }}; {policy}");
+        let words = Program::new("/bin/sh").args(["-c", &words]).run().stdout_text();
+        broker.ctl(&words.lines().collect::<Vec<_>>()).expect("the policy can be set");
+    }
+    let commands = ours(block_of(page, "sh jq", "x-death"));
+    let (script, _) = commands.split_once("\nEND\n").expect("it has a script");
+    queue.publish("fig");
+    for status in [1, 1, 0] {
+        let command = format!("{script}\nEND\nqconsume --max-attempts 1 -- sh three-attempts.sh");
+        let finished = run(&command, &queue);
+        assert_eq!(finished.status(), status, "{}", finished.stderr);
+    }
+    assert_eq!(dead.wait_get().text(), "fig");
+    queue.wait_ready(0);
+    retry.wait_ready(0);
+    for policy in [queue.name(), retry.name()] {
+        broker.ctl(&["clear_policy", policy]).expect("it is set");
+    }
 }
 
 /// The image `worker` of the recipes, with `cat` as its worker; removed when dropped.
