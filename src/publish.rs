@@ -20,7 +20,7 @@ use crate::{
 };
 use nix::sys::signal::Signal;
 use progress::Progress;
-use source::{Messages, Source};
+use source::Source;
 use std::{mem, sync::Arc, time::Duration};
 use tokio::time::timeout;
 
@@ -38,38 +38,32 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
         Ok(connected) => connected?,
         Err(signal) => return Ok(stopped(signal, " before anything was published")),
     };
-    let on_terminal = options.output.shows_progress() && !source.is_typed();
-    let progress = Progress::new(on_terminal, source.total());
+    let progress = Progress::new(options.output.shows_progress() && !source.is_typed(), source.total());
     let start = Arc::clone(&source).start();
     let messages = start.map_err(|error| Failure::system("can't start to read", &error))?;
-    let publisher = Publisher::new(connection, options.route, &options.properties, options.timeout);
-    let mut run = Run { publisher, messages, is_reading: true, unreadable: None, source, progress };
+    let publisher = Publisher::new(connection, messages, options.route, &options.properties, options.timeout);
+    let mut run = Run { publisher, source, progress };
     let ended = run.run(options.declare.as_deref(), &mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
     let _ = unless_stopped(&mut signals, run.publisher.close()).await;
     match ended {
+        Ok(Some(signal)) => Ok(stopped(signal, &format!("; {}", run.summary()))),
         Ok(None) => {
-            match options.declare {
-                Some(_) if run.publisher.sent() == 0 => tracing::info!(
+            match run.publisher.sent() {
+                0 if options.declare.is_some() => tracing::info!(
                     "queue {:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)",
                     run.publisher.route.routing_key
                 ),
-                _ => tracing::info!("{} confirmed", counted(run.publisher.sent(), "message", "messages")),
+                sent => tracing::info!("{} confirmed", counted(sent, "message", "messages")),
             }
             Ok(0)
         }
-        Ok(Some(signal)) => Ok(stopped(signal, &format!("; {}", run.summary()))),
         Err(failure) => Err(Failure::new(failure.exit, format!("{failure}; {}", run.summary()))),
     }
 }
 
 struct Run {
     publisher: Publisher,
-    messages: Messages,
-    /// Whether there may be more of them, and more are wanted.
-    is_reading: bool,
-    /// Why the next one can't be read.
-    unreadable: Option<Failure>,
     source: Arc<Source>,
     progress: Progress,
 }
@@ -84,42 +78,27 @@ impl Run {
         let ended = match unless_stopped(signals, all).await {
             Ok(ended) => ended.map(|()| None),
             Err(signal) => {
-                let is_early = mem::take(&mut self.is_reading);
-                let _ = unless_stopped(signals, timeout(GRACE, self.publish())).await;
-                Ok((is_early || !self.publisher.is_idle()).then_some(signal))
+                let is_early = mem::take(&mut self.publisher.is_reading);
+                match unless_stopped(signals, timeout(GRACE, self.publish())).await {
+                    Ok(Ok(Err(failure))) if !is_early => Err(failure),
+                    _ => Ok((is_early || !self.publisher.is_idle()).then_some(signal)),
+                }
             }
         };
-        match (self.publisher.tally.gap, self.unreadable.take()) {
-            (Some(gap), _) => Err(self.refusal(gap)),
-            (None, Some(failure)) => Err(failure),
-            (None, None) => ended,
-        }
+        self.publisher.tally.gap.map_or(ended, |gap| Err(self.refusal(gap)))
     }
 
-    /// Publishes until all is read, something can't be read, or a message is in no queue; then waits for the answers to what is
-    /// in flight. Dropping the future loses nothing.
     async fn publish(&mut self) -> Result<(), Failure> {
-        while self.is_reading || !self.publisher.is_idle() {
+        loop {
             tokio::select! {
                 biased;
-                answered = self.publisher.next() => {
-                    answered.map_err(|(failure, message)| match message {
-                        Some(message) => Failure::new(failure.exit, format!("{} is {failure}", self.source.name(message))),
-                        None => failure,
-                    })?;
-                    self.is_reading &= self.publisher.tally.gap.is_none();
-                }
-                message = self.messages.recv(), if self.is_reading && !self.publisher.is_sending() => match message {
-                    Some(Ok((body, share))) => self.publisher.publish(body, share),
-                    end => {
-                        self.is_reading = false;
-                        self.unreadable = end.and_then(Result::err);
-                    }
-                },
+                ended = self.publisher.publish() => return ended.map_err(|(failure, message)| match message {
+                    Some(message) => Failure::new(failure.exit, format!("{} is {failure}", self.source.name(message))),
+                    None => failure,
+                }),
                 after = self.progress.due() => self.progress.say(after, &self.publisher.tally),
             }
         }
-        Ok(())
     }
 
     /// The failure that a returned or refused message is.

@@ -31,6 +31,6 @@ pub use lost::DeliveryLost;
 pub use message::Message;
 pub use nodes::{Nodes, TlsOptions};
 pub use properties::{Properties, Route};
-pub use publisher::{Gap, Publisher, Tally};
+pub use publisher::{Gap, Messages, Publisher, Tally};
 pub use subscription::ConsumerOptions;
 pub use topology::{Declare, Topology};

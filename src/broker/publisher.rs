@@ -24,13 +24,16 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    sync::OwnedSemaphorePermit,
+    sync::{OwnedSemaphorePermit, mpsc},
     time::{Instant, timeout},
 };
 
 /// What a frame with a content header has beside the properties, in bytes (AMQP 0-9-1, 2.3.5 and 2.3.5.2): type, channel,
 /// size; class, weight, size of the body; the frame's end.
 const AROUND_PROPERTIES: u64 = 7 + 12 + 1;
+
+/// Messages as they are read, each with its share of what may be in flight.
+pub type Messages = mpsc::Receiver<Result<(Vec<u8>, OwnedSemaphorePermit), Failure>>;
 
 /// A message without an answer.
 struct InFlight {
@@ -40,7 +43,6 @@ struct InFlight {
     size: u64,
     /// How many messages were answered when it was sent.
     answered_before: u64,
-    /// Its share of what may be in flight.
     _share: OwnedSemaphorePermit,
 }
 
@@ -48,7 +50,12 @@ struct InFlight {
 pub struct Publisher {
     connection: OpenConnection,
     channel: Option<Channel>,
-    /// Where the messages go.
+    messages: Messages,
+    /// Whether there may be more of them, and more are wanted.
+    pub is_reading: bool,
+    /// Why the next one can't be read.
+    unreadable: Option<Failure>,
+    /// Where they go.
     pub route: Route,
     properties: BasicProperties,
     /// Longest wait for the next answer, and when that wait began.
@@ -63,11 +70,20 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Publishes over this connection; the broker may take `limit` for each answer.
-    pub fn new(connection: OpenConnection, route: Route, properties: &Properties, limit: Duration) -> Self {
+    /// Publishes these messages over this connection; the broker may take `limit` for each answer.
+    pub fn new(
+        connection: OpenConnection,
+        messages: Messages,
+        route: Route,
+        properties: &Properties,
+        limit: Duration,
+    ) -> Self {
         Self {
             connection,
             channel: None,
+            messages,
+            is_reading: true,
+            unreadable: None,
             route,
             properties: properties.encode(),
             limit,
@@ -121,79 +137,83 @@ impl Publisher {
         }
     }
 
-    /// Begins to send a message, which [`Self::next`] goes on with. One at a time: what lapin queues takes memory.
-    pub fn publish(&mut self, body: Vec<u8>, share: OwnedSemaphorePermit) {
+    /// Publishes until there is nothing more, something can't be read, or a message is in no queue; then waits for what is in
+    /// flight. Answers come in the order of the messages. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// What can't be read; or that there is no answer within the limit, or no channel or connection any more, with the number
+    /// of the message that is to blame, if it is known.
+    pub async fn publish(&mut self) -> Result<(), (Failure, Option<u64>)> {
+        while self.is_reading || !self.is_idle() {
+            let deadline = (!self.is_idle()).then(|| self.waiting_since + self.limit);
+            // One at a time is being sent: what lapin queues takes memory.
+            let takes_next = self.is_reading && self.sending.is_none();
+            let answer = async {
+                match self.in_flight.front_mut().and_then(|first| first.confirm.as_mut()) {
+                    Some(confirm) => confirm.await,
+                    None => pending().await,
+                }
+            };
+            let sent = async {
+                match &mut self.sending {
+                    Some(sending) => sending.await,
+                    None => pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                answer = answer => self.note(&answer.map_err(|error| self.lost(&error))?),
+                sent = sent => {
+                    let confirm = sent.map_err(|error| self.lost(&error))?;
+                    self.sending = None;
+                    self.in_flight.back_mut().expect("it is being sent").confirm = Some(confirm);
+                }
+                event = self.connection.event() => match event {
+                    Event::Error(error) => return Err(self.lost(&error)),
+                    Event::ConnectionBlocked(reason) => {
+                        let limit = HumanDuration(self.limit);
+                        tracing::warn!("the broker blocks publishers: {reason}; waiting for up to {limit} (--timeout)");
+                        self.blocked = Some(reason);
+                    }
+                    Event::ConnectionUnblocked => {
+                        tracing::info!("the broker takes messages again");
+                        self.blocked = None;
+                    }
+                    _ => {}
+                },
+                () = sleep_until_or_never(deadline) => return Err((self.stalled(), None)),
+                message = self.messages.recv(), if takes_next => match message {
+                    Some(Ok((body, share))) => self.send(body, share),
+                    end => {
+                        self.is_reading = false;
+                        self.unreadable = end.and_then(Result::err);
+                    }
+                },
+            }
+        }
+        self.unreadable.take().map_or(Ok(()), |failure| Err((failure, None)))
+    }
+
+    fn send(&mut self, body: Vec<u8>, share: OwnedSemaphorePermit) {
         if self.is_idle() {
             self.waiting_since = Instant::now();
         }
         let (size, answered_before) = (body.len() as u64, self.tally.answered);
         self.in_flight.push_back(InFlight { confirm: None, size, answered_before, _share: share });
-        let options = BasicPublishOptions { mandatory: self.route.mandatory(), ..BasicPublishOptions::default() };
         let channel = self.channel.clone().expect("it is open");
         let (route, properties) = (&self.route, self.properties.clone());
         let (exchange, key) = (route.exchange.as_str().into(), route.routing_key.as_str().into());
-        self.sending =
-            Some(Box::pin(async move { channel.basic_publish(exchange, key, options, &body, properties).await }));
+        let options = BasicPublishOptions { mandatory: route.mandatory(), ..BasicPublishOptions::default() };
+        let sending = async move { channel.basic_publish(exchange, key, options, &body, properties).await };
+        self.sending = Some(Box::pin(sending));
     }
 
-    /// Whether a message is still being sent; the next one has to wait.
-    pub fn is_sending(&self) -> bool {
-        self.sending.is_some()
-    }
-
-    /// Waits until something happens; answers come in the order of the messages. Dropping the future loses nothing.
-    ///
-    /// # Errors
-    /// When there is no answer within the limit, or the channel or the connection is gone; with the number of the message
-    /// that is to blame, if it is known.
-    pub async fn next(&mut self) -> Result<(), (Failure, Option<u64>)> {
-        let deadline = (!self.is_idle()).then(|| self.waiting_since + self.limit);
-        let answer = async {
-            match self.in_flight.front_mut().and_then(|first| first.confirm.as_mut()) {
-                Some(confirm) => confirm.await,
-                None => pending().await,
-            }
-        };
-        let sent = async {
-            match &mut self.sending {
-                Some(sending) => sending.await,
-                None => pending().await,
-            }
-        };
-        let answered = tokio::select! {
-            biased;
-            answered = answer => answered,
-            sent = sent => match sent {
-                Ok(confirm) => {
-                    self.sending = None;
-                    self.in_flight.back_mut().expect("it is being sent").confirm = Some(confirm);
-                    return Ok(());
-                }
-                Err(error) => Err(error),
-            },
-            event = self.connection.event() => match event {
-                Event::Error(error) => Err(error),
-                Event::ConnectionBlocked(reason) => {
-                    let limit = HumanDuration(self.limit);
-                    tracing::warn!("the broker blocks publishers: {reason}; waiting for up to {limit} (--timeout)");
-                    self.blocked = Some(reason);
-                    return Ok(());
-                }
-                Event::ConnectionUnblocked => {
-                    tracing::info!("the broker takes messages again");
-                    self.blocked = None;
-                    return Ok(());
-                }
-                _ => return Ok(()),
-            },
-            () = sleep_until_or_never(deadline) => return Err((self.stalled(), None)),
-        };
-        let confirmation = answered.map_err(|error| self.lost(&error))?;
+    fn note(&mut self, answer: &Confirmation) {
         let sent = self.sent();
         let message = self.in_flight.pop_front().expect("it is answered");
-        self.tally.note(&confirmation, message.size, message.answered_before, sent);
+        self.tally.note(answer, message.size, message.answered_before, sent);
+        self.is_reading &= self.tally.gap.is_none();
         self.waiting_since = Instant::now();
-        Ok(())
     }
 
     /// How many messages are sent.

@@ -1,7 +1,10 @@
 //! Where messages come from: read on a thread of its own, no further ahead than the window lets it.
 
 use super::progress::Total;
-use crate::exit::{Exit, Failure};
+use crate::{
+    broker::Messages,
+    exit::{Exit, Failure},
+};
 use nix::unistd::{AccessFlags, access};
 use std::{
     ffi::OsString,
@@ -16,7 +19,7 @@ use std::{
 };
 use tokio::{
     runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{Semaphore, mpsc},
 };
 
 /// How much may be read and not confirmed, in KiB: enough to keep a broker busy over a slow network, and little
@@ -44,9 +47,6 @@ pub(super) enum Source {
     /// What is between these bytes on standard input.
     Records(u8),
 }
-
-/// The messages as they are read, each with its share of the window.
-pub(super) type Messages = mpsc::Receiver<Result<(Vec<u8>, OwnedSemaphorePermit), Failure>>;
 
 impl Source {
     /// These files, of which `-` is standard input.

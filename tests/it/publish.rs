@@ -304,7 +304,7 @@ fn a_client_that_waits_with_direct_reply_to_gets_its_reply() {
     let request = channel.basic_publish("".into(), queue.name().into(), Default::default(), b"lemon", properties);
     block_on(request).unwrap();
     let answer = format!(
-        "tr a-z A-Z | '{}' -q \"$MESSAGE_REPLY_TO\" --correlation-id \"$MESSAGE_CORRELATION_ID\" -f -",
+        "echo \"$MESSAGE_REPLY_TO\"; tr a-z A-Z | '{}' -q \"$MESSAGE_REPLY_TO\" --correlation-id \"$MESSAGE_CORRELATION_ID\" -f -",
         qpublish_path().display()
     );
     let done = worker(&queue).shell(&answer).run();
@@ -313,6 +313,10 @@ fn a_client_that_waits_with_direct_reply_to_gets_its_reply() {
     let reply = reply.unwrap().unwrap().unwrap();
     assert_eq!(reply.data, b"LEMON");
     assert_eq!(reply.properties.correlation_id().as_ref().unwrap().as_str(), "c1");
+    // Nobody wants a reply to a client that is gone: the request isn't processed again for that.
+    block_on(channel.close(200, "".into())).unwrap();
+    let late = to(&queue).args(["-q", done.stdout_text().trim(), "late"]).run();
+    says_confirmed(&late, "1 message confirmed");
 }
 
 #[test]
