@@ -34,7 +34,7 @@ pub struct Consumer {
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
     state: State,
-    /// The last connection was lost before a message was whole.
+    /// A connection was lost before a message was whole, and no message was taken since.
     cut_short: bool,
 }
 
@@ -53,6 +53,7 @@ enum State {
 /// A delivery that isn't settled.
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
+    /// When the broker began to deliver it: from then on it counts towards an acknowledgement timeout.
     pub(super) since: Instant,
     pub(super) fingerprint: Fingerprint,
 }
@@ -201,20 +202,19 @@ impl Consumer {
         }
     }
 
-    /// Cancels the consumer; a message that came before the reply is still taken. A queue that doesn't answer within two
-    /// seconds delivers nothing.
+    /// Cancels the consumer; a message that came before the reply is still taken. So is one that has begun to arrive within
+    /// two seconds: the reply stands behind all of its body. A queue that does neither by then delivers nothing.
     ///
     /// # Errors
     /// Why the subscription had ended before; nothing was taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
-        match timeout(RELEASE_TIMEOUT, self.subscription().cancel()).await {
-            Ok(Ok(Some(delivery))) => Ok(Some(self.hold(delivery))),
-            Ok(Ok(None)) => {
+        match self.subscription().cancel().await {
+            Ok(Some(delivery)) => Ok(Some(self.hold(delivery))),
+            Ok(None) => {
                 self.idle();
                 Ok(None)
             }
-            Ok(Err(lost)) => Err(self.end(lost).await),
-            Err(_) => Ok(None),
+            Err(lost) => Err(self.end(lost).await),
         }
     }
 
@@ -288,16 +288,20 @@ impl Consumer {
     }
 
     /// Takes note of whether a connection ended after the broker began to deliver a message and before that was here, and
-    /// tells whether the one before it did, too. Nobody would get such a message, and every try counts towards the queue's
-    /// `delivery-limit`, at which the broker destroys it.
+    /// tells whether an earlier one did, too. Nobody would get such a message, and every try counts towards the queue's
+    /// `delivery-limit`, at which the broker destroys it. Connections in between on which nothing was delivered, as they were
+    /// refused for example, change nothing.
     fn note_cut_short(&mut self, cut_short: bool) -> bool {
-        let before = mem::replace(&mut self.cut_short, cut_short);
+        let before = self.cut_short;
+        self.cut_short |= cut_short;
         before && cut_short
     }
 
     fn hold(&mut self, delivery: Delivery) -> Message {
         self.cut_short = false;
-        let held = Held { tag: delivery.delivery_tag, since: Instant::now(), fingerprint: Fingerprint::of(&delivery) };
+        let delivered = self.subscription().connection.observed().delivered;
+        let since = delivered.map_or_else(Instant::now, Instant::from_std);
+        let held = Held { tag: delivery.delivery_tag, since, fingerprint: Fingerprint::of(&delivery) };
         self.state = match mem::replace(&mut self.state, State::Idle(None)) {
             State::Ready(subscription) => State::Holding(subscription, held),
             other => other,

@@ -26,12 +26,9 @@ impl DeliveryLost {
         Self { text: problem.into(), unreadable: true }
     }
 
-    /// The connection was lost before a message was whole, and so was the one before it.
+    /// The connection was lost before a message was whole, and so was an earlier one.
     pub(super) fn cut_short_again(self) -> Self {
-        Self::unreadable(format!(
-            "two connections in succession were lost while it arrived, the last one so: {}",
-            self.text
-        ))
+        Self::unreadable(format!("two connections were lost while it arrived, the last one so: {}", self.text))
     }
 
     pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {

@@ -5,6 +5,7 @@ use lapin::{
     ErrorKind,
     protocol::{AMQPClass, basic, connection, parse_class},
 };
+use std::time::Instant;
 
 /// Class and method of `basic.deliver`, as its payload begins.
 const DELIVER: [u8; 4] = [0, 60, 0, 60];
@@ -38,6 +39,8 @@ pub(super) struct Observed {
     pub(super) cancelled: bool,
     /// How many messages it has delivered, or begun to. lapin drops those that come after a cancel without waiting.
     pub(super) deliveries: u64,
+    /// When it began to deliver the last of them.
+    pub(super) delivered: Option<Instant>,
     /// Whether the last of them was delivered before.
     pub(super) redelivered: bool,
     /// `basic.deliver` was the last method: a message's content comes next.
@@ -65,6 +68,7 @@ impl Observed {
         self.delivering = payload.starts_with(&DELIVER);
         if self.delivering {
             self.deliveries += 1;
+            self.delivered = Some(Instant::now());
             self.redelivered = redelivered(payload);
         }
         let read = check_nesting(payload).and_then(|()| self.read_method(payload));

@@ -30,6 +30,9 @@ const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
 /// Longest wait for a queue to say how many messages it has: its leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Longest wait for the reply to a cancel when nothing was delivered.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
 pub(super) const RELEASE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
@@ -77,11 +80,15 @@ impl Subscription {
             let mut observed = connection.observed();
             (observed.cancelled, observed.deliveries) = (false, 0);
         }
-        if let Some(channel) = connection.last_channel.take() {
-            // Should that fail, so does the next channel.
-            let _ = channel.close(200, "OK".into()).await;
-        }
-        let reply = with_reminders(STAGE, subscribe(&connection, &options, request, declared));
+        let last_channel = connection.last_channel.take();
+        let reply = async {
+            if let Some(channel) = last_channel {
+                // Should that fail, so does the next channel.
+                let _ = channel.close(200, "OK".into()).await;
+            }
+            subscribe(&connection, &options, request, declared).await
+        };
+        let reply = with_reminders(STAGE, reply);
         let subscribed = tokio::select! {
             biased;
             subscribed = timeout_at(deadline, reply) => subscribed.ok(),
@@ -175,6 +182,7 @@ impl Subscription {
         }
     }
 
+    /// Cancels the consumer, and returns the message that has arrived before the reply, or has begun to.
     pub(super) async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {
         if let Some(delivery) = self.next.take() {
             return Ok(Some(delivery));
@@ -185,9 +193,16 @@ impl Subscription {
         };
         let cancel = BasicCancelOptions::default();
         // The reply ends the consumer's stream, behind what came before it.
-        let last = match self.channel.basic_cancel(TAG.into(), cancel).await {
-            Ok(()) => consumer.next().await.transpose(),
-            Err(error) => Err(error),
+        let last = match timeout(CANCEL_TIMEOUT, self.channel.basic_cancel(TAG.into(), cancel)).await {
+            Ok(Ok(())) => consumer.next().await.transpose(),
+            Ok(Err(error)) => Err(error),
+            Err(_) if self.has_another() => {
+                // The reply stands behind the rest of its body, and ends the stream that is read no further.
+                let delivery = self.step().await?;
+                self.consumer = None;
+                return Ok(Some(delivery));
+            }
+            Err(_) => return Ok(None),
         };
         let last = last.map_err(|error| self.delivery_lost(&error))?;
         self.taken += u64::from(last.is_some());

@@ -1,6 +1,7 @@
 //! What exit 0 promises, against a scripted broker that breaks it: no real one can be made to do these at the right moment.
 
 use crate::common::qconsume;
+use std::time::Instant;
 use testbed::{
     Method, PATIENCE, Program, eventually, frames,
     peer::{self, Answer, Peer, Request},
@@ -14,6 +15,12 @@ fn work_on(peer: &Peer) -> Program {
 /// Answers basic.consume, and delivers the first message.
 fn first_message(request: &Request) -> Answer {
     Answer::Bytes([peer::usual(request), peer::message(request.channel, 1, false, b"lemon")].concat())
+}
+
+/// Answers basic.consume, begins to deliver the first message, and ends the connection.
+fn half_a_message(request: &Request) -> Answer {
+    let message = peer::message(request.channel, 1, false, b"lemon");
+    Answer::Last([peer::usual(request), message[..message.len() - 3].to_vec()].concat())
 }
 
 /// A peer that delivers one message, and another one before its reply to the barrier, which is the second basic.qos.
@@ -114,23 +121,18 @@ fn a_run_of_five_seconds_is_confirmed_twice_and_a_shorter_one_once() {
 
 #[test]
 fn a_message_that_two_connections_in_succession_have_begun_to_deliver_is_70() {
-    let half = |request: &Request| {
-        let message = peer::message(request.channel, 1, false, b"lemon");
-        Answer::Last([peer::usual(request), message[..message.len() - 3].to_vec()].concat())
-    };
-    let peer = Peer::new(move |request| match request.method {
-        Method::BASIC_CONSUME => half(request),
+    let peer = Peer::new(|request| match request.method {
+        Method::BASIC_CONSUME => half_a_message(request),
         _ => Answer::Usual,
     });
     let done = work_on(&peer).args(["--", "touch", "/proc/never/run"]).run();
-    done.assert_status(70).assert_stderr(
-        "the next message in queue \"q\" can't be read: two connections in succession were lost while it arrived",
-    );
+    done.assert_status(70)
+        .assert_stderr("the next message in queue \"q\" can't be read: two connections were lost while it arrived");
     assert_eq!(peer.count(Method::PROTOCOL_HEADER), 2, "{}", done.stderr);
 
     // Once is no more than a lost connection.
     let peer = Peer::new(move |request| match (request.method, request.connection) {
-        (Method::BASIC_CONSUME, 1) => half(request),
+        (Method::BASIC_CONSUME, 1) => half_a_message(request),
         (Method::BASIC_CONSUME, _) => first_message(request),
         _ => Answer::Usual,
     });
@@ -190,4 +192,136 @@ fn a_queue_that_does_not_say_how_full_it_is_may_still_deliver() {
     running.wait_for_stdout("lemon", PATIENCE);
     running.signal(testbed::Signal::SIGTERM);
     running.finish(PATIENCE);
+}
+
+#[test]
+fn a_channel_that_the_broker_does_not_close_holds_up_no_subscription_and_no_signal() {
+    // The second consumer comes on the same connection, when the first one's channel is closed.
+    let silent = || {
+        Peer::new(|request| match request.method {
+            Method::BASIC_CONSUME => first_message(request),
+            Method::CHANNEL_CLOSE => Answer::Bytes(Vec::new()),
+            _ => Answer::Usual,
+        })
+    };
+    let several = ["--count", "2", "--max-attempts", "2", "--keep-going"];
+    let peer = silent();
+    let begun = Instant::now();
+    let done =
+        qconsume().url(&peer.url()).queue("q").args(["--connect-timeout", "1s"]).args(several).shell("exit 3").run();
+    done.assert_status(69).assert_stderr("waiting for the reply to basic.consume");
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", done.stderr);
+
+    let peer = silent();
+    let running = qconsume().url(&peer.url()).queue("q").args(several).shell("exit 3").spawn();
+    assert!(eventually(PATIENCE, || peer.count(Method::CHANNEL_CLOSE) == 1));
+    running.signal(testbed::Signal::SIGTERM);
+    let done = running.finish(PATIENCE);
+    done.assert_status(143);
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", done.stderr);
+}
+
+#[test]
+fn a_refusal_between_two_broken_deliveries_changes_nothing() {
+    // As from a broker that dies of the message each time, and whose queues are not up yet when it comes back.
+    let peer = Peer::new(|request| match (request.method, request.connection % 2) {
+        (Method::BASIC_CONSUME, 1) => half_a_message(request),
+        (Method::BASIC_CONSUME, _) => {
+            let down = "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor";
+            Answer::Bytes(frames::channel_close(request.channel, 404, down))
+        }
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--", "true"]).run();
+    done.assert_status(70).assert_stderr("two connections were lost while it arrived");
+    assert_eq!(peer.count(Method::PROTOCOL_HEADER), 3, "{}", done.stderr);
+}
+
+/// queue.declare-ok: no message is ready, and there is a consumer.
+fn empty(request: &Request) -> Answer {
+    let name = &request.arguments[2..3 + usize::from(request.arguments[2])];
+    let counts = [0, 0, 0, 0, 0, 0, 0, 1];
+    Answer::Bytes(frames::method_frame(request.channel, Method::QUEUE_DECLARE_OK, &[name, &counts].concat()))
+}
+
+#[test]
+fn a_message_that_comes_instead_of_the_reply_to_the_cancel_is_run() {
+    for until in [&["--drain"][..], &["--wait", "100ms"]] {
+        let peer = Peer::new(|request| match (request.method, request.nth) {
+            (Method::QUEUE_DECLARE, _) => empty(request),
+            (Method::BASIC_CANCEL, 1) => Answer::Bytes(peer::message(request.channel, 1, false, b"lemon")),
+            _ => Answer::Usual,
+        });
+        // With --drain the next consumer finds nothing.
+        let done = work_on(&peer).args(until).args(["--", "cat"]).run();
+        done.assert_status(0);
+        assert_eq!(done.stdout_text(), "lemon");
+        assert_eq!(peer.count(Method::BASIC_ACK), 1);
+    }
+}
+
+#[test]
+fn a_message_whose_body_takes_longer_than_the_cancel_is_run() {
+    // The reply to the cancel stands behind the body.
+    let parts = |channel| {
+        let message = peer::message(channel, 1, false, b"lemon");
+        let body = frames::frame(3, channel, b"lemon");
+        (message[..message.len() - body.len()].to_vec(), body)
+    };
+    let peer = Peer::new(move |request| match (request.method, request.nth) {
+        (Method::CONNECTION_START_OK, _) => Answer::Bytes(peer::tune(2)),
+        (Method::BASIC_CONSUME, _) => Answer::Bytes([peer::usual(request), parts(request.channel).0].concat()),
+        (Method::BASIC_CANCEL, 1) => Answer::Bytes(Vec::new()),
+        (Method::HEARTBEAT, 5) => {
+            let reply = frames::method_frame(1, Method::BASIC_CANCEL_OK, b"\x08qconsume");
+            Answer::Bytes([parts(1).1, reply].concat())
+        }
+        (Method::HEARTBEAT, _) => Answer::Bytes(frames::frame(8, 0, &[])),
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--wait", "100ms", "--", "cat"]).run();
+    done.assert_status(0);
+    assert_eq!(done.stdout_text(), "lemon");
+}
+
+#[test]
+fn the_time_in_which_the_body_arrives_counts_towards_the_second_barrier() {
+    let whole = |channel| peer::message(channel, 1, false, b"lemon");
+    let peer = Peer::new(move |request| match (request.method, request.nth) {
+        (Method::CONNECTION_START_OK, _) => Answer::Bytes(peer::tune(2)),
+        (Method::BASIC_CONSUME, _) => {
+            let message = whole(request.channel);
+            Answer::Bytes([peer::usual(request), message[..message.len() - 3].to_vec()].concat())
+        }
+        (Method::HEARTBEAT, 2) => {
+            let message = whole(1);
+            Answer::Bytes(message[message.len() - 3..].to_vec())
+        }
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--ack-timeout", "1s", "--", "true"]).run();
+    done.assert_status(0);
+    assert_eq!(peer.count(Method::BASIC_QOS), 3, "{}", done.stderr);
+}
+
+#[test]
+fn a_loss_is_noticed_when_the_message_came_after_the_end_of_the_wait() {
+    let peer = Peer::new(|request| match (request.method, request.nth) {
+        (Method::CONNECTION_START_OK, _) => Answer::Bytes(peer::tune(2)),
+        (Method::BASIC_CANCEL, 1) => {
+            let message = peer::message(request.channel, 1, false, b"lemon");
+            Answer::Bytes([message, peer::usual(request)].concat())
+        }
+        (Method::HEARTBEAT, 2) => Answer::Bytes(frames::channel_close(
+            1,
+            406,
+            "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out",
+        )),
+        _ => Answer::Usual,
+    });
+    let begun = Instant::now();
+    let done = work_on(&peer).args(["--wait", "100ms", "--", "sleep", "100"]).run();
+    done.assert_status(75).assert_stderr("delivery lost while the command ran");
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
 }
