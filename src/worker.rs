@@ -260,6 +260,12 @@ impl Worker {
     /// The end of a run that found nothing more to do.
     fn nothing_left(&self) -> RunSummary {
         let queue = self.consumer.queue();
+        if self.options.drain && self.consumer.was_cut_short() {
+            let text = format!(
+                "queue {queue:?} looks empty, but a connection was lost while a message arrived, which may be delivered again"
+            );
+            return RunSummary::without_message(Exit::Unconfirmed.status(), text);
+        }
         if self.options.drain {
             return RunSummary::without_message(0, format!("queue {queue:?} is empty"));
         }

@@ -91,6 +91,13 @@ impl Consumer {
         matches!(self.state, State::Ready(_))
     }
 
+    /// Whether a connection was lost while a message arrived, and none was taken since: the broker may hold that message for
+    /// a while, and the queue looks empty.
+    #[must_use]
+    pub fn was_cut_short(&self) -> bool {
+        self.cut_short
+    }
+
     /// Connects as often as it needs and subscribes, within `--connect-timeout`.
     ///
     /// Dropping the future loses no message: see [`Consumer::release`].

@@ -246,6 +246,19 @@ fn empty(request: &Request) -> Answer {
 }
 
 #[test]
+fn a_queue_that_looks_empty_when_a_delivery_was_lost_is_not_drained() {
+    // The old connection's end of the broker may hold the message for a while.
+    let peer = Peer::new(|request| match (request.method, request.connection) {
+        (Method::BASIC_CONSUME, 1) => half_a_message(request),
+        (Method::QUEUE_DECLARE, _) => empty(request),
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--drain", "--", "true"]).run();
+    done.assert_status(75);
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", done.stderr);
+}
+
+#[test]
 fn a_message_that_comes_instead_of_the_reply_to_the_cancel_is_run() {
     for until in [&["--drain"][..], &["--wait", "100ms"]] {
         let peer = Peer::new(|request| match (request.method, request.nth) {
