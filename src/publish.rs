@@ -36,7 +36,11 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     let mut broker = options.broker.broker(format!("qpublish {}", options.route.routing_key));
     let connection = match unless_stopped(&mut signals, broker.connect()).await {
         Ok(connected) => connected?,
-        Err(signal) => return Ok(stopped(signal, " before anything was published")),
+        Err(signal) => {
+            let summary = stopped(signal, " before anything was published");
+            summary.report();
+            return Ok(summary.status);
+        }
     };
     let progress = Progress::new(options.output.shows_progress() && !source.is_typed(), source.total());
     let start = Arc::clone(&source).start();
@@ -46,20 +50,28 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     let ended = run.run(options.declare.as_deref(), &mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
     let _ = unless_stopped(&mut signals, run.publisher.close()).await;
-    match ended {
-        Ok(Some(signal)) => Ok(stopped(signal, &format!("; {}", run.summary()))),
+    let published @ (sent, confirmed) = (run.publisher.sent(), run.publisher.tally.confirmed());
+    let summary = match ended {
+        Ok(Some(signal)) => stopped(signal, &format!("; {}", run.summary())),
         Ok(None) => {
-            match run.publisher.sent() {
+            match sent {
                 0 if options.declare.is_some() => tracing::info!(
                     "queue {:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)",
                     run.publisher.route.routing_key
                 ),
-                sent => tracing::info!("{} confirmed", counted(sent, "message", "messages")),
+                _ => tracing::info!(
+                    json.sent = sent,
+                    json.confirmed = confirmed,
+                    "{} confirmed",
+                    counted(sent, "message", "messages")
+                ),
             }
-            Ok(0)
+            return Ok(0);
         }
-        Err(failure) => Err(Failure::new(failure.exit, format!("{failure}; {}", run.summary()))),
-    }
+        Err(failure) => RunSummary::without_message(failure.exit.status(), format!("{failure}; {}", run.summary())),
+    };
+    RunSummary { published: Some(published), ..summary }.report();
+    Ok(summary.status)
 }
 
 struct Run {
@@ -134,9 +146,7 @@ impl Run {
     }
 }
 
-/// Says that a signal has ended the run, and returns the status.
-fn stopped(signal: Signal, how_far: &str) -> u8 {
-    let status = status_of_signal(signal as i32);
-    RunSummary::without_message(status, format!("stopped by {signal}{how_far}")).report();
-    status
+/// The end of a run that a signal has ended.
+fn stopped(signal: Signal, how_far: &str) -> RunSummary {
+    RunSummary::without_message(status_of_signal(signal as i32), format!("stopped by {signal}{how_far}"))
 }

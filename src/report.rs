@@ -106,12 +106,16 @@ pub struct RunSummary {
     pub outcome: Option<Outcome>,
     /// The message, if one was taken.
     pub subject: Option<Subject>,
+    /// The queue that the run consumed from, if it has a name.
+    pub queue: Option<String>,
+    /// How many messages qpublish has sent, and how many of them are confirmed.
+    pub published: Option<(u64, u64)>,
 }
 
 impl RunSummary {
     /// The end of a run without a message, which is always qconsume's doing.
     pub fn without_message(status: u8, text: String) -> Self {
-        Self { source: program(), status, text, outcome: None, subject: None }
+        Self { source: program(), status, text, outcome: None, subject: None, queue: None, published: None }
     }
 
     /// Says it, in the log and where Kubernetes looks for it.
@@ -129,7 +133,8 @@ impl RunSummary {
     /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
     pub fn log(&self) {
         let (status, source) = (self.status, self.source);
-        let (text, outcome) = (&self.text, self.outcome.map(Outcome::name));
+        let (text, outcome, queue) = (&self.text, self.outcome.map(Outcome::name), self.queue.as_deref());
+        let (sent, confirmed) = self.published.unzip();
         let subject = self.subject.as_ref();
         let id = subject.and_then(|subject| subject.id.as_deref());
         let attempt = subject.and_then(|subject| subject.attempt);
@@ -137,9 +142,21 @@ impl RunSummary {
         // To the millisecond.
         let seconds = subject.map(|subject| subject.since.elapsed().as_millis() as f64 / 1000.0);
         if status == 0 {
-            tracing::info!(id, attempt, size, seconds, outcome, status, source, "{text}");
+            tracing::info!(json.queue = queue, id, attempt, size, seconds, outcome, status, source, "{text}");
         } else {
-            tracing::error!(id, attempt, size, seconds, outcome, status, source, "{text}");
+            tracing::error!(
+                json.queue = queue,
+                json.sent = sent,
+                json.confirmed = confirmed,
+                id,
+                attempt,
+                size,
+                seconds,
+                outcome,
+                status,
+                source,
+                "{text}"
+            );
         }
     }
 

@@ -46,7 +46,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
             }
         }
     };
-    let summary = worker.with_tally(summary);
+    let summary = worker.of_queue(worker.with_tally(summary));
     summary.report();
     // All is settled: a signal only cuts the polite close short.
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
@@ -175,11 +175,11 @@ impl Worker {
         match next {
             Next::End => Some(summary),
             Next::Message => {
-                summary.log();
+                self.of_queue(summary).log();
                 None
             }
             Next::AllDone => {
-                summary.log();
+                self.of_queue(summary).log();
                 Some(self.count_done())
             }
             Next::Stopped(signal) => Some(RunSummary {
@@ -285,13 +285,19 @@ impl Worker {
     /// worker would find an empty queue, and nobody would hear of it.
     fn with_tally(&self, mut summary: RunSummary) -> RunSummary {
         if self.options.keep_going {
-            summary.text += &format!("; in all: {}", self.tally);
+            summary.text = self.tally.describe(&summary.text);
             let status = self.options.policy.reject_exit_code.unwrap_or(1);
             if self.tally.dead_lettered > 0 && status != 0 && summary.status != status {
                 (summary.source, summary.status) = (program(), status);
             }
         }
         summary
+    }
+
+    /// With the queue's name; the broker has not given it one yet if it was to do so.
+    fn of_queue(&self, summary: RunSummary) -> RunSummary {
+        let queue = self.consumer.queue();
+        RunSummary { queue: (!queue.is_empty()).then(|| queue.to_owned()), ..summary }
     }
 
     /// The end of a run that was told to stop while no command ran.

@@ -197,6 +197,7 @@ fn row(page: &mut String, arg: &Arg) {
         .get_default_values()
         .iter()
         .filter(|_| !matches!(arg.get_action(), ArgAction::SetTrue))
+        .filter(|value| !value.is_empty())
         .map(|value| value.to_string_lossy())
         .collect();
     let (help, said) = help(arg);
@@ -249,6 +250,13 @@ mod tests {
     fn the_page_of_options_is_up_to_date() {
         let found = read(PAGE).unwrap_or_default();
         assert!(found == page(), "{PAGE} is stale: make docs");
+    }
+
+    #[test]
+    fn a_default_that_is_empty_is_not_shown() {
+        let row = page().lines().find(|line| line.contains("`--queue NAME`")).map(str::to_owned);
+        let row = row.expect("there is the option");
+        assert!(row.contains("| `QUEUE` |  |"), "{row}");
     }
 
     #[test]

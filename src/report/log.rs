@@ -28,6 +28,9 @@ pub enum LogFormat {
     Json,
 }
 
+/// What the names of fields begin with that only JSON has.
+const JSON_ONLY: &str = "json.";
+
 static WRITER: OnceLock<Writer<Stderr>> = OnceLock::new();
 
 /// Starts to write lines of this level and the more important ones.
@@ -122,7 +125,8 @@ impl Lines {
         self.render(Level::WARN, Line { message, ..Line::default() })
     }
 
-    /// `qconsume: what happened key=value …`, the level named where it is more than information.
+    /// `qconsume: what happened key=value …`, the level named where it is more than information. Without the fields for JSON
+    /// only: what they have is in the message, or in an earlier line.
     fn text(&self, level: Level, line: Line) -> String {
         let name = match (level, self.colour) {
             (Level::ERROR, false) => "error: ",
@@ -132,7 +136,7 @@ impl Lines {
             _ => "",
         };
         let mut text = format!("{}: {name}{}", program(), one_line(&line.message));
-        for (name, value) in line.fields {
+        for (name, value) in line.fields.into_iter().filter(|(name, _)| !name.starts_with(JSON_ONLY)) {
             let _ = write!(text, " {name}={}", one_line(&value.to_string()));
         }
         text
@@ -146,7 +150,9 @@ fn json(level: Level, line: Line) -> String {
     object.insert("time".into(), time.into());
     object.insert("level".into(), level.as_str().to_lowercase().into());
     object.insert("message".into(), line.message.into());
-    object.extend(line.fields.into_iter().map(|(name, value)| (name.into(), value)));
+    let fields =
+        line.fields.into_iter().map(|(name, value)| (name.strip_prefix(JSON_ONLY).unwrap_or(name).into(), value));
+    object.extend(fields);
     let mut text = String::new();
     for c in Value::Object(object).to_string().chars() {
         // serde_json leaves DEL and Unicode's 32 control characters as they are; terminals obey some of them.

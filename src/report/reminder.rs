@@ -3,14 +3,15 @@
 use std::{fmt, future::Future, pin::pin, time::Duration};
 use tokio::time::Instant;
 
-/// A length of time for people: `1m 30s`.
+/// A length of time for people, rounded: `250ms`, `1s 300ms`, `1m 30s`.
 #[derive(Clone, Copy, Debug)]
 pub struct HumanDuration(pub Duration);
 
 impl fmt::Display for HumanDuration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Nobody cares for microseconds behind seconds.
-        let shown = if self.0 >= Duration::from_secs(1) {
+        let shown = if self.0 >= Duration::from_secs(60) {
+            Duration::from_secs(self.0.as_secs_f64().round() as u64)
+        } else if self.0 >= Duration::from_secs(1) {
             Duration::from_millis((self.0.as_secs_f64() * 10.0).round() as u64 * 100)
         } else {
             Duration::from_millis(u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX))
@@ -99,6 +100,8 @@ mod tests {
         assert_eq!(shown(0.25), "250ms");
         assert_eq!(shown(59.951), "1m");
         assert_eq!(shown(90.04), "1m 30s");
+        assert_eq!(shown(480.1), "8m");
+        assert_eq!(shown(3599.6), "1h");
         assert_eq!(shown(1.26), "1s 300ms");
     }
 

@@ -2,12 +2,12 @@
 
 use crate::{
     broker::{DeliveryLost, Message},
-    report::{Outcome, RunSummary, Subject},
+    report::{Outcome, RunSummary, Subject, counted},
     settlement,
     verdict::{CommandResult, Ended, Settlement, StopReason},
 };
 use nix::sys::signal::Signal;
-use std::{fmt, time::Instant};
+use std::time::Instant;
 
 /// What became of the messages of a run, in numbers.
 #[derive(Default)]
@@ -21,15 +21,14 @@ impl Tally {
     pub(super) fn done(&self) -> u64 {
         self.acknowledged + self.dead_lettered
     }
-}
 
-impl fmt::Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} acknowledged, {} failed and requeued, {} dead-lettered",
-            self.acknowledged, self.requeued, self.dead_lettered
-        )
+    /// What a run with `--keep-going` says at its end: the reason of its status first.
+    pub(super) fn describe(&self, end: &str) -> String {
+        let reason = match self.dead_lettered {
+            0 => String::new(),
+            number => format!("{} dead-lettered; ", counted(number, "message was", "messages were")),
+        };
+        format!("{reason}{end} ({} acknowledged, {} requeued)", self.acknowledged, self.requeued)
     }
 }
 

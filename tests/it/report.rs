@@ -1,6 +1,6 @@
 //! What people see: log lines, the last word, the termination message.
 
-use crate::common::{private_broker, qconsume, worker};
+use crate::common::{private_broker, qconsume, qpublish, worker};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -219,6 +219,7 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     }
     let word = objects_of_failure.last().expect("there are lines");
     assert_eq!(word["level"], "error");
+    assert_eq!(word["queue"], queue.name());
     assert_eq!(word["id"], "order-7");
     assert_eq!(word["attempt"], 1);
     assert_eq!(word["size"], 5);
@@ -238,9 +239,32 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     assert_eq!(word["outcome"], "acknowledged");
     assert_eq!(word["status"], 0);
 
+    assert_eq!(word["queue"], queue.name());
+
+    let empty = json().args(["--drain", "cat"]).run();
+    empty.assert_status(0);
+    assert_eq!(objects(&empty).last().expect("there are lines")["queue"], queue.name());
+
+    let publish = |queue: &str| {
+        let broker = Broker::shared();
+        qpublish().url(&broker.url()).args(["--log-format", "json", "-q", queue, "apple", "banana"]).run()
+    };
+    let published = publish(queue.name());
+    published.assert_status(0);
+    let objects_of_publishing = objects(&published);
+    let word = objects_of_publishing.last().expect("there are lines");
+    assert_eq!((word["sent"].as_u64(), word["confirmed"].as_u64()), (Some(2), Some(2)));
+    let lost = publish("report-json-no-such-queue");
+    lost.assert_status(78);
+    let objects_of_losing = objects(&lost);
+    let word = objects_of_losing.last().expect("there are lines");
+    assert_eq!(word["confirmed"], 0);
+    assert!(word["sent"].is_u64(), "{word:?}");
+
     // Every field is on the page that documents them.
     let page = include_str!("../../docs/logs.md");
-    for object in objects_of_failure.iter().chain(&objects_of_success) {
+    let all = [objects_of_failure, objects_of_success, objects_of_publishing, objects_of_losing].concat();
+    for object in &all {
         for name in object.keys() {
             assert!(page.contains(&format!("| `{name}` |")), "docs/logs.md lacks {name}");
         }
