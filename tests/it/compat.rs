@@ -418,6 +418,49 @@ fn the_table_of_options_is_up_to_date_and_misses_none() {
     assert!(ran.status.success(), "{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
 }
 
+/// Each row of the page's table, seen with both programs.
+#[test]
+fn the_exit_statuses_beside_amqp_consumes_are_as_the_page_says() {
+    if find_in_path("amqp-consume").is_none() {
+        return missing("amqp-consume");
+    }
+    let broker = Broker::shared();
+    let folder = temp_folder("statuses");
+    // amqp-consume takes a command's options for its own, so the commands have none.
+    let script = |name: &str, text: &str| {
+        let path = folder.join(name);
+        fs::write(&path, format!("#!/bin/sh\ncat >/dev/null\n{text}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path.display().to_string()
+    };
+    let (url, wrong) = (broker.url(), broker.url_for("guest", "wrong", "/"));
+    let (fails, killed) = (script("fails", "exit 3"), script("killed", "kill -KILL $$"));
+    let page = fs::read_to_string(repository().join("docs/moving-from-amqp-tools.md")).unwrap();
+    for (what, url, is_there, command) in [
+        ("the command exits 3", url.as_str(), true, fails.as_str()),
+        ("the command is killed by SIGKILL", &url, true, &killed),
+        ("the command isn't there", &url, true, "no-such-command"),
+        ("the queue isn't there", &url, false, "cat"),
+        ("the password is wrong", &wrong, true, "cat"),
+        ("no broker answers", "amqp://guest:guest@127.0.0.1:1", true, "cat"),
+        ("the URL is malformed", "http://localhost", true, "cat"),
+    ] {
+        let queue = broker.declare("statuses");
+        let queue = if is_there { queue.create() } else { queue.absent() };
+        let status = |program: Program| {
+            if is_there {
+                queue.purge();
+                queue.publish("apple");
+            }
+            program.args(["-u", url, "-c", "1", "-q", queue.name(), command]).run().status()
+        };
+        let theirs = status(Program::new("amqp-consume"));
+        let ours = status(qconsume().env("QCONSUME_CONNECT_TIMEOUT", "1s"));
+        let row = format!("| {what} | {theirs} | {ours} |");
+        assert!(page.contains(&row), "the page lacks {row}");
+    }
+}
+
 fn publish(broker: &Broker, exchange: &str, key: &str, body: &str) {
     let channel = broker.client().channel().unwrap();
     testbed::block_on(async {
