@@ -86,6 +86,20 @@ def test_every_manifest_is_valid(everything, version):
     assert checked > 15
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_whole_manifest_in_the_pages_is_valid(version):
+    kinds = []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```yaml\n(apiVersion:.*?)```", page.read_text(), re.DOTALL):
+            for document in kube.load(block):
+                try:
+                    kubernetes_validate.validate(document, version, strict=True)
+                except kubernetes_validate.ValidationError as error:
+                    pytest.fail(f"{page.name} for {version}: {'.'.join(map(str, error.path))}: {error.message}")
+                kinds.append(document["kind"])
+    assert {"CronJob", "NetworkPolicy"} <= set(kinds)
+
+
 def test_a_wrong_manifest_would_be_noticed(everything):
     job = dict(everything["work-queue/job.yaml#0"])
     job["spec"] = job["spec"] | {"completion": 8}
