@@ -84,8 +84,7 @@ pub type AddressError = String;
 /// # Errors
 /// The first mistake, with the number of its URL if there are several.
 pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
-    let line = text.strip_suffix('\n');
-    let text = line.map_or(text, |line| line.strip_suffix('\r').unwrap_or(line));
+    let text = without_newline(text);
     let mut urls = Vec::new();
     let mut start = 0;
     for (comma, _) in text.match_indices(',') {
@@ -103,6 +102,12 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
         })
     });
     parsed.collect()
+}
+
+/// A file's text without the newline that most editors and tools end it with.
+pub(super) fn without_newline(text: &str) -> &str {
+    let line = text.strip_suffix('\n');
+    line.map_or(text, |line| line.strip_suffix('\r').unwrap_or(line))
 }
 
 impl Address {
@@ -161,6 +166,12 @@ impl Address {
             virtual_host: parse_virtual_host(path)?,
             parameters: Parameters::parse(query, tls)?,
         })
+    }
+
+    /// Logs in with this password, instead of the URL's.
+    pub fn set_password(&mut self, password: Secret) {
+        self.password = password;
+        self.password_given = true;
     }
 
     /// Whether the client's certificate says who we are (EXTERNAL), instead of the user name and the password.

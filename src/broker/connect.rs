@@ -4,9 +4,10 @@ use super::{
     address::Address,
     connection::{Cutter, OpenConnection},
     errors::ConnectError,
-    nodes::Nodes,
+    nodes::{Nodes, SecretFile},
     resolve::resolve,
     tap::Tap,
+    token::Login,
     transport::{Socket, TappedStream, lapin_runtime},
 };
 use crate::{
@@ -48,6 +49,10 @@ const HEARTBEAT: u16 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
+/// How long a refused login is tried again, if what it logs in with is in a file: a rotated Secret takes up to two minutes
+/// to arrive in a pod (the kubelet's sync period and its cache).
+const LOGIN_RETRIED: Duration = Duration::from_secs(120);
+
 /// How to connect.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
@@ -67,6 +72,10 @@ pub struct Broker {
     /// How many attempts there were.
     attempts: usize,
     pub(super) options: ConnectOptions,
+    /// Since when the broker has refused each login.
+    refused_since: Option<Instant>,
+    /// Why the files couldn't be read again, if they couldn't.
+    unreadable: Option<String>,
     /// What is under way, for the message when time runs out in the middle of it.
     stage: String,
     /// For each address of this attempt that can't be used: what happened.
@@ -79,7 +88,16 @@ impl Broker {
     /// A broker at these nodes.
     #[must_use]
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
-        Self { nodes, attempts: 0, options, stage: String::new(), problems: Vec::new(), reached: Vec::new() }
+        Self {
+            nodes,
+            attempts: 0,
+            options,
+            refused_since: None,
+            unreadable: None,
+            stage: String::new(),
+            problems: Vec::new(),
+            reached: Vec::new(),
+        }
     }
 
     /// A connection, from as many attempts as it needs within `--connect-timeout`.
@@ -99,7 +117,7 @@ impl Broker {
     /// One attempt at the next node.
     pub(super) async fn attempt(&mut self, deadline: Instant) -> Result<OpenConnection, ConnectError> {
         if self.attempts > 0 && self.nodes.may_change() {
-            self.nodes.read()?;
+            self.read_again();
         }
         // Round-robin: the next attempt starts at the next node.
         let nodes = &self.nodes.known;
@@ -109,7 +127,11 @@ impl Broker {
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
-        opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage))).map_err(|mut error| {
+        let opened = opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage)));
+        if opened.is_ok() {
+            self.refused_since = None;
+        }
+        opened.map_err(|mut error| {
             let message = &mut error.failure.message;
             *message = format!("{address}: {message}");
             // A permanent failure is the broker's own reply: the other addresses don't matter.
@@ -118,8 +140,37 @@ impl Broker {
                     *message = format!("{message}; {problem}");
                 }
             }
+            if error.login_refused {
+                self.retry_login(&mut error);
+            }
             error
         })
+    }
+
+    /// Reads the files again. One that can't be used, as it is being written for example, may be all right in a moment, and
+    /// what it said before may still be good.
+    fn read_again(&mut self) {
+        let problem = self.nodes.read().err().map(|failure| failure.message);
+        if let Some(problem) = problem.as_ref().filter(|_| problem != self.unreadable) {
+            tracing::warn!("{problem}; using what it said before");
+        }
+        self.unreadable = problem;
+    }
+
+    /// A login with what is in a file may be refused only until the file has what the broker has.
+    fn retry_login(&mut self, error: &mut ConnectError) {
+        let Some(file) = self.nodes.file_with_password() else {
+            return;
+        };
+        let file = file.path().display();
+        if self.refused_since.is_none() {
+            tracing::info!("the login is refused: reading {file} again before each new attempt");
+        }
+        let refused = self.refused_since.get_or_insert_with(Instant::now).elapsed();
+        error.transient = refused < LOGIN_RETRIED;
+        if !error.transient {
+            error.failure.message += &format!("; {file} was read again for {}", HumanDuration(refused));
+        }
     }
 
     async fn open(&mut self, address: &Address) -> Result<OpenConnection, ConnectError> {
@@ -168,10 +219,13 @@ impl Broker {
         let handshake = Connection::connector(uri, lapin_runtime(), hand_over, properties);
         let lapin = with_reminders(&self.stage, handshake).await.map_err(|error| {
             let observed = observed.lock().expect("nobody panics with it");
-            ConnectError::in_handshake(&error, &observed, address)
+            let file = self.nodes.file_with_password().map(SecretFile::path);
+            ConnectError::in_handshake(&error, &observed, address, file)
         })?;
         tracing::debug!("connected to {address} at {target}");
+        let lapin = Arc::new(lapin);
         Ok(OpenConnection {
+            login: Login::new(&lapin, address, &self.nodes),
             events: Box::pin(lapin.events_listener()),
             lapin,
             observed,
@@ -318,4 +372,38 @@ fn properties(name: &str) -> ConnectionProperties {
         .with_connection_name(name.into())
         .with_client_property(property("product"), env!("CARGO_PKG_NAME").into())
         .with_client_property(property("version"), env!("CARGO_PKG_VERSION").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::Exit;
+    use tokio::time::advance;
+
+    fn refused() -> ConnectError {
+        ConnectError { transient: false, failure: Failure::new(Exit::NoPermission, "refused"), login_refused: true }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_login_is_tried_again_for_two_minutes_if_a_file_is_behind_it() {
+        let options = ConnectOptions { timeout: Duration::MAX, heartbeat: None, name: String::new() };
+        let mut broker = Broker::new(Nodes::default(), options);
+        let retried = |broker: &mut Broker| {
+            let mut error = refused();
+            broker.retry_login(&mut error);
+            (error.transient, error.failure.message)
+        };
+        assert!(!retried(&mut broker).0);
+        broker.nodes.password_file = Some(SecretFile::new("/run/token".into(), "--password-file".into()));
+        for _ in 0..2 {
+            for _ in 0..12 {
+                assert!(retried(&mut broker).0);
+                advance(Duration::from_secs(10)).await;
+            }
+            let gave_up = (false, "refused; /run/token was read again for 2m".to_owned());
+            assert_eq!(retried(&mut broker), gave_up);
+            // As after a login that was not refused.
+            broker.refused_since = None;
+        }
+    }
 }

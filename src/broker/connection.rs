@@ -3,6 +3,7 @@
 use super::{
     errors::{Meaning, described},
     observed::{Observed, Version},
+    token::Login,
 };
 use lapin::{Channel, Connection, Event};
 use std::{
@@ -23,7 +24,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An open connection.
 pub struct OpenConnection {
-    pub(super) lapin: Connection,
+    /// What it is logged in with. It has a share of the connection only while the broker is told of a new token.
+    pub(super) login: Login,
+    pub(super) lapin: Arc<Connection>,
     /// There is one listener only, as lapin's listeners take from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     pub(super) observed: Arc<Mutex<Observed>>,

@@ -18,6 +18,10 @@ pub(super) enum Meaning {
     ExclusiveQueue,
     /// The user lacks a permission.
     NotPermitted,
+    /// The token that the user is logged in with has expired.
+    TokenExpired,
+    /// The token that was to take its place is refused.
+    NewTokenRefused,
     /// The delivery wasn't acknowledged in time.
     AckTimeout,
     /// A message is larger than the broker takes.
@@ -57,6 +61,7 @@ impl Refusal {
         let ends = |with: &str| text.ends_with(with);
         match self.code {
             403 if ends("' in exclusive use") => M::ExclusiveConsumer,
+            403 if token_expired(text) => M::TokenExpired,
             403 => M::NotPermitted,
             404 if starts("queue '") || starts("home node '") => M::QueueDown,
             404 if starts("failed to perform operation on ") => M::QueueDown,
@@ -70,9 +75,11 @@ impl Refusal {
             406 if starts("consumer timeout") || ends("consumer timeout") => M::AckTimeout,
             406 if starts("message size ") => M::TooLarge,
             406 => M::Precondition,
+            320 if text == "credential expired" => M::TokenExpired,
             311 => M::TooLarge,
             530 if starts("number of channels opened") => M::Limit,
             530 if starts("Connection refused for user '") => M::Limit,
+            530 if starts("New secret was refused") => M::NewTokenRefused,
             530 if starts("vhost ") => M::Missing,
             530 if ends(") is reached") => M::Limit,
             530 if ends("not found") || ends("doesn't exist") => M::Missing,
@@ -81,6 +88,17 @@ impl Refusal {
             _ => M::Other,
         }
     }
+}
+
+/// Whether a text ends as the OAuth 2 plugin's does (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT token has expired
+/// at timestamp 1796065016 (validated at 1796065021)"`. Names stand before that.
+fn token_expired(text: &str) -> bool {
+    let Some((_, end)) = text.rsplit_once(": \"Provided JWT token has expired at timestamp ") else {
+        return false;
+    };
+    let end = end.trim_start_matches(|c: char| c.is_ascii_digit());
+    let end = end.strip_prefix(" (validated at ").and_then(|end| end.strip_suffix(")\""));
+    end.is_some_and(|time| time.bytes().all(|c| c.is_ascii_digit()))
 }
 
 impl fmt::Display for Refusal {
@@ -100,12 +118,14 @@ pub struct ConnectError {
     pub transient: bool,
     /// What the run ends with when it doesn't.
     pub failure: Failure,
+    /// The broker refused the user and the password.
+    pub(super) login_refused: bool,
 }
 
 /// Where the status says that the broker is not reachable, another attempt may help.
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
-        Self { transient: failure.exit == Exit::Unavailable, failure }
+        Self { transient: failure.exit == Exit::Unavailable, failure, login_refused: false }
     }
 }
 

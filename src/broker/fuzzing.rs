@@ -1,6 +1,9 @@
 //! The way of what a broker sends, from the frame on the wire to what qconsume makes of it.
 
-use super::{address::Address, errors::ConnectError, message::Message, observed::Observed, refused::Asked, tap::Tap};
+use super::{
+    address::Address, errors::ConnectError, message::Message, observed::Observed, refused::Asked, tap::Tap,
+    token::Credentials,
+};
 use lapin::{
     ConnectionState, ErrorKind,
     message::Delivery,
@@ -88,7 +91,7 @@ pub fn answer(request: Request, address: &Address, name: &str, code: u16, text: 
         Request::Declare => Asked::Declare(name),
         Request::Publish => Asked::Publish(name),
     };
-    Some(ConnectError::answer(asked, &refusal, &address.username))
+    Some(ConnectError::answer(asked, &refusal, Credentials { user: &address.username, token: None, file: None }))
 }
 
 fn observe(bytes: &[u8], piece: NonZeroUsize) -> io::Result<Arc<Mutex<Observed>>> {

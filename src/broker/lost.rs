@@ -1,6 +1,7 @@
 //! Why a delivery was lost, in words, and what to do about it.
 
 use super::{
+    connection::OpenConnection,
     errors::{Meaning, described, unreadable},
     observed::{Observed, Version},
 };
@@ -31,13 +32,17 @@ impl DeliveryLost {
         Self::unreadable(format!("two connections were lost while it arrived, the last one so: {}", self.text))
     }
 
-    pub(super) fn new(error: &lapin::Error, observed: &Observed) -> Self {
+    pub(super) fn new(error: &lapin::Error, connection: &OpenConnection) -> Self {
+        let observed = connection.observed();
         if let Some(problem) = &observed.unreadable {
             return Self::unreadable(problem);
         }
         let Some(refusal) = observed.refusal(error) else {
             return Self::because(described(error));
         };
+        if let Some(problem) = connection.login.credentials().problem(&refusal) {
+            return Self::because(problem);
+        }
         if refusal.meaning() == Meaning::AckTimeout {
             let advice = what_to_raise(observed.version);
             return Self::because(format!("acknowledgement timeout: {refusal}; {advice}"));

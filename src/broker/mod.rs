@@ -20,6 +20,7 @@ mod subscription;
 mod tap;
 mod tls;
 mod tls_errors;
+mod token;
 mod topology;
 mod transport;
 
@@ -29,7 +30,7 @@ pub use consumer::Consumer;
 pub use errors::ConnectError;
 pub use lost::DeliveryLost;
 pub use message::Message;
-pub use nodes::{Nodes, TlsOptions};
+pub use nodes::{Nodes, SecretFile, TlsOptions};
 pub use properties::{Properties, Route};
 pub use publisher::{Gap, Messages, Publisher, Tally};
 pub use subscription::ConsumerOptions;

@@ -1,12 +1,12 @@
-//! The nodes of the broker: given once, or in a file that is read again for each new connection.
+//! The nodes of the broker and how to log in there: given once, or in files that are read again for each new connection.
 
 use super::{
-    address::{Address, parse_list},
+    address::{Address, Secret, parse_list, without_newline},
     tls::Tls,
 };
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 use lapin::uri::SASLMechanism;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The options for TLS, which go over the URL's own parameters.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -59,13 +59,82 @@ impl TlsOptions {
     }
 }
 
+/// A file that holds a secret, and the option or variable that names it.
+#[derive(Clone, Debug)]
+pub struct SecretFile {
+    path: PathBuf,
+    option: String,
+    /// What is in a pipe, as of a shell's `<(…)`: that can be read only once.
+    from_pipe: Option<Secret>,
+}
+
+impl SecretFile {
+    /// The file at `path`, which `option` names.
+    pub const fn new(path: PathBuf, option: String) -> Self {
+        Self { path, option, from_pipe: None }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it can be read again.
+    const fn may_change(&self) -> bool {
+        self.from_pipe.is_none()
+    }
+
+    fn read(&mut self) -> Result<String, Failure> {
+        if let Some(text) = &self.from_pipe {
+            return Ok(text.expose().to_owned());
+        }
+        let is_pipe = !self.path.is_file();
+        let text = std::fs::read_to_string(&self.path)
+            .map_err(|error| self.error(Exit::Config, &format!("can't be read: {error}")))?;
+        // Some editors begin a file with a byte order mark.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text).to_owned();
+        self.from_pipe = is_pipe.then(|| text.clone().into());
+        Ok(text)
+    }
+
+    fn error(&self, exit: Exit, problem: &str) -> Failure {
+        Failure::new(exit, format!("{}: {} {problem}", self.option, self.path.display()))
+    }
+
+    fn addresses(&mut self) -> Result<Vec<Address>, Failure> {
+        parse_list(&self.read()?).map_err(|error| Failure::usage(format!("{}: {error}", self.option)))
+    }
+
+    fn password(&mut self) -> Result<Secret, Failure> {
+        let password = without_newline(&self.read()?).to_owned();
+        if password.is_empty() {
+            return Err(self.error(Exit::Config, "is empty"));
+        }
+        Ok(password.into())
+    }
+
+    /// The user and the password, as rabbitmq-c's tools read them.
+    fn user_and_password(&mut self) -> Result<(String, Secret), Failure> {
+        let text = self.read()?;
+        let mut lines = text.lines();
+        let mut line = |prefix| lines.next().and_then(|line| line.strip_prefix(prefix));
+        match (line("username:"), line("password:"), lines.next()) {
+            (Some(username), Some(password), None) => Ok((username.to_owned(), password.to_owned().into())),
+            _ => Err(self.error(Exit::Usage, "has to consist of two lines, username:USER and password:PASSWORD")),
+        }
+    }
+}
+
 /// The nodes of one cluster.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes {
     /// Their addresses, as they were when they were read last.
     pub known: Vec<Address>,
-    /// The file that these are in, a mounted secret, which may change; and the option or variable that names it.
-    pub file: Option<(PathBuf, String)>,
+    /// The file that these are in.
+    pub url_file: Option<SecretFile>,
+    /// The file with the user and the password for all of them.
+    pub authfile: Option<SecretFile>,
+    /// The file with the password for all of them, which takes precedence over any other.
+    pub password_file: Option<SecretFile>,
     /// What goes for all of them.
     pub options: TlsOptions,
     /// What TLS needs for them.
@@ -73,48 +142,136 @@ pub struct Nodes {
 }
 
 impl Nodes {
-    /// Whether they are in a file that may have changed; a pipe, as of a shell's `<(…)`, can be read only once.
+    /// Whether they or their password are in a file that may have changed.
     pub(super) fn may_change(&self) -> bool {
-        self.file.as_ref().is_some_and(|(path, _)| path.is_file())
+        let files = [&self.url_file, &self.authfile, &self.password_file];
+        files.into_iter().flatten().any(SecretFile::may_change)
     }
 
-    /// Makes ready to connect to the nodes, at least one, as they are now.
+    /// The file that the password comes from, if it may change.
+    pub(super) fn file_with_password(&self) -> Option<&SecretFile> {
+        let file = self.password_file.as_ref().or(self.authfile.as_ref()).or(self.url_file.as_ref());
+        file.filter(|file| file.may_change())
+    }
+
+    /// Makes ready to connect to the nodes, at least one, as they are now. An error changes nothing.
     ///
     /// # Errors
     /// 78 for a file that can't be read or used, 64 for a malformed address or one that contradicts the options.
     pub fn read(&mut self) -> Result<(), Failure> {
-        if let Some((path, option)) = &self.file {
-            let text = std::fs::read_to_string(path).map_err(|error| {
-                let path = path.display();
-                Failure::config(format!("{option}: {path} can't be read: {error}"))
-            })?;
-            // Some editors begin a file with a byte order mark.
-            self.known = parse_list(text.strip_prefix('\u{feff}').unwrap_or(&text))
-                .map_err(|error| Failure::usage(format!("{option}: {error}")))?;
-        }
-        for address in &mut self.known {
+        let addresses = self.addresses()?;
+        self.tls = Tls::load(&addresses)?;
+        self.known = addresses;
+        Ok(())
+    }
+
+    /// The addresses, with what their files and the options say now.
+    pub(super) fn addresses(&mut self) -> Result<Vec<Address>, Failure> {
+        let mut addresses = match &mut self.url_file {
+            Some(file) => file.addresses()?,
+            None => self.known.clone(),
+        };
+        let login = self.authfile.as_mut().map(SecretFile::user_and_password).transpose()?;
+        let password = self.password_file.as_mut().map(SecretFile::password).transpose()?;
+        for address in &mut addresses {
+            if let Some((username, password)) = &login {
+                address.username.clone_from(username);
+                address.set_password(password.clone());
+            }
+            if let Some(password) = &password {
+                address.set_password(password.clone());
+            }
             self.options.apply(address)?;
         }
-        self.tls = Tls::load(&self.known)?;
-        Ok(())
+        Ok(addresses)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::Exit;
+    use std::fs;
+
+    fn file(name: &str) -> SecretFile {
+        let path = std::env::temp_dir().join(format!("qconsume-nodes-{name}-{}", std::process::id()));
+        SecretFile::new(path, format!("--{name}"))
+    }
+
+    fn login(nodes: &mut Nodes) -> (String, String) {
+        nodes.read().unwrap();
+        let address = &nodes.known[0];
+        (address.username.clone(), address.password.expose().to_owned())
+    }
 
     #[test]
     fn a_file_is_read_again_and_may_begin_with_a_byte_order_mark() {
-        let path = std::env::temp_dir().join(format!("qconsume-nodes-{}", std::process::id()));
-        let mut nodes = Nodes { file: Some((path.clone(), "--url-file".to_owned())), ..Nodes::default() };
-        for (text, password) in [("amqp://u:one@h\n", "one"), ("\u{feff}amqp://u:two@h", "two")] {
-            std::fs::write(&path, text).unwrap();
-            nodes.read().unwrap();
-            assert_eq!(nodes.known[0].password.expose(), password);
-        }
-        std::fs::remove_file(&path).unwrap();
+        let urls = file("url-file");
+        let path = urls.path.clone();
+        let mut nodes = Nodes { url_file: Some(urls), ..Nodes::default() };
         assert_eq!(nodes.read().unwrap_err().exit, Exit::Config);
+        for (text, password) in [("amqp://u:one@h\n", "one"), ("\u{feff}amqp://u:two@h", "two")] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(login(&mut nodes).1, password);
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(nodes.read().unwrap_err().exit, Exit::Config);
+        assert!(nodes.may_change());
+    }
+
+    #[test]
+    fn a_pipe_is_read_once() {
+        let mut pipe = file("pipe");
+        nix::unistd::mkfifo(&pipe.path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let path = pipe.path.clone();
+        let writer = std::thread::spawn(move || fs::write(path, "token\n"));
+        for _ in 0..2 {
+            assert_eq!(pipe.password().unwrap().expose(), "token");
+            assert!(!pipe.may_change());
+        }
+        writer.join().unwrap().unwrap();
+        fs::remove_file(&pipe.path).unwrap();
+    }
+
+    #[test]
+    fn a_password_file_goes_over_every_other_password_and_one_newline_is_dropped() {
+        let files = [file("url-file-2"), file("authfile"), file("password-file")];
+        let [urls, authfile, passwords] = files.clone().map(|file| file.path);
+        fs::write(&urls, "amqp://u:url@h,amqp://u:url@i").unwrap();
+        fs::write(&authfile, "username:someone\npassword:auth\n").unwrap();
+        let [url_file, auth, password_file] = files.map(Some);
+        let mut nodes = Nodes { url_file, ..Nodes::default() };
+        assert_eq!(login(&mut nodes), ("u".to_owned(), "url".to_owned()));
+        nodes.authfile = auth;
+        assert_eq!(login(&mut nodes), ("someone".to_owned(), "auth".to_owned()));
+        nodes.password_file = password_file;
+        for (text, password) in
+            [("token", "token"), ("token\n", "token"), ("\u{feff}token\r\n", "token"), ("a\n\n", "a\n")]
+        {
+            fs::write(&passwords, text).unwrap();
+            assert_eq!(login(&mut nodes), ("someone".to_owned(), password.to_owned()));
+            assert_eq!(nodes.known[1].password, nodes.known[0].password);
+        }
+        // Empty for a moment: an error, which changes nothing.
+        fs::write(&passwords, "\n").unwrap();
+        let failure = nodes.read().unwrap_err();
+        assert_eq!((failure.exit, failure.message.ends_with("is empty")), (Exit::Config, true), "{failure}");
+        assert_eq!(nodes.known[0].password.expose(), "a\n");
+        for path in [urls, authfile, passwords] {
+            fs::remove_file(path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_password_from_a_file_is_none_that_is_not_given() {
+        let passwords = file("password-file-2");
+        fs::write(&passwords.path, "token").unwrap();
+        let path = passwords.path.clone();
+        let options = TlsOptions { cert: Some("/no/such.pem".into()), ..TlsOptions::default() };
+        let known = parse_list("amqps://u@h").unwrap();
+        let mut nodes = Nodes { known, options, ..Nodes::default() };
+        assert!(nodes.addresses().unwrap()[0].logs_in_by_certificate());
+        nodes.password_file = Some(passwords);
+        assert!(!nodes.addresses().unwrap()[0].logs_in_by_certificate());
+        fs::remove_file(path).unwrap();
     }
 }

@@ -6,10 +6,11 @@ use super::{
     errors::{ConnectError, Meaning, Refusal, closed, described, unreadable},
     observed::Observed,
     tls_errors,
+    token::{Credentials, Token},
 };
 use crate::exit::{Exit, Failure};
 use lapin::ErrorKind;
-use std::io;
+use std::{io, path::Path};
 
 /// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0: with a longer one it ends
 /// the connection without a word (seen with 3.10 and 4.3).
@@ -33,9 +34,16 @@ pub(super) enum Asked<'a> {
 
 impl ConnectError {
     /// What an error during the AMQP handshake, up to `connection.open-ok`, means.
-    pub(super) fn in_handshake(error: &lapin::Error, observed: &Observed, address: &Address) -> Self {
+    pub(super) fn in_handshake(
+        error: &lapin::Error,
+        observed: &Observed,
+        address: &Address,
+        file: Option<&Path>,
+    ) -> Self {
         if let Some(refusal) = observed.refusal(error) {
-            return Self::answer(Asked::Login(address), &refusal, &address.username);
+            let token = Token::parse(address.password.expose());
+            let credentials = Credentials { user: &address.username, token, file };
+            return Self::answer(Asked::Login(address), &refusal, credentials);
         }
         let offered = observed.mechanisms.as_deref();
         match error.kind() {
@@ -92,7 +100,7 @@ impl ConnectError {
         let observed = connection.observed();
         match (observed.refusal(error), &observed.unreadable, asked) {
             (_, Some(problem), Asked::Queue(_, queue)) => unreadable(queue, problem).into(),
-            (Some(refusal), ..) => Self::answer(asked, &refusal, &connection.lapin.status().username()),
+            (Some(refusal), ..) => Self::answer(asked, &refusal, connection.login.credentials()),
             (None, _, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),
             (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
         }
@@ -100,27 +108,37 @@ impl ConnectError {
 
     /// What a refusal leads to, by what was asked for and what it means.
     #[rustfmt::skip]
-    pub(super) fn answer(asked: Asked<'_>, refusal: &Refusal, user: &str) -> Self {
+    pub(super) fn answer(asked: Asked<'_>, refusal: &Refusal, credentials: Credentials<'_>) -> Self {
         use {Exit::{Config, NoPermission, Unavailable, Unconfirmed}, Meaning as M};
-        let meaning = refusal.meaning();
+        let (meaning, user, grant) = (refusal.meaning(), credentials.user, credentials.how_to_grant());
         let (exit, message) = match asked {
             // Before connection.open-ok a 403 is always the login; one for the virtual host is 530.
             Asked::Login(address) => match meaning {
                 _ if refusal.code == 403 && address.logs_in_by_certificate() => (NoPermission, format!(
                     "the broker refused the login by client certificate (EXTERNAL): {refusal}; create a user of the certificate's name, or give a password")),
-                _ if refusal.code == 403 => (NoPermission, format!(
-                    "the broker refused the login of user {user:?}: {refusal}; check the user and the password")),
+                _ if refusal.code == 403 => {
+                    let failure = Failure::new(NoPermission, format!(
+                        "the broker refused the login of user {user:?}: {refusal}; {}", credentials.advice_on_login()));
+                    return Self { transient: false, failure, login_refused: true };
+                }
                 M::Missing => (Config, format!(
                     "the broker has no virtual host {:?}: {refusal}; create it, or correct the URL's path", address.virtual_host)),
                 M::NotPermitted => (NoPermission, format!(
-                    "user {user:?} may not use virtual host {:?}: {refusal}; grant it with rabbitmqctl set_permissions", address.virtual_host)),
+                    "user {user:?} may not use virtual host {:?}: {refusal}; {grant}", address.virtual_host)),
                 _ => (Unavailable, format!("the broker closed the connection: {refusal}")),
             },
+            _ if let Some(problem) = credentials.problem(refusal) => {
+                let renewed = credentials.file.is_some();
+                let exit = if renewed && matches!(asked, Asked::Publish(_)) { Unconfirmed } else { NoPermission };
+                let failure = Failure::new(exit, problem);
+                // Another connection logs in with what the file has then.
+                return Self { transient: renewed, failure, login_refused: false };
+            }
             Asked::Publish(exchange) => match meaning {
                 M::Missing => (Config, format!(
                     "there is no exchange {exchange:?} in this virtual host: {refusal}; declare it, or check the name")),
                 M::NotPermitted => (NoPermission, format!(
-                    "user {user:?} may not publish here: {refusal}; grant it with rabbitmqctl set_permissions")),
+                    "user {user:?} may not publish here: {refusal}; {grant}")),
                 M::TooLarge => (Config, format!(
                     "too large for this broker: {refusal}; raise max_message_size in its rabbitmq.conf, or split it")),
                 M::Precondition | M::NotImplemented => (Config, format!("the broker doesn't take messages like this: {refusal}")),
@@ -128,13 +146,13 @@ impl ConnectError {
             },
             Asked::Declare(queue) if meaning == M::Precondition => (Config, format!(
                 "queue {queue:?} exists and is another kind of queue: {refusal}; publish to it without --declare, or name another")),
-            Asked::Declare(queue) => return Self::answer(Asked::Queue("declare", queue), refusal, user),
+            Asked::Declare(queue) => return Self::answer(Asked::Queue("declare", queue), refusal, credentials),
             Asked::Queue(action, queue) => match meaning {
                 M::Missing if refusal.code == 404 => {
                     let failure = Failure::new(Config, format!(
                         "there is no queue {queue:?} to {action}: {refusal}; declare it, or check QUEUE and the virtual host"));
                     // Somebody may declare it yet.
-                    return Self { transient: true, failure };
+                    return Self { transient: true, failure, login_refused: false };
                 }
                 M::QueueDown => (Unavailable, format!("queue {queue:?} is not available now: {refusal}")),
                 M::ExclusiveConsumer => (Config, format!(
@@ -142,7 +160,7 @@ impl ConnectError {
                 M::ExclusiveQueue => (Config, format!(
                     "queue {queue:?} is exclusive to another connection: {refusal}; use another queue")),
                 M::NotPermitted => (NoPermission, format!(
-                    "user {user:?} may not {action} queue {queue:?}: {refusal}; grant it with rabbitmqctl set_permissions")),
+                    "user {user:?} may not {action} queue {queue:?}: {refusal}; {grant}")),
                 M::Limit if refusal.code == 406 => (Config, format!(
                     "can't {action} queue {queue:?}: {refusal}; raise the limit, or delete queues")),
                 M::Limit | M::Other => (Unavailable, format!("can't {action} queue {queue:?} now: {refusal}")),

@@ -158,7 +158,7 @@ impl Subscription {
     }
 
     pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
-        DeliveryLost::new(error, &self.connection.observed())
+        DeliveryLost::new(error, &self.connection)
     }
 
     /// Why a second barrier has got no answer. If only the channel is gone, or lapin can't read why, it is the acknowledgement

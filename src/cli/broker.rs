@@ -3,11 +3,11 @@
 use super::{AMQP_TOOLS, Given, name, switch};
 use crate::{
     broker::{
-        Broker, ConnectOptions, Nodes, TlsOptions,
+        Broker, ConnectOptions, Nodes, SecretFile, TlsOptions,
         address::{Address, Secret, parse_list},
     },
     clock::duration_above_zero,
-    exit::{Exit, Failure},
+    exit::Failure,
 };
 use clap::{ArgAction, Args};
 use std::{path::PathBuf, time::Duration};
@@ -16,8 +16,15 @@ use std::{path::PathBuf, time::Duration};
 const AMQP_URL: &str = "AMQP_URL";
 
 /// What `--hide-url` keeps from the command: where the broker is, and what one could log in with.
-pub(super) const SECRETS: [&str; 6] =
-    ["BROKER_URL", "BROKER_URL_FILE", AMQP_URL, "QCONSUME_PASSWORD", "QCONSUME_AUTHFILE", "QCONSUME_KEY"];
+pub(super) const SECRETS: [&str; 7] = [
+    "BROKER_URL",
+    "BROKER_URL_FILE",
+    AMQP_URL,
+    "QCONSUME_PASSWORD",
+    "QCONSUME_PASSWORD_FILE",
+    "QCONSUME_AUTHFILE",
+    "QCONSUME_KEY",
+];
 
 /// Where the broker is, and how to reach it.
 #[derive(Clone, Debug, Args)]
@@ -34,6 +41,12 @@ pub struct BrokerOptions {
     /// The file is read again for each new connection, so a rotated password is found.
     #[arg(long, value_name = "FILE", env = "BROKER_URL_FILE")]
     url_file: Option<PathBuf>,
+
+    /// Read the password, such as an OAuth 2 token, from this file
+    ///
+    /// It takes precedence over the URL's password. The file is read again for each new connection. If it gets a new token (a JWT) while a connection is open, the broker gets that too, so a command may run longer than a token is valid.
+    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_PASSWORD_FILE")]
+    password_file: Option<PathBuf>,
 
     /// Try this long to reach the broker and the queue
     ///
@@ -139,7 +152,7 @@ impl BrokerOptions {
         let nodes = |known| Nodes { known, ..Nodes::default() };
         let (url, file) = (given.level("url"), given.level("url_file"));
         if given.level("server") > url.max(file) {
-            return Ok(nodes(vec![self.server_address(given)?]));
+            return self.server(given);
         }
         if url > 0 && url == file {
             return Err(Failure::usage(format!(
@@ -154,10 +167,8 @@ impl BrokerOptions {
                 (name, parse_list(url_given.expose()).map(nodes))
             }
             (_, Some(path)) => {
-                let name = given.name("url_file");
-                let file = Some((path.clone(), name.clone()));
-                let nodes = Nodes { file, ..Nodes::default() };
-                (name, Ok(nodes))
+                let url_file = secret_file(given, "url_file", Some(path));
+                (given.name("url_file"), Ok(Nodes { url_file, ..Nodes::default() }))
             }
             _ => {
                 let text = std::env::var_os(AMQP_URL).unwrap_or_default();
@@ -178,50 +189,53 @@ impl BrokerOptions {
                 )));
             }
         }
-        source.map_err(|error| Failure::usage(format!("{option}: {error}")))
+        let nodes = source.map_err(|error| Failure::usage(format!("{option}: {error}")))?;
+        Ok(Nodes { password_file: secret_file(given, "password_file", self.password_file.as_ref()), ..nodes })
     }
 
-    /// The address that `--server` and the other parts make.
-    fn server_address(&self, given: &Given<'_>) -> Result<Address, Failure> {
+    /// The node that `--server` and the other parts make, and its authfile, if that is what counts.
+    fn server(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
         let mut address = server_address(self.server.as_deref().unwrap_or_default(), self.ssl, self.port)?;
-        let (username, password) = self.login(given)?;
-        if let Some(username) = username {
-            address.username = username;
-        }
-        if let Some(password) = password {
-            address.password = password;
-            address.password_given = true;
-        }
         if let Some(name) = self.vhost.as_ref().filter(|name| !name.is_empty()) {
             address.virtual_host.clone_from(name);
         }
-        Ok(address)
-    }
-
-    /// The user and the password, as far as they are given.
-    fn login(&self, given: &Given<'_>) -> Result<(Option<String>, Option<Secret>), Failure> {
         let file = given.level("authfile");
-        let by_name = given.level("username").max(given.level("password"));
-        let path = match &self.authfile {
-            Some(path) if file > by_name => path,
-            Some(_) if file == by_name => {
-                return Err(Failure::usage("--authfile can't be used together with --username or --password"));
-            }
-            _ => return Ok((self.username.clone(), self.password.clone())),
-        };
-        let shown = path.display();
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Failure::new(Exit::Config, format!("the authfile {shown} can't be read: {error}")))?;
-        // Some editors begin a file with a byte order mark.
-        let mut lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines();
-        let mut line = |prefix| lines.next().and_then(|line| line.strip_prefix(prefix));
-        match (line("username:"), line("password:"), lines.next()) {
-            (Some(username), Some(password), None) => Ok((Some(username.to_owned()), Some(password.to_owned().into()))),
-            _ => Err(Failure::usage(format!(
-                "the authfile {shown} has to consist of two lines, username:USER and password:PASSWORD"
-            ))),
+        let (password, password_file) = (given.level("password"), given.level("password_file"));
+        let by_name = given.level("username").max(password).max(password_file);
+        if file > 0 && file == by_name {
+            return Err(Failure::usage(
+                "--authfile can't be used together with --username, --password or --password-file",
+            ));
         }
+        if password > 0 && password == password_file {
+            return Err(Failure::usage(format!(
+                "{} and {} are both set; only one of them can count",
+                given.name("password"),
+                given.name("password_file")
+            )));
+        }
+        let mut nodes = Nodes::default();
+        if file > by_name {
+            nodes.authfile = secret_file(given, "authfile", self.authfile.as_ref());
+        } else {
+            if let Some(username) = &self.username {
+                address.username.clone_from(username);
+            }
+            if let Some(password) = &self.password {
+                address.set_password(password.clone());
+            }
+            if password_file > password {
+                nodes.password_file = secret_file(given, "password_file", self.password_file.as_ref());
+            }
+        }
+        nodes.known = vec![address];
+        Ok(nodes)
     }
+}
+
+/// The file that an option names, if it is given.
+fn secret_file(given: &Given<'_>, id: &str, path: Option<&PathBuf>) -> Option<SecretFile> {
+    path.map(|path| SecretFile::new(path.clone(), given.name(id)))
 }
 
 /// The address of a host, or an IPv6 address with or without brackets, perhaps with a port.

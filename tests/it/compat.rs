@@ -89,12 +89,16 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
     let authfile = temp_folder("auth").join("auth");
     fs::write(&authfile, "\u{feff}username:guest\npassword:guest\n").unwrap();
     let authfile = authfile.display().to_string();
+    let password_file = temp_folder("password").join("password");
+    fs::write(&password_file, "guest\n").unwrap();
+    let password_file = password_file.display().to_string();
     let with_port = format!("{host}:{port}");
-    let lines: [&[&str]; 5] = [
+    let lines: [&[&str]; 6] = [
         &["-s", &host, "--port", &port],
         &["--server", &with_port],
         &["-s", &host, "--port", &port, "--vhost=/", "--username=guest", "--password=guest"],
         &["-s", &host, "--port", &port, "--authfile", &authfile],
+        &["-s", &with_port, "--username=guest", "--password-file", &password_file],
         &["-s", &host, "--port", &port, "--heartbeat=30"],
     ];
     for line in lines {
@@ -115,6 +119,16 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
     ended.assert_status(0);
     let ended = qconsume().url("amqp://127.0.0.1:1").args(["--server", &with_port, "-q", queue.name(), "cat"]).run();
     ended.assert_status(0);
+    // A flag takes precedence over a variable, be it a file or not.
+    for (line, variable, value) in [
+        (["--password", "guest"], "QCONSUME_PASSWORD_FILE", "/not/there"),
+        (["--password-file", &password_file], "QCONSUME_PASSWORD", "wrong"),
+        (["--authfile", &authfile], "QCONSUME_PASSWORD_FILE", "/not/there"),
+    ] {
+        queue.publish("x");
+        let program = qconsume().args(["--server", &with_port]).args(line).env(variable, value);
+        program.args(["-q", queue.name(), "cat"]).run().assert_status(0);
+    }
     // A password that is wrong shows nowhere.
     for level in ["error", "info", "debug"] {
         let ended = qconsume()
@@ -170,6 +184,12 @@ fn what_contradicts_itself_is_a_usage_error() {
         (&["--server=h", "--port=0"], "--port"),
         (&["--server=h", "--authfile", &file], "two lines, username:USER and password:PASSWORD"),
         (&["--server=h", "--authfile", &file, "--username=u"], "can't be used together"),
+        (&["--server=h", "--authfile", &file, "--password-file", &file], "can't be used together"),
+        (
+            &["--server=h", "--password=hunter2", "--password-file", &file],
+            "--password and --password-file are both set",
+        ),
+        (&["--password-file", &file], "no broker"),
         (&[url, "-e", "amq.fanout"], "--exchange needs --routing-key"),
         (&[url, "-r", "key"], "--routing-key needs --exchange"),
         (&[url, "-e", "", "-r", "key"], "--exchange is empty"),
@@ -188,7 +208,7 @@ fn what_contradicts_itself_is_a_usage_error() {
         qconsume().url("amqp://u:hunter2@127.0.0.1:1").env("QCONSUME_SERVER", "h").args(["-q", "q", "cat"]).run();
     ended.assert_status(64).assert_stderr("QCONSUME_SERVER and BROKER_URL can't be used at the same time");
     let ended = qconsume().args(["--server=h", "--authfile=/not/there", "-q", "q", "cat"]).run();
-    ended.assert_status(78).assert_stderr("/not/there can't be read");
+    ended.assert_status(78).assert_stderr("--authfile: /not/there can't be read");
 }
 
 #[test]
@@ -360,8 +380,15 @@ fn a_prefetch_count_is_accepted_and_changes_nothing() {
 #[test]
 fn hide_url_keeps_the_address_and_passwords_from_the_command() {
     let queue = queue();
-    let secrets =
-        [("AMQP_URL", "amqp://u:hunter2@h"), ("QCONSUME_PASSWORD", "hunter2"), ("QCONSUME_AUTHFILE", "/run/hunter2")];
+    let password_file = temp_folder("hide").join("hunter2");
+    fs::write(&password_file, "guest").unwrap();
+    let password_file = password_file.display().to_string();
+    let secrets = [
+        ("AMQP_URL", "amqp://u:hunter2@h"),
+        ("QCONSUME_PASSWORD", "hunter2"),
+        ("QCONSUME_PASSWORD_FILE", &password_file),
+        ("QCONSUME_AUTHFILE", "/run/hunter2"),
+    ];
     let program = || {
         let program = worker().queue(queue.name());
         secrets.iter().fold(program, |program, (name, value)| program.env(name, value))
@@ -377,7 +404,7 @@ fn hide_url_keeps_the_address_and_passwords_from_the_command() {
     for program in [program().arg("--hide-url"), program().env("QCONSUME_HIDE_URL", "true")] {
         let environment = run(program);
         assert!(!environment.contains("hunter2"), "{environment}");
-        for name in ["BROKER_URL", "AMQP_URL", "QCONSUME_PASSWORD", "QCONSUME_AUTHFILE"] {
+        for name in ["BROKER_URL", "AMQP_URL"].into_iter().chain(secrets.map(|(name, _)| name)) {
             assert!(!environment.contains(&format!("{name}=")), "{environment}");
         }
         // The rest is there.

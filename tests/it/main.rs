@@ -17,4 +17,5 @@ mod publish;
 mod report;
 mod signals;
 mod tls;
+mod tokens;
 mod unread;

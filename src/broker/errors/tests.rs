@@ -41,6 +41,18 @@ fn texts_of_rabbitmq_and_lavinmq() {
         (403, "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u'", Meaning::NotPermitted),
         (403, "ACCESS_REFUSED - read access to queue 'q' in vhost '/' refused for user 'u'", Meaning::NotPermitted),
         (
+            403,
+            "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u', backend rabbit_auth_backend_oauth2 returned an error: \"Provided JWT token has expired at timestamp 1796065016 (validated at 1796065021)\"",
+            Meaning::TokenExpired,
+        ),
+        (
+            403,
+            "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u', backend rabbit_auth_backend_oauth2 returned an error: \"Provided JWT token has...",
+            Meaning::NotPermitted,
+        ),
+        (320, "CONNECTION_FORCED - credential expired", Meaning::TokenExpired),
+        (530, "NOT_ALLOWED - New secret was refused by one of the backends", Meaning::NewTokenRefused),
+        (
             405,
             "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue 'q' in vhost '/'",
             Meaning::ExclusiveQueue,
@@ -89,6 +101,9 @@ fn names_do_not_change_what_a_text_means() {
         "Server low on disk space",
         "consumer timeout",
         "message size 1",
+        ": \"Provided JWT token has expired at timestamp 1 (validated at 2)\"",
+        "credential expired",
+        "New secret was refused",
         "doesn't exist",
         " - ",
         "NO - x",

@@ -1,8 +1,9 @@
-//! Files that hold credentials, read as the command line reads them: `--authfile`, and `--url-file` (`BROKER_URL_FILE`).
+//! Files that hold credentials, read as the command line reads them: `--authfile`, `--password-file`, and `--url-file`
+//! (`BROKER_URL_FILE`).
 //!
 //! - An authfile counts exactly when a plain reader finds its two lines, and gives the same user and password.
-//! - A URL's file means what the URL means on the command line.
-//! - Either may begin with a byte order mark.
+//! - A URL's file means what the URL means on the command line; a password's file is the password.
+//! - Each may begin with a byte order mark; one newline at the end of the latter two is none of theirs.
 //! - An authfile's error shows no line of it (broker_url has the same for URLs); the options as `Debug` shows them don't depend on the password.
 
 #![no_main]
@@ -21,6 +22,7 @@ static FILE: LazyLock<PathBuf> =
 
 fuzz_target!(|content: &[u8]| {
     check_authfile(content);
+    check_password_file(content);
     // Reading the CAs of the system, or any file that a URL names, would take most of the time.
     let text = String::from_utf8_lossy(content).to_ascii_lowercase();
     if !text.contains("amqps://") {
@@ -49,6 +51,19 @@ fn check_authfile(content: &[u8]) {
     let other = format!("username:{username}\npassword:not {password}\n");
     let (_, shown_of_other) = run(other.as_bytes(), &["--server", "h", "--authfile"]).expect("so is this");
     assert_eq!(shown, shown_of_other);
+}
+
+fn check_password_file(content: &[u8]) {
+    let read = run(content, &["--url", "amqp://user:other@h", "--password-file"]);
+    let text = std::str::from_utf8(content).ok().map(|text| text.strip_prefix('\u{feff}').unwrap_or(text));
+    let password = text.map(|text| match text.strip_suffix('\n') {
+        Some(line) => line.strip_suffix('\r').unwrap_or(line),
+        None => text,
+    });
+    match password {
+        None | Some("") => assert_eq!(read.expect_err("it is no password").exit, Exit::Config),
+        Some(password) => assert_eq!(read.expect("it is a password").0[0].password.expose(), password),
+    }
 }
 
 fn check_url_file(content: &[u8]) {
@@ -104,7 +119,7 @@ fn credentials(content: &[u8]) -> Option<(&str, &str)> {
 /// No line of the file, if it is long enough to tell, is in the message.
 fn check_secret(message: &str, content: &[u8]) {
     // The message is made of this and the file's path.
-    let fixed = "the authfile has to consist of two lines, username:USER and password:PASSWORD can't be read: stream did not contain valid UTF-8";
+    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: stream did not contain valid UTF-8";
     for line in String::from_utf8_lossy(content).lines().filter(|line| line.len() > 8) {
         let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
         assert!(is_fixed || !message.contains(line), "{message}");

@@ -30,7 +30,7 @@ type Row = (Request, u16, &'static str, Exit, Exit);
 
 /// RabbitMQ 3.10 to 4.3, as in src/broker/errors/tests.rs.
 #[rustfmt::skip]
-const TEXTS: [Row; 24] = [
+const TEXTS: [Row; 26] = [
     (Login, 403, "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.", NoPermission, NoPermission),
     (Login, 530, "NOT_ALLOWED - vhost {V} not found", Config, Config),
     (Login, 530, "NOT_ALLOWED - access to vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
@@ -46,6 +46,8 @@ const TEXTS: [Row; 24] = [
     (Consume, 403, "ACCESS_REFUSED - queue '{Q}' in vhost '{V}' in exclusive use", Config, NoPermission),
     (Consume, 403, "ACCESS_REFUSED - access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
     (Consume, 403, "ACCESS_REFUSED - read access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
+    (Consume, 320, "CONNECTION_FORCED - credential expired", NoPermission, NoPermission),
+    (Consume, 530, "NOT_ALLOWED - New secret was refused by one of the backends", NoPermission, NoPermission),
     (Consume, 405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue '{Q}' in vhost '{V}'", Config, Config),
     (Declare, 403, "ACCESS_REFUSED - configure access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
     (Declare, 406, "PRECONDITION_FAILED - cannot declare queue '{Q}': queue limit in vhost '{V}' (1) is reached", Config, Config),
@@ -140,7 +142,7 @@ fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>)
 
 /// A refusal with any code and text.
 fn check_any(request: Request, names: &Names<'_>, code: u16, text: &[u8]) {
-    let Some(ConnectError { transient, failure }) = ask(request, names, code, text) else {
+    let Some(ConnectError { transient, failure, .. }) = ask(request, names, code, text) else {
         panic!("{text:?} can't be read");
     };
     let (exit, message) = (failure.exit, failure.message);

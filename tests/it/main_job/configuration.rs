@@ -44,6 +44,11 @@ fn an_address_must_be_given_and_only_once() {
     missing.assert_status(78).assert_stderr("BROKER_URL_FILE: /no/such/secret can't be read");
     let folder = command(start().env("BROKER_URL_FILE", "/")).run();
     folder.assert_status(78);
+    for (path, problem) in [("/no/such/secret".into(), "can't be read: No such file"), (file("\n"), "is empty")] {
+        let says = format!("QCONSUME_PASSWORD_FILE: {} {problem}", path.display());
+        let done = command(start().url(&url).env("QCONSUME_PASSWORD_FILE", path)).run();
+        done.assert_status(78).assert_stderr(&says);
+    }
 }
 
 #[test]
@@ -89,6 +94,7 @@ fn a_switch_is_told_in_the_usual_ways_and_nothing_else_is_taken_for_one() {
 fn an_empty_variable_is_an_unset_one() {
     let variables = [
         "BROKER_URL_FILE",
+        "QCONSUME_PASSWORD_FILE",
         "QCONSUME_WAIT",
         "QCONSUME_EMPTY_EXIT_CODE",
         "QCONSUME_COUNT",

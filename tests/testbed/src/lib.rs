@@ -5,6 +5,7 @@
 //! - [`Proxy`] stands between a worker and its broker and misbehaves on demand.
 //! - [`peer::Peer`] is a broker that answers by a script.
 //! - [`Program`] runs the binary under test and never hangs.
+//! - [`tokens::Issuer`] makes OAuth 2 tokens, and a broker trust them.
 //! - [`Container`] runs it as a container's first process.
 //! - [`soak`] puts all of it together, at random, and keeps the books.
 //! - [`mod@bench`] compares qconsume with what it replaces.
@@ -31,6 +32,7 @@ mod program;
 mod proxy;
 mod runtime;
 pub mod soak;
+pub mod tokens;
 
 pub use backlog::FullBacklog;
 pub use broker::{Broker, BrokerOptions, Container, docker, docker_works, image_present};

@@ -36,6 +36,8 @@ methods! {
     CONNECTION_OPEN_OK = 10, 41, "connection.open-ok";
     CONNECTION_CLOSE = 10, 50, "connection.close";
     CONNECTION_CLOSE_OK = 10, 51, "connection.close-ok";
+    CONNECTION_UPDATE_SECRET = 10, 70, "connection.update-secret";
+    CONNECTION_UPDATE_SECRET_OK = 10, 71, "connection.update-secret-ok";
     CHANNEL_OPEN = 20, 10, "channel.open";
     CHANNEL_OPEN_OK = 20, 11, "channel.open-ok";
     CHANNEL_CLOSE = 20, 40, "channel.close";
