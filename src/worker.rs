@@ -6,7 +6,7 @@ mod take;
 use crate::{
     broker::{Consumer, ConsumerOptions, DeliveryLost},
     cli::QconsumeOptions,
-    command::{Command, Reaper, Variable, find, supervise},
+    command::{Command, Reaper, Variable, find, holding, supervise},
     exit::{Exit, Failure, status_of_signal},
     report::{HumanDuration, Outcome, RunSummary, Subject, program},
     settlement,
@@ -79,14 +79,19 @@ impl Worker {
         {
             return Ok(Some(summary));
         }
+        // Before the last look for a signal or a loss: a large body takes a while.
+        let input = match holding(message.body) {
+            Ok(input) => input,
+            Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
+        };
         if let Some(summary) = self.must_not_start(signals, &subject).await {
             return Ok(Some(summary));
         }
 
-        let (body, mut variables) = (message.body, message.variables);
+        let mut variables = message.variables;
         let hidden = self.options.hidden_variables().iter();
         variables.extend(hidden.map(|name| Variable { name, value: None }));
-        let spawned = Command::spawn(&self.executable, &self.options.command, &variables, body, &self.reaper);
+        let spawned = Command::spawn(&self.executable, &self.options.command, &variables, input, &self.reaper);
         let mut command = match spawned {
             Ok(command) => command,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),

@@ -12,4 +12,5 @@ pub use reap::Reaper;
 #[cfg(fuzzing)]
 pub use spawn::environment;
 pub use spawn::{Command, Variable};
+pub use stdin::holding;
 pub use supervise::{Limits, OnLost, Process, Supervised, Target, supervise};

@@ -5,7 +5,6 @@ use super::{
     find::exit_of,
     left::{Descendants, Stat, Strangers},
     reap::Children,
-    stdin::holding,
 };
 use crate::{
     allocator,
@@ -25,7 +24,7 @@ use nix::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::{OsStr, OsString},
-    os::unix::process::CommandExt,
+    os::{fd::OwnedFd, unix::process::CommandExt},
     path::Path,
     process, ptr,
 };
@@ -61,7 +60,7 @@ pub struct Command {
 }
 
 impl Command {
-    /// Starts the program at `path`, called with these words, with `body` on its standard input.
+    /// Starts the program at `path`, called with these words, with this standard input.
     ///
     /// It gets a process group of its own, except where we are in the foreground of a terminal: only processes of the
     /// foreground group may read from it.
@@ -75,7 +74,7 @@ impl Command {
         path: &Path,
         words: &[OsString],
         variables: &[Variable],
-        body: Vec<u8>,
+        input: OwnedFd,
         reaper: &Reaper,
     ) -> Result<Self, Failure> {
         let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
@@ -83,7 +82,7 @@ impl Command {
         let mut command = process::Command::new(path);
         command.arg0(&words[0]).args(&words[1..]);
         command.env_clear().envs(environment(variables));
-        command.stdin(holding(body)?);
+        command.stdin(input);
         if !shares_group {
             command.process_group(0);
         }

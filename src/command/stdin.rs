@@ -28,7 +28,7 @@ const PIECE: usize = 1 << 20;
 ///
 /// # Errors
 /// 71, whatever the system refuses: the command is not to blame.
-pub(super) fn holding(body: Vec<u8>) -> Result<OwnedFd, Failure> {
+pub fn holding(body: Vec<u8>) -> Result<OwnedFd, Failure> {
     let size = body.len();
     let hold = || -> io::Result<OwnedFd> {
         if size <= PIPE_MAX
