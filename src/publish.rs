@@ -43,9 +43,7 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
         }
     };
     let progress = Progress::new(options.output.shows_progress() && !source.is_typed(), source.total());
-    let start = Arc::clone(&source).start();
-    let messages = start.map_err(|error| Failure::system("can't start to read", &error))?;
-    let publisher = Publisher::new(connection, messages, options.route, &options.properties, options.timeout);
+    let publisher = Publisher::new(connection, options.route, &options.properties, options.timeout);
     let mut run = Run { publisher, source, progress };
     let ended = run.run(options.declare.as_deref(), &mut signals).await;
     // What was answered is answered: a signal only cuts the goodbye short.
@@ -54,8 +52,8 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     let summary = match ended {
         Ok(Some(signal)) => stopped(signal, &format!("; {}", run.summary())),
         Ok(None) => {
-            match sent {
-                0 if options.declare.is_some() => tracing::info!(
+            match &*run.source {
+                Source::Arguments(none) if none.is_empty() => tracing::info!(
                     "queue {:?} is declared; nothing is published, as no message is given (with --declare, standard input is read by --lines or --file /dev/stdin)",
                     run.publisher.route.routing_key
                 ),
@@ -85,6 +83,8 @@ impl Run {
     async fn run(&mut self, declare: Option<&str>, signals: &mut Signals) -> Result<Option<Signal>, Failure> {
         let all = async {
             self.publisher.open(declare).await?;
+            let start = Arc::clone(&self.source).start();
+            self.publisher.messages = start.map_err(|error| Failure::system("can't start to read", &error))?;
             self.publish().await
         };
         let ended = match unless_stopped(signals, all).await {

@@ -50,7 +50,8 @@ struct InFlight {
 pub struct Publisher {
     connection: OpenConnection,
     channel: Option<Channel>,
-    messages: Messages,
+    /// What is published; there is nothing until somebody sets it.
+    pub messages: Messages,
     /// Whether there may be more of them, and more are wanted.
     pub is_reading: bool,
     /// Why the next one can't be read.
@@ -70,18 +71,12 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Publishes these messages over this connection; the broker may take `limit` for each answer.
-    pub fn new(
-        connection: OpenConnection,
-        messages: Messages,
-        route: Route,
-        properties: &Properties,
-        limit: Duration,
-    ) -> Self {
+    /// Publishes over this connection; the broker may take `limit` for each answer.
+    pub fn new(connection: OpenConnection, route: Route, properties: &Properties, limit: Duration) -> Self {
         Self {
             connection,
             channel: None,
-            messages,
+            messages: mpsc::channel(1).1,
             is_reading: true,
             unreadable: None,
             route,

@@ -230,6 +230,8 @@ fn with_no_message_it_only_declares_and_leaves_standard_input_alone() {
     ended.assert_status(0).assert_stderr("nothing is published");
     assert!(queue.exists());
     assert_eq!(queue.ready(), 0);
+    let ended = to(&queue).args(["--declare", "-l"]).run();
+    says_confirmed(&ended, "0 messages confirmed");
     // With a word about where messages come from they do come.
     let ended = to(&queue).args(["--declare", "-l"]).stdin("a\nb\n").run();
     says_confirmed(&ended, "2 messages confirmed");
