@@ -54,7 +54,7 @@ pub(super) fn exit_of(error: &io::Error) -> Exit {
     }
 }
 
-/// Whether a file system answers so that has lost its server, its daemon or its device.
+/// Whether this is the answer of a file system that has lost its server, its daemon or its device.
 fn is_dead_mount(error: &io::Error) -> bool {
     const REASONS: [i32; 17] = [
         libc::EIO,
@@ -78,7 +78,7 @@ fn is_dead_mount(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| REASONS.contains(&code))
 }
 
-/// Why a program can't be executed: a sentence, of which `what` is the subject.
+/// Why a program can't be executed: `what` is the subject of a sentence, and `why` the rest.
 struct Problem {
     exit: Exit,
     what: String,
@@ -109,7 +109,7 @@ impl Problem {
         Self { is_absence, ..Self::new(exit, file.display().to_string(), why) }
     }
 
-    /// That of `file`, which needs what this one is about.
+    /// The problem of a script, `file`, that asks for `name`, which has this problem.
     fn of_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
         let hint = match name {
             [.., b'\r'] => "; the file has Windows line ends",
@@ -179,7 +179,7 @@ fn check(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCo
     let line = match first_line(file) {
         Ok(Some(line)) if level < LEVELS_MAX => line,
         Err(error) if exit_of(&error) == Exit::OsError => return Err(Problem::of_system(file, &error)),
-        // One that may be executed, but not read, is none of ours to judge.
+        // A file may be executable, but not readable: then nothing is known about its interpreter.
         _ => return Ok(None),
     };
     let end = line.iter().position(is_blank).unwrap_or(line.len());

@@ -72,15 +72,17 @@ fn read_all() -> Vec<Stat> {
 ///
 /// It is a child of ours that
 /// - was there before the command, or
-/// - is in a process group or a session in which somebody was before the command, our own group among them. (Ours only if the
-///   command is in another, and never our session, as the command is in it.)
+/// - is in our own process group, if the command has another, or
+/// - is in a process group or a session in which somebody was before the command. Our session is none of them, because the
+///   command is in it.
 ///
-/// All other children are the command's, and so is whoever descends from those: by fork(2), setsid(2) and setpgid(2) alone
-/// nothing that the command starts gets into such a session, and into such a group only by naming it, within our session.
+/// All other children are the command's, and so is whoever descends from them. setsid(2) only makes new sessions, so nothing
+/// that the command starts can get into one of these, and into one of these groups only if it names the group (setpgid(2)),
+/// which must be in our session.
 ///
-/// The kernel tells no more of a process whose parent is gone. So what somebody who is none of the command's starts later in a
-/// session of its own, and leaves behind during the command, is taken for the command's, as is what a `docker exec` leaves
-/// behind that began during the command.
+/// The kernel tells no more about a process whose parent is gone. So two kinds are taken for the command's: what a stranger
+/// starts during the command in a session of its own and leaves behind, and what is left by a `docker exec` that began during
+/// the command.
 #[derive(Debug, Default)]
 pub(super) struct Strangers {
     /// Their process ids, and when they were started.
@@ -90,7 +92,7 @@ pub(super) struct Strangers {
 }
 
 impl Strangers {
-    /// Looks who is there before the command; nobody where there is no /proc of our PID namespace.
+    /// Looks who is there before the command; nobody if /proc is missing or belongs to another PID namespace.
     ///
     /// `shares_group` is whether the command is to be in our own process group, `has_children` whether we have any child.
     pub(super) fn find(shares_group: bool, has_children: bool) -> Self {
@@ -122,7 +124,7 @@ impl Strangers {
 
     /// Whether this child of ours, which isn't the command, is one of them.
     pub(super) fn include(&self, child: &Stat) -> bool {
-        // Who leads a group or a session that is older than itself has got the number of one that is gone.
+        // A leader is as old as its group and its session: a new one has a number that was used before.
         let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);
         self.processes.contains(&(child.pid, child.started))
             || is_in(&self.groups, child.group)
@@ -254,6 +256,9 @@ mod tests {
         assert!(found(own, false, &before, &after).is_empty());
         // Where the command shares our group, what is in it may be the command's.
         assert_eq!(found(own, true, &before, &after), [111]);
+        // Also if nobody was in it before.
+        assert!(found(own, false, &[], &after[3..4]).is_empty());
+        assert_eq!(found(own, true, &[], &after[3..4]), [111]);
     }
 
     #[test]
