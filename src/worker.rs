@@ -48,7 +48,8 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     };
     let summary = worker.of_queue(worker.with_tally(summary));
     summary.report();
-    // All is settled: a signal only cuts the polite close short.
+    // All is settled: a signal only cuts the polite close short. Not even that if it came earlier.
+    let _ = signals.stopped_by();
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
     Ok(summary.status)
 }
@@ -176,6 +177,10 @@ impl Worker {
         }
         if settled != settlement::Outcome::Confirmed {
             return Some(summary);
+        }
+        if next != Next::Message && self.consumer.is_subscribed() {
+            // A stop signal came while it was settled. So may have the next message, which nobody will run here.
+            self.consumer.release().await;
         }
         match next {
             Next::End => Some(summary),

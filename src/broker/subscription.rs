@@ -192,9 +192,8 @@ impl Subscription {
             return Ok(None);
         };
         let cancel = BasicCancelOptions::default();
-        // The reply ends the consumer's stream, behind what came before it.
         let last = match timeout(CANCEL_TIMEOUT, self.channel.basic_cancel(TAG.into(), cancel)).await {
-            Ok(Ok(())) => consumer.next().await.transpose(),
+            Ok(Ok(())) => last_of(consumer).await,
             Ok(Err(error)) => Err(error),
             Err(_) if self.has_another() => {
                 // The reply stands behind the rest of its body, and ends the stream that is read no further.
@@ -235,6 +234,18 @@ impl Subscription {
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
+}
+
+/// What has come to a consumer before the reply to its cancel, which ends its stream.
+///
+/// All of it is here when the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel or of the
+/// connection for a reply, too: then the stream ends with the error, and what came is requeued.
+async fn last_of(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
+    let mut last = None;
+    while let Some(next) = consumer.next().await {
+        last.get_or_insert(next?);
+    }
+    Ok(last)
 }
 
 /// The queue's name, and its consumer on a channel.

@@ -3,12 +3,17 @@
 /// A message, by its place in the queue.
 pub type Id = u8;
 
+/// A delivery tag, counted modulo [`TAGS`]: no more deliveries than that are on their way at the same time.
+pub type Tag = u8;
+pub const TAGS: u8 = 4;
+
 /// What kind of queue it is, and of which version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Knows only whether a message was delivered before.
     Classic,
-    /// Before RabbitMQ 4.3: counts every return. Its channel watches the acknowledgement timeout.
+    /// Before RabbitMQ 4.3: counts every return. Its channel watches the acknowledgement timeout. Its leader may lose sight of
+    /// a worker's node.
     Quorum,
     /// RabbitMQ 4.3: doesn't count `basic.nack`. The queue watches the acknowledgement timeout, and the channel hears of it
     /// later.
@@ -51,19 +56,32 @@ impl Message {
     }
 }
 
+/// A delivery, as the worker sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Delivery {
+    pub id: Id,
+    pub tag: Tag,
+    /// How many failures the queue has counted, if it counts them.
+    pub failures: Option<u8>,
+}
+
 /// A method of the worker's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Request {
+    /// Another channel in the place of the first, with a consumer: `channel.close`, `channel.open`, `basic.consume`.
+    Subscribe,
     Cancel {
         nowait: bool,
     },
-    Ack(Id),
+    Ack(Tag),
     Reject {
-        id: Id,
+        tag: Tag,
         requeue: bool,
     },
-    Nack(Id),
+    Nack(Tag),
     Qos,
+    /// A passive `queue.declare`.
+    Declare,
     /// `connection.close`.
     Close,
 }
@@ -71,12 +89,13 @@ pub enum Request {
 /// A method of the broker's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reply {
-    Deliver {
-        id: Id,
-        failures: Option<u8>,
-    },
+    Deliver(Delivery),
     CancelOk,
     QosOk,
+    /// `queue.declare-ok`: whether no message is ready.
+    DeclareOk {
+        empty: bool,
+    },
     /// `basic.cancel` from the broker: RabbitMQ 4.3's acknowledgement timeout.
     ConsumerCancelled,
     /// `channel.close` 406.
@@ -94,17 +113,23 @@ pub struct Link {
     pub gone: bool,
     pub consumer: bool,
     pub channel_closed: bool,
+    /// The message that the queue counts as held by this channel's consumer, and the tag of its delivery.
     pub unacked: Option<Id>,
+    tag: Tag,
     /// The queue has requeued the delivery because of its timeout, and the channel doesn't know yet.
     pub expired: bool,
-    /// For the properties only: the message whose command was started here.
+    /// The message whose command was last started here.
     pub ran: Option<Id>,
-    /// For the properties only: the message that was removed from the queue by an ack or a reject from here.
+    /// For the properties only: the message that was last removed from the queue by an ack or a reject from here.
     pub removed: Option<Id>,
+    /// For the properties only: a reject from here has dead-lettered a message.
+    pub dead_lettered: bool,
+    /// For the properties only: the queue has requeued a message of its own accord.
+    faulty: bool,
 }
 
 impl Link {
-    pub fn registered() -> Self {
+    pub fn subscribed() -> Self {
         Self { consumer: true, ..Self::default() }
     }
 
@@ -113,6 +138,13 @@ impl Link {
         if !self.cut && !self.gone {
             self.to_broker.push(request);
         }
+    }
+
+    /// The worker leaves its channel for another one: it hears nothing more of the first.
+    pub fn subscribe(&mut self) {
+        self.to_worker.clear();
+        self.expired = false;
+        self.write(Request::Subscribe);
     }
 
     fn reply(&mut self, reply: Reply) {
@@ -136,6 +168,12 @@ impl Link {
     /// Whether the broker may deliver: a prefetch of one.
     pub fn wants_message(&self) -> bool {
         self.consumer && !self.expired && self.unacked.is_none()
+    }
+
+    /// Its worker has left, and what is on its way to it doesn't matter.
+    pub fn leave(&mut self) {
+        self.to_worker.clear();
+        (self.removed, self.dead_lettered) = (None, false);
     }
 
     /// Whether it may still change the queue.
@@ -163,19 +201,30 @@ impl Queue {
         let message = self.message(id);
         message.place = Place::Delivered;
         let failures = message.failures(kind);
+        link.tag = (link.tag + 1) % TAGS;
         link.unacked = Some(id);
-        link.reply(Reply::Deliver { id, failures });
+        link.reply(Reply::Deliver(Delivery { id, tag: link.tag, failures }));
+    }
+
+    /// The queue's leader has lost sight of the worker's node: it has requeued what the worker holds, and delivers `id` to it now.
+    pub fn deliver_again(&mut self, kind: Kind, link: &mut Link, id: Id) {
+        self.take_back(kind, link, true, true);
+        self.deliver(kind, link, id);
     }
 
     /// The channel processes the worker's next method.
     pub fn process(&mut self, kind: Kind, link: &mut Link) {
         let request = link.to_broker.remove(0);
-        if request == Request::Close {
-            return self.end(kind, link, false);
+        match request {
+            Request::Close => return self.end(kind, link, false),
+            Request::Subscribe => {
+                (link.consumer, link.channel_closed, link.tag) = (true, false, 0);
+                return;
+            }
+            _ if link.channel_closed => return,
+            _ => {}
         }
-        if link.channel_closed {
-            return;
-        }
+        let holds = |link: &Link, tag| link.unacked.is_some() && link.tag == tag;
         match request {
             Request::Cancel { nowait } => {
                 link.consumer = false;
@@ -184,36 +233,32 @@ impl Queue {
                 }
             }
             Request::Qos => link.reply(Reply::QosOk),
-            Request::Ack(id) if link.unacked == Some(id) => {
-                link.unacked = None;
-                link.removed = Some(id);
-                self.message(id).place = Place::Acknowledged;
-            }
-            Request::Reject { id, requeue: false } if link.unacked == Some(id) => {
-                link.unacked = None;
-                link.removed = Some(id);
-                self.message(id).place = Place::DeadLettered;
-            }
-            Request::Reject { id, .. } if link.unacked == Some(id) => {
-                self.take_back(kind, link, true, false);
-            }
-            Request::Nack(id) if link.unacked == Some(id) => {
-                self.take_back(kind, link, kind != Kind::Quorum43, false);
-            }
+            Request::Declare => link.reply(Reply::DeclareOk { empty: self.first_ready().is_none() }),
+            Request::Ack(tag) if holds(link, tag) => self.remove(link, Place::Acknowledged),
+            Request::Reject { tag, requeue: false } if holds(link, tag) => self.remove(link, Place::DeadLettered),
+            Request::Reject { tag, .. } if holds(link, tag) => self.take_back(kind, link, true, false),
+            Request::Nack(tag) if holds(link, tag) => self.take_back(kind, link, kind != Kind::Quorum43, false),
             // The queue has requeued it meanwhile, and says nothing of that to the channel, which answers as ever.
             Request::Ack(_) | Request::Reject { .. } | Request::Nack(_) => {}
-            Request::Close => unreachable!("it came before"),
+            Request::Close | Request::Subscribe => unreachable!("they came before"),
         }
     }
 
+    fn remove(&mut self, link: &mut Link, to: Place) {
+        link.removed = link.unacked.take();
+        link.dead_lettered |= to == Place::DeadLettered;
+        self.message(link.removed.expect("it is held")).place = to;
+    }
+
     fn take_back(&mut self, kind: Kind, link: &mut Link, counted: bool, fault: bool) {
+        link.faulty |= fault;
         let Some(id) = link.unacked.take() else {
             return;
         };
         let message = self.message(id);
         message.requeue(kind, counted);
         // An older quorum queue counts whatever we do.
-        message.blamed |= kind == Kind::Quorum43 && counted && !fault && link.ran != Some(id);
+        message.blamed |= kind == Kind::Quorum43 && counted && !link.faulty && link.ran != Some(id);
     }
 
     /// The broker learns that the connection has ended, or crashes.

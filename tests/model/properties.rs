@@ -4,22 +4,24 @@ use crate::{
     broker::{Id, Message, Place},
     job::JobStatus,
     system::{Action, State, System},
-    worker::{KILLED, Phase},
+    worker::{End, KILLED, Phase, TERMINATED, Worker},
 };
 use stateright::{Model, Property};
 
-pub const CONFIRMED: &str = "exit 0: this worker has removed its message";
+pub const CONFIRMED: &str = "exit 0: this worker has removed each message that it was asked for";
 pub const DONE_FIRST: &str = "only what a command has done is acknowledged";
 pub const ACCOUNTED: &str = "removed: by an exit 0, a dead letter, a 75 or a killed worker";
 pub const UNBLAMED: &str = "no count is raised by us of a message that nobody ran";
 pub const PROCESSED: &str = "the Job is Complete: every message is processed";
 pub const EMPTY_QUEUE: &str = "only --wait ends the wait: the queue is empty";
+pub const STOPS: &str = "no command starts after a stop signal";
+pub const TOLD: &str = "exit 0: no message is dead-lettered, unless that counts as done";
 pub const NO_DEADLOCK: &str = "nobody waits for ever";
 
-/// Statuses and removed messages of the workers that have ended and that the Job controller hasn't seen yet.
-fn ended(state: &State) -> impl Iterator<Item = (u8, Option<Id>)> {
+/// The workers that have ended and that the Job controller hasn't seen yet.
+fn ended(state: &State) -> impl Iterator<Item = End> {
     state.workers.iter().filter_map(|worker| match worker.phase {
-        Phase::Ended(status, removed) => Some((status, removed)),
+        Phase::Ended(end) => Some(end),
         _ => None,
     })
 }
@@ -30,7 +32,7 @@ fn any(state: &State, place: Place) -> bool {
 
 fn runs(state: &State, id: Id) -> usize {
     let phases = state.workers.iter().map(|worker| worker.phase);
-    let runs = |phase: &Phase| matches!(phase, Phase::Running(run) if run.id == id);
+    let runs = |phase: &Phase| matches!(phase, Phase::Running(run) if run.delivery.id == id);
     phases.filter(runs).count()
 }
 
@@ -41,17 +43,27 @@ fn actions(system: &System, state: &State) -> Vec<Action> {
 }
 
 fn confirmed(_: &System, state: &State) -> bool {
-    ended(state).all(|(status, removed)| status != 0 || removed.is_some())
+    ended(state).all(|end| end.status != 0 || end.fulfilled)
 }
 
-fn done_first(_: &System, state: &State) -> bool {
+fn done_first(system: &System, state: &State) -> bool {
     let mut messages = state.queue.0.iter();
-    messages.all(|message| message.place != Place::Acknowledged || message.done)
+    system.no_ack || messages.all(|message| message.place != Place::Acknowledged || message.done)
 }
 
-fn accounted(_: &System, state: &State) -> bool {
+/// A run of several messages has done some of them, whatever its status.
+fn accounted(system: &System, state: &State) -> bool {
     let acknowledged = |id: Id| state.queue.0[usize::from(id)].place == Place::Acknowledged;
-    ended(state).all(|(status, removed)| matches!(status, 0 | 75 | KILLED) || !removed.is_some_and(acknowledged))
+    let is_told = |end: End| matches!(end.status, 0 | 75 | KILLED) || !end.removed.is_some_and(acknowledged);
+    system.count != Some(1) || system.no_ack || ended(state).all(is_told)
+}
+
+fn stops(_: &System, state: &State) -> bool {
+    state.workers.iter().all(|worker| !worker.started_late)
+}
+
+fn told(system: &System, state: &State) -> bool {
+    system.policy.reject_exit_code == Some(0) || ended(state).all(|end| end.status != 0 || !end.dead_lettered)
 }
 
 fn unblamed(_: &System, state: &State) -> bool {
@@ -59,21 +71,26 @@ fn unblamed(_: &System, state: &State) -> bool {
 }
 
 /// With `--reject-exit-code 0` a dead letter counts as done. For each forgotten ack one message may be processed in the
-/// place of another.
+/// place of another. One pod that has found the queue empty says nothing of what others hold, and with `--no-ack` a failure loses a
+/// message.
 fn processed(system: &System, state: &State) -> bool {
     let dead_is_done = system.policy.reject_exit_code == Some(0);
     let processed = |message: &&Message| message.done || dead_is_done && message.place == Place::DeadLettered;
     let missing = state.queue.0.len() - state.queue.0.iter().filter(processed).count();
-    state.job.status != JobStatus::Complete || missing <= state.forgotten.into()
+    let says_so = system.drains() || system.no_ack;
+    says_so || state.job.status != JobStatus::Complete || missing <= state.forgotten.into()
 }
 
 fn empty_queue(system: &System, state: &State) -> bool {
+    let waits = |worker: &Worker| matches!(worker.phase, Phase::Waiting { .. });
     let waits_in_vain = |action: &Action| matches!(action, Action::WaitOver(_));
-    !any(state, Place::Ready) || !actions(system, state).iter().any(waits_in_vain)
+    // What all the steps are is asked only if it matters, as that takes time.
+    !any(state, Place::Ready) || !state.workers.iter().any(waits) || !actions(system, state).iter().any(waits_in_vain)
 }
 
 fn no_deadlock(system: &System, state: &State) -> bool {
-    state.is_over() || !actions(system, state).is_empty()
+    let goes_on = |worker: &Worker| matches!(worker.phase, Phase::Connecting | Phase::Running(_) | Phase::Ended(_));
+    state.workers.iter().any(goes_on) || state.is_over() || !actions(system, state).is_empty()
 }
 
 pub fn all() -> Vec<Property<System>> {
@@ -84,19 +101,32 @@ pub fn all() -> Vec<Property<System>> {
         Property::always(UNBLAMED, unblamed),
         Property::always(PROCESSED, processed),
         Property::always(EMPTY_QUEUE, empty_queue),
+        Property::always(STOPS, stops),
+        Property::always(TOLD, told),
         Property::always(NO_DEADLOCK, no_deadlock),
         Property::<System>::sometimes("Complete after a fault", |system, state| {
             state.job.status == JobStatus::Complete && state.faults < system.faults
         }),
         Property::<System>::sometimes("Failed", |_, state| state.job.status == JobStatus::Failed),
         Property::<System>::sometimes("75 though the message is removed", |_, state| {
-            ended(state).any(|(status, removed)| status == 75 && removed.is_some())
+            ended(state).any(|end| end.status == 75 && end.removed.is_some())
         }),
         Property::<System>::sometimes("dead-lettered, where commands may fail", |system, state| {
-            system.failures == 0 || any(state, Place::DeadLettered)
+            system.failures == 0 || system.no_ack || any(state, Place::DeadLettered)
+        }),
+        Property::<System>::sometimes("stopped before all is done, and some of it is", |system, state| {
+            system.count == Some(1) || ended(state).any(|end| end.status == TERMINATED && end.removed.is_some())
+        }),
+        Property::<System>::sometimes("the next message comes while one is settled", |system, state| {
+            let comes = |worker: &Worker| worker.settles_with_next();
+            system.count == Some(1) || system.no_ack || state.workers.iter().any(comes)
+        }),
+        Property::<System>::sometimes("a message comes when the queue was empty", |system, state| {
+            let comes = |worker: &Worker| matches!(worker.phase, Phase::Cancelling(Some(_)));
+            !system.drains() || state.workers.iter().any(comes)
         }),
         Property::<System>::sometimes("two run the same message", |system, state| {
-            (0..system.messages).any(|id| runs(state, id) > 1)
+            system.workers == 1 || (0..system.messages).any(|id| runs(state, id) > 1)
         }),
         Property::<System>::sometimes("run again as its ack was forgotten", |_, state| {
             let messages = state.queue.0.iter().zip(0..);

@@ -4,30 +4,41 @@ use crate::{
     broker::{Id, Kind, Link, Message, Place, Queue},
     job::{Job, JobStatus},
     properties,
-    worker::{KILLED, Outcome, Phase, Worker},
+    worker::{Ending, OS_ERROR, Phase, Stop, Worker},
 };
 use qconsume::verdict::{Policy, Statuses};
 use stateright::{Model, Property};
+use std::time::Duration;
 
-/// The exit status when nothing came within `--wait`.
-const EMPTY: u8 = 66;
-
-/// What is seeded to show that a property can fail.
+/// What is seeded to show that a property can fail. The first four are what this program once did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bug {
+    /// A delivery that comes while a message is settled isn't seen.
+    RedeliveryUnseen,
+    /// A connection that is lost between the two barriers has confirmed the settlement.
+    LossAfterReply,
+    /// A stop signal that comes after the time limit doesn't end the run.
+    SignalAfterTimeLimit,
+    /// A stop signal that comes before the command's start is forgotten.
+    SignalBeforeStart,
+
     /// The ack goes out before the command runs.
     AckFirst,
     /// Exit 0 whatever happened, as amqp-consume.
     AlwaysZero,
+    AsksOnce,
     CancelAfterAck,
     /// The broker's cancel of the consumer isn't looked at.
     CancelIgnored,
-    /// Told to stop while it waits, it only closes.
+    /// Told to stop while a message may come, it only closes.
     CloseToRelease,
+    /// A message that comes before the reply to the cancel isn't run.
+    DropsLateMessage,
+    /// `--keep-going` ends with the status of its last message.
+    ForgetsDeadLetters,
     NoBarrier,
     /// A connection that is gone isn't noticed.
     NoHeartbeats,
-    NoRecheck,
     /// It connects anew whenever it waits.
     Reconnects,
     /// A message whose command can't be started is rejected.
@@ -37,16 +48,22 @@ pub enum Bug {
     TrustUnconfirmed,
 }
 
-/// What is checked: a queue, as many completions as it has messages, and a bound on what goes wrong.
+/// What is checked: a queue, a Job that does all of its messages, and a bound on what goes wrong.
 #[derive(Clone, Debug)]
 pub struct System {
     pub kind: Kind,
     pub messages: u8,
     pub workers: usize,
-    /// Cuts, kills, evictions, crashes and acknowledgement timeouts.
+    /// Cuts, kills, evictions, crashes, redeliveries and acknowledgement timeouts.
     pub faults: u8,
     /// Commands that don't succeed.
     pub failures: u8,
+    /// `--count`; `None` is `--drain`.
+    pub count: Option<u8>,
+    pub keep_going: bool,
+    pub no_ack: bool,
+    /// Commands run so long that they may meet the acknowledgement timeout.
+    pub long: bool,
     pub policy: Policy,
     pub bug: Option<Bug>,
 }
@@ -59,6 +76,10 @@ impl System {
             workers: 2,
             faults: 1,
             failures: 1,
+            count: Some(1),
+            keep_going: false,
+            no_ack: false,
+            long: kind == Kind::Quorum43,
             // As in examples/work-queue/job.yaml, but for a limit on attempts that few failures reach.
             policy: Policy {
                 reject_on: Some(Statuses(vec![65..=65])),
@@ -68,6 +89,26 @@ impl System {
             },
             bug: None,
         }
+    }
+
+    /// With `--no-ack`, where nothing is left to dead-letter.
+    pub fn no_ack(self) -> Self {
+        let policy = Policy { failure_exit_code: Some(1), ..Policy::default() };
+        Self { no_ack: true, long: false, policy, ..self }
+    }
+
+    pub fn drains(&self) -> bool {
+        self.count.is_none()
+    }
+
+    /// How long each command has run.
+    pub fn ran(&self) -> Duration {
+        Duration::from_secs(if self.long { 5 } else { 0 })
+    }
+
+    /// One pod for each part of the queue that `--count` takes; one that drains it.
+    fn completions(&self) -> u8 {
+        self.count.map_or(1, |count| self.messages / count)
     }
 }
 
@@ -88,13 +129,19 @@ pub enum Action {
     StopPod(usize),
 
     Connect(usize),
-    CommandEnds(usize, Outcome),
+    /// The command of the message that was taken starts.
+    Start(usize),
+    /// `--timeout` passes.
+    TimeLimit(usize),
+    CommandEnds(usize, Ending),
     /// The worker gets the broker's next method.
     Receive(usize),
     /// The worker finds out that its connection is gone.
     Notice(usize),
     /// The pause before the second barrier is over.
     LookAgain(usize),
+    /// `--drain`: the queue is asked again whether it is empty.
+    Ask(usize),
     /// `--wait` is over: it is longer than anything else takes.
     WaitOver(usize),
 
@@ -114,6 +161,9 @@ pub enum Action {
     Evict(usize),
     /// Fault: the acknowledgement timeout passes.
     Expire(usize),
+    /// Fault: the queue's leader has lost sight of the worker's node. It requeues what the worker holds, and delivers this message
+    /// to it: the same, or another while somebody else gets that one.
+    Again(Id, usize),
     /// Fault: the broker crashes and starts again; it may have forgotten an ack.
     Crash(Option<Id>),
 }
@@ -133,9 +183,15 @@ pub struct State {
 }
 
 impl Action {
-    fn is_fault(&self) -> bool {
-        use Action::{Crash, Cut, Evict, Expire, Kill};
-        matches!(self, Cut(_) | Kill(_) | Evict(_) | Expire(_) | Crash(_))
+    pub fn is_fault(&self) -> bool {
+        use Action::{Again, Crash, Cut, Evict, Expire, Kill};
+        matches!(self, Cut(_) | Kill(_) | Evict(_) | Expire(_) | Again(..) | Crash(_))
+    }
+
+    /// A command that doesn't succeed, though nobody has stopped it.
+    pub fn is_failure(&self) -> bool {
+        use Ending::{Failure, NotStarted};
+        matches!(self, Self::TimeLimit(_) | Self::CommandEnds(_, Failure(_) | NotStarted(_)))
     }
 }
 
@@ -144,9 +200,7 @@ impl State {
     fn tidy(&mut self) {
         let left = self.workers.iter_mut().filter_map(Worker::left);
         self.left.extend(left);
-        for link in &mut self.left {
-            link.to_worker.clear();
-        }
+        self.left.iter_mut().for_each(Link::leave);
         self.left.retain(Link::matters);
         self.left.sort();
     }
@@ -188,29 +242,43 @@ impl State {
 impl System {
     fn worker_actions(&self, state: &State, w: usize, actions: &mut Vec<Action>) {
         let worker = &state.workers[w];
-        let link = worker.link.as_ref();
-        if link.is_some_and(|link| !link.to_worker.is_empty()) {
+        if worker.link.as_ref().is_some_and(|link| !link.to_worker.is_empty()) {
             actions.push(Action::Receive(w));
         }
         if worker.may_notice(self) {
             actions.push(Action::Notice(w));
         }
-        if worker.may_look_again(self) {
+        if worker.may_look_again() {
             actions.push(Action::LookAgain(w));
         }
         match worker.phase {
-            Phase::Ended(..) => actions.push(Action::Observe(w)),
+            Phase::Ended(_) => actions.push(Action::Observe(w)),
             Phase::Connecting => actions.push(Action::Connect(w)),
+            // Whatever it is told as long as something is ready, it asks again.
+            Phase::Waiting { asking: false, .. } if self.drains() && state.queue.first_ready().is_none() => {
+                actions.push(Action::Ask(w));
+            }
+            Phase::Taken(_) => {
+                actions.push(Action::Start(w));
+                if state.failures > 0 && !worker.told && !self.no_ack {
+                    actions.push(Action::CommandEnds(w, Ending::NotStarted(OS_ERROR)));
+                }
+            }
             Phase::Running(run) => {
-                let mut ends = |outcome| actions.push(Action::CommandEnds(w, outcome));
-                ends(Outcome::Success);
-                if run.stopped {
-                    ends(Outcome::Stopped);
-                } else if state.failures > 0 {
-                    ends(Outcome::Failure(1));
-                    ends(Outcome::Failure(65));
-                    ends(Outcome::TimeLimit);
-                    ends(Outcome::NotStarted);
+                let mut ends = |ending| actions.push(Action::CommandEnds(w, ending));
+                match run.stop {
+                    None if state.failures > 0 => {
+                        ends(Ending::Failure(1));
+                        ends(Ending::Failure(65));
+                        ends(Ending::Success);
+                        actions.push(Action::TimeLimit(w));
+                    }
+                    None => ends(Ending::Success),
+                    Some(Stop::Signal) => {
+                        ends(Ending::Success);
+                        ends(Ending::Stopped);
+                    }
+                    Some(Stop::TimeLimit) => ends(Ending::Stopped),
                 }
             }
             _ => {}
@@ -264,19 +332,30 @@ impl System {
                 actions.push(Action::Crash(Some(id as Id)));
             }
         }
+        let ready = state.queue.first_ready();
         for (w, worker) in state.workers.iter().enumerate() {
+            if worker.may_be_stopped() {
+                actions.push(Action::Evict(w));
+            }
             if let Some(link) = &worker.link {
                 actions.push(Action::Kill(w));
                 if !link.cut && !link.gone {
                     actions.push(Action::Cut(w));
                 }
+                let Some(held) = link.unacked.filter(|_| !link.cut) else {
+                    continue;
+                };
                 // It takes half an hour, so the command was started.
-                if link.unacked.is_some() && link.unacked == link.ran && !link.cut {
+                if self.long && link.ran == Some(held) {
                     actions.push(Action::Expire(w));
                 }
-            }
-            if worker.may_be_stopped() {
-                actions.push(Action::Evict(w));
+                let releases = matches!(worker.phase, Phase::Releasing { .. });
+                if self.kind != Kind::Classic && link.consumer && !releases {
+                    actions.push(Action::Again(held, w));
+                    if let Some(id) = ready.filter(|_| self.count == Some(1)) {
+                        actions.push(Action::Again(id, w));
+                    }
+                }
             }
         }
     }
@@ -285,37 +364,36 @@ impl System {
         let kind = self.kind;
         let workers = &mut state.workers;
         match action {
-            Action::CreatePod(w) => workers[w] = Worker::new(Phase::Connecting),
+            Action::CreatePod(w) => workers[w] = Worker::new(self),
             Action::Observe(w) => {
-                if let Phase::Ended(status, _) = workers[w].phase {
-                    state.job.observe(status, workers[w].told);
+                if let Phase::Ended(end) = workers[w].phase {
+                    state.job.observe(end.status, workers[w].told);
                 }
-                workers[w] = Worker::new(Phase::Absent);
+                workers[w] = Worker::absent(self);
             }
-            Action::StopPod(w) | Action::Evict(w) => workers[w].stop(self),
-            Action::Connect(w) => workers[w].connect(),
-            Action::CommandEnds(w, outcome) => {
-                if !matches!(outcome, Outcome::Success | Outcome::Stopped) {
-                    state.failures -= 1;
-                }
-                workers[w].command_ended(self, &mut state.queue, outcome);
-            }
-            Action::Receive(w) => workers[w].receive(self),
-            Action::Notice(w) => workers[w].lost(self, false),
-            Action::LookAgain(w) => workers[w].waited(self),
-            Action::WaitOver(w) => workers[w].end(EMPTY, true),
-            Action::Kill(w) => workers[w].end(KILLED, false),
+            Action::StopPod(w)
+            | Action::Evict(w)
+            | Action::Connect(w)
+            | Action::Start(w)
+            | Action::TimeLimit(w)
+            | Action::CommandEnds(w, _)
+            | Action::Receive(w)
+            | Action::Notice(w)
+            | Action::LookAgain(w)
+            | Action::Ask(w)
+            | Action::WaitOver(w)
+            | Action::Kill(w) => workers[w].step(self, &mut state.queue, &action),
             Action::Process(at) => state.at(at, |queue, link| queue.process(kind, link)),
             Action::Deliver(id, at) => state.at(at, |queue, link| queue.deliver(kind, link, id)),
             Action::End(at) => state.at(at, |queue, link| queue.end(kind, link, true)),
             Action::Announce(w) => state.at(At::Worker(w), Queue::announce),
             Action::Expire(w) => state.at(At::Worker(w), |queue, link| queue.expire(kind, link)),
+            Action::Again(id, w) => state.at(At::Worker(w), |queue, link| queue.deliver_again(kind, link, id)),
             Action::Cut(w) => state.at(At::Worker(w), |_, link| link.cut()),
             Action::Crash(forgotten) => state.crash(kind, forgotten),
         }
-        if action.is_fault() {
-            state.faults -= 1;
-        }
+        state.faults -= u8::from(action.is_fault());
+        state.failures -= u8::from(action.is_failure());
         state.tidy();
     }
 }
@@ -327,9 +405,9 @@ impl Model for System {
     fn init_states(&self) -> Vec<State> {
         vec![State {
             queue: Queue(vec![Message::NEW; self.messages.into()]),
-            workers: vec![Worker::new(Phase::Connecting); self.workers],
+            workers: vec![Worker::new(self); self.workers],
             left: Vec::new(),
-            job: Job::new(self.messages),
+            job: Job::new(self.completions()),
             faults: self.faults,
             failures: self.failures,
             forgotten: 0,
@@ -343,7 +421,7 @@ impl Model for System {
         self.job_actions(state, actions);
         self.broker_actions(state, actions);
         if actions.is_empty() {
-            let waiting = |w: &usize| state.workers[*w].phase == Phase::Waiting;
+            let waiting = |w: &usize| matches!(state.workers[*w].phase, Phase::Waiting { .. });
             actions.extend((0..self.workers).filter(waiting).map(Action::WaitOver));
         }
         self.fault_actions(state, actions);

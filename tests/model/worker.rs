@@ -1,48 +1,77 @@
-//! qconsume itself: `Worker::one` (src/worker.rs) with one message a run, and the settlement of src/broker/settle.rs.
+//! qconsume itself. What it decides is src's own code: `verdict::decide`, `verdict::Course` and `settlement::Settling`. Here is only
+//! what carries that out, as src/worker.rs and src/broker/settle.rs do; [`crate::replay`] plays both against each other.
 
 use crate::{
-    broker::{Id, Kind, Link, Queue, Reply, Request},
-    system::{Bug, System},
+    broker::{Delivery, Id, Link, Queue, Reply, Request},
+    system::{Action, Bug, System},
 };
-use qconsume::verdict::{CommandResult, Ended, Settlement, StopReason, Verdict, decide};
+use qconsume::{
+    settlement::{Event, Outcome, Settling, Step},
+    verdict::{CommandResult, Course, Ended, Next, Settlement, StopReason, Verdict, decide},
+};
 
 const SIGTERM: i32 = 15;
-const OS_ERROR: u8 = 71;
+const SUCCESS: u8 = 0;
+pub const OS_ERROR: u8 = 71;
+/// The exit status when nothing came within `--wait`.
+const EMPTY: u8 = 66;
+const UNREADABLE: u8 = 70;
+const UNCONFIRMED: u8 = 75;
 pub const KILLED: u8 = 137;
-const TERMINATED: u8 = 143;
+pub const TERMINATED: u8 = 143;
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Outcome {
+pub enum Ending {
     Success,
     /// It exited with this status.
     Failure(u8),
-    /// `--timeout` passed.
-    TimeLimit,
-    /// It died of the signal that was forwarded to it.
+    /// It died of the SIGTERM that it was sent: by the one who sent it to us, or at the time limit.
     Stopped,
-    /// It never ran: no process to be had.
-    NotStarted,
+    /// It never ran, as there was no process to be had, or no time: with the exit status for that.
+    NotStarted(u8),
+}
+
+/// What told the command to stop first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stop {
+    Signal,
+    TimeLimit,
+}
+
+/// A message that has come while something else was awaited, and another one, which means that the first is requeued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Arrived {
+    first: Delivery,
+    second: Option<Delivery>,
+}
+
+impl Arrived {
+    fn add(arrived: &mut Option<Self>, delivery: Delivery) {
+        match arrived {
+            Some(arrived) => arrived.second = Some(delivery),
+            None => *arrived = Some(Self { first: delivery, second: None }),
+        }
+    }
 }
 
 /// The message at hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Run {
-    pub id: Id,
-    /// As the delivery said.
-    failures: Option<u8>,
-    /// SIGTERM was forwarded to the command.
-    pub stopped: bool,
+    pub delivery: Delivery,
+    pub stop: Option<Stop>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Settling {
+pub struct UnderWay {
     run: Run,
-    outcome: Outcome,
-    /// The next one of [`plan`].
-    step: u8,
-    /// What src/broker/observed.rs remembers: the broker has cancelled the consumer.
-    cancelled: bool,
+    /// `None` before the command: `--no-ack`.
+    ending: Option<Ending>,
+    settling: Settling,
+    /// The barrier that is due is written.
+    asked: bool,
+    /// The next message, which has come to a consumer that isn't cancelled.
+    next: Option<Arrived>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,73 +79,37 @@ pub enum Phase {
     /// No pod.
     Absent,
     Connecting,
-    Waiting,
+    /// With `--drain`, whether the queue is being asked if it is empty, and the message that came before its answer.
+    Waiting {
+        asking: bool,
+        arrived: Option<Arrived>,
+    },
+    /// Nothing is left to wait for: the consumer is cancelled, and a message that comes before the reply is run.
+    Cancelling(Option<Arrived>),
+    /// A message is here, and its command isn't started.
+    Taken(Delivery),
     Running(Run),
-    Settling(Settling),
-    /// Told to stop while no command ran: `Consumer::release`, with the message that came all the same.
-    Releasing(Option<Id>),
-    /// With the exit status, and the message that this worker has removed from the queue.
-    Ended(u8, Option<Id>),
+    Settling(UnderWay),
+    /// The end of a run whose consumer is still there: what has arrived is released.
+    Releasing {
+        arrived: Option<Arrived>,
+        /// Replies to `basic.cancel` that are awaited.
+        replies: u8,
+        status: u8,
+    },
+    Ended(End),
 }
 
-/// The steps of a settlement, as `Registration::settle` in src/broker/settle.rs has them: change both together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    /// `basic_cancel`, without waiting for its reply.
-    Cancel,
-    /// `basic_ack`, `basic_reject` or `basic_nack`.
-    Settle,
-    /// `barrier`: `basic.qos` is written.
-    AskBarrier,
-    /// `barrier`: its reply is awaited. Then `check_still_owned`.
-    Confirm,
-    /// `recheck_after_consumer_timeout`: time for the queue to tell the channel. Every run here may have met the timeout.
-    Pause,
-}
-
-fn plan(system: &System, settlement: Settlement) -> Vec<Step> {
-    use Step::{AskBarrier, Cancel, Confirm, Pause, Settle};
-    let mut plan = vec![Cancel, Settle, AskBarrier, Confirm];
-    let removes = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
-    if removes && system.kind == Kind::Quorum43 && system.bug != Some(Bug::NoRecheck) {
-        plan.extend([Pause, AskBarrier, Confirm]);
-    }
-    match system.bug {
-        Some(Bug::CancelAfterAck) => plan.swap(0, 1),
-        Some(Bug::NoBarrier) => plan.truncate(2),
-        Some(Bug::AckFirst) => plan.retain(|step| *step != Settle),
-        _ => {}
-    }
-    plan
-}
-
-/// The real decision; `Worker::not_started` has none to make.
-fn verdict(system: &System, run: Run, outcome: Outcome, still_owned: bool) -> Verdict {
-    let signal = run.stopped.then_some(StopReason::Signal(SIGTERM));
-    let (ended, stop) = match outcome {
-        Outcome::Success => (Ended::Exited(0), signal),
-        Outcome::Failure(status) => (Ended::Exited(status), signal),
-        Outcome::TimeLimit => (Ended::Killed(SIGTERM), Some(StopReason::TimeLimit)),
-        Outcome::Stopped => (Ended::Killed(SIGTERM), signal),
-        Outcome::NotStarted => {
-            return Verdict {
-                settlement: Some(match system.bug {
-                    Some(Bug::RejectNotRun) => Settlement::Requeue,
-                    _ => Settlement::Release,
-                }),
-                exit_code: OS_ERROR,
-                exit_code_if_unconfirmed: OS_ERROR,
-            };
-        }
-    };
-    let result = CommandResult { ended, stop, still_owned, failures_before: run.failures.map(u64::from) };
-    let mut verdict = decide(result, &system.policy);
-    match system.bug {
-        Some(Bug::TrustUnconfirmed) => verdict.exit_code_if_unconfirmed = verdict.exit_code,
-        Some(Bug::AlwaysZero) => verdict.exit_code = 0,
-        _ => {}
-    }
-    verdict
+/// How a worker has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct End {
+    pub status: u8,
+    /// For the properties only: everything that it was asked for is done, and it has removed each message that it took for done.
+    pub fulfilled: bool,
+    /// For the properties only: the last message that it has removed from the queue.
+    pub removed: Option<Id>,
+    /// For the properties only: it has dead-lettered a message.
+    pub dead_lettered: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -125,65 +118,194 @@ pub struct Worker {
     pub link: Option<Link>,
     /// The pod was sent SIGTERM.
     pub told: bool,
+    course: Course,
+    /// Its consumer isn't cancelled by itself.
+    subscribed: bool,
+    /// A message was dead-lettered.
+    dead_lettered: bool,
+    /// A message has arrived that wasn't taken before its connection was lost, and none was taken since.
+    cut_short: bool,
+    /// For the properties only: it took a message for done that it hasn't removed.
+    mistaken: bool,
+    /// For the properties only: it has started a command after SIGTERM.
+    pub started_late: bool,
 }
 
 impl Worker {
-    pub fn new(phase: Phase) -> Self {
-        Self { phase, link: None, told: false }
+    pub fn new(system: &System) -> Self {
+        Self {
+            phase: Phase::Connecting,
+            link: None,
+            told: false,
+            course: Course { to_do: system.count.map(u64::from), keep_going: system.keep_going, stopped_by: None },
+            subscribed: false,
+            dead_lettered: false,
+            cut_short: false,
+            mistaken: false,
+            started_late: false,
+        }
+    }
+
+    pub fn absent(system: &System) -> Self {
+        Self { phase: Phase::Absent, ..Self::new(system) }
+    }
+
+    /// A step of its own, or one that it is told of.
+    pub fn step(&mut self, system: &System, queue: &mut Queue, action: &Action) {
+        match *action {
+            Action::Connect(_) => self.connect(system),
+            Action::Start(_) => self.start(system),
+            Action::TimeLimit(_) => self.time_limit(),
+            Action::CommandEnds(_, ending) => self.command_ended(system, queue, ending),
+            Action::Receive(_) => self.receive(system),
+            Action::Notice(_) => self.lost(system, false),
+            Action::LookAgain(_) => self.happened(system, Event::Elapsed, true),
+            Action::Ask(_) => self.ask(),
+            Action::WaitOver(_) => self.give_up(),
+            Action::StopPod(_) | Action::Evict(_) => self.stop(system),
+            Action::Kill(_) => self.kill(),
+            ref action => unreachable!("{action:?} is no worker's"),
+        }
     }
 
     fn link(&mut self) -> &mut Link {
         self.link.as_mut().expect("connected in this phase")
     }
 
-    /// Connects and registers a consumer. A loss on the way there costs nothing but another try, so it is one step.
-    pub fn connect(&mut self) {
-        self.link = Some(Link::registered());
-        self.phase = Phase::Waiting;
+    fn write(&mut self, request: Request) {
+        self.link().write(request);
+    }
+
+    /// Connects and subscribes. A loss on the way there costs nothing but another try, so it is one step.
+    fn connect(&mut self, system: &System) {
+        self.link = Some(Link::subscribed());
+        self.subscribed = true;
+        self.wait(system);
+    }
+
+    /// `--drain` asks at once whether the queue is empty.
+    fn wait(&mut self, system: &System) {
+        if system.drains() {
+            return self.ask();
+        }
+        self.phase = Phase::Waiting { asking: false, arrived: None };
+    }
+
+    /// A passive declare.
+    fn ask(&mut self) {
+        self.phase = Phase::Waiting { asking: true, arrived: None };
+        self.write(Request::Declare);
+    }
+
+    /// `--wait` is over, or with `--drain` the queue is empty.
+    fn give_up(&mut self) {
+        let Phase::Waiting { arrived, .. } = self.phase else {
+            unreachable!("only called while it waits");
+        };
+        self.phase = Phase::Cancelling(arrived);
+        self.write(Request::Cancel { nowait: false });
     }
 
     /// Whether its connection has ended without a word: heartbeats tell, and the time limits of settling and releasing.
     pub fn may_notice(&self, system: &System) -> bool {
         let dead = self.link.as_ref().is_some_and(|it| it.cut || it.gone);
+        let heeds = match self.phase {
+            // The message is settled already.
+            Phase::Running(_) => !system.no_ack,
+            _ => true,
+        };
         match system.bug {
             Some(Bug::NoHeartbeats) => false,
-            Some(Bug::Reconnects) => dead || self.phase == Phase::Waiting,
-            _ => dead,
+            Some(Bug::Reconnects) => dead && heeds || matches!(self.phase, Phase::Waiting { .. }),
+            _ => dead && heeds,
         }
     }
 
-    /// Whether [`Step::Pause`] is over: the queue tells the channel within `RECHECK_PAUSE`.
-    pub fn may_look_again(&self, system: &System) -> bool {
+    /// For the properties: the next message is here before the last one is settled.
+    pub fn settles_with_next(&self) -> bool {
+        matches!(self.phase, Phase::Settling(it) if it.next.is_some())
+    }
+
+    /// Whether [`Step::Pause`] is over: the queue tells the channel within it.
+    pub fn may_look_again(&self) -> bool {
         let told = self.link.as_ref().is_some_and(|link| !link.expired);
-        told && self.next_step(system) == Some(Step::Pause)
+        told && matches!(self.phase, Phase::Settling(it) if it.settling.step() == Step::Pause)
     }
 
     /// Whether SIGTERM would still find the process, and for the first time.
     pub fn may_be_stopped(&self) -> bool {
-        !self.told && !matches!(self.phase, Phase::Absent | Phase::Ended(..))
+        !self.told && !matches!(self.phase, Phase::Absent | Phase::Ended(_))
     }
 
     /// SIGTERM.
-    pub fn stop(&mut self, system: &System) {
+    fn stop(&mut self, system: &System) {
         self.told = true;
+        let is_heard = match (self.phase, system.bug) {
+            (Phase::Running(run), Some(Bug::SignalAfterTimeLimit)) => run.stop.is_none(),
+            (Phase::Taken(_), Some(Bug::SignalBeforeStart)) => false,
+            (Phase::Settling(it), Some(Bug::SignalBeforeStart)) => it.ending.is_some(),
+            _ => true,
+        };
+        if is_heard {
+            self.course.stopped_by = Some(SIGTERM);
+        }
         match (&mut self.phase, system.bug) {
-            (Phase::Connecting, _) => self.end(TERMINATED, false),
-            (Phase::Waiting, Some(Bug::CloseToRelease)) => self.end(TERMINATED, true),
-            (Phase::Waiting, _) => {
-                self.phase = Phase::Releasing(None);
-                self.link().write(Request::Cancel { nowait: false });
+            (Phase::Connecting, _) => self.end(system, TERMINATED, false),
+            (Phase::Waiting { .. } | Phase::Cancelling(_), Some(Bug::CloseToRelease)) => {
+                self.end(system, TERMINATED, true)
             }
-            (Phase::Running(run), _) => run.stopped = true,
-            (Phase::Settling(_), Some(Bug::SignalEndsSettling)) => self.end(TERMINATED, true),
+            (&mut Phase::Waiting { arrived, .. }, _) => self.release(arrived, 1, TERMINATED),
+            // It asks again.
+            (&mut Phase::Cancelling(arrived), _) => self.release(arrived, 2, TERMINATED),
+            (Phase::Running(run), _) => _ = run.stop.get_or_insert(Stop::Signal),
+            (Phase::Settling(_), Some(Bug::SignalEndsSettling)) => self.end(system, TERMINATED, true),
             _ => {}
         }
     }
 
+    /// Cancels the consumer, releases what has arrived, and ends.
+    fn release(&mut self, arrived: Option<Arrived>, replies: u8, status: u8) {
+        self.subscribed = false;
+        self.phase = Phase::Releasing { arrived, replies, status };
+        self.write(Request::Cancel { nowait: false });
+    }
+
+    /// The consumer is cancelled.
+    fn release_arrived(&mut self, arrived: Option<Arrived>) {
+        let arrived = arrived.map(|arrived| [Some(arrived.first), arrived.second]);
+        for delivery in arrived.into_iter().flatten().flatten() {
+            self.write(Request::Nack(delivery.tag));
+        }
+        self.write(Request::Qos);
+    }
+
     /// The process ends.
-    pub fn end(&mut self, status: u8, politely: bool) {
+    fn end(&mut self, system: &System, status: u8, politely: bool) {
+        let rejected = system.policy.reject_exit_code.unwrap_or(1);
+        let forgets = system.bug == Some(Bug::ForgetsDeadLetters);
+        let overridden = system.keep_going && self.dead_lettered && rejected != 0 && !forgets;
+        self.exit(if overridden { rejected } else { status }, politely);
+    }
+
+    /// SIGKILL.
+    fn kill(&mut self) {
+        self.exit(KILLED, false);
+    }
+
+    fn exit(&mut self, status: u8, politely: bool) {
         self.say_goodbye(politely);
-        let removed = self.link.as_ref().and_then(|link| link.removed);
-        self.phase = Phase::Ended(status, removed);
+        let link = self.link.as_ref();
+        let all_done = match self.course.to_do {
+            Some(to_do) => to_do == 0,
+            // The queue was empty, and then the consumer was cancelled.
+            None => matches!(self.phase, Phase::Cancelling(_)) && !self.told,
+        };
+        self.phase = Phase::Ended(End {
+            status,
+            fulfilled: all_done && !self.mistaken,
+            removed: link.and_then(|link| link.removed),
+            dead_lettered: self.dead_lettered || link.is_some_and(|link| link.dead_lettered),
+        });
     }
 
     fn say_goodbye(&mut self, politely: bool) {
@@ -194,114 +316,325 @@ impl Worker {
 
     /// The connection that this worker has done with, if it has.
     pub fn left(&mut self) -> Option<Link> {
-        let done = matches!(self.phase, Phase::Ended(..) | Phase::Connecting);
+        let done = matches!(self.phase, Phase::Ended(_) | Phase::Connecting);
         self.link.take_if(|_| done)
     }
 
     /// The connection turns out to be lost, or only the channel, which leaves a connection that can be closed.
-    pub fn lost(&mut self, system: &System, politely: bool) {
-        let status = match self.phase {
-            Phase::Waiting => {
+    fn lost(&mut self, system: &System, politely: bool) {
+        match self.phase {
+            Phase::Waiting { arrived, .. } | Phase::Cancelling(arrived) => {
+                // Twice in succession: nobody would ever get it.
+                if self.cut_short && arrived.is_some() {
+                    return self.end(system, UNREADABLE, politely);
+                }
+                self.cut_short |= arrived.is_some();
                 self.say_goodbye(politely);
                 self.phase = Phase::Connecting;
-                return;
             }
             // The command is stopped.
-            Phase::Running(run) => verdict(system, run, Outcome::Stopped, false).exit_code,
-            Phase::Settling(it) => verdict(system, it.run, it.outcome, true).exit_code_if_unconfirmed,
-            _ => TERMINATED,
+            Phase::Running(run) => {
+                let verdict = verdict(system, run, Ending::Stopped, false);
+                self.end(system, verdict.exit_code, politely);
+            }
+            Phase::Settling(_) => self.happened(system, Event::Closed, politely),
+            Phase::Releasing { status, .. } => self.end(system, status, politely),
+            Phase::Taken(_) => {
+                let status = if self.course.stopped_by.is_some() { TERMINATED } else { UNCONFIRMED };
+                self.end(system, status, politely);
+            }
+            phase => unreachable!("a loss in {phase:?}"),
+        }
+    }
+
+    /// A message is here; it is lost if another one is.
+    fn take(&mut self, system: &System, arrived: Arrived) {
+        self.phase = Phase::Taken(arrived.first);
+        self.cut_short = false;
+        if arrived.second.is_some() {
+            self.lost(system, true);
+        }
+    }
+
+    /// The command starts, unless a signal has come before; with `--no-ack`, the message is settled first.
+    fn start(&mut self, system: &System) {
+        let Phase::Taken(delivery) = self.phase else {
+            unreachable!("only called when a message was taken");
         };
-        self.end(status, politely);
+        let run = Run { delivery, stop: None };
+        match self.course.stopped_by {
+            Some(_) => self.settle(system, run, Some(Ending::NotStarted(TERMINATED)), Settlement::Release, true),
+            None if system.no_ack => self.settle(system, run, None, Settlement::Ack, true),
+            None => self.run(system, run),
+        }
+    }
+
+    fn run(&mut self, system: &System, run: Run) {
+        self.started_late |= self.told;
+        self.phase = Phase::Running(run);
+        self.link().ran = Some(run.delivery.id);
+        if system.bug == Some(Bug::AckFirst) {
+            self.write(Request::Ack(run.delivery.tag));
+        }
+    }
+
+    /// `--timeout` passes.
+    fn time_limit(&mut self) {
+        if let Phase::Running(run) = &mut self.phase {
+            run.stop.get_or_insert(Stop::TimeLimit);
+        }
     }
 
     /// The command ends, and the settlement begins.
-    pub fn command_ended(&mut self, system: &System, queue: &mut Queue, outcome: Outcome) {
-        let Phase::Running(run) = self.phase else {
-            unreachable!("only called while it runs");
+    fn command_ended(&mut self, system: &System, queue: &mut Queue, ending: Ending) {
+        let run = match self.phase {
+            Phase::Running(run) => run,
+            Phase::Taken(delivery) => Run { delivery, stop: None },
+            phase => unreachable!("a command ended in {phase:?}"),
         };
-        match outcome {
-            Outcome::Success => queue.message(run.id).done = true,
-            Outcome::NotStarted => self.link().ran = None,
-            _ => {}
+        if ending == Ending::Success {
+            queue.message(run.delivery.id).done = true;
         }
-        self.phase = Phase::Settling(Settling { run, outcome, step: 0, cancelled: false });
-        self.go_on(system);
+        let verdict = verdict(system, run, ending, true);
+        if system.no_ack {
+            return self.settled(system, run, Some(ending), None, Outcome::Confirmed);
+        }
+        let settlement = verdict.settlement.expect("it is still owned");
+        let is_last = self.next(verdict, run) != Next::Message;
+        let not_started = matches!(ending, Ending::NotStarted(_));
+        let cancels = settlement == Settlement::Requeue || is_last || not_started;
+        self.settle(system, run, Some(ending), settlement, cancels);
     }
 
-    fn next_step(&self, system: &System) -> Option<Step> {
-        let Phase::Settling(it) = self.phase else {
-            return None;
-        };
-        let settlement = verdict(system, it.run, it.outcome, true).settlement?;
-        plan(system, settlement).get(usize::from(it.step)).copied()
+    fn next(&self, verdict: Verdict, run: Run) -> Next {
+        self.course.next(verdict, run.delivery.failures.map(u64::from))
+    }
+
+    fn settle(&mut self, system: &System, run: Run, ending: Option<Ending>, settlement: Settlement, cancels: bool) {
+        // A consumer that is cancelled already gets no other message either.
+        let cancels = cancels || !self.subscribed;
+        let asks_twice = Settling::asks_twice(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce);
+        let settling = Settling::new(cancels, asks_twice);
+        self.phase = Phase::Settling(UnderWay { run, ending, settling, asked: false, next: None });
+        self.carry_out(system, true);
     }
 
     /// Does the steps up to the next one that waits. What is written in one go may still be lost behind any of its methods,
     /// so a cut or a kill between two of them is the same as one behind the last.
-    fn go_on(&mut self, system: &System) {
-        while let Phase::Settling(it) = self.phase {
-            let (decided, id) = (verdict(system, it.run, it.outcome, true), it.run.id);
-            let request = match self.next_step(system) {
-                None => return self.end(decided.exit_code, true),
-                Some(Step::Confirm | Step::Pause) => return,
-                Some(Step::Cancel) => Request::Cancel { nowait: true },
-                Some(Step::AskBarrier) => Request::Qos,
-                Some(Step::Settle) => match decided.settlement.expect("there is a plan") {
-                    Settlement::Ack => Request::Ack(id),
-                    Settlement::Requeue => Request::Reject { id, requeue: true },
-                    Settlement::DeadLetter => Request::Reject { id, requeue: false },
-                    Settlement::Release => Request::Nack(id),
-                },
+    fn carry_out(&mut self, system: &System, politely: bool) {
+        let mut cancels_late = false;
+        while let Phase::Settling(mut it) = self.phase {
+            let tag = it.run.delivery.tag;
+            match it.settling.step() {
+                Step::Cancel if system.bug == Some(Bug::CancelAfterAck) => cancels_late = self.subscribed,
+                Step::Cancel => {
+                    if std::mem::take(&mut self.subscribed) {
+                        self.write(Request::Cancel { nowait: true });
+                    }
+                }
+                Step::Settle => {
+                    let verdict = it.ending.map(|ending| verdict(system, it.run, ending, true));
+                    match verdict.map_or(Some(Settlement::Ack), |verdict| verdict.settlement) {
+                        _ if system.bug == Some(Bug::AckFirst) => {}
+                        None => unreachable!("a message that is lost isn't settled"),
+                        Some(Settlement::Ack) => self.write(Request::Ack(tag)),
+                        Some(Settlement::Requeue) => self.write(Request::Reject { tag, requeue: true }),
+                        Some(Settlement::DeadLetter) => self.write(Request::Reject { tag, requeue: false }),
+                        Some(Settlement::Release) => self.write(Request::Nack(tag)),
+                    }
+                    if cancels_late {
+                        self.subscribed = false;
+                        self.write(Request::Cancel { nowait: true });
+                    }
+                }
+                Step::Barrier if system.bug == Some(Bug::NoBarrier) => {
+                    return self.settled(system, it.run, it.ending, it.next, Outcome::Confirmed);
+                }
+                Step::Barrier => {
+                    if !it.asked {
+                        self.write(Request::Qos);
+                        it.asked = true;
+                        self.phase = Phase::Settling(it);
+                    }
+                    return;
+                }
+                Step::Pause => return,
+                Step::Done(Outcome::Confirmed) => {
+                    return self.settled(system, it.run, it.ending, it.next, Outcome::Confirmed);
+                }
+                Step::Done(outcome) => {
+                    let status = match it.ending {
+                        None => UNCONFIRMED,
+                        // Nobody has run it, so it doesn't matter where it is.
+                        Some(Ending::NotStarted(status)) => status,
+                        Some(ending) => verdict(system, it.run, ending, true).status(outcome),
+                    };
+                    return self.end(system, status, politely);
+                }
+            }
+            it.settling.happened(Event::Written);
+            self.phase = Phase::Settling(it);
+        }
+    }
+
+    /// Something happens while a message is settled.
+    fn happened(&mut self, system: &System, event: Event, politely: bool) {
+        let Phase::Settling(it) = &mut self.phase else {
+            unreachable!("only called while it settles");
+        };
+        if event == Event::Closed && system.bug == Some(Bug::LossAfterReply) && after_first_reply(it.settling) {
+            let it = *it;
+            return self.settled(system, it.run, it.ending, it.next, Outcome::Confirmed);
+        }
+        it.asked &= event != Event::Reply;
+        it.settling.happened(event);
+        self.carry_out(system, politely);
+    }
+
+    /// The settlement is confirmed.
+    fn settled(
+        &mut self,
+        system: &System,
+        run: Run,
+        ending: Option<Ending>,
+        next_one: Option<Arrived>,
+        outcome: Outcome,
+    ) {
+        let Some(ending) = ending else {
+            return match self.course.stopped_by {
+                Some(_) => self.end(system, TERMINATED, true),
+                None => self.run(system, run),
             };
-            self.link().write(request);
-            self.step_done();
+        };
+        let verdict = verdict(system, run, ending, true);
+        let status = verdict.status(outcome);
+        if matches!(ending, Ending::NotStarted(_)) {
+            return self.end(system, status, true);
         }
+        let next = self.next(verdict, run);
+        let done = system.no_ack && ending == Ending::Success
+            || !system.no_ack && matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
+        if done {
+            self.mistaken |= self.link().removed != Some(run.delivery.id);
+            self.dead_lettered |= verdict.settlement == Some(Settlement::DeadLetter);
+            self.course.to_do = self.course.to_do.map(|to_do| to_do - 1);
+        }
+        let status = match next {
+            Next::Message => return self.go_on(system, next_one),
+            Next::End => status,
+            Next::AllDone => SUCCESS,
+            Next::Stopped(signal) => 128 + signal as u8,
+        };
+        if self.subscribed && system.bug != Some(Bug::CloseToRelease) {
+            return self.release(next_one, 1, status);
+        }
+        self.end(system, status, true);
     }
 
-    fn step_done(&mut self) {
-        if let Phase::Settling(it) = &mut self.phase {
-            it.step += 1;
+    /// The next message: over the same channel, unless its consumer is cancelled.
+    fn go_on(&mut self, system: &System, next_one: Option<Arrived>) {
+        if let Some(next_one) = next_one {
+            return self.take(system, next_one);
         }
-    }
-
-    /// The step that waited is over.
-    pub fn waited(&mut self, system: &System) {
-        self.step_done();
-        self.go_on(system);
+        if !self.subscribed {
+            self.subscribed = true;
+            self.link().subscribe();
+        }
+        self.wait(system);
     }
 
     /// The broker's next method is here.
-    pub fn receive(&mut self, system: &System) {
+    fn receive(&mut self, system: &System) {
         let reply = self.link().to_worker.remove(0);
         match (&mut self.phase, reply) {
-            (Phase::Waiting, Reply::Deliver { id, failures }) => {
-                self.phase = Phase::Running(Run { id, failures, stopped: false });
-                self.link().ran = Some(id);
-                if system.bug == Some(Bug::AckFirst) {
-                    self.link().write(Request::Ack(id));
+            (Phase::Waiting { asking: false, .. }, Reply::Deliver(delivery)) => {
+                self.take(system, Arrived { first: delivery, second: None });
+            }
+            (
+                Phase::Waiting { arrived, .. } | Phase::Cancelling(arrived) | Phase::Releasing { arrived, .. },
+                Reply::Deliver(delivery),
+            ) => Arrived::add(arrived, delivery),
+            (Phase::Waiting { .. }, Reply::DeclareOk { empty: true }) => self.give_up(),
+            (Phase::Waiting { asking, arrived }, Reply::DeclareOk { empty: false }) => {
+                *asking = false;
+                if let Some(arrived) = arrived.take() {
+                    self.take(system, arrived);
                 }
             }
-            (Phase::Releasing(late), Reply::Deliver { id, .. }) => *late = Some(id),
-            (Phase::Releasing(late), Reply::CancelOk) => {
-                if let Some(id) = late.take() {
-                    self.link().write(Request::Nack(id));
+            (&mut Phase::Cancelling(arrived), Reply::CancelOk) => {
+                self.subscribed = false;
+                match arrived {
+                    Some(arrived) if system.bug != Some(Bug::DropsLateMessage) => self.take(system, arrived),
+                    _ if !system.drains() => self.end(system, EMPTY, true),
+                    // The broker may still hold that one.
+                    _ => self.end(system, if self.cut_short { UNCONFIRMED } else { SUCCESS }, true),
                 }
-                self.link().write(Request::Qos);
             }
-            (Phase::Releasing(_), Reply::QosOk) => self.end(TERMINATED, true),
-            (Phase::Settling(it), Reply::ConsumerCancelled) => {
-                it.cancelled = system.bug != Some(Bug::CancelIgnored);
+            (Phase::Releasing { arrived, replies, .. }, Reply::CancelOk) => {
+                *replies -= 1;
+                if *replies == 0 {
+                    let arrived = arrived.take();
+                    self.release_arrived(arrived);
+                }
             }
-            (Phase::Settling(it), Reply::QosOk) if !it.cancelled => self.waited(system),
-            (Phase::Settling(_), Reply::QosOk) => self.lost(system, true),
+            (&mut Phase::Releasing { status, .. }, Reply::QosOk) => self.end(system, status, true),
+            (Phase::Releasing { .. }, Reply::DeclareOk { .. }) => {}
+            // The message is settled, and the consumer cancelled.
+            (Phase::Running(_), _) if system.no_ack => {}
+            // The first one is taken for lost.
+            (Phase::Taken(_) | Phase::Running(_), Reply::Deliver(_)) => self.lost(system, true),
+            (Phase::Settling(it), Reply::Deliver(delivery)) => {
+                let same = delivery.id == it.run.delivery.id;
+                if self.subscribed {
+                    Arrived::add(&mut it.next, delivery);
+                }
+                if system.bug != Some(Bug::RedeliveryUnseen) {
+                    self.happened(system, Event::Delivery { same }, true);
+                }
+            }
+            (Phase::Settling(_), Reply::ConsumerCancelled) if system.bug == Some(Bug::CancelIgnored) => {}
+            (Phase::Settling(_), Reply::ConsumerCancelled) => self.happened(system, Event::Cancelled, true),
+            (Phase::Settling(_), Reply::QosOk) => self.happened(system, Event::Reply, true),
             (_, Reply::ConsumerCancelled | Reply::ChannelClosed) => self.lost(system, true),
-            // A second message, which only a seeded bug makes the broker deliver: the first one is taken for lost.
-            (Phase::Running(_) | Phase::Settling(_), Reply::Deliver { .. }) => {
-                self.lost(system, true);
-            }
-            // It goes back with the connection.
-            (_, Reply::Deliver { .. }) => {}
             (phase, reply) => unreachable!("{reply:?} in {phase:?}"),
         }
     }
+}
+
+/// Whether the first of two barriers is answered.
+fn after_first_reply(settling: Settling) -> bool {
+    let mut then = settling;
+    then.happened(Event::Reply);
+    settling.step() == Step::Pause || then.step() == Step::Done(Outcome::Confirmed)
+}
+
+/// The real decision; there is none to make if the command wasn't started.
+fn verdict(system: &System, run: Run, ending: Ending, still_owned: bool) -> Verdict {
+    let stop = run.stop.map(|stop| match stop {
+        Stop::Signal => StopReason::Signal(SIGTERM),
+        Stop::TimeLimit => StopReason::TimeLimit,
+    });
+    let ended = match ending {
+        Ending::Success => Ended::Exited(0),
+        Ending::Failure(status) => Ended::Exited(status),
+        Ending::Stopped => Ended::Killed(SIGTERM),
+        Ending::NotStarted(status) => {
+            return Verdict {
+                settlement: Some(match system.bug {
+                    Some(Bug::RejectNotRun) => Settlement::Requeue,
+                    _ => Settlement::Release,
+                }),
+                exit_code: status,
+                exit_code_if_unconfirmed: status,
+            };
+        }
+    };
+    let failures_before = run.delivery.failures.map(u64::from);
+    let mut verdict = decide(CommandResult { ended, stop, still_owned, failures_before }, &system.policy);
+    match system.bug {
+        Some(Bug::TrustUnconfirmed) => verdict.exit_code_if_unconfirmed = verdict.exit_code,
+        Some(Bug::AlwaysZero) => verdict.exit_code = 0,
+        _ => {}
+    }
+    verdict
 }

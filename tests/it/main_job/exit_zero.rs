@@ -338,3 +338,20 @@ fn a_loss_is_noticed_when_the_message_came_after_the_end_of_the_wait() {
     done.assert_status(75).assert_stderr("delivery lost while the command ran");
     assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
 }
+
+#[test]
+fn what_arrives_on_a_connection_that_is_lost_before_the_cancel_is_confirmed_was_not_taken() {
+    let peer = Peer::new(|request| match (request.method, request.connection, request.nth) {
+        (Method::QUEUE_DECLARE, 1, _) => {
+            let message = peer::message(request.channel, 1, false, b"lemon");
+            Answer::Bytes([message, peer::declared(request, 0, 1)].concat())
+        }
+        (Method::BASIC_CANCEL, 1, _) => Answer::Bytes(frames::connection_close(320, "CONNECTION_FORCED - shutdown")),
+        (Method::BASIC_CONSUME, 2, 1) => first_message(request),
+        (Method::QUEUE_DECLARE, ..) => Answer::Bytes(peer::declared(request, 0, 1)),
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--drain", "--", "cat"]).run();
+    done.assert_status(0).assert_stderr("connecting again");
+    assert_eq!(done.stdout_text(), "lemon");
+}

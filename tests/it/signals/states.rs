@@ -14,7 +14,9 @@ use std::{
     },
 };
 use testbed::{
-    Action, FullBacklog, missing, owner,
+    Action, FullBacklog,
+    frames::{basic_cancel, method_frame},
+    missing, owner,
     peer::{self, Answer, Peer},
     reserve_port,
 };
@@ -454,4 +456,43 @@ fn a_signal_between_the_message_and_the_command_starts_none() {
             .assert_stderr("message was acknowledged before the command (--no-ack)");
         assert_eq!(finished.stdout_text(), "");
     }
+}
+
+/// A peer that delivers a message, and leaves it to the test to answer its acknowledgement, on channel 1 of connection 1.
+fn open_confirmation() -> Peer {
+    Peer::new(move |request| match (request.method, request.nth) {
+        (Method::BASIC_CONSUME, _) => {
+            let message = peer::message(request.channel, 1, false, MESSAGE.as_bytes());
+            Answer::Bytes([peer::usual(request), message].concat())
+        }
+        // The first is for the prefetch.
+        (Method::BASIC_QOS, 2) => Answer::Bytes(Vec::new()),
+        _ => Answer::Usual,
+    })
+}
+
+#[test]
+fn a_message_that_comes_while_a_stopped_run_settles_is_released() {
+    let peer = open_confirmation();
+    let running = qconsume().url(&peer.url()).queue("q").args(["--count", "2", "--", "true"]).spawn();
+    assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
+    running.signal(Signal::SIGTERM);
+    let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
+    peer.send(1, &[peer::message(1, 2, false, b"the next"), reply].concat());
+    running.finish(PATIENCE).assert_status(143).assert_stderr("stopped by a signal before everything was done");
+    // By closing alone it would count as a failure.
+    assert_eq!(peer.count(Method::BASIC_NACK), 1, "{}", running.stderr());
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", running.stderr());
+}
+
+#[test]
+fn a_signal_from_before_the_goodbye_does_not_cut_it_short() {
+    let peer = open_confirmation();
+    let running = never_runs(qconsume().url(&peer.url()).queue("q").args(["--no-ack"])).spawn();
+    assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
+    running.signal(Signal::SIGTERM);
+    let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
+    peer.send(1, &[basic_cancel(1, "qconsume"), reply].concat());
+    running.finish(PATIENCE).assert_status(75).assert_stderr("is not confirmed");
+    assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", running.stderr());
 }

@@ -1,8 +1,10 @@
-//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. And
-//! what no library would publish.
+//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. What the script
+//! leaves unanswered, a test may answer later: [`Peer::send`]. And what no library would publish.
 
 use crate::proxy::frames::{self, Method, frame, long, method_frame, short};
 use crate::{Action, Broker, Client, Direction, Proxy};
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
 use parking_lot::Mutex;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -44,24 +46,33 @@ pub enum Answer {
 pub struct Peer {
     addr: SocketAddr,
     seen: Arc<Mutex<Vec<Request>>>,
+    /// What is written to, for each connection that was made.
+    writers: Arc<Mutex<Vec<Arc<Writer>>>>,
     gone: Arc<AtomicBool>,
 }
+
+/// Empty once the test has ended the connection. It is locked from a request's arrival until its answer is written, so that what
+/// a test sends because of the request comes after the answer.
+type Writer = Mutex<Option<TcpStream>>;
 
 impl Peer {
     /// Answers every connection by this script.
     pub fn new(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port to listen on");
         let addr = listener.local_addr().expect("the port's number");
-        let peer = Self { addr, seen: Arc::default(), gone: Arc::default() };
-        let (seen, gone, script) = (peer.seen.clone(), peer.gone.clone(), Arc::new(script));
+        let peer = Self { addr, seen: Arc::default(), writers: Arc::default(), gone: Arc::default() };
+        let (seen, writers, gone, script) =
+            (peer.seen.clone(), peer.writers.clone(), peer.gone.clone(), Arc::new(script));
         thread::spawn(move || {
             for (count, stream) in listener.incoming().flatten().enumerate() {
                 if gone.load(Relaxed) {
                     return;
                 }
+                let writer: Arc<Writer> = Arc::new(Mutex::new(stream.try_clone().ok()));
+                writers.lock().push(writer.clone());
                 let (seen, script) = (seen.clone(), script.clone());
                 // What ends a connection is the client's business, or the script's.
-                thread::spawn(move || serve(stream, count + 1, &seen, &*script));
+                thread::spawn(move || serve(stream, &writer, count + 1, &seen, &*script));
             }
         });
         peer
@@ -82,6 +93,34 @@ impl Peer {
         let seen = self.seen.lock();
         seen.iter().filter(|seen| seen.method == method).count()
     }
+
+    /// Sends this on a connection, counted from 1, unasked. A client that has left doesn't get it.
+    pub fn send(&self, connection: usize, bytes: &[u8]) {
+        if let Some(stream) = &mut *self.writer(connection).lock() {
+            let _ = stream.write_all(bytes);
+        }
+    }
+
+    /// Closes a connection, behind what was sent on it.
+    pub fn close(&self, connection: usize) {
+        if let Some(stream) = self.writer(connection).lock().take() {
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Resets a connection: the client may lose what was sent on it.
+    pub fn reset(&self, connection: usize) {
+        if let Some(stream) = self.writer(connection).lock().take() {
+            let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+            setsockopt(&stream, sockopt::Linger, &linger).expect("a socket may be reset");
+            // Its reader leaves, and the last one to do so sends the reset.
+            let _ = stream.shutdown(Shutdown::Read);
+        }
+    }
+
+    fn writer(&self, connection: usize) -> Arc<Writer> {
+        self.writers.lock()[connection - 1].clone()
+    }
 }
 
 impl Drop for Peer {
@@ -94,6 +133,7 @@ impl Drop for Peer {
 
 fn serve(
     mut stream: TcpStream,
+    writer: &Writer,
     connection: usize,
     seen: &Mutex<Vec<Request>>,
     script: &(impl Fn(&Request) -> Answer + ?Sized),
@@ -105,6 +145,7 @@ fn serve(
     let mut next = Ok((0, Method::PROTOCOL_HEADER, header.to_vec()));
     loop {
         let (channel, method, arguments) = next?;
+        let mut writer = writer.lock();
         let request = {
             let mut seen = seen.lock();
             let earlier = seen.iter().filter(|seen| seen.connection == connection && seen.method == method);
@@ -117,10 +158,14 @@ fn serve(
             Answer::Bytes(bytes) => (bytes, false),
             Answer::Last(bytes) => (bytes, true),
         };
-        stream.write_all(&bytes)?;
+        let Some(answered) = &mut *writer else {
+            return Ok(());
+        };
+        answered.write_all(&bytes)?;
         if ends {
-            return stream.shutdown(Shutdown::Both);
+            return answered.shutdown(Shutdown::Both);
         }
+        drop(writer);
         next = frames::read(&mut stream);
     }
 }
@@ -141,10 +186,7 @@ pub fn usual(request: &Request) -> Vec<u8> {
         Method::CHANNEL_CLOSE => of(Method::CHANNEL_CLOSE_OK, &[]),
         Method::CONFIRM_SELECT => of(Method::CONFIRM_SELECT_OK, &[]),
         Method::BASIC_QOS => of(Method::BASIC_QOS_OK, &[]),
-        Method::QUEUE_DECLARE => {
-            let name = short_at(&request.arguments, 2);
-            of(Method::QUEUE_DECLARE_OK, &[name, &[0; 8]].concat())
-        }
+        Method::QUEUE_DECLARE => declared(request, 0, 0),
         Method::BASIC_CONSUME => {
             let queue = short_at(&request.arguments, 2);
             let tag = short_at(&request.arguments, 2 + queue.len());
@@ -192,9 +234,23 @@ fn deliver_as(channel: u16, tag: u64, redelivered: bool, routing_key: &[u8]) -> 
 
 /// A whole message to qconsume's consumer, with this delivery tag and this body.
 pub fn message(channel: u16, tag: u64, redelivered: bool, body: &[u8]) -> Vec<u8> {
+    counted_message(channel, tag, redelivered, &[], body)
+}
+
+/// The same, with a queue's counts among its headers, such as `x-delivery-count`.
+pub fn counted_message(channel: u16, tag: u64, redelivered: bool, counts: &[(&str, i64)], body: &[u8]) -> Vec<u8> {
     let deliver = deliver_as(channel, tag, redelivered, b"q");
-    let header = content_header(channel, body.len() as u64, &[0, 0]);
+    let field = |(name, count): &(&str, i64)| [&short(name.as_bytes())[..], b"l", &count.to_be_bytes()].concat();
+    let headers = long(&counts.iter().map(field).collect::<Vec<_>>().concat());
+    let header = content_header(channel, body.len() as u64, &[&[0x20, 0][..], &headers].concat());
     [deliver, header, frame(3, channel, body)].concat()
+}
+
+/// queue.declare-ok with these counts, to a request.
+pub fn declared(request: &Request, ready: u32, consumers: u32) -> Vec<u8> {
+    let name = short_at(&request.arguments, 2);
+    let arguments = [name, &ready.to_be_bytes(), &consumers.to_be_bytes()].concat();
+    method_frame(request.channel, Method::QUEUE_DECLARE_OK, &arguments)
 }
 
 /// connection.start of a broker that says that it has this version.

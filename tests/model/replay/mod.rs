@@ -1,0 +1,150 @@
+//! The program itself is asked: what the model says of it, a scripted peer plays against the real binary, which must write the same
+//! to the broker, and exit with the same status. So neither can drift from the other.
+
+mod play;
+mod run;
+
+use crate::{
+    broker::Kind,
+    seeded_bugs, shortest,
+    system::{Action, System},
+};
+use play::play;
+use run::{Run, Walk};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
+};
+
+/// Draws the same runs again; `SEED/N` plays only the Nth of them.
+const SEED: &str = "QCONSUME_TEST_SEED";
+
+/// How many runs of each system are played.
+const RUNS: usize = 30;
+
+/// How many ways through each system they are drawn from.
+const WALKS: usize = 300;
+
+/// As many runs at a time: they mostly wait.
+const LANES: usize = 8;
+
+/// What the runs are drawn from.
+fn systems() -> Vec<System> {
+    use Kind::{Classic, Quorum, Quorum43};
+    let several = |kind| System { count: Some(2), messages: 4, ..System::new(kind) };
+    let drain = |kind| System { count: None, ..System::new(kind) };
+    let keep_going = |system| System { keep_going: true, failures: 2, ..system };
+    let mut dead_is_done = keep_going(drain(Quorum));
+    dead_is_done.policy.reject_exit_code = Some(0);
+    vec![
+        System::new(Classic),
+        System::new(Quorum),
+        System { long: true, ..System::new(Quorum) },
+        System::new(Quorum43),
+        System { faults: 2, ..System::new(Quorum43) },
+        several(Classic),
+        several(Quorum43),
+        keep_going(several(Quorum)),
+        drain(Quorum),
+        drain(Quorum43),
+        keep_going(drain(Classic)),
+        keep_going(drain(Quorum43)),
+        dead_is_done,
+        System::new(Quorum).no_ack(),
+        several(Quorum).no_ack(),
+    ]
+}
+
+/// Runs of a system: as many as there are kinds of them, or so many kinds drawn from all.
+fn drawn(system: &System, random: &mut fastrand::Rng) -> Vec<Run> {
+    let mut kinds = BTreeMap::new();
+    for _ in 0..WALKS {
+        let mut walk = Walk::new(system);
+        while let Some(action) = next(&walk, random) {
+            walk.take(action);
+        }
+        kinds.extend(walk.runs.into_iter().map(|run| (run.signature(), run)));
+    }
+    let mut runs: Vec<_> = kinds.into_values().collect();
+    random.shuffle(&mut runs);
+    runs.truncate(RUNS);
+    runs
+}
+
+/// Any step, but faults and failures not too often: they should come at any point, not all at the beginning.
+fn next(walk: &Walk, random: &mut fastrand::Rng) -> Option<Action> {
+    let actions = walk.actions();
+    let is_rare = |action: &Action| action.is_fault() || action.is_failure();
+    let (rare, usual): (Vec<_>, Vec<_>) = actions.into_iter().partition(is_rare);
+    let wanted = if random.u8(..12) == 0 { [rare, usual] } else { [usual, rare] };
+    wanted.into_iter().find(|actions| !actions.is_empty()).and_then(|actions| random.choice(actions))
+}
+
+/// The runs of the unbroken model in which a seeded bug would show: what breaks the broken one happens there, too.
+fn counterexample(system: &System, property: &'static str, random: &mut fastrand::Rng) -> Vec<Run> {
+    let path = shortest(system, property).expect("another test looks for it");
+    let system = System { bug: None, ..system.clone() };
+    let mut walk = Walk::new(&system);
+    for action in path.into_actions() {
+        if walk.actions().contains(&action) {
+            walk.take(action);
+        }
+    }
+    let mut left = system.workers;
+    while let Some(action) = next(&walk, random).filter(|_| left > 0) {
+        if matches!(action, Action::Observe(_)) {
+            left -= 1;
+        }
+        walk.take(action);
+    }
+    walk.runs
+}
+
+#[test]
+fn the_program_does_what_the_model_does() {
+    let named = std::env::var(SEED).unwrap_or_else(|_| fastrand::u32(..).to_string());
+    let (seed, only) = match named.split_once('/') {
+        Some((seed, only)) => (seed, Some(only.parse::<usize>().expect("a number"))),
+        None => (named.as_str(), None),
+    };
+    println!("{SEED}={seed}");
+    let mut random = fastrand::Rng::with_seed(seed.parse().expect("a number"));
+    let mut runs: Vec<(String, Run)> = Vec::new();
+    for (system, property) in seeded_bugs() {
+        let named =
+            counterexample(&system, property, &mut random).into_iter().map(|run| (format!("{:?}", system.bug), run));
+        runs.extend(named);
+    }
+    for system in systems() {
+        let drawn = drawn(&system, &mut random);
+        runs.extend(drawn.into_iter().map(|run| (String::from("drawn"), run)));
+    }
+    let next = AtomicUsize::new(0);
+    let (played, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for _ in 0..LANES {
+            scope.spawn(|| {
+                loop {
+                    let n = next.fetch_add(1, Relaxed);
+                    let Some((why, run)) = runs.get(n) else {
+                        return;
+                    };
+                    if only.is_some_and(|only| only != n) {
+                        continue;
+                    }
+                    if let Err(difference) = play(run, n as u64) {
+                        failures.lock().unwrap().push(format!("{SEED}={seed}/{n} ({why}): {difference}"));
+                    }
+                    played.fetch_add(1, Relaxed);
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap();
+    println!("{} runs of the model played against the program, {} differ", played.into_inner(), failures.len());
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}
