@@ -1,6 +1,6 @@
 //! Who descends from us, as /proc tells it: the command, and what it has started, whatever group or session that is in.
 
-use nix::unistd::{Pid, getpid};
+use nix::unistd::{Pid, getpgrp, getpid, getsid};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -25,8 +25,11 @@ pub(super) struct Stat {
 
 impl Stat {
     /// Our own; `None` where there is no /proc of our PID namespace.
+    ///
+    /// Group and session are asked for by system calls, as qemu-user 7.2 shows zeroes for them in /proc/self/stat.
     pub(super) fn own() -> Option<Self> {
-        read("self").filter(|own| own.pid == getpid())
+        let own = read("self").filter(|own| own.pid == getpid())?;
+        Some(Self { group: getpgrp(), session: getsid(None).ok()?, ..own })
     }
 
     fn parse(text: &str) -> Option<Self> {

@@ -39,9 +39,6 @@ fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
 
 #[test]
 fn a_command_that_ignores_the_time_limit_is_killed_with_its_group() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     let (queue, proxy, running, limit) = over_limit(
         ("limit-deaf", QueueKind::Classic),
         &["--kill-after", "300ms"],
@@ -68,9 +65,6 @@ fn a_time_limit_dead_letters_where_failures_do() {
 
 #[test]
 fn the_first_of_a_signal_and_the_time_limit_decides() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     // The signal first: an eviction, though the limit is what ends the command.
     let (queue, proxy) = one_message("signal-first", QueueKind::Classic);
     let script = "trap 'echo got TERM' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
@@ -96,9 +90,6 @@ fn the_first_of_a_signal_and_the_time_limit_decides() {
 
 #[test]
 fn grace_kills_a_command_that_ignores_the_signal() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("grace", kind);
         let running = running(
@@ -116,9 +107,6 @@ fn grace_kills_a_command_that_ignores_the_signal() {
 
 #[test]
 fn a_lost_delivery_terminates_the_command() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     for kind in QueueKind::ALL {
         for script in [
             "trap 'echo terminated; exit 0' TERM; echo running; sleep 1000 & wait",

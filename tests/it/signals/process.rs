@@ -86,9 +86,6 @@ fn a_shortage_of_processes_is_no_broken_command() {
 
 #[test]
 fn a_signal_that_may_not_be_sent_is_warned_about() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     if !owner::is_root() || owner::find_in_path("setpriv").is_none() {
         return missing("root, and setpriv");
     }
@@ -110,9 +107,6 @@ fn a_signal_that_may_not_be_sent_is_warned_about() {
 
 #[test]
 fn a_command_leads_a_process_group_of_its_own() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     let (queue, proxy) = one_message("group", QueueKind::Classic);
     let running = behind(&proxy, &queue).args(["--", "cut", "-d ", "-f1,4,5", "/proc/self/stat"]).spawn();
     let text = running.finish(PATIENCE).stdout_text();
@@ -330,9 +324,6 @@ fn a_delivery_lost_while_something_is_left_is_no_success() {
 
 #[test]
 fn what_was_there_before_the_command_is_none_of_its_own() {
-    if emulator_lacks("process groups in /proc/self/stat") {
-        return;
-    }
     // As PID 1's other children: a shell starts something, and then becomes qconsume.
     let (queue, proxy) = one_message("stranger", QueueKind::Classic);
     let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
