@@ -74,6 +74,8 @@ pub(super) struct Run {
     pub(super) count: u64,
     /// The messages that it said it has acknowledged, and when.
     pub(super) acknowledged: Vec<(u64, u64)>,
+    /// Whether all that it said was heard: nobody read its log for a while, so some of it may come late or never.
+    pub(super) heard: bool,
     /// All that it said, for the report of a failure.
     pub(super) said: String,
 }

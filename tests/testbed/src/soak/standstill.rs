@@ -169,6 +169,7 @@ mod tests {
             at: at * SECOND,
             count: 1,
             acknowledged: acknowledged.iter().map(second).collect(),
+            heard: true,
             said: format!("qconsume: warning: of {number}\nlast of {number}\n"),
         }
     }

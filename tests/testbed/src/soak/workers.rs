@@ -100,8 +100,16 @@ impl Soak<'_> {
             .queue(&self.queue)
             .env(BOOK, &self.book)
             .env(RUN, number.to_string());
-        let mut run =
-            Run { number, started: now(), end: End::Hung, at: 0, count, acknowledged: Vec::new(), said: String::new() };
+        let mut run = Run {
+            number,
+            started: now(),
+            end: End::Hung,
+            at: 0,
+            count,
+            acknowledged: Vec::new(),
+            heard: !noisy,
+            said: String::new(),
+        };
         let worker = Arc::new(worker.spawn());
         self.register.lock().insert(number, worker.clone());
         let terminates = random.bool();

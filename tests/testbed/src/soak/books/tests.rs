@@ -3,7 +3,7 @@ use super::*;
 const SECOND: u64 = 1_000_000_000;
 
 fn run(number: u64, end: End, at: u64, acknowledged: &[(u64, u64)]) -> Run {
-    Run { number, started: 0, end, at, count: 1, acknowledged: acknowledged.to_vec(), said: String::new() }
+    Run { number, started: 0, end, at, count: 1, acknowledged: acknowledged.to_vec(), heard: true, said: String::new() }
 }
 
 /// One that exits with 0 after message 1.
