@@ -1,5 +1,5 @@
 //! qconsume itself. What it decides is src's own code: `verdict::decide`, `verdict::Course` and `settlement::Settling`. Here is only
-//! what carries that out, as src/worker.rs and src/broker/settle.rs do; [`crate::replay`] plays both against each other.
+//! what carries that out, as src/worker.rs and src/broker/settle.rs do; [`crate::replay`] compares both.
 
 use crate::{
     broker::{Delivery, Id, Link, Queue, Reply, Request},
@@ -28,7 +28,7 @@ pub enum Ending {
     Failure(u8),
     /// It died of the SIGTERM that it was sent: by the one who sent it to us, or at the time limit.
     Stopped,
-    /// It never ran, as there was no process to be had, or no time: with the exit status for that.
+    /// It never ran, as no process could be started, or as the run was stopped: the exit status for that.
     NotStarted(u8),
 }
 
@@ -39,7 +39,7 @@ pub enum Stop {
     TimeLimit,
 }
 
-/// A message that has come while something else was awaited, and another one, which means that the first is requeued.
+/// A message that has come while something else was awaited. If there is a second one, the first is requeued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Arrived {
     first: Delivery,
@@ -98,6 +98,13 @@ pub enum Phase {
         status: u8,
     },
     Ended(End),
+}
+
+impl Phase {
+    /// Whether this is the pause before the second barrier.
+    pub fn pauses(&self) -> bool {
+        matches!(self, Self::Settling(it) if it.settling.step() == Step::Pause)
+    }
 }
 
 /// How a worker has ended.
@@ -229,7 +236,7 @@ impl Worker {
     /// Whether [`Step::Pause`] is over: the queue tells the channel within it.
     pub fn may_look_again(&self) -> bool {
         let told = self.link.as_ref().is_some_and(|link| !link.expired);
-        told && matches!(self.phase, Phase::Settling(it) if it.settling.step() == Step::Pause)
+        told && self.phase.pauses()
     }
 
     /// Whether SIGTERM would still find the process, and for the first time.
@@ -397,7 +404,7 @@ impl Worker {
         }
         let verdict = verdict(system, run, ending, true);
         if system.no_ack {
-            return self.settled(system, run, Some(ending), None, Outcome::Confirmed);
+            return self.settled(system, run, Some(ending), None);
         }
         let settlement = verdict.settlement.expect("it is still owned");
         let is_last = self.next(verdict, run) != Next::Message;
@@ -448,7 +455,7 @@ impl Worker {
                     }
                 }
                 Step::Barrier if system.bug == Some(Bug::NoBarrier) => {
-                    return self.settled(system, it.run, it.ending, it.next, Outcome::Confirmed);
+                    return self.settled(system, it.run, it.ending, it.next);
                 }
                 Step::Barrier => {
                     if !it.asked {
@@ -460,7 +467,7 @@ impl Worker {
                 }
                 Step::Pause => return,
                 Step::Done(Outcome::Confirmed) => {
-                    return self.settled(system, it.run, it.ending, it.next, Outcome::Confirmed);
+                    return self.settled(system, it.run, it.ending, it.next);
                 }
                 Step::Done(outcome) => {
                     let status = match it.ending {
@@ -484,7 +491,7 @@ impl Worker {
         };
         if event == Event::Closed && system.bug == Some(Bug::LossAfterReply) && after_first_reply(it.settling) {
             let it = *it;
-            return self.settled(system, it.run, it.ending, it.next, Outcome::Confirmed);
+            return self.settled(system, it.run, it.ending, it.next);
         }
         it.asked &= event != Event::Reply;
         it.settling.happened(event);
@@ -492,14 +499,7 @@ impl Worker {
     }
 
     /// The settlement is confirmed.
-    fn settled(
-        &mut self,
-        system: &System,
-        run: Run,
-        ending: Option<Ending>,
-        next_one: Option<Arrived>,
-        outcome: Outcome,
-    ) {
+    fn settled(&mut self, system: &System, run: Run, ending: Option<Ending>, next_one: Option<Arrived>) {
         let Some(ending) = ending else {
             return match self.course.stopped_by {
                 Some(_) => self.end(system, TERMINATED, true),
@@ -507,7 +507,7 @@ impl Worker {
             };
         };
         let verdict = verdict(system, run, ending, true);
-        let status = verdict.status(outcome);
+        let status = verdict.status(Outcome::Confirmed);
         if matches!(ending, Ending::NotStarted(_)) {
             return self.end(system, status, true);
         }

@@ -1,5 +1,5 @@
-//! The program itself is asked: what the model says of it, a scripted peer plays against the real binary, which must write the same
-//! to the broker, and exit with the same status. So neither can drift from the other.
+//! The model's runs are played against the real binary by a scripted peer. The program must write the same to the broker, and exit with
+//! the same status, so that neither can drift from the other.
 
 mod play;
 mod run;
@@ -7,7 +7,7 @@ mod run;
 use crate::{
     broker::Kind,
     seeded_bugs, shortest,
-    system::{Action, System},
+    system::{Action, Bug, System},
 };
 use play::play;
 use run::{Run, Walk};
@@ -20,7 +20,7 @@ use std::{
     thread,
 };
 
-/// Draws the same runs again; `SEED/N` plays only the Nth of them.
+/// Draws the same runs again, as in `QCONSUME_TEST_SEED=1234`; `1234/5` plays only number 5 of them.
 const SEED: &str = "QCONSUME_TEST_SEED";
 
 /// How many runs of each system are played.
@@ -84,7 +84,8 @@ fn next(walk: &Walk, random: &mut fastrand::Rng) -> Option<Action> {
     wanted.into_iter().find(|actions| !actions.is_empty()).and_then(|actions| random.choice(actions))
 }
 
-/// The runs of the unbroken model in which a seeded bug would show: what breaks the broken one happens there, too.
+/// The runs of the sound model in which a seeded bug would show: the steps that break the broken one, as far as they are there, and
+/// then any.
 fn counterexample(system: &System, property: &'static str, random: &mut fastrand::Rng) -> Vec<Run> {
     let path = shortest(system, property).expect("another test looks for it");
     let system = System { bug: None, ..system.clone() };
@@ -113,15 +114,13 @@ fn the_program_does_what_the_model_does() {
     };
     println!("{SEED}={seed}");
     let mut random = fastrand::Rng::with_seed(seed.parse().expect("a number"));
-    let mut runs: Vec<(String, Run)> = Vec::new();
+    let mut runs: Vec<(Option<Bug>, Run)> = Vec::new();
     for (system, property) in seeded_bugs() {
-        let named =
-            counterexample(&system, property, &mut random).into_iter().map(|run| (format!("{:?}", system.bug), run));
-        runs.extend(named);
+        let shown = counterexample(&system, property, &mut random);
+        runs.extend(shown.into_iter().map(|run| (system.bug, run)));
     }
     for system in systems() {
-        let drawn = drawn(&system, &mut random);
-        runs.extend(drawn.into_iter().map(|run| (String::from("drawn"), run)));
+        runs.extend(drawn(&system, &mut random).into_iter().map(|run| (None, run)));
     }
     let next = AtomicUsize::new(0);
     let (played, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -130,14 +129,15 @@ fn the_program_does_what_the_model_does() {
             scope.spawn(|| {
                 loop {
                     let n = next.fetch_add(1, Relaxed);
-                    let Some((why, run)) = runs.get(n) else {
+                    let Some((bug, run)) = runs.get(n) else {
                         return;
                     };
                     if only.is_some_and(|only| only != n) {
                         continue;
                     }
                     if let Err(difference) = play(run, n as u64) {
-                        failures.lock().unwrap().push(format!("{SEED}={seed}/{n} ({why}): {difference}"));
+                        let drawn = bug.map_or("drawn".to_owned(), |bug| format!("{bug:?}"));
+                        failures.lock().unwrap().push(format!("{SEED}={seed}/{n} ({drawn}): {difference}"));
                     }
                     played.fetch_add(1, Relaxed);
                 }

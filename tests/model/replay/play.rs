@@ -1,5 +1,5 @@
-//! Plays one run against the program: the broker, the signals and the command do what the model says, when it says so. Nothing is
-//! timed: what the program has written, and what its command has said, tell how far it is.
+//! Plays one run against the program: the broker, the signals and the command do what the model says, when it says so. Each step waits
+//! for what the program has written, or for what its command has said, never for a time to pass.
 
 use super::run::{Run, Step, What};
 use crate::{
@@ -20,14 +20,14 @@ use testbed::{
     peer::{self, Answer, Peer, Request as Seen},
 };
 
-/// How long the program may take for anything.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the program may take for anything; only one that differs takes as long.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What `--wait` and `--timeout` are, if the model's program meets them. A machine may be too slow to do the rest within that: then
-/// the run is played again with a longer time.
+/// `--wait` and `--timeout`, if they pass in this run. It is played again, with the next ones, if that may have been too early
+/// ([`Run::is_timed`]).
 const LIMITS: [&str; 3] = ["500ms", "2s", "10s"];
 
-/// The broker is asked twice from 80 % of it on.
+/// A run is long from 80 % of it on: [`System::long`](crate::system::System::long).
 const ACK_TIMEOUT: &str = "100ms";
 const LONG: Duration = Duration::from_millis(85);
 
@@ -35,7 +35,7 @@ const LONG: Duration = Duration::from_millis(85);
 const TIMED_OUT: &str =
     "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: 1800000 ms.";
 
-/// Says what happens to it, and ends as it is told, by the pipe whose place stands for `PIPE`.
+/// Says what happens to it, and ends as the pipe tells it, whose path replaces `PIPE`.
 const COMMAND: &str = r#"
 trap 'echo term' TERM
 read -r body
@@ -54,8 +54,7 @@ pub type Difference = String;
 /// # Errors
 /// What the program has done differently, and the run.
 pub fn play(run: &Run, seed: u64) -> Result<(), Difference> {
-    let is_timed = run.steps.iter().any(|step| matches!(step.what, What::TimeLimit | What::WaitOver));
-    let limits = if is_timed { &LIMITS[..] } else { &LIMITS[2..] };
+    let limits = if run.is_timed() { &LIMITS[..] } else { &LIMITS[..1] };
     let mut result = Ok(());
     for limit in limits {
         result = Player::new(run, limit, seed).play();
@@ -72,12 +71,15 @@ struct Player<'a> {
     program: Running,
     /// Tells commands how to end, one after the other.
     ends: PipeWriter,
-    _ends: PipeReader,
+    /// Commands open it by its path.
+    _reader: PipeReader,
     random: fastrand::Rng,
     /// The connection at hand, counted from 1; there is none before the first.
     connection: usize,
     /// What the program should have written, for each connection.
     expected: Vec<Vec<Request>>,
+    /// What it may have written already, as it does so by itself: after a pause, for example.
+    ahead: Vec<Request>,
     log: Arc<Mutex<Log>>,
     /// What is to be sent with the next thing that is.
     unsent: Vec<u8>,
@@ -113,10 +115,11 @@ impl<'a> Player<'a> {
             peer,
             program,
             ends,
-            _ends: reader,
+            _reader: reader,
             random: fastrand::Rng::with_seed(seed),
             connection: 0,
             expected: Vec::new(),
+            ahead: Vec::new(),
             log,
             unsent: Vec::new(),
             is_read: true,
@@ -134,7 +137,7 @@ impl<'a> Player<'a> {
         let steps = &self.run.steps;
         let mut difference = None;
         while at < steps.len() && difference.is_none() {
-            let done = self.step(&steps[at], steps.get(at + 1));
+            let done = self.step(&steps[at], &steps[at + 1..]);
             at += 1;
             match done {
                 // A signal was sent together with the step before it.
@@ -162,20 +165,21 @@ impl<'a> Player<'a> {
     }
 
     /// Lets one thing happen, and waits until the program has done what it does then. Whether that was the next step, too.
-    fn step(&mut self, step: &Step, next: Option<&Step>) -> Result<bool, Difference> {
+    fn step(&mut self, step: &Step, later: &[Step]) -> Result<bool, Difference> {
+        let next = later.first();
         let ends = matches!(step.after, Phase::Ended(_));
         let is_taken = matches!(step.after, Phase::Taken(_));
         let with_signal = is_taken && next.is_some_and(|next| next.what == What::Stop);
-        self.expect(step);
+        self.expect(step, later);
         match step.what {
             What::Connect => self.connect()?,
             What::Receive(reply, before) => {
                 self.send(reply, before);
                 if is_taken && next.is_some_and(|next| matches!(next.what, What::CommandEnds(Ending::NotStarted(_)))) {
-                    self.leave_no_descriptor();
+                    self.leave_no_descriptor()?;
                 }
                 if with_signal {
-                    self.meet();
+                    self.meet()?;
                 } else if next.is_some_and(|next| matches!(next.what, What::Receive(..))) && step.writes.is_empty() {
                     // The next one comes right behind it.
                     return Ok(false);
@@ -183,22 +187,14 @@ impl<'a> Player<'a> {
                 self.flush(ends);
             }
             What::Notice => self.lose(),
-            What::Start if step.writes.is_empty() || self.run.system.no_ack => {
-                if let Phase::Running(run) = step.after {
-                    self.wait_for_start(run.delivery.id)?;
-                }
-            }
-            // It releases the message.
-            What::Start => {}
             What::TimeLimit => self.wait_for_term()?,
-            What::CommandEnds(Ending::NotStarted(_)) => {}
-            What::CommandEnds(ending) => {
+            What::CommandEnds(ending) if matches!(step.before, Phase::Running(_)) => {
                 if self.run.system.long {
                     thread::sleep(LONG.saturating_sub(self.started.elapsed()));
                 }
                 self.end_command(ending);
             }
-            What::LookAgain | What::Ask | What::WaitOver => {}
+            What::Start | What::CommandEnds(_) | What::LookAgain | What::Ask | What::WaitOver => {}
             What::Stop => self.stop(step)?,
             What::Kill => self.program.signal(Signal::SIGKILL),
         }
@@ -214,16 +210,15 @@ impl<'a> Player<'a> {
             self.is_read |= !step.writes.is_empty();
         }
         if let Phase::Running(run) = step.after
-            && !matches!(step.before, Phase::Running(_) | Phase::Taken(_))
+            && !matches!(step.before, Phase::Running(_))
         {
-            // With --no-ack, once the acknowledgement is confirmed.
             self.wait_for_start(run.delivery.id)?;
         }
         Ok(with_signal)
     }
 
     /// Takes note of what the model's program writes in this step.
-    fn expect(&mut self, step: &Step) {
+    fn expect(&mut self, step: &Step, later: &[Step]) {
         if step.what == What::Connect {
             self.expected.push(Vec::new());
         }
@@ -237,6 +232,9 @@ impl<'a> Player<'a> {
                 self.expected.last_mut().expect("there is one").push(*request);
             }
         }
+        let may_come = later.iter().take_while(|step| step.is_programs_own() || step.writes.is_empty());
+        self.ahead =
+            may_come.flat_map(|step| step.writes.iter().copied()).filter(|it| *it != Request::Declare).collect();
     }
 
     fn connect(&mut self) -> Result<(), Difference> {
@@ -269,11 +267,11 @@ impl<'a> Player<'a> {
         let channel = self.channel();
         let bytes = match reply {
             Reply::Deliver(delivery) => self.message(delivery, before),
-            Reply::QosOk => self.answer(Method::BASIC_QOS, |seen| usual(seen, 0)),
-            Reply::CancelOk => self.answer(Method::BASIC_CANCEL, |seen| usual(seen, 0)),
+            Reply::QosOk => self.answer(Method::BASIC_QOS, 0),
+            Reply::CancelOk => self.answer(Method::BASIC_CANCEL, 0),
             Reply::DeclareOk { empty } => {
                 self.asks = false;
-                self.answer(Method::QUEUE_DECLARE, |seen| usual(seen, u32::from(!empty)))
+                self.answer(Method::QUEUE_DECLARE, u32::from(!empty))
             }
             Reply::ConsumerCancelled => frames::basic_cancel(channel, "qconsume"),
             Reply::ChannelClosed => {
@@ -307,11 +305,11 @@ impl<'a> Player<'a> {
         peer::counted_message(self.channel(), self.delivered, before > 0, &counts, body.as_bytes())
     }
 
-    /// The answer to the first request of this method that is open, if there is one.
-    fn answer(&self, method: Method, with: impl Fn(&Seen) -> Vec<u8>) -> Vec<u8> {
+    /// The answer to the first request of this method that is open, if there is one, with so many messages ready.
+    fn answer(&self, method: Method, ready: u32) -> Vec<u8> {
         self.with_log(|connection| {
             let at = connection.open.iter().position(|seen| seen.method == method);
-            at.map_or(Vec::new(), |at| with(&connection.open.remove(at)))
+            at.map_or(Vec::new(), |at| usual(&connection.open.remove(at), ready))
         })
     }
 
@@ -320,8 +318,8 @@ impl<'a> Player<'a> {
         self.with_log(|connection| connection.channel.unwrap_or_default())
     }
 
-    /// Sends what is to be sent; at the end of the run together with whatever a broker would answer, which the program mustn't take
-    /// for more than it is.
+    /// Sends what is to be sent. At the end of the run, the answers to everything that is open follow it: a program that goes on where
+    /// the model's has ended would take them for a success.
     fn flush(&mut self, with_answers: bool) {
         if with_answers {
             self.answer_all();
@@ -350,28 +348,30 @@ impl<'a> Player<'a> {
     }
 
     /// A message and SIGTERM meet before the command starts: the program looks at neither before both are there.
-    fn meet(&mut self) {
+    fn meet(&mut self) -> Result<(), Difference> {
         self.program.signal(Signal::SIGSTOP);
         let threads = format!("/proc/{}/task", self.program.pid());
         let has_stopped = |thread: fs::DirEntry| {
             let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
             stat.rsplit(") ").next().is_some_and(|fields| fields.starts_with('T'))
         };
-        let all_stopped = || fs::read_dir(&threads).is_ok_and(|threads| threads.flatten().all(has_stopped));
-        assert!(testbed::eventually(PATIENCE, all_stopped), "the program can be stopped");
+        self.wait("SIGSTOP's effect", |_| {
+            Ok(fs::read_dir(&threads).is_ok_and(|threads| threads.flatten().all(has_stopped)))
+        })?;
         self.may_cancel = true;
         self.flush(false);
         self.program.signal(Signal::SIGTERM);
         self.program.signal(Signal::SIGCONT);
+        Ok(())
     }
 
     /// Nothing can be started any more: EMFILE.
-    fn leave_no_descriptor(&self) {
+    fn leave_no_descriptor(&self) -> Result<(), Difference> {
         let folder = format!("/proc/{}/fd", self.program.pid());
         let free = (0..).find(|fd| fs::symlink_metadata(format!("{folder}/{fd}")).is_err()).unwrap_or(0);
         let pid = self.program.pid().to_string();
         let limited = Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={free}:")]).status();
-        assert!(limited.is_ok_and(|status| status.success()), "prlimit(1) is there");
+        limited.is_ok_and(|status| status.success()).then_some(()).ok_or("prlimit(1) failed".to_owned())
     }
 
     fn stop(&mut self, step: &Step) -> Result<(), Difference> {
@@ -475,11 +475,13 @@ impl<'a> Player<'a> {
             };
             let written: Vec<_> =
                 self.log.lock().unwrap().connection(n).written.iter().filter_map(comparable).collect();
-            let expected: Vec<_> = expected.iter().filter_map(comparable).collect();
-            if !expected.starts_with(&written) || at_end && written.len() < expected.len() {
+            let due = expected.iter().filter_map(comparable).count();
+            let ahead = self.ahead.iter().filter(|_| n == self.expected.len());
+            let expected: Vec<_> = expected.iter().chain(ahead).filter_map(comparable).collect();
+            if !expected.starts_with(&written) || at_end && written.len() < due {
                 return Err(format!("on connection {n} it wrote {written:?} instead of {expected:?}"));
             }
-            if written.len() < expected.len() {
+            if written.len() < due {
                 return Ok(false);
             }
         }
@@ -535,7 +537,7 @@ fn program(run: &Run, limit: &str) -> Program {
     program = program.args(["--log-level", "debug"]);
     program = match system.count {
         None => program.arg("--drain"),
-        Some(count) => program.args(["--count", &count.to_string()]),
+        Some(count) => program.arg(format!("--count={count}")),
     };
     let policy = &system.policy;
     let switches = [
@@ -551,7 +553,7 @@ fn program(run: &Run, limit: &str) -> Program {
     ];
     for (option, number) in numbers {
         if let Some(number) = number {
-            program = program.args([option, &number.to_string()]);
+            program = program.arg(format!("{option}={number}"));
         }
     }
     if system.long {

@@ -41,6 +41,17 @@ pub struct Step {
     pub writes: Vec<Request>,
 }
 
+impl Step {
+    /// Whether the program does it by itself: nobody tells it when.
+    pub fn is_programs_own(&self) -> bool {
+        match self.what {
+            What::Start | What::LookAgain | What::Ask | What::WaitOver => true,
+            What::CommandEnds(ending) => matches!(ending, Ending::NotStarted(_)),
+            _ => false,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Run {
     pub system: System,
@@ -56,6 +67,17 @@ impl Run {
             what => format!("{what:?} {:?}", phase(&step.before)),
         };
         self.steps.iter().map(kind).collect()
+    }
+
+    /// Whether a busy machine may be too slow for it: a time that the program keeps may pass early. That are `--wait`, `--timeout`, the
+    /// pause before the second barrier, and the two seconds in which a cancel has to be answered.
+    pub fn is_timed(&self) -> bool {
+        self.steps.iter().any(|step| match step.what {
+            What::TimeLimit | What::WaitOver => true,
+            What::LookAgain => false,
+            _ if step.before.pauses() => !step.after.pauses(),
+            _ => matches!(step.after, Phase::Cancelling(_) | Phase::Releasing { .. }),
+        })
     }
 
     /// Whether the peer can make all of this happen. What is lost between a message and its command's start may have been lost before
@@ -145,10 +167,10 @@ impl<'a> Walk<'a> {
             self.open[w].push(Step { what, before, after, writes });
             if let Phase::Ended(end) = after {
                 let steps = std::mem::take(&mut self.open[w]);
-                self.runs.push(Run { system: self.system.clone(), steps, status: end.status });
+                let run = Run { system: self.system.clone(), steps, status: end.status };
+                self.runs.extend(Some(run).filter(Run::is_playable));
             }
         }
-        self.runs.retain(Run::is_playable);
     }
 
     /// A quorum queue of 4.3 says how often a message was acquired. Others say of a message that comes again that it failed.
