@@ -69,7 +69,7 @@ impl Run {
         self.steps.iter().map(kind).collect()
     }
 
-    /// Whether a busy machine may be too slow for it: a time that the program keeps may pass early. That are `--wait`, `--timeout`, the
+    /// Whether a busy machine may be too slow for it, as a time that the program keeps passes too early: `--wait`, `--timeout`, the
     /// pause before the second barrier, and the two seconds in which a cancel has to be answered.
     pub fn is_timed(&self) -> bool {
         self.steps.iter().any(|step| match step.what {
