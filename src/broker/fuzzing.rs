@@ -1,8 +1,10 @@
 //! The way of what a broker sends, from the frame on the wire to what qconsume makes of it.
 
 use super::{
-    address::Address, errors::ConnectError, message::Message, observed::Observed, refused::Asked, tap::Tap,
-    token::Credentials,
+    consume::message::Message,
+    errors::ConnectError,
+    reach::{address::Address, observed::Observed, tap::Tap, token::Credentials},
+    refused::Asked,
 };
 use lapin::{
     ConnectionState, ErrorKind,

@@ -1,8 +1,8 @@
 //! Why a delivery was lost, in words, and what to do about it.
 
-use super::{
+use super::errors::{Meaning, described, unreadable};
+use super::reach::{
     connection::OpenConnection,
-    errors::{Meaning, described, unreadable},
     observed::{Observed, Version},
 };
 use crate::exit::Failure;

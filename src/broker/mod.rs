@@ -1,37 +1,26 @@
-//! The only part that knows lapin: addresses, connections, deliveries and how they are settled.
+//! The only part that knows lapin. `reach` is the way to the broker, `consume` takes and settles messages, `publish` publishes them,
+//! `errors` says what a refusal means and what it leads to.
 
-pub mod address;
-mod connect;
-mod connection;
-mod consumer;
+mod consume;
 mod errors;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod lost;
-mod message;
-mod nodes;
-mod observed;
-mod properties;
-mod publisher;
+mod publish;
+pub mod reach;
 mod refused;
-mod resolve;
-mod settle;
-mod subscription;
-mod tap;
-mod tls;
-mod tls_errors;
-mod token;
 mod topology;
-mod transport;
 
-pub use connect::{Broker, ConnectOptions};
-pub use connection::OpenConnection;
-pub use consumer::Consumer;
+pub use consume::{consumer::Consumer, message::Message, subscription::ConsumerOptions};
 pub use errors::ConnectError;
 pub use lost::DeliveryLost;
-pub use message::Message;
-pub use nodes::{Nodes, SecretFile, TlsOptions};
-pub use properties::{Properties, Route};
-pub use publisher::{Gap, Messages, Publisher, Tally};
-pub use subscription::ConsumerOptions;
+pub use publish::{
+    properties::{Properties, Route},
+    publisher::{Gap, Messages, Publisher, Tally},
+};
+pub use reach::{
+    connect::{Broker, ConnectOptions},
+    connection::OpenConnection,
+    nodes::{Nodes, SecretFile, TlsOptions},
+};
 pub use topology::{Declare, Topology};

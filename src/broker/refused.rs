@@ -1,9 +1,9 @@
 //! What is said, and done, when the broker refuses: by what it was asked for, and what its refusal means.
 
-use super::{
+use super::errors::{ConnectError, Meaning, Refusal, closed, described, unreadable};
+use super::reach::{
     address::Address,
     connection::OpenConnection,
-    errors::{ConnectError, Meaning, Refusal, closed, described, unreadable},
     observed::Observed,
     tls_errors,
     token::{Credentials, Token},

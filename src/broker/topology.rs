@@ -1,8 +1,8 @@
 //! What is declared and bound before a subscription.
 
 use super::{
-    connection::OpenConnection,
     errors::{ConnectError, Meaning},
+    reach::connection::OpenConnection,
     refused::Asked,
 };
 use lapin::{

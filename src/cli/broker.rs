@@ -4,7 +4,7 @@ use super::{AMQP_TOOLS, Given, name, switch};
 use crate::{
     broker::{
         Broker, ConnectOptions, Nodes, SecretFile, TlsOptions,
-        address::{Address, Secret, parse_list},
+        reach::address::{Address, Secret, parse_list},
     },
     clock::duration_above_zero,
     exit::Failure,

@@ -1,6 +1,6 @@
 //! What the values of options look like.
 
-pub(crate) use crate::broker::address::name;
+pub(crate) use crate::broker::reach::address::name;
 
 /// A switch's variable.
 pub(crate) fn switch(text: &str) -> Result<bool, String> {

@@ -50,7 +50,7 @@ impl Message {
         }
     }
 
-    /// What `src/broker/message.rs` makes of the headers of a delivery.
+    /// What `src/broker/consume/message.rs` makes of the headers of a delivery.
     pub fn failures(&self, kind: Kind) -> Option<u8> {
         (kind != Kind::Classic || self.count == 0).then_some(self.count)
     }

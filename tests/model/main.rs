@@ -41,7 +41,7 @@
 //! each run comes to the end of its Job. [`seeded_bugs_are_found`] breaks the worker in one place after the other, and each property
 //! by that: one that can't fail would say nothing.
 //!
-//! What carries the decisions out is still a copy of src/worker.rs and src/broker/settle.rs. [`replay`] asks the program itself, and
+//! What carries the decisions out is still a copy of src/worker.rs and src/broker/consume/settle.rs. [`replay`] asks the program itself, and
 //! fails if the two differ.
 //!
 //! # Reading a counterexample

@@ -1,5 +1,5 @@
 //! qconsume itself. What it decides is src's own code: `verdict::decide`, `verdict::Course` and `settlement::Settling`. Here is only
-//! what carries that out, as src/worker.rs and src/broker/settle.rs do; [`crate::replay`] compares both.
+//! what carries that out, as src/worker.rs and src/broker/consume/settle.rs do; [`crate::replay`] compares both.
 
 use crate::{
     broker::{Delivery, Id, Link, Queue, Reply, Request},

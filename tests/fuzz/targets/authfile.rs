@@ -10,7 +10,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use qconsume::{
-    broker::address::Address,
+    broker::reach::address::Address,
     cli::{QconsumeOptions, Request, parse},
     exit::{Exit, Failure},
 };
@@ -73,7 +73,7 @@ fn check_url_file(content: &[u8]) {
         return;
     };
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let expected = qconsume::broker::address::parse_list(text);
+    let expected = qconsume::broker::reach::address::parse_list(text);
     match (read, expected) {
         (Ok((read, _)), Ok(expected)) => assert_eq!(read, expected),
         (Err(read), Err(expected)) => {

@@ -8,7 +8,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use qconsume::broker::address::{Address, Parameters, Secret, parse_list};
+use qconsume::broker::reach::address::{Address, Parameters, Secret, parse_list};
 use std::fmt::{Debug, Display};
 
 const MARK: &str = "S3CRET";

@@ -4,10 +4,9 @@
 
 use super::{
     address::{Address, Parameters},
-    errors::ConnectError,
     tls_errors::{in_handshake, is_webpki},
 };
-use crate::exit::Failure;
+use crate::{broker::errors::ConnectError, exit::Failure};
 use std::{path::Path, sync::Arc};
 use tokio::net::TcpStream;
 use tokio_rustls::{

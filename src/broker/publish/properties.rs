@@ -1,6 +1,6 @@
 //! What qpublish's messages carry, and where they go.
 
-use super::address::name;
+use crate::broker::reach::address::name;
 use clap::Args;
 use lapin::{
     BasicProperties,

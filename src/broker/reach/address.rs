@@ -175,7 +175,7 @@ impl Address {
     }
 
     /// Whether the client's certificate says who we are (EXTERNAL), instead of the user name and the password.
-    pub(super) fn logs_in_by_certificate(&self) -> bool {
+    pub(in crate::broker) fn logs_in_by_certificate(&self) -> bool {
         self.parameters.auth_mechanism == Some(SASLMechanism::External)
     }
 }

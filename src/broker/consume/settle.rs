@@ -2,11 +2,11 @@
 
 use super::{
     consumer::Held,
-    lost::DeliveryLost,
     message::Fingerprint,
     subscription::{RELEASE, Subscription},
 };
 use crate::{
+    broker::lost::DeliveryLost,
     report::{HumanDuration, with_reminders},
     settlement::{Event, Outcome, Settling, Step},
     verdict::Settlement,

@@ -1,10 +1,7 @@
 //! What went wrong when TLS did, in words.
 
-use super::{
-    address::{Address, Parameters},
-    errors::ConnectError,
-};
-use crate::exit::Failure;
+use super::address::{Address, Parameters};
+use crate::{broker::errors::ConnectError, exit::Failure};
 use std::{
     fmt::Display,
     io,
@@ -31,7 +28,7 @@ pub(super) fn in_handshake(error: &io::Error, parameters: &Parameters) -> Connec
 
 /// What an error on a connection means that TLS was agreed on for: with TLS 1.3 a broker's refusal of the client's
 /// certificate comes when the handshake is over for us.
-pub(super) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
+pub(in crate::broker) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
         rustls::Error::AlertReceived(alert) => Some(refused(*alert, &address.parameters)),
         _ => None,

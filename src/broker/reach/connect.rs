@@ -3,7 +3,6 @@
 use super::{
     address::Address,
     connection::{Cutter, OpenConnection},
-    errors::ConnectError,
     nodes::{Nodes, SecretFile},
     resolve::resolve,
     tap::Tap,
@@ -11,6 +10,7 @@ use super::{
     transport::{Socket, TappedStream, lapin_runtime},
 };
 use crate::{
+    broker::errors::ConnectError,
     exit::Failure,
     report::{HumanDuration, Reminder, with_reminders},
 };
@@ -71,7 +71,7 @@ pub struct Broker {
     nodes: Nodes,
     /// How many attempts there were.
     attempts: usize,
-    pub(super) options: ConnectOptions,
+    pub(in crate::broker) options: ConnectOptions,
     /// Since when the broker has refused each login.
     refused_since: Option<Instant>,
     /// Why the files couldn't be read again, if they couldn't.
@@ -115,7 +115,7 @@ impl Broker {
     }
 
     /// One attempt at the next node.
-    pub(super) async fn attempt(&mut self, deadline: Instant) -> Result<OpenConnection, ConnectError> {
+    pub(in crate::broker) async fn attempt(&mut self, deadline: Instant) -> Result<OpenConnection, ConnectError> {
         if self.attempts > 0 && self.nodes.may_change() {
             self.read_again();
         }
@@ -283,8 +283,8 @@ impl Broker {
 }
 
 /// The attempts within one `--connect-timeout`.
-pub(super) struct Attempts {
-    pub(super) deadline: Instant,
+pub(in crate::broker) struct Attempts {
+    pub(in crate::broker) deadline: Instant,
     limit: Duration,
     pause: Duration,
     last: Option<Failure>,
@@ -292,7 +292,7 @@ pub(super) struct Attempts {
 }
 
 impl Attempts {
-    pub(super) fn new(limit: Duration) -> Self {
+    pub(in crate::broker) fn new(limit: Duration) -> Self {
         Self {
             deadline: Instant::now() + limit,
             limit,
@@ -306,7 +306,7 @@ impl Attempts {
     ///
     /// # Errors
     /// The failure, when it is permanent or time is up.
-    pub(super) async fn failed(&mut self, error: ConnectError) -> Result<(), Failure> {
+    pub(in crate::broker) async fn failed(&mut self, error: ConnectError) -> Result<(), Failure> {
         let mut failure = error.failure;
         if !error.transient {
             return Err(failure);

@@ -52,7 +52,7 @@ pub struct Parameters {
 
 impl Parameters {
     /// What follows the `?`. Empty pairs (`?`, `a=1&`) are nothing.
-    pub(super) fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
+    pub(in crate::broker) fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
         let mut parameters = Self::default();
         let mut seen = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {

@@ -1,12 +1,12 @@
 //! Publishes to one exchange with publisher confirms, many messages in flight.
 
-use super::{
-    connection::OpenConnection,
-    errors::{ConnectError, Meaning},
-    properties::{Properties, Route},
-    refused::Asked,
-};
+use super::properties::{Properties, Route};
 use crate::{
+    broker::{
+        errors::{ConnectError, Meaning},
+        reach::connection::OpenConnection,
+        refused::Asked,
+    },
     clock::sleep_until_or_never,
     exit::{Exit, Failure},
     report::HumanDuration,

@@ -1,16 +1,20 @@
 //! One delivery at a time, and whether this connection still owns it.
 
 use super::{
-    connect::{Attempts, Broker},
-    connection::OpenConnection,
-    errors::described,
-    lost::DeliveryLost,
     message::{Fingerprint, Message},
     settle,
     subscription::{ConsumerOptions, Subscription},
-    topology::{Declare, NotSubscribed, Request},
 };
 use crate::{
+    broker::{
+        errors::described,
+        lost::DeliveryLost,
+        reach::{
+            connect::{Attempts, Broker},
+            connection::OpenConnection,
+        },
+        topology::{Declare, NotSubscribed, Request},
+    },
     exit::{Exit, Failure},
     settlement::Outcome,
     verdict::Settlement,

@@ -2,9 +2,9 @@
 
 use super::{
     address::{Address, Secret},
-    errors::{Meaning, Refusal, described},
     nodes::Nodes,
 };
+use crate::broker::errors::{Meaning, Refusal, described};
 use crate::report::HumanDuration;
 use lapin::Connection;
 use std::{
@@ -26,13 +26,13 @@ const SETTLED: Duration = Duration::from_millis(200);
 
 /// What can be read of a token without its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Token {
+pub(in crate::broker) struct Token {
     expires: Option<SystemTime>,
 }
 
 impl Token {
     /// `None` if it is an ordinary password.
-    pub(super) fn parse(password: &str) -> Option<Self> {
+    pub(in crate::broker) fn parse(password: &str) -> Option<Self> {
         let mut parts = password.split('.');
         let (Some(header), Some(claims), Some(signature), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
@@ -78,12 +78,12 @@ fn decode(text: &str) -> Option<Vec<u8>> {
 
 /// What a login is tried with, or was made with.
 #[derive(Clone, Copy)]
-pub(super) struct Credentials<'a> {
-    pub(super) user: &'a str,
+pub(in crate::broker) struct Credentials<'a> {
+    pub(in crate::broker) user: &'a str,
     /// The token that takes the place of the password, if one does.
-    pub(super) token: Option<Token>,
+    pub(in crate::broker) token: Option<Token>,
     /// The file that another password may come from.
-    pub(super) file: Option<&'a Path>,
+    pub(in crate::broker) file: Option<&'a Path>,
 }
 
 impl Credentials<'_> {
@@ -97,7 +97,7 @@ impl Credentials<'_> {
     }
 
     /// What happened to the token, if that is what a refusal means, and what to do about it.
-    pub(super) fn problem(&self, refusal: &Refusal) -> Option<String> {
+    pub(in crate::broker) fn problem(&self, refusal: &Refusal) -> Option<String> {
         let problem = match self.meaning_of(refusal) {
             Meaning::TokenExpired => "the token has expired",
             Meaning::NewTokenRefused => "the broker refused the new token",
@@ -107,7 +107,7 @@ impl Credentials<'_> {
     }
 
     /// What to do about a login that is refused.
-    pub(super) fn advice_on_login(&self) -> String {
+    pub(in crate::broker) fn advice_on_login(&self) -> String {
         match (self.expired_for(), self.token) {
             (Some(ago), _) => format!("the token expired {} ago; {}", HumanDuration(ago), self.how_to_renew()),
             (None, Some(_)) => "check the token's audience, and who has signed it".to_owned(),
@@ -116,7 +116,7 @@ impl Credentials<'_> {
     }
 
     /// What to do about a permission that is missing.
-    pub(super) const fn how_to_grant(&self) -> &'static str {
+    pub(in crate::broker) const fn how_to_grant(&self) -> &'static str {
         match self.token {
             Some(_) => "the token needs a scope for it",
             None => "grant it with rabbitmqctl set_permissions",
@@ -136,7 +136,7 @@ impl Credentials<'_> {
 }
 
 /// What an open connection is logged in with. Its token is renewed for as long as this value lives.
-pub(super) struct Login {
+pub(in crate::broker) struct Login {
     user: String,
     /// Shared with the task that renews it.
     token: Arc<Mutex<Option<Token>>>,
@@ -146,7 +146,7 @@ pub(super) struct Login {
 
 impl Login {
     /// The login of a connection to `address`, one of `nodes`.
-    pub(super) fn new(connection: &Arc<Connection>, address: &Address, nodes: &Nodes) -> Self {
+    pub(in crate::broker) fn new(connection: &Arc<Connection>, address: &Address, nodes: &Nodes) -> Self {
         let token = Arc::new(Mutex::new(Token::parse(address.password.expose())));
         let file = nodes.file_with_password().map(|file| file.path().to_owned());
         let renewal = file.clone().filter(|_| !address.logs_in_by_certificate()).map(|file| {
@@ -163,7 +163,7 @@ impl Login {
     }
 
     /// As they are now.
-    pub(super) fn credentials(&self) -> Credentials<'_> {
+    pub(in crate::broker) fn credentials(&self) -> Credentials<'_> {
         let token = *self.token.lock().expect("nobody panics with it");
         Credentials { user: &self.user, token, file: self.file.as_deref() }
     }

@@ -50,7 +50,7 @@ impl Fingerprint {
 }
 
 impl Message {
-    pub(super) fn new(delivery: Delivery, queue: &str) -> Self {
+    pub(in crate::broker) fn new(delivery: Delivery, queue: &str) -> Self {
         let headers = delivery.properties.headers().clone().unwrap_or_default();
         let (attempt, failures) = counts(&headers, delivery.redelivered);
         let id = delivery.properties.message_id().as_ref();

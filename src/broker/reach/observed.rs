@@ -1,6 +1,6 @@
 //! What one connection's broker was seen to say: lapin 4.12 keeps it to itself; and what lapin must not read.
 
-use super::errors::Refusal;
+use crate::broker::errors::Refusal;
 use lapin::{
     ErrorKind,
     protocol::{AMQPClass, basic, connection, parse_class},
@@ -18,40 +18,40 @@ const BEFORE_PROPERTIES: usize = 12;
 const NESTING_MAX: usize = 100;
 
 /// RabbitMQ's version: major and minor.
-pub(super) type Version = (u32, u32);
+pub(in crate::broker) type Version = (u32, u32);
 
 /// What one connection's broker has sent so far.
 #[derive(Debug, Default)]
-pub(super) struct Observed {
+pub(in crate::broker) struct Observed {
     /// The broker's version, once it has greeted.
-    pub(super) version: Option<Version>,
+    pub(in crate::broker) version: Option<Version>,
     /// The names of its login mechanisms, blanks between.
-    pub(super) mechanisms: Option<String>,
+    pub(in crate::broker) mechanisms: Option<String>,
     /// The heartbeat interval that it proposed, in seconds; 0 is none.
-    pub(super) heartbeat: Option<u16>,
+    pub(in crate::broker) heartbeat: Option<u16>,
     /// The largest frame that it proposed, in bytes; 0 is no limit.
     pub(super) frame_max: Option<u32>,
     /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
-    pub(super) closed: Option<Refusal>,
+    pub(in crate::broker) closed: Option<Refusal>,
     /// Whether lapin can't read that close.
-    pub(super) closed_unreadably: bool,
+    pub(in crate::broker) closed_unreadably: bool,
     /// Whether it has cancelled a consumer.
-    pub(super) cancelled: bool,
+    pub(in crate::broker) cancelled: bool,
     /// How many messages it has delivered, or begun to. lapin drops those that come after a cancel without waiting.
-    pub(super) deliveries: u64,
+    pub(in crate::broker) deliveries: u64,
     /// When it began to deliver the last of them.
-    pub(super) delivered: Option<Instant>,
+    pub(in crate::broker) delivered: Option<Instant>,
     /// Whether the last of them was delivered before.
-    pub(super) redelivered: bool,
+    pub(in crate::broker) redelivered: bool,
     /// `basic.deliver` was the last method: a message's content comes next.
     delivering: bool,
     /// Why the message that it delivers can't be read.
-    pub(super) unreadable: Option<String>,
+    pub(in crate::broker) unreadable: Option<String>,
 }
 
 impl Observed {
     /// The refusal behind an error, if it is one. lapin has no text for a code that it doesn't know.
-    pub(super) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
+    pub(in crate::broker) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
             ErrorKind::ProtocolError(error) => Some(Refusal::new(error.get_id(), error.get_message())),
             ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => self.closed.clone(),

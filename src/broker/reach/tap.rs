@@ -19,7 +19,7 @@ const GREETING_MAX: u32 = 131_072;
 
 /// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
-pub(super) struct Tap {
+pub(in crate::broker) struct Tap {
     observed: Arc<Mutex<Observed>>,
     /// The largest frame that we have proposed, in bytes.
     frame_max: usize,
@@ -33,7 +33,7 @@ pub(super) struct Tap {
 
 impl Tap {
     /// `frame_max`: the largest frame that we propose, in bytes.
-    pub(super) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
+    pub(in crate::broker) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
         // The broker's greeting comes before a smaller limit is agreed on.
         let payload_max = frame_max.max(GREETING_MAX) as usize;
         Self { observed, frame_max: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
@@ -43,7 +43,7 @@ impl Tap {
     ///
     /// # Errors
     /// `InvalidData` when lapin must not read on.
-    pub(super) fn observe(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(in crate::broker) fn observe(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
             self.skip -= skipped;

@@ -1,13 +1,15 @@
 //! A consumer on a channel of its own: how it is made, what comes of it, how it is cancelled.
 
-use super::{
-    connection::OpenConnection,
-    errors::{ConnectError, Meaning},
-    lost::DeliveryLost,
-    refused::Asked,
-    topology::{Create, Declare, NotSubscribed, Request, Topology},
+use crate::{
+    broker::{
+        errors::{ConnectError, Meaning},
+        lost::DeliveryLost,
+        reach::connection::OpenConnection,
+        refused::Asked,
+        topology::{Create, Declare, NotSubscribed, Request, Topology},
+    },
+    report::with_reminders,
 };
-use crate::report::with_reminders;
 use lapin::{
     Channel, Event,
     message::Delivery,

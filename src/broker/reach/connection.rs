@@ -1,10 +1,10 @@
 //! A connection that is open: what it was seen to say, and how it ends.
 
 use super::{
-    errors::{Meaning, described},
     observed::{Observed, Version},
     token::Login,
 };
+use crate::broker::errors::{Meaning, described};
 use lapin::{Channel, Connection, Event};
 use std::{
     future::pending,
@@ -25,39 +25,39 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// An open connection.
 pub struct OpenConnection {
     /// What it is logged in with. It has a share of the connection only while the broker is told of a new token.
-    pub(super) login: Login,
-    pub(super) lapin: Arc<Connection>,
+    pub(in crate::broker) login: Login,
+    pub(in crate::broker) lapin: Arc<Connection>,
     /// There is one listener only, as lapin's listeners take from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
-    pub(super) observed: Arc<Mutex<Observed>>,
+    pub(in crate::broker) observed: Arc<Mutex<Observed>>,
     /// The channel of a consumer that is no more. Dropping it would send a channel.close that fails when it meets our
     /// connection.close, and lapin 4.12 then ends the connection without a close.
-    pub(super) last_channel: Option<Channel>,
+    pub(in crate::broker) last_channel: Option<Channel>,
     pub(super) _cutter: Cutter,
 }
 
 impl OpenConnection {
     /// What the broker has sent so far.
-    pub(super) fn observed(&self) -> MutexGuard<'_, Observed> {
+    pub(in crate::broker) fn observed(&self) -> MutexGuard<'_, Observed> {
         self.observed.lock().expect("nobody panics with it")
     }
 
-    pub(super) fn version(&self) -> Option<Version> {
+    pub(in crate::broker) fn version(&self) -> Option<Version> {
         self.observed().version
     }
 
     /// What a refusal means, if this is one.
-    pub(super) fn meaning(&self, error: &lapin::Error) -> Option<Meaning> {
+    pub(in crate::broker) fn meaning(&self, error: &lapin::Error) -> Option<Meaning> {
         let refusal = self.observed().refusal(error)?;
         Some(refusal.meaning())
     }
 
-    pub(super) fn is_connected(&self) -> bool {
+    pub(in crate::broker) fn is_connected(&self) -> bool {
         self.lapin.status().connected()
     }
 
     /// The next event. Dropping the future loses none.
-    pub(super) async fn event(&mut self) -> Event {
+    pub(in crate::broker) async fn event(&mut self) -> Event {
         match self.events.next().await {
             Some(event) => event,
             // lapin keeps a sender for as long as the connection is there, and we keep that.
@@ -84,7 +84,7 @@ impl OpenConnection {
 pub(super) struct Cutter(std::net::TcpStream);
 
 impl Cutter {
-    pub(super) fn new(socket: &TcpStream) -> io::Result<Self> {
+    pub(in crate::broker) fn new(socket: &TcpStream) -> io::Result<Self> {
         Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
     }
 }
