@@ -4,6 +4,7 @@
 mod consume;
 mod errors;
 #[cfg(fuzzing)]
+#[path = "../../tests/fuzz/harness.rs"]
 pub mod fuzzing;
 mod lost;
 mod publish;

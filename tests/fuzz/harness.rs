@@ -1,4 +1,5 @@
-//! The way of what a broker sends, from the frame on the wire to what qconsume makes of it.
+//! Takes what a broker sends from the frame on the wire to what qconsume makes of it. src/broker/mod.rs includes this file
+//! if `--cfg fuzzing` is set.
 
 use super::{
     consume::message::Message,
