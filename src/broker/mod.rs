@@ -22,6 +22,7 @@ pub use publish::{
 pub use reach::{
     connect::{Broker, ConnectOptions},
     connection::OpenConnection,
-    nodes::{Nodes, SecretFile, TlsOptions},
+    nodes::{Nodes, SecretFile},
+    tls::TlsOptions,
 };
 pub use topology::{Declare, Topology};

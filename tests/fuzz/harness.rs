@@ -4,7 +4,12 @@
 use super::{
     consume::message::Message,
     errors::ConnectError,
-    reach::{address::Address, observed::Observed, tap::Tap, token::Credentials},
+    reach::{
+        address::Address,
+        observed::Observed,
+        tap::{FRAME_MAX, Tap},
+        token::Credentials,
+    },
     refused::Asked,
 };
 use lapin::{
@@ -17,9 +22,6 @@ use std::{
     num::NonZeroUsize,
     sync::{Arc, Mutex},
 };
-
-/// The largest frame that is agreed on, in bytes.
-const FRAME_MAX: u32 = 131_072;
 
 /// A `basic.deliver`, and the content header behind it. Names have 255 bytes at most.
 #[derive(Clone, Copy, Debug)]

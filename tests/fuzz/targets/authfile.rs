@@ -119,7 +119,7 @@ fn credentials(content: &[u8]) -> Option<(&str, &str)> {
 /// No line of the file, if it is long enough to tell, is in the message.
 fn check_secret(message: &str, content: &[u8]) {
     // The message is made of this and the file's path.
-    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: stream did not contain valid UTF-8";
+    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: it isn't UTF-8";
     for line in String::from_utf8_lossy(content).lines().filter(|line| line.len() > 8) {
         let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
         assert!(is_fixed || !message.contains(line), "{message}");

@@ -9,7 +9,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use qconsume::{
-    broker::{Nodes, address::Address},
+    broker::{Nodes, reach::address::Address},
     exit::{Exit, Failure},
 };
 use std::{fs, path::PathBuf, sync::LazyLock};
