@@ -20,7 +20,7 @@ pub use publish::{
     publisher::{Gap, Messages, Publisher, Tally},
 };
 pub use reach::{
-    connect::{Broker, ConnectOptions},
+    connect::{ConnectOptions, Connector},
     connection::OpenConnection,
     nodes::{Nodes, SecretFile},
     tls::TlsOptions,

@@ -3,7 +3,7 @@
 use super::{AMQP_TOOLS, Given, name, switch};
 use crate::{
     broker::{
-        Broker, ConnectOptions, Nodes, SecretFile, TlsOptions,
+        ConnectOptions, Connector, Nodes, SecretFile, TlsOptions,
         reach::address::{Address, Secret, parse_list, scheme},
     },
     clock::duration_above_zero,
@@ -108,14 +108,14 @@ pub struct BrokerOptions {
 }
 
 impl BrokerOptions {
-    /// The broker, for connections of this name. Logs the URLs' parameters for other clients.
-    pub fn broker(&self, name: String) -> Broker {
+    /// Connects to the broker under this connection name. Logs the URLs' parameters for other clients.
+    pub fn connector(&self, name: String) -> Connector {
         let nodes = self.nodes.known.iter();
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
         let options = ConnectOptions { timeout: self.connect_timeout, heartbeat: self.heartbeat, name };
-        Broker::new(self.nodes.clone(), options)
+        Connector::new(self.nodes.clone(), options)
     }
 
     /// The nodes, once the options are checked.

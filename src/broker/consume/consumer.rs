@@ -10,7 +10,7 @@ use crate::{
         errors::described,
         lost::DeliveryLost,
         reach::{
-            connect::{Attempts, Broker},
+            connect::{Attempts, Connector},
             connection::OpenConnection,
         },
         topology::{Declare, NotSubscribed, Request},
@@ -33,7 +33,7 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Takes messages from one queue, one after the other, over as many connections as it needs.
 pub struct Consumer {
-    broker: Broker,
+    broker: Connector,
     options: ConsumerOptions,
     /// What the queue is called, once it was consumed from.
     known_as: Option<String>,
@@ -65,7 +65,7 @@ pub(super) struct Held {
 impl Consumer {
     /// A consumer without a subscription.
     #[must_use]
-    pub fn new(broker: Broker, options: ConsumerOptions) -> Self {
+    pub fn new(broker: Connector, options: ConsumerOptions) -> Self {
         Self { broker, options, known_as: None, state: State::Idle(None), cut_short: false }
     }
 
@@ -120,7 +120,7 @@ impl Consumer {
                 Err(NotSubscribed::RetryWith(instead)) => request = instead,
                 Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
-                    attempts.failed(error).await?;
+                    attempts.wait_or_give_up(error).await?;
                 }
             }
         }

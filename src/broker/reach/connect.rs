@@ -62,13 +62,13 @@ pub struct ConnectOptions {
 
 /// Connects to the nodes of one cluster, in turn.
 #[derive(Debug)]
-pub struct Broker {
+pub struct Connector {
     nodes: Nodes,
     attempts: usize,
     pub(in crate::broker) options: ConnectOptions,
     /// Since when the broker has refused every login.
     refused_since: Option<Instant>,
-    unreadable: Option<String>,
+    read_problem: Option<String>,
     /// What this attempt is waiting for, for the message when time runs out.
     stage: String,
     /// What happened to each address that this attempt couldn't use.
@@ -77,7 +77,7 @@ pub struct Broker {
     reached: Vec<SocketAddr>,
 }
 
-impl Broker {
+impl Connector {
     /// For these nodes.
     #[must_use]
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
@@ -86,7 +86,7 @@ impl Broker {
             attempts: 0,
             options,
             refused_since: None,
-            unreadable: None,
+            read_problem: None,
             stage: String::new(),
             problems: Vec::new(),
             reached: Vec::new(),
@@ -102,7 +102,7 @@ impl Broker {
         loop {
             match self.attempt(attempts.deadline).await {
                 Ok(connection) => return Ok(connection),
-                Err(error) => attempts.failed(error).await?,
+                Err(error) => attempts.wait_or_give_up(error).await?,
             }
         }
     }
@@ -141,10 +141,10 @@ impl Broker {
     /// Reads the files again. If one can't be used (it may be half written), its old content still counts.
     fn read_again(&mut self) {
         let problem = self.nodes.read().err().map(|failure| failure.message);
-        if let Some(problem) = problem.as_ref().filter(|_| problem != self.unreadable) {
+        if let Some(problem) = problem.as_ref().filter(|_| problem != self.read_problem) {
             tracing::warn!("{problem}; using what it said before");
         }
-        self.unreadable = problem;
+        self.read_problem = problem;
     }
 
     /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there yet.
@@ -295,7 +295,7 @@ impl Attempts {
     ///
     /// # Errors
     /// The failure, if it is permanent or time is up.
-    pub(in crate::broker) async fn failed(&mut self, error: ConnectError) -> Result<(), Failure> {
+    pub(in crate::broker) async fn wait_or_give_up(&mut self, error: ConnectError) -> Result<(), Failure> {
         let mut failure = error.failure;
         if !error.transient {
             return Err(failure);
@@ -376,8 +376,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_refused_login_is_tried_again_for_two_minutes_if_a_file_is_behind_it() {
         let options = ConnectOptions { timeout: Duration::MAX, heartbeat: None, name: String::new() };
-        let mut broker = Broker::new(Nodes::default(), options);
-        let retried = |broker: &mut Broker| {
+        let mut broker = Connector::new(Nodes::default(), options);
+        let retried = |broker: &mut Connector| {
             let mut error = refused();
             broker.retry_login(&mut error);
             (error.transient, error.failure.message)

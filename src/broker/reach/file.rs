@@ -21,7 +21,7 @@ pub(super) fn read_text(file: &Path) -> io::Result<String> {
 }
 
 /// The failure for a file that can't be read, 71 if the system is short of something; `what` names the file.
-pub(super) fn unreadable(what: &str, error: &io::Error) -> Failure {
+pub(super) fn read_failure(what: &str, error: &io::Error) -> Failure {
     if is_shortage(error) {
         Failure::system(format!("{what} can't be read"), error)
     } else {

@@ -37,7 +37,7 @@ impl SecretFile {
         }
         let is_pipe = !self.path.is_file();
         let text = file::read_text(&self.path)
-            .map_err(|error| file::unreadable(&format!("{}: {}", self.option, self.path.display()), &error))?;
+            .map_err(|error| file::read_failure(&format!("{}: {}", self.option, self.path.display()), &error))?;
         self.from_pipe = is_pipe.then(|| text.clone().into());
         Ok(text)
     }

@@ -204,7 +204,7 @@ fn system_roots() -> Result<RootCertStore, Failure> {
         if let rustls_native_certs::ErrorKind::Io { inner, path } = &error.kind
             && is_shortage(inner)
         {
-            return Err(file::unreadable(&path.display().to_string(), inner));
+            return Err(file::read_failure(&path.display().to_string(), inner));
         }
     }
     let set: Vec<_> = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
@@ -256,7 +256,7 @@ fn key(file: &Path, own_file: bool) -> Result<PrivateKeyDer<'static>, Failure> {
 }
 
 fn read(file: &Path, what: &str) -> Result<Vec<u8>, Failure> {
-    file::read(file).map_err(|error| file::unreadable(&format!("the {what} {}", file.display()), &error))
+    file::read(file).map_err(|error| file::read_failure(&format!("the {what} {}", file.display()), &error))
 }
 
 /// The error's details are left out: some of them contain pieces of the file, which may be a key.
