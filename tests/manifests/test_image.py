@@ -1,6 +1,5 @@
 """The image, looked into and used: what is in it, and that it finds its broker by every kind of name."""
 
-import io
 import os
 import re
 import struct
