@@ -16,19 +16,20 @@ from pathlib import Path
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "moving-from-amqp-tools.md"
 
 CONNECTION = {
-    "--url": "`amqp://host/` is the virtual host `/`, and an unknown query parameter is an error. Several URLs are the "
-    "nodes of a cluster. Without any address it is a usage error, not localhost.",
-    "--server": "As a flag it replaces the variable `BROKER_URL`; together with `--url` it is an error. IPv6 addresses work.",
+    "--url": "`amqp://host/` is the virtual host `/`, and an unknown query parameter is an error. Several URLs are "
+    "the nodes of a cluster. Without any address it is a usage error, not localhost.",
+    "--server": "As a flag it replaces the variable `BROKER_URL`; together with `--url` it is an error. IPv6 "
+    "addresses work.",
     "--port": "Only with `--server`: qconsume never assumes localhost.",
     "--vhost": "Only with `--server`. The empty name is `/`.",
     "--username": "Only with `--server`.",
-    "--password": "Only with `--server`. Never printed. Better set `QCONSUME_PASSWORD`: the command line is visible to every "
-    "user of the machine.",
-    "--authfile": "Only with `--server`. Lines may have any length; the last one needs no newline.",
-    "--heartbeat": "The default is 10 seconds, and heartbeats go on while the command runs: without them nobody notices a "
-    "broker that is gone. With 0 the broker's proposal is used.",
-    "--cacert": "The default is the system's CAs, or those of `SSL_CERT_FILE`, not a file with a fixed name. Without TLS it is "
-    "an error, not plain text.",
+    "--password": "Only with `--server`. Never printed. Better set `QCONSUME_PASSWORD`, because the command line is "
+    "visible to every user of the machine.",
+    "--authfile": "Only with `--server`. Lines may have any length, and the last one needs no newline.",
+    "--heartbeat": "The default is 10 seconds, and qconsume sends heartbeats while the command runs: without them it "
+    "can't notice a broker that is gone. With 0 the broker's proposal is used.",
+    "--cacert": "The default is the system's CAs, or those of `SSL_CERT_FILE`, not a file with a fixed name. Without "
+    "TLS it is an error, not plain text.",
     "--cert": "Without a password it is also the login (EXTERNAL). Without TLS it is an error.",
     "--key": "The default is the file of `--cert`. Without TLS it is an error.",
     "--usage": "The same as `--help`.",
@@ -38,27 +39,28 @@ CONNECTION = {
 DIFFERENT = {
     "amqp-consume": {
         **CONNECTION,
-        "--queue": "Or `QUEUE`. Without a queue, and without `-e`, `-d` or `-x`, it is a usage error: an empty variable in a "
-        "manifest must not create a queue that nobody fills.",
-        "--exchange": "Without `-r` it is an error, not a crash. Without `-q` the new queue is exclusive, as the manual "
-        "page says. With `-q` the queue is declared as with `-d`.",
-        "--routing-key": "An empty key binds with the empty key, instead of not binding at all.",
-        "--declare": "A queue that exists is used as it is. A new one is durable, and not deleted with its last consumer: "
-        "RabbitMQ 4.3 refuses shared transient queues.",
-        "--exclusive": "When the connection is lost, the queue is lost, too: 69, instead of a new, empty queue.",
-        "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue. The message is acknowledged, and the "
-        "acknowledgement confirmed, before the command starts. The exit status is the command's.",
-        "--count": "The default is 1, instead of no limit. 0 means no limit, instead of no message. A failure ends the run, "
-        "with its status.",
-        "--prefetch-count": "Accepted, without effect: qconsume holds one message, so that no other one waits behind a command, "
-        "or counts as delivered although nobody processed it.",
+        "--queue": "Or `QUEUE`. Without a queue, and without `-e`, `-d` or `-x`, it is a usage error: an empty "
+        "variable in a manifest must not create a queue that no publisher fills.",
+        "--exchange": "Without `-r` it is an error, not a crash. Without `-q` the new queue is exclusive, as the "
+        "manual page says. With `-q` the queue is declared as with `-d`.",
+        "--routing-key": "An empty key binds with the empty key, instead of creating no binding.",
+        "--declare": "A queue that exists is used as it is. A new one is durable, and not deleted with its last "
+        "consumer: RabbitMQ 4.3 refuses shared transient queues.",
+        "--exclusive": "If the connection is lost, so is the queue: qconsume exits 69, instead of consuming from a "
+        "new, empty queue.",
+        "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue. Before the command starts, the "
+        "message is acknowledged, and the acknowledgement is confirmed. The exit status is the command's.",
+        "--count": "The default is 1, instead of no limit. 0 means no limit, instead of no message. A failure ends "
+        "the run, with its status.",
+        "--prefetch-count": "Accepted, without effect: qconsume holds only one message, so that no other one waits "
+        "for its command to end, or counts as delivered although no command processed it.",
     },
     "amqp-publish": {
         **CONNECTION,
-        "--exchange": "It is an error when the exchange doesn't exist, or routes a message to no queue: publishing is "
+        "--exchange": "It is an error if the exchange doesn't exist, or routes a message to no queue: publishing is "
         "mandatory and confirmed.",
-        "--routing-key": "Without an exchange it is an error when no queue has this name, instead of a message that is dropped "
-        "without notice.",
+        "--routing-key": "Without an exchange it is an error if no queue has this name; amqp-publish's message is "
+        "silently dropped.",
         "--persistent": "Accepted, without effect: messages are always persistent.",
         "--line-buffered": "The newline is not part of the message.",
     },

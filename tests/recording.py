@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws `docs/demo.svg`, the terminal in README.md, from a real run of `make demo`; or checks that it still shows one.
 
-    tests/recording.py             runs the demo and writes docs/demo.svg anew (make recording)
+    tests/recording.py             runs the demo and writes docs/demo.svg again (make recording)
     tests/recording.py --check     runs the demo and compares (make check-recording)
 
 A run differs from another one in its times, in the order of the lines, in who of the workers took which message, and in the

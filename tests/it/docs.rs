@@ -154,7 +154,7 @@ fn http_server(status: &'static str) -> String {
 /// Runs a page's blocks in one shell, in order, as a reader would.
 fn run(page: &Path, blocks: &[&Block]) {
     let broker = Broker::shared();
-    let queue = broker.declare("docs").create();
+    let queue = broker.declare("docs").quorum().create();
     queue.publish_all(["apple", "banana", "cherry"]);
     let mut script = String::from("set -eu\n");
     for block in blocks {

@@ -7,7 +7,7 @@ import pytest
 
 import engine
 import kube
-from conftest import EXAMPLES, FRUITS, manifest, shapes, shown
+from conftest import EXAMPLES, FRUITS, ROOT, manifest, shapes, shown
 from test_valid import expanded  # noqa: F401  (expanded is a fixture)
 
 pytestmark = pytest.mark.usefixtures("broker")
@@ -56,6 +56,19 @@ def test_the_eight_fruits_come_out(cluster, broker, fill):
     readme = EXAMPLES / "work-queue/README.md"
     assert shapes(filled.logs) == shapes(shown(readme, "kubectl logs job/fill-job1"))
     assert shapes(outcome.logs) == shapes(shown(readme, "kubectl logs -l job-name=job-wq-1"))
+
+
+def test_the_job_of_the_front_page_works(cluster, broker, fill):
+    """Its dozen lines, with the image and the Secret of the work queue."""
+    [text] = re.findall(r"```yaml\n(apiVersion:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [job] = kube.load(text)
+    fill()
+    outcome = cluster.run_job(job)
+    assert outcome.condition == "Complete", outcome.logs
+    assert outcome.statuses == [0] * 8
+    assert sorted(processed(outcome)) == FRUITS
+    assert outcome.most_at_a_time == 2
+    assert empty(broker)
 
 
 def test_a_fruit_that_fails_comes_back_and_is_done(cluster, broker, fill):

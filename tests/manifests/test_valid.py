@@ -89,7 +89,7 @@ def test_every_manifest_is_valid(everything, version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_whole_manifest_in_the_pages_is_valid(version):
     kinds = []
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```yaml\n(apiVersion:.*?)```", page.read_text(), re.DOTALL):
             for document in kube.load(block):
                 try:
@@ -97,7 +97,13 @@ def test_every_whole_manifest_in_the_pages_is_valid(version):
                 except kubernetes_validate.ValidationError as error:
                     pytest.fail(f"{page.name} for {version}: {'.'.join(map(str, error.path))}: {error.message}")
                 kinds.append(document["kind"])
-    assert {"CronJob", "NetworkPolicy"} <= set(kinds)
+    assert {"Job", "CronJob", "NetworkPolicy"} <= set(kinds)
+
+
+def test_the_readmes_image_is_that_of_the_work_queue():
+    [shown] = re.findall(r"```dockerfile\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    whole = (EXAMPLES / "work-queue/Dockerfile").read_text().splitlines()
+    assert [line for line in shown.splitlines() if line not in whole] == []
 
 
 def test_a_wrong_manifest_would_be_noticed(everything):
