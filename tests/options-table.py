@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The options of the installed amqp-consume and amqp-publish beside ours, as Markdown tables.
+"""Compares the options of the installed amqp-consume and amqp-publish with ours, in Markdown tables.
 
-    tests/options-table.py --check QCONSUME QPUBLISH    is the table in the documentation up to date?
-    tests/options-table.py --write QCONSUME QPUBLISH    bring it up to date
+    tests/options-table.py --check QCONSUME QPUBLISH    checks that the documentation's tables are up to date
+    tests/options-table.py --write QCONSUME QPUBLISH    updates them
 
-Reads the help of all four. An option that we lack, or that has another letter than theirs, is an error; so is a
-reason for an option that isn't there.
+Reads the help of all four programs. Fails if we lack one of their options, or have another letter for it, or if DIFFERENT
+names an option that they don't have.
 """
 
 import re
@@ -68,17 +68,17 @@ DIFFERENT = {
 
 
 def options(program):
-    """The options in a program's help: their long names, with their letters."""
+    """The options in a program's help: a dict of long names and letters (or None)."""
     ran = subprocess.run([program, "-?"], capture_output=True, text=True, check=False)
     found = {}
-    # An option's description may go on in the next lines.
+    # An option's description may continue in the next lines.
     for line in re.split(r"\n(?=\s+-|\S)", ran.stdout):
         line = re.sub(r"\s+", " ", line)
         match = re.match(r" (?:-(\S), )?(--[a-z][a-z-]*)", line)
         if match:
             letter = match[1]
             found[match[2]] = letter
-        # Other names of the same option, on its line or on one below.
+        # Aliases, on the option's line or below it.
         aliases = re.search(r"\[alias(?:es)?: ([^]]*)\]", line)
         if aliases:
             found.update(dict.fromkeys(aliases[1].split(", "), letter))
@@ -88,7 +88,7 @@ def options(program):
 
 
 def takes_hidden(program, letter, name):
-    """Whether a program takes an option that its help doesn't show: one that changes nothing."""
+    """Whether a program accepts an option that its help doesn't show."""
     names = [name] + ([f"-{letter}"] if letter else [])
 
     def runs(*words):

@@ -1,4 +1,4 @@
-"""docker/compose.yaml, from its start to its end."""
+"""Runs docker/compose.yaml."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ OAUTH2 = ROOT / "docker/oauth2/compose.yaml"
 
 @pytest.fixture(scope="module")
 def compose(docker):
-    """Runs compose in either of its forms, in a project of this run's own."""
+    """A function that runs either form of compose, in a project of this test run."""
     for client in (["docker", "compose"], ["docker-compose"]):
         try:
             if subprocess.run([*client, "version"], capture_output=True).returncode == 0:
@@ -25,7 +25,7 @@ def compose(docker):
         except OSError:
             pass
     else:
-        missing("there is neither docker compose nor docker-compose")
+        missing("docker compose and docker-compose are missing")
     need(RABBITMQ, PYTHON, RUST)
     name = f"{engine.RUN}-compose"
     environment = os.environ | {"QCONSUME_IMAGE": name, "COMPOSE_PROJECT_NAME": name, "REVISION": REVISION, "DOCKER_BUILDKIT":
@@ -55,7 +55,7 @@ def test_it_comes_to_its_end_with_every_fruit_done(up):
 
 
 def test_the_log_is_as_the_readme_shows_it(up):
-    """Every line of the workers and of the filler, whoever of them says it, and in whatever order."""
+    """Compares the workers' and the filler's lines, in any order."""
     def lines(log):
         said = re.findall(r"^(worker|filler)[-_]\d+ +\| (.*)$", log, re.MULTILINE)
         return shapes("\n".join(f"{service} says {line}" for service, line in said))
