@@ -5,15 +5,12 @@ mod consume;
 mod errors;
 #[cfg(fuzzing)]
 pub mod fuzzing;
-mod lost;
 mod publish;
 pub mod reach;
-mod refused;
 mod topology;
 
 pub use consume::{consumer::Consumer, message::Message, subscription::ConsumerOptions};
-pub use errors::ConnectError;
-pub use lost::DeliveryLost;
+pub use errors::{ConnectError, DeliveryLost};
 pub use publish::{
     properties::{Properties, Route},
     publisher::{Gap, Messages, Publisher, Tally},

@@ -89,21 +89,11 @@ pub(in crate::broker) struct Credentials<'a> {
 impl Credentials<'_> {
     /// What a refusal means for them. A user without permission may be one whose token has expired: long names push the end
     /// of the text out, which says so.
-    pub(super) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
+    pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
             meaning => meaning,
         }
-    }
-
-    /// What happened to the token, if that is what a refusal means, and what to do about it.
-    pub(in crate::broker) fn problem(&self, refusal: &Refusal) -> Option<String> {
-        let problem = match self.meaning_of(refusal) {
-            Meaning::TokenExpired => "the token has expired",
-            Meaning::NewTokenRefused => "the broker refused the new token",
-            _ => return None,
-        };
-        Some(format!("{problem}: {refusal}; {}", self.how_to_renew()))
     }
 
     /// What to do about a login that is refused.
@@ -127,7 +117,8 @@ impl Credentials<'_> {
         self.token.and_then(Token::expired_for)
     }
 
-    fn how_to_renew(&self) -> String {
+    /// What to do about a token that has expired, or that the broker refused.
+    pub(in crate::broker) fn how_to_renew(&self) -> String {
         match self.file {
             Some(file) => format!("check what renews {}", file.display()),
             None => "mount one that is renewed (--password-file)".to_owned(),
