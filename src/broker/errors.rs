@@ -1,13 +1,34 @@
-//! What the broker's refusals mean, by reply code and the fixed parts of the text; refused.rs says what each leads to.
+//! What the broker's refusals mean, by reply code and the fixed parts of the text; and, in one table, what follows from that
+//! and from what was asked for: the exit status, whether a retry may help, and what to do.
+
+use super::reach::{
+    address::Address,
+    connection::OpenConnection,
+    observed::{Observed, Version},
+    tls_errors,
+    token::{Credentials, Token},
+};
 use crate::exit::{Exit, Failure};
 use lapin::ErrorKind;
-use std::{fmt, io};
+use std::{fmt, io, path::Path};
+
+/// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0. It closes the connection without
+/// a reason if the frame is longer (seen with 3.10 and 4.3).
+const HANDSHAKE_FRAME_MAX: usize = 4096;
+const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
+
+/// What that frame holds besides the credentials, in bytes: the client's properties, at most.
+const START_OK_REST: usize = 1024;
 
 /// What a refusal means, as far as that doesn't depend on what was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// A limit of connections, channels or queues is reached.
+    /// The broker refused the user and the password.
+    LoginRefused,
+    /// A limit of connections or channels is reached.
     Limit,
+    /// A limit of queues is reached.
+    QueueLimit,
     /// The queue is there, but none of its replicas answers.
     QueueDown,
     /// There is no such queue, exchange or virtual host.
@@ -69,7 +90,7 @@ impl Refusal {
             404 if ends(" process is stopped by supervisor") => M::QueueDown,
             404 => M::Missing,
             405 => M::ExclusiveQueue,
-            406 if starts("cannot declare queue '") => M::Limit,
+            406 if starts("cannot declare queue '") => M::QueueLimit,
             406 if ends("Server low on disk space") => M::Other,
             406 if starts("delivery acknowledgement on channel ") => M::AckTimeout,
             406 if starts("consumer timeout") || ends("consumer timeout") => M::AckTimeout,
@@ -111,6 +132,143 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// What the broker was asked for when it refused.
+#[derive(Clone, Copy)]
+pub(super) enum Asked<'a> {
+    /// To let us in, and into the virtual host.
+    Login(&'a Address),
+    /// To do this with a queue, such as "consume from".
+    Queue { action: &'a str, queue: &'a str },
+    /// To declare a queue of a given type.
+    Declare(&'a str),
+    /// To publish to this exchange.
+    Publish(&'a str),
+    /// Nothing: it closed the channel or the connection while a message was held or waited for.
+    Delivery { closed: &'a str, version: Option<Version> },
+}
+
+/// What follows from a refusal. The message is "what happened: the broker's text; what to do".
+struct Consequence {
+    exit: Exit,
+    /// Whether another attempt may help: always with [`Exit::Unavailable`].
+    retry: bool,
+    what: String,
+    advice: String,
+}
+
+impl Consequence {
+    fn new(exit: Exit, what: impl Into<String>) -> Self {
+        Self { exit, retry: exit == Exit::Unavailable, what: what.into(), advice: String::new() }
+    }
+
+    fn retry_if(self, retry: bool) -> Self {
+        Self { retry, ..self }
+    }
+
+    fn advice(self, advice: impl Into<String>) -> Self {
+        Self { advice: advice.into(), ..self }
+    }
+}
+
+/// The table: what follows from what was asked for, and from what the refusal means.
+fn consequence(asked: Asked<'_>, meaning: Meaning, login: Credentials<'_>) -> Consequence {
+    use {
+        Asked::{Declare, Delivery, Login, Publish, Queue},
+        Exit::{Config, NoPermission, Unavailable, Unconfirmed},
+        Meaning as M,
+    };
+    let row = |exit, what: String| Consequence::new(exit, what);
+    let user = login.user;
+    // The next connection logs in with what the file has then.
+    let renewable = login.file.is_some();
+    let (action, queue) = match asked {
+        Queue { action, queue } => (action, queue),
+        Declare(queue) => ("declare", queue),
+        _ => ("", ""),
+    };
+    match (asked, meaning) {
+        (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => {
+            row(NoPermission, "the broker refused the login by client certificate (EXTERNAL)".into())
+                .advice("create a user of the certificate's name, or give a password")
+        }
+        (_, M::LoginRefused) => {
+            row(NoPermission, format!("the broker refused the login of user {user:?}")).advice(login.advice_on_login())
+        }
+        (Login(address), M::Missing) => {
+            row(Config, format!("the broker has no virtual host {:?}", address.virtual_host))
+                .advice("create it, or correct the URL's path")
+        }
+        (Login(address), M::NotPermitted) => {
+            row(NoPermission, format!("user {user:?} may not use virtual host {:?}", address.virtual_host))
+                .advice(login.how_to_grant())
+        }
+        (Login(_), _) => row(Unavailable, "the broker closed the connection".into()),
+
+        (_, M::TokenExpired | M::NewTokenRefused) => {
+            let exit = if renewable && matches!(asked, Publish(_)) { Unconfirmed } else { NoPermission };
+            let expired = meaning == M::TokenExpired;
+            let what = if expired { "the token has expired" } else { "the broker refused the new token" };
+            row(exit, what.into()).retry_if(renewable).advice(login.how_to_renew())
+        }
+
+        (Delivery { version, .. }, M::AckTimeout) => {
+            row(Unconfirmed, "acknowledgement timeout".into()).advice(what_to_raise(version))
+        }
+        (Delivery { closed, .. }, _) => row(Unconfirmed, format!("the broker closed the {closed}")),
+
+        (Publish(exchange), M::Missing) => {
+            row(Config, format!("there is no exchange {exchange:?} in this virtual host"))
+                .advice("declare it, or check the name")
+        }
+        (Publish(_), M::NotPermitted) => {
+            row(NoPermission, format!("user {user:?} may not publish here")).advice(login.how_to_grant())
+        }
+        (Publish(_), M::TooLarge) => row(Config, "too large for this broker".into())
+            .advice("raise max_message_size in its rabbitmq.conf, or split it"),
+        (Publish(_), M::Precondition | M::NotImplemented) => {
+            row(Config, "the broker doesn't take messages like this".into())
+        }
+        (Publish(_), _) => row(Unconfirmed, "the broker stopped the publishing".into()),
+
+        (Declare(_), M::Precondition) => row(Config, format!("queue {queue:?} exists and is another kind of queue"))
+            .advice("publish to it without --declare, or name another"),
+        // Somebody may declare it yet.
+        (_, M::Missing) => row(Config, format!("there is no queue {queue:?} to {action}"))
+            .retry_if(true)
+            .advice("declare it, or check QUEUE and the virtual host"),
+        (_, M::QueueDown) => row(Unavailable, format!("queue {queue:?} is not available now")),
+        (_, M::ExclusiveConsumer) => {
+            row(Config, format!("queue {queue:?} has an exclusive consumer")).advice("stop it, or use another queue")
+        }
+        (_, M::ExclusiveQueue) => {
+            row(Config, format!("queue {queue:?} is exclusive to another connection")).advice("use another queue")
+        }
+        (_, M::NotPermitted) => {
+            row(NoPermission, format!("user {user:?} may not {action} queue {queue:?}")).advice(login.how_to_grant())
+        }
+        (_, M::QueueLimit) => {
+            row(Config, format!("can't {action} queue {queue:?}")).advice("raise the limit, or delete queues")
+        }
+        (_, M::Limit | M::Other) => row(Unavailable, format!("can't {action} queue {queue:?} now")),
+        (_, M::AckTimeout | M::TooLarge | M::Precondition | M::NotImplemented) => {
+            row(Config, format!("can't {action} queue {queue:?} like this"))
+        }
+    }
+}
+
+/// The setting behind the acknowledgement timeout, which has moved with the versions.
+fn what_to_raise(version: Option<Version>) -> &'static str {
+    match version {
+        Some((4, 3..) | (5.., _)) => {
+            "raise --ack-timeout, the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
+        }
+        Some((3, 12..) | (4, _)) => {
+            "raise the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
+        }
+        _ => "raise consumer_timeout in the broker's rabbitmq.conf",
+    }
+}
+
 /// An attempt that failed: whether another one may help, and how the run ends if none does.
 #[derive(Debug)]
 pub struct ConnectError {
@@ -122,7 +280,7 @@ pub struct ConnectError {
     pub(super) login_refused: bool,
 }
 
-/// Where the status says that the broker is not reachable, another attempt may help.
+/// A failure is transient if its status is `Unavailable`.
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         Self { transient: failure.exit == Exit::Unavailable, failure, login_refused: false }
@@ -142,7 +300,8 @@ impl ConnectError {
         Failure::config(message).into()
     }
 
-    /// What an error of a system call on the way to the broker means; a shortage here is none of the broker's.
+    /// What an error of a system call on the way to the broker means. If memory or descriptors run out here, that isn't the
+    /// broker's fault.
     pub(super) fn of_system(what: impl fmt::Display, error: &io::Error) -> Self {
         if crate::exit::is_shortage(error) {
             Failure::system(what, error).into()
@@ -150,14 +309,183 @@ impl ConnectError {
             Self::transient(format!("{what}: {error}"))
         }
     }
+
+    /// What a refusal leads to, by the table.
+    pub(super) fn from_refusal(asked: Asked<'_>, refusal: &Refusal, login: Credentials<'_>) -> Self {
+        let meaning = match asked {
+            // Before connection.open-ok a 403 is always the login; for the virtual host it is 530.
+            Asked::Login(_) if refusal.code == 403 => Meaning::LoginRefused,
+            _ => login.meaning_of(refusal),
+        };
+        let Consequence { exit, retry, what, advice } = consequence(asked, meaning, login);
+        let separator = if advice.is_empty() { "" } else { "; " };
+        let failure = Failure::new(exit, format!("{what}: {refusal}{separator}{advice}"));
+        Self { transient: retry, failure, login_refused: meaning == Meaning::LoginRefused }
+    }
+
+    /// What an error from `channel.open` on means.
+    pub(super) fn refused(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
+        let observed = connection.observed();
+        match (observed.refusal(error), &observed.unreadable, asked) {
+            (_, Some(problem), Asked::Queue { queue, .. }) => unreadable_message(queue, problem).into(),
+            (Some(refusal), ..) => Self::from_refusal(asked, &refusal, connection.login.credentials()),
+            (None, _, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),
+            (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
+        }
+    }
+
+    /// What an error during the AMQP handshake, up to `connection.open-ok`, means.
+    pub(super) fn in_handshake(
+        error: &lapin::Error,
+        observed: &Observed,
+        address: &Address,
+        file: Option<&Path>,
+    ) -> Self {
+        if let Some(refusal) = observed.refusal(error) {
+            let token = Token::parse(address.password.expose());
+            let login = Credentials { user: &address.username, token, file };
+            return Self::from_refusal(Asked::Login(address), &refusal, login);
+        }
+        let offered = observed.mechanisms.as_deref();
+        match error.kind() {
+            // The broker closes the connection without a reason if it doesn't offer what we ask for (RabbitMQ 3.10 and 4.3).
+            _ if address.logs_in_by_certificate()
+                && offered.is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
+            {
+                Self::config(
+                    "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin \
+                     rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
+                )
+            }
+            ErrorKind::IOError(error) => Self::lost_in_handshake(error, observed, address),
+            ErrorKind::InvalidProtocolVersion(version) => {
+                Self::config(format!("the broker speaks AMQP {version} here, not 0-9-1"))
+            }
+            ErrorKind::ParsingError(_) if offered.is_none() => Self::config(if address.tls {
+                "what answers isn't AMQP: check the port"
+            } else {
+                "what answers isn't AMQP: check the port; one for TLS needs amqps://"
+            }),
+            _ => Self::transient(format!("the AMQP handshake failed: {}", described(error))),
+        }
+    }
+
+    fn lost_in_handshake(error: &io::Error, observed: &Observed, address: &Address) -> Self {
+        if let Some(refusal) = tls_errors::refusal(error, address) {
+            return refusal;
+        }
+        if !closed(error) {
+            return Self::of_system("the AMQP handshake failed", error);
+        }
+        let credentials = address.username.len() + address.password.expose().len();
+        let limit = match observed.version {
+            Some((4.., _)) => HANDSHAKE_FRAME_MAX_SINCE_4,
+            _ => HANDSHAKE_FRAME_MAX,
+        };
+        let greeted = observed.mechanisms.is_some();
+        if greeted && observed.heartbeat.is_none() && credentials + START_OK_REST > limit {
+            return Self::config(format!(
+                "the broker closed the connection when it got the credentials: user and password have {credentials} \
+                 bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter token"
+            ));
+        }
+        Self::transient(match (greeted, address.tls) {
+            (true, _) => "the broker closed the connection during the AMQP handshake without saying why; its log may",
+            (false, true) => "the connection was closed during the AMQP handshake; is this an AMQP port?",
+            (false, false) => {
+                "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS?"
+            }
+        })
+    }
+}
+
+/// Why a delivery, or the consumer that waits for one, was lost. A type of its own, because such a loss has no exit status: the
+/// worker decides, by what the command has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeliveryLost {
+    text: String,
+    /// The next message can't be read, and every new connection would get it again.
+    pub unreadable: bool,
+}
+
+impl DeliveryLost {
+    pub(super) fn because(text: impl Into<String>) -> Self {
+        Self { text: text.into(), unreadable: false }
+    }
+
+    /// The connection was lost before a message was whole, and so was an earlier one. Another attempt would count towards the
+    /// queue's delivery limit.
+    pub(super) fn cut_short_again(self) -> Self {
+        let text = format!("two connections were lost while it arrived, the last one so: {}", self.text);
+        Self { text, unreadable: true }
+    }
+
+    pub(super) fn new(error: &lapin::Error, connection: &OpenConnection) -> Self {
+        let observed = connection.observed();
+        if let Some(problem) = &observed.unreadable {
+            return Self { text: problem.clone(), unreadable: true };
+        }
+        let Some(refusal) = observed.refusal(error) else {
+            return Self::because(described(error));
+        };
+        let closed = match error.kind() {
+            ErrorKind::ProtocolError(error) if error.get_id() < 500 && error.get_id() != 320 => "channel",
+            ErrorKind::ParsingError(_) => "channel or the connection",
+            _ => "connection",
+        };
+        let asked = Asked::Delivery { closed, version: observed.version };
+        Self::because(ConnectError::from_refusal(asked, &refusal, connection.login.credentials()).failure.message)
+    }
+
+    /// See `Settling::means_requeued`. The second message is requeued with the connection.
+    pub(super) fn delivered_again() -> Self {
+        Self::because(
+            "the broker delivered another message, so it has requeued this one: its nodes have lost each other, or the \
+             queue's leader has changed",
+        )
+    }
+
+    /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.
+    pub(super) fn timed_out(version: Option<Version>) -> Self {
+        Self::because(format!("acknowledgement timeout: {}", what_to_raise(version)))
+    }
+
+    /// The consumer's messages have ended without an error: it was cancelled, or lapin has dropped a close whose code it
+    /// doesn't know.
+    pub(super) fn ended(observed: &Observed) -> Self {
+        const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
+        match (&observed.unreadable, &observed.closed) {
+            (Some(problem), _) => Self { text: problem.clone(), unreadable: true },
+            (None, Some(refusal)) if !observed.cancelled => {
+                Self::because(format!("the broker closed the channel or the connection: {refusal}"))
+            }
+            _ if observed.version >= Some((4, 3)) => Self::because(format!(
+                "{CANCELLED}, or its acknowledgement timeout has passed ({})",
+                what_to_raise(observed.version)
+            )),
+            _ => Self::because(CANCELLED),
+        }
+    }
+
+    /// The end of the run, as the next message of this queue can't be read.
+    pub fn unreadable_in(&self, queue: &str) -> Failure {
+        unreadable_message(queue, &self.text)
+    }
+}
+
+impl fmt::Display for DeliveryLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
 }
 
 /// The end of a run whose next message can't be read: every new connection would get it again.
-pub(super) fn unreadable(queue: &str, problem: &str) -> Failure {
+fn unreadable_message(queue: &str, problem: &str) -> Failure {
     Failure::new(
         Exit::Software,
         format!(
-            "the next message in queue {queue:?} can't be read: {problem}; it is requeued, and every worker gets it: remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`"
+            "the next message in queue {queue:?} can't be read: {problem}; it is requeued, and every worker gets it: \
+             remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`"
         ),
     )
 }

@@ -6,15 +6,12 @@ mod errors;
 #[cfg(fuzzing)]
 #[path = "../../tests/fuzz/harness.rs"]
 pub mod fuzzing;
-mod lost;
 mod publish;
 pub mod reach;
-mod refused;
 mod topology;
 
 pub use consume::{consumer::Consumer, message::Message, subscription::ConsumerOptions};
-pub use errors::ConnectError;
-pub use lost::DeliveryLost;
+pub use errors::{ConnectError, DeliveryLost};
 pub use publish::{
     properties::{Properties, Route},
     publisher::{Gap, Messages, Publisher, Tally},

@@ -1,9 +1,8 @@
 //! What is declared and bound before a subscription.
 
 use super::{
-    errors::{ConnectError, Meaning},
+    errors::{Asked, ConnectError, Meaning},
     reach::connection::OpenConnection,
-    refused::Asked,
 };
 use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
@@ -95,7 +94,7 @@ impl Topology {
         };
         let name = declared.map_err(|error| {
             let meaning = connection.meaning(&error);
-            let refused = || ConnectError::refused(&error, connection, Asked::Queue("declare", queue));
+            let refused = || ConnectError::refused(&error, connection, Asked::Queue { action: "declare", queue });
             let create = match create {
                 Create::IfMissing if meaning == Some(Meaning::Missing) && self.declare == Declare::Durable => {
                     Create::Now
@@ -113,7 +112,7 @@ impl Topology {
             let bound = self.bind(connection, &name, exchange).await;
             bound.map_err(|error| {
                 let action = format!("bind to exchange {exchange:?}");
-                ConnectError::refused(&error, connection, Asked::Queue(&action, &name))
+                ConnectError::refused(&error, connection, Asked::Queue { action: &action, queue: &name })
             })?;
         }
         Ok(name)

@@ -3,14 +3,13 @@
 
 use super::{
     consume::message::Message,
-    errors::ConnectError,
+    errors::{Asked, ConnectError},
     reach::{
         address::Address,
         observed::Observed,
         tap::{FRAME_MAX, Tap},
         token::Credentials,
     },
-    refused::Asked,
 };
 use lapin::{
     ConnectionState, ErrorKind,
@@ -92,11 +91,11 @@ pub fn answer(request: Request, address: &Address, name: &str, code: u16, text: 
     let refusal = observed.refusal(&error.into())?;
     let asked = match request {
         Request::Login => Asked::Login(address),
-        Request::Consume => Asked::Queue("consume from", name),
+        Request::Consume => Asked::Queue { action: "consume from", queue: name },
         Request::Declare => Asked::Declare(name),
         Request::Publish => Asked::Publish(name),
     };
-    Some(ConnectError::answer(asked, &refusal, Credentials { user: &address.username, token: None, file: None }))
+    Some(ConnectError::from_refusal(asked, &refusal, Credentials { user: &address.username, token: None, file: None }))
 }
 
 fn observe(bytes: &[u8], piece: NonZeroUsize) -> io::Result<Arc<Mutex<Observed>>> {

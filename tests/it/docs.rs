@@ -180,13 +180,7 @@ fn run(page: &Path, blocks: &[&Block]) {
         .current_dir(sandbox())
         .spawn()
         .wait(LIMIT);
-    assert_eq!(
-        finished.status(),
-        0,
-        "{}: the block at the last \"### line\" failed:\n{}",
-        name(page),
-        finished.stderr
-    );
+    assert_eq!(finished.status(), 0, "{}: the block at the last \"### line\" failed:\n{}", name(page), finished.stderr);
     // Deletes the queues that the commands have declared.
     for line in script.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')) {
         if line.starts_with(queue.name()) {

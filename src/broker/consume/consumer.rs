@@ -7,8 +7,7 @@ use super::{
 };
 use crate::{
     broker::{
-        errors::described,
-        lost::DeliveryLost,
+        errors::{DeliveryLost, described},
         reach::{
             connect::{Attempts, Connector},
             connection::OpenConnection,

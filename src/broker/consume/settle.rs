@@ -6,7 +6,7 @@ use super::{
     subscription::{RELEASE, Subscription},
 };
 use crate::{
-    broker::lost::DeliveryLost,
+    broker::errors::DeliveryLost,
     report::{HumanDuration, with_reminders},
     settlement::{Event, Outcome, Settling, Step},
     verdict::Settlement,

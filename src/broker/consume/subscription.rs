@@ -2,10 +2,8 @@
 
 use crate::{
     broker::{
-        errors::{ConnectError, Meaning},
-        lost::DeliveryLost,
+        errors::{Asked, ConnectError, DeliveryLost, Meaning},
         reach::connection::OpenConnection,
-        refused::Asked,
         topology::{Create, Declare, NotSubscribed, Request, Topology},
     },
     report::with_reminders,
@@ -277,7 +275,10 @@ async fn subscribe(
             // The queue is there by now.
             Err(NotSubscribed::RetryWith(Request { create: Create::IfMissing, ack_timeout: false }))
         }
-        Err(error) => Err(ConnectError::refused(&error, connection, Asked::Queue("consume from", &queue)).into()),
+        Err(error) => {
+            Err(ConnectError::refused(&error, connection, Asked::Queue { action: "consume from", queue: &queue })
+                .into())
+        }
     }
 }
 

@@ -60,7 +60,7 @@ fn texts_of_rabbitmq_and_lavinmq() {
         (
             406,
             "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost 'v' (1) is reached",
-            Meaning::Limit,
+            Meaning::QueueLimit,
         ),
         (
             406,

@@ -3,9 +3,8 @@
 use super::properties::{Properties, Route};
 use crate::{
     broker::{
-        errors::{ConnectError, Meaning},
+        errors::{Asked, ConnectError, Meaning},
         reach::connection::OpenConnection,
-        refused::Asked,
     },
     clock::sleep_until_or_never,
     exit::{Exit, Failure},

@@ -86,23 +86,14 @@ pub(in crate::broker) struct Credentials<'a> {
 impl Credentials<'_> {
     /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with a
     /// token that has expired, a 403 is about that.
-    pub(super) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
+    pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
             meaning => meaning,
         }
     }
 
-    /// What is wrong with the token, if the refusal is about that, and what to do.
-    pub(in crate::broker) fn problem(&self, refusal: &Refusal) -> Option<String> {
-        let problem = match self.meaning_of(refusal) {
-            Meaning::TokenExpired => "the token has expired",
-            Meaning::NewTokenRefused => "the broker refused the new token",
-            _ => return None,
-        };
-        Some(format!("{problem}: {refusal}; {}", self.how_to_renew()))
-    }
-
+    /// What to do if the broker refuses the login.
     pub(in crate::broker) fn advice_on_login(&self) -> String {
         match (self.expired_for(), self.token) {
             (Some(ago), _) => format!("the token expired {} ago; {}", HumanDuration(ago), self.how_to_renew()),
@@ -122,7 +113,8 @@ impl Credentials<'_> {
         self.token.and_then(Token::expired_for)
     }
 
-    fn how_to_renew(&self) -> String {
+    /// What to do about a token that has expired, or that the broker refused.
+    pub(in crate::broker) fn how_to_renew(&self) -> String {
         match self.file {
             Some(file) => format!("check what renews {}", file.display()),
             None => "mount one that is renewed (--password-file)".to_owned(),
