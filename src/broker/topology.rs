@@ -35,25 +35,25 @@ pub enum Declare {
 /// What the broker is asked for, which the refusals of earlier attempts may have changed.
 #[derive(Debug)]
 pub(super) struct Request {
-    pub(super) create: Create,
+    pub(super) step: DeclareStep,
     pub(super) ack_timeout: bool,
 }
 
 impl Default for Request {
     fn default() -> Self {
-        Self { create: Create::IfMissing, ack_timeout: true }
+        Self { step: DeclareStep::Passive, ack_timeout: true }
     }
 }
 
-/// How a durable queue is declared. A refusal costs the connection, so each of these is an attempt of its own.
+/// How a durable queue is declared. A refusal costs the connection, so each step is an attempt of its own.
 #[derive(Debug)]
-pub(super) enum Create {
-    /// Passively: a queue that is there may have any properties, and needs no permission to configure it.
-    IfMissing,
-    /// It isn't there.
-    Now,
-    /// Passively once more, as its creation was refused like this: somebody may have created it with other properties in between.
-    Refused(ConnectError),
+pub(super) enum DeclareStep {
+    /// First passively: the queue may exist with any properties, and this needs no permission to configure it.
+    Passive,
+    /// It doesn't exist: create it.
+    Create,
+    /// Creating it was refused with this error: somebody else may have created it meanwhile, with other properties.
+    PassiveAgain(ConnectError),
 }
 
 /// Why there is no subscription.
@@ -74,14 +74,14 @@ impl Topology {
     /// Declares and binds, and returns the queue's name, which the broker chooses if `queue` is empty.
     pub(super) async fn set_up(
         &self,
-        connection: &OpenConnection,
+        connection: &mut OpenConnection,
         queue: &str,
         request: Request,
     ) -> Result<String, NotSubscribed> {
-        let Request { create, ack_timeout } = request;
-        let creates = matches!(create, Create::Now);
+        let Request { step, ack_timeout } = request;
+        let creates = matches!(step, DeclareStep::Create);
         let declared = match self.declare {
-            Declare::No => Ok(queue.to_owned()),
+            Declare::No => Ok(None),
             kind => {
                 let options = QueueDeclareOptions {
                     passive: kind == Declare::Durable && !creates,
@@ -89,31 +89,36 @@ impl Topology {
                     exclusive: kind == Declare::Exclusive,
                     ..QueueDeclareOptions::default()
                 };
-                declare(connection, queue, options, FieldTable::default()).await
+                declare(connection, queue, options).await.map(Some)
             }
         };
-        let name = declared.map_err(|error| {
+        let declared = declared.map_err(|error| {
             let meaning = connection.meaning(&error);
             let refused = || ConnectError::refused(&error, connection, Asked::Queue { action: "declare", queue });
-            let create = match create {
-                Create::IfMissing if meaning == Some(Meaning::Missing) && self.declare == Declare::Durable => {
-                    Create::Now
+            let step = match (step, meaning) {
+                (DeclareStep::Passive, Some(Meaning::Missing)) if self.declare == Declare::Durable => {
+                    DeclareStep::Create
                 }
-                Create::Now if meaning == Some(Meaning::Precondition) => Create::Refused(refused()),
-                Create::Refused(refusal) if meaning == Some(Meaning::Missing) => return refusal.into(),
+                (DeclareStep::Create, Some(Meaning::Precondition)) => DeclareStep::PassiveAgain(refused()),
+                // Nobody has created it: why we can't says more than that it is missing.
+                (DeclareStep::PassiveAgain(refusal), Some(Meaning::Missing)) => return refusal.into(),
                 _ => return refused().into(),
             };
-            NotSubscribed::RetryWith(Request { create, ack_timeout })
+            NotSubscribed::RetryWith(Request { step, ack_timeout })
         })?;
+        let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
+        // A proxy's connection to the broker may be shared, and live on: the queue is deleted with ours, unless another user of
+        // that connection had it first.
+        let created = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
+        if self.declare == Declare::Exclusive && created.is_some() && connection.observed().is_another_product {
+            connection.exclusive_queue = Some(name.clone());
+        }
         if creates {
             tracing::info!("declared queue {queue:?}, which was not there");
         }
         if let Some(exchange) = &self.exchange {
             let bound = self.bind(connection, &name, exchange).await;
-            bound.map_err(|error| {
-                let action = format!("bind to exchange {exchange:?}");
-                ConnectError::refused(&error, connection, Asked::Queue { action: &action, queue: &name })
-            })?;
+            bound.map_err(|error| ConnectError::refused(&error, connection, Asked::Bind { queue: &name, exchange }))?;
         }
         Ok(name)
     }
@@ -129,15 +134,14 @@ impl Topology {
     }
 }
 
-/// Declares a queue on a channel of its own, as a refusal ends that; returns the queue's name.
-pub(super) async fn declare(
+/// Declares a queue on a channel of its own, as a refusal ends that.
+async fn declare(
     connection: &OpenConnection,
     queue: &str,
     options: QueueDeclareOptions,
-    arguments: FieldTable,
-) -> lapin::Result<String> {
+) -> lapin::Result<lapin::Queue> {
     let channel = connection.lapin.create_channel().await?;
-    let declared = channel.queue_declare(queue.into(), options, arguments).await?;
+    let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
     channel.close(200, "OK".into()).await?;
-    Ok(declared.name().to_string())
+    Ok(declared)
 }

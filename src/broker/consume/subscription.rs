@@ -4,7 +4,7 @@ use crate::{
     broker::{
         errors::{Asked, ConnectError, DeliveryLost, Meaning},
         reach::connection::OpenConnection,
-        topology::{Create, Declare, NotSubscribed, Request, Topology},
+        topology::{Declare, DeclareStep, NotSubscribed, Request, Topology},
     },
     report::with_reminders,
 };
@@ -23,9 +23,6 @@ use tokio_stream::StreamExt;
 
 /// The consumer tag; one channel has one consumer.
 const TAG: &str = "qconsume";
-
-/// From this version on a consumer may ask for an acknowledgement timeout of its own, and the queue watches it.
-const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
 
 /// Longest wait for a queue to say how many messages it has: its leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -86,7 +83,7 @@ impl Subscription {
                 // Should that fail, so does the next channel.
                 let _ = channel.close(200, "OK".into()).await;
             }
-            subscribe(&connection, &options, request, declared).await
+            subscribe(&mut connection, &options, request, declared).await
         };
         let reply = with_reminders(STAGE, reply);
         let subscribed = tokio::select! {
@@ -165,7 +162,7 @@ impl Subscription {
     /// timeout, see `Settling::asks_twice`.
     pub(super) fn unconfirmed_again(&self, error: &lapin::Error) -> DeliveryLost {
         if self.connection.is_connected() || self.connection.observed().closed_unreadably {
-            return DeliveryLost::timed_out(self.connection.version());
+            return DeliveryLost::timed_out(&self.connection.observed());
         }
         self.delivery_lost(error)
     }
@@ -252,7 +249,7 @@ async fn last_of(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Deliver
 type Subscribed = (String, Channel, lapin::Consumer);
 
 async fn subscribe(
-    connection: &OpenConnection,
+    connection: &mut OpenConnection,
     options: &ConsumerOptions,
     request: Request,
     declared: Option<String>,
@@ -262,18 +259,18 @@ async fn subscribe(
         Some(queue) => queue,
         None => options.topology.set_up(connection, &options.queue, request).await?,
     };
-    // An exclusive queue is a classic one, which refuses: a refusal costs the connection, and with it the queue.
+    // An exclusive queue is a classic one and refuses the argument. A refusal costs the connection, and with it the queue.
     let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
-        && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE);
+        && connection.observed().may_know_ack_timeout();
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
     match consume(connection, &queue, ack_timeout).await {
         Ok((channel, consumer)) => Ok((queue, channel, consumer)),
         // A classic queue has no acknowledgement timeout, and refuses to be asked for one.
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
-            // The queue is there by now.
-            Err(NotSubscribed::RetryWith(Request { create: Create::IfMissing, ack_timeout: false }))
+            // The queue exists now, so it is declared passively.
+            Err(NotSubscribed::RetryWith(Request { step: DeclareStep::Passive, ack_timeout: false }))
         }
         Err(error) => {
             Err(ConnectError::refused(&error, connection, Asked::Queue { action: "consume from", queue: &queue })

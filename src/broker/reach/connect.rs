@@ -220,6 +220,7 @@ impl Connector {
             lapin,
             observed,
             last_channel: None,
+            exclusive_queue: None,
             _cutter: cutter,
         })
     }

@@ -77,6 +77,7 @@ fn decode(text: &str) -> Option<Vec<u8>> {
 #[derive(Clone, Copy)]
 pub(in crate::broker) struct Credentials<'a> {
     pub(in crate::broker) user: &'a str,
+    pub(in crate::broker) virtual_host: &'a str,
     /// The password, if it is a token.
     pub(in crate::broker) token: Option<Token>,
     /// The file that a new password may come from.
@@ -125,6 +126,7 @@ impl Credentials<'_> {
 /// The login of an open connection. Its token is renewed until this is dropped.
 pub(in crate::broker) struct Login {
     user: String,
+    virtual_host: String,
     token: Arc<Mutex<Option<Token>>>,
     file: Option<PathBuf>,
     renewal: Option<JoinHandle<()>>,
@@ -144,13 +146,13 @@ impl Login {
             };
             tokio::spawn(renewal.run())
         });
-        Self { user: address.username.clone(), token, file, renewal }
+        Self { user: address.username.clone(), virtual_host: address.virtual_host.clone(), token, file, renewal }
     }
 
     /// The credentials, with the newest token.
     pub(in crate::broker) fn credentials(&self) -> Credentials<'_> {
         let token = *self.token.lock().expect("nobody panics with it");
-        Credentials { user: &self.user, token, file: self.file.as_deref() }
+        Credentials { user: &self.user, virtual_host: &self.virtual_host, token, file: self.file.as_deref() }
     }
 }
 

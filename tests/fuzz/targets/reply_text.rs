@@ -30,11 +30,11 @@ type Row = (Request, u16, &'static str, Exit, Exit);
 
 /// The texts of RabbitMQ 3.10 to 4.3, as in src/broker/errors/tests.rs.
 #[rustfmt::skip]
-const TEXTS: [Row; 26] = [
+const TEXTS: [Row; 28] = [
     (Login, 403, "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.", NoPermission, NoPermission),
     (Login, 530, "NOT_ALLOWED - vhost {V} not found", Config, Config),
-    (Login, 530, "NOT_ALLOWED - access to vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
-    (Login, 530, "NOT_ALLOWED - access to vhost '{V}' refused for user '{U}': connection limit (0) is reached", Unavailable, NoPermission),
+    (Login, 530, "NOT_ALLOWED - access to vhost '{V}' refused for user '{U}'", NoPermission, Unavailable),
+    (Login, 530, "NOT_ALLOWED - access to vhost '{V}' refused for user '{U}': connection limit (0) is reached", Unavailable, Unavailable),
     (Login, 530, "NOT_ALLOWED - Connection refused for user '{U}': user connection limit (0) is reached", Unavailable, Unavailable),
     (Login, 541, "INTERNAL_ERROR - access to vhost '{V}' refused for user '{U}': vhost '{V}' is down", Unavailable, Unavailable),
     (Consume, 530, "NOT_ALLOWED - number of channels opened for user '{U}' has reached the maximum allowed user limit of (0)", Unavailable, Unavailable),
@@ -43,18 +43,20 @@ const TEXTS: [Row; 26] = [
     (Consume, 404, "NOT_FOUND - queue '{Q}' in vhost '{V}' process is stopped by supervisor", Unavailable, Unavailable),
     (Consume, 404, "NOT_FOUND - failed to perform operation on queue '{Q}' in vhost '{V}' due to timeout", Unavailable, Unavailable),
     (Consume, 404, "NOT_FOUND - Queue '{Q}' doesn't exist", Config, Config),
-    (Consume, 403, "ACCESS_REFUSED - queue '{Q}' in vhost '{V}' in exclusive use", Config, NoPermission),
+    (Consume, 403, "ACCESS_REFUSED - queue '{Q}' in vhost '{V}' in exclusive use", Config, Config),
     (Consume, 403, "ACCESS_REFUSED - access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
     (Consume, 403, "ACCESS_REFUSED - read access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
     (Consume, 320, "CONNECTION_FORCED - credential expired", NoPermission, NoPermission),
     (Consume, 530, "NOT_ALLOWED - New secret was refused by one of the backends", NoPermission, NoPermission),
     (Consume, 405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue '{Q}' in vhost '{V}'", Config, Config),
+    (Consume, 404, "queue '{Q}' not found", Config, Config),
+    (Declare, 403, "ACCESS_REFUSED - queue name '{Q}' contains reserved prefix 'amq.*'", Config, Config),
     (Declare, 403, "ACCESS_REFUSED - configure access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
     (Declare, 406, "PRECONDITION_FAILED - cannot declare queue '{Q}': queue limit in vhost '{V}' (1) is reached", Config, Config),
     (Declare, 406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue '{Q}' in vhost '{V}': received 'true' but current is 'false'", Config, Config),
     (Publish, 404, "NOT_FOUND - no exchange '{Q}' in vhost '{V}'", Config, Config),
     (Publish, 403, "ACCESS_REFUSED - write access to exchange '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
-    (Publish, 403, "ACCESS_REFUSED - cannot publish to internal exchange '{Q}' in vhost '{V}'", NoPermission, NoPermission),
+    (Publish, 403, "ACCESS_REFUSED - cannot publish to internal exchange '{Q}' in vhost '{V}'", Config, Config),
     (Publish, 406, "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000", Config, Config),
     (Publish, 541, "INTERNAL_ERROR", Unconfirmed, Unconfirmed),
 ];

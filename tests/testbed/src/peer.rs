@@ -187,6 +187,7 @@ pub fn usual(request: &Request) -> Vec<u8> {
         Method::CONFIRM_SELECT => of(Method::CONFIRM_SELECT_OK, &[]),
         Method::BASIC_QOS => of(Method::BASIC_QOS_OK, &[]),
         Method::QUEUE_DECLARE => declared(request, 0, 0),
+        Method::QUEUE_DELETE => of(Method::QUEUE_DELETE_OK, &[0; 4]),
         Method::BASIC_CONSUME => {
             let queue = short_at(&request.arguments, 2);
             let tag = short_at(&request.arguments, 2 + queue.len());
@@ -255,7 +256,13 @@ pub fn declared(request: &Request, ready: u32, consumers: u32) -> Vec<u8> {
 
 /// connection.start of a broker that says that it has this version.
 pub fn greeting(version: &str) -> Vec<u8> {
-    let properties = long(&[&short(b"version")[..], b"S", &long(version.as_bytes())].concat());
+    greeting_with(&[("version", version)])
+}
+
+/// connection.start with these server properties, such as `product`.
+pub fn greeting_with(properties: &[(&str, &str)]) -> Vec<u8> {
+    let property = |(name, value): &(&str, &str)| [&short(name.as_bytes())[..], b"S", &long(value.as_bytes())].concat();
+    let properties = long(&properties.iter().flat_map(property).collect::<Vec<_>>());
     let arguments = [&[0, 9][..], &properties, &long(b"PLAIN"), &long(b"en_US")].concat();
     method_frame(0, Method::CONNECTION_START, &arguments)
 }

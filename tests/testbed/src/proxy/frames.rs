@@ -44,6 +44,8 @@ methods! {
     CHANNEL_CLOSE_OK = 20, 41, "channel.close-ok";
     QUEUE_DECLARE = 50, 10, "queue.declare";
     QUEUE_DECLARE_OK = 50, 11, "queue.declare-ok";
+    QUEUE_DELETE = 50, 40, "queue.delete";
+    QUEUE_DELETE_OK = 50, 41, "queue.delete-ok";
     BASIC_QOS = 60, 10, "basic.qos";
     BASIC_QOS_OK = 60, 11, "basic.qos-ok";
     BASIC_CONSUME = 60, 20, "basic.consume";
