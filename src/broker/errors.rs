@@ -20,7 +20,7 @@ const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 /// What that frame holds besides the credentials, in bytes: the client's properties, at most.
 const START_OK_REST: usize = 1024;
 
-/// What a refusal means, as far as that doesn't depend on what was asked for.
+/// What a refusal means, whatever was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     LoginRefused,
@@ -36,7 +36,7 @@ pub(super) enum Meaning {
     Missing,
     /// Another consumer has the queue to itself.
     ExclusiveConsumer,
-    /// The queue is another connection's own.
+    /// The queue is exclusive to another connection.
     ExclusiveQueue,
     /// Only the broker may give this name.
     ReservedName,
@@ -46,7 +46,7 @@ pub(super) enum Meaning {
     NotPermitted,
     /// The token that the user is logged in with has expired.
     TokenExpired,
-    /// The token that was to take its place is refused.
+    /// The broker refused the renewed token.
     NewTokenRefused,
     /// The delivery wasn't acknowledged in time.
     AckTimeout,
@@ -56,7 +56,7 @@ pub(super) enum Meaning {
     Precondition,
     /// The broker doesn't do what was asked for.
     NotImplemented,
-    /// Anything else: the broker's own trouble, which may pass.
+    /// Anything else: a problem of the broker's, which may pass.
     Other,
 }
 
@@ -136,7 +136,7 @@ impl Refusal {
     }
 }
 
-/// Whether a text ends as the OAuth 2 plugin's does (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT token has expired
+/// Whether a text ends as the OAuth 2 plugin's for an expired token (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT token has expired
 /// at timestamp 1796065016 (validated at 1796065021)"`. Names stand before that.
 fn token_expired(text: &str) -> bool {
     let Some((_, end)) = text.rsplit_once(": \"Provided JWT token has expired at timestamp ") else {
@@ -160,7 +160,7 @@ impl fmt::Display for Refusal {
 /// What the broker was asked for when it refused.
 #[derive(Clone, Copy)]
 pub(super) enum Asked<'a> {
-    /// To let us in, and into the virtual host.
+    /// To log us in and open the virtual host.
     Login(&'a Address),
     /// To do this with a queue, such as "consume from".
     Queue { action: &'a str, queue: &'a str },
@@ -191,9 +191,9 @@ impl Observed {
 /// An attempt that failed: whether another one may help, and how the run ends if none does.
 #[derive(Debug)]
 pub struct ConnectError {
-    /// It may pass by itself.
+    /// Another attempt may succeed.
     pub transient: bool,
-    /// What the run ends with when it doesn't.
+    /// How the run ends if no attempt succeeds.
     pub failure: Failure,
     /// The broker refused the user and the password.
     pub(super) login_refused: bool,
@@ -256,9 +256,8 @@ impl ConnectError {
             Declare(queue) => ("declare", queue),
             Login(_) | Publish(_) | Delivery { .. } => ("", ""),
         };
-        let host = login.virtual_host;
-        let (user, queue) = (format!("user {:?}", login.user), format!("queue {queue:?}"));
-        // The next connection logs in with what the file has then.
+        let Credentials { user, virtual_host: host, .. } = login;
+        // The next connection uses the password that is in the file then.
         let renewable = login.file.is_some();
         match (asked, meaning) {
             (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => row(
@@ -267,14 +266,14 @@ impl ConnectError {
                 "create a user of the certificate's name, or give a password",
             ),
             (_, M::LoginRefused) => {
-                let what = format!("the broker refused the login of {user}");
+                let what = format!("the broker refused the login of user {user:?}");
                 let row = row(NoPermission, what, &login.advice_on_login());
                 Self { login_refused: true, ..retry_if(renewable, row) }
             }
             (Login(_), M::NoVirtualHost | M::Missing) | (_, M::NoVirtualHost) => {
                 config(format!("the broker has no virtual host {host:?}"), "create it, or correct the URL's path")
             }
-            (_, M::VirtualHostRefused) => not_permitted(format!("{user} may not use virtual host {host:?}")),
+            (_, M::VirtualHostRefused) => not_permitted(format!("user {user:?} may not use virtual host {host:?}")),
             (Login(_), _) => unavailable("the broker closed the connection".to_owned()),
 
             (_, M::TokenExpired | M::NewTokenRefused) => {
@@ -296,7 +295,7 @@ impl ConnectError {
             (Publish(exchange), M::InternalExchange) => {
                 config(format!("exchange {exchange:?} is internal"), "only exchanges publish to it: name another")
             }
-            (Publish(_), M::NotPermitted) => not_permitted(format!("{user} may not publish here")),
+            (Publish(_), M::NotPermitted) => not_permitted(format!("user {user:?} may not publish here")),
             (Publish(_), M::TooLarge) => {
                 let advice = "raise max_message_size in its rabbitmq.conf, or split it";
                 config("too large for this broker".to_owned(), advice)
@@ -306,32 +305,36 @@ impl ConnectError {
             }
             (Publish(_), _) => row(Unconfirmed, "the broker stopped the publishing".to_owned(), ""),
 
-            // Somebody may declare it yet.
+            // Retried: somebody may still declare it.
             (Bind { exchange, .. }, M::NoExchange) => {
-                let what = format!("there is no exchange {exchange:?} to bind {queue} to");
+                let what = format!("there is no exchange {exchange:?} to bind queue {queue:?} to");
                 retry_if(true, config(what, "declare it, or check the name and the virtual host"))
             }
-            (_, M::Missing) => {
-                let what = format!("there is no {queue} to {action}");
+            (_, M::Missing | M::NoExchange) => {
+                let what = format!("there is no queue {queue:?} to {action}");
                 retry_if(true, config(what, "declare it, or check QUEUE and the virtual host"))
             }
             (Declare(_), M::Precondition) => {
-                let what = format!("{queue} exists and is another kind of queue");
+                let what = format!("queue {queue:?} exists and is another kind of queue");
                 config(what, "publish to it without --declare, or name another")
             }
-            (_, M::ReservedName) => config(format!("can't {action} {queue}"), "names that begin with amq. are its own"),
-            (_, M::InvalidName) => config(format!("can't {action} {queue}"), "choose another name"),
-            (_, M::QueueDown) => unavailable(format!("{queue} is not available now")),
+            (_, M::ReservedName) => {
+                config(format!("can't {action} queue {queue:?}"), "names that begin with amq. are its own")
+            }
+            (_, M::InvalidName) => config(format!("can't {action} queue {queue:?}"), "choose another name"),
+            (_, M::QueueDown) => unavailable(format!("queue {queue:?} is not available now")),
             (_, M::ExclusiveConsumer) => {
-                config(format!("{queue} has an exclusive consumer"), "stop it, or use another queue")
+                config(format!("queue {queue:?} has an exclusive consumer"), "stop it, or use another queue")
             }
             (_, M::ExclusiveQueue) => {
-                config(format!("{queue} is exclusive to another connection"), "use another queue")
+                config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
             }
-            (_, M::NotPermitted) => not_permitted(format!("{user} may not {action} {queue}")),
-            (_, M::QueueLimit) => config(format!("can't {action} {queue}"), "raise the limit, or delete queues"),
-            (_, M::Limit | M::Other) => unavailable(format!("can't {action} {queue} now")),
-            _ => config(format!("can't {action} {queue} like this"), ""),
+            (_, M::NotPermitted) => not_permitted(format!("user {user:?} may not {action} queue {queue:?}")),
+            (_, M::QueueLimit) => {
+                config(format!("can't {action} queue {queue:?}"), "raise the limit, or delete queues")
+            }
+            (_, M::Limit | M::Other) => unavailable(format!("can't {action} queue {queue:?} now")),
+            _ => config(format!("can't {action} queue {queue:?} like this"), ""),
         }
     }
 
@@ -402,8 +405,9 @@ impl ConnectError {
         let greeted = observed.mechanisms.is_some();
         if greeted && observed.heartbeat.is_none() && credentials + START_OK_REST > limit {
             return Self::config(format!(
-                "the broker closed the connection when it got the credentials: user and password have {credentials} \
-                 bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter token"
+                "the broker closed the connection when it got the credentials: \
+                 user and password have {credentials} bytes, and this RabbitMQ takes {limit} for the whole frame; \
+                 use a shorter token"
             ));
         }
         if let Some(problem) = frame_max_problem(observed, address) {

@@ -9,14 +9,14 @@ use lapin::{
     types::FieldTable,
 };
 
-/// What is to be there before the subscription.
+/// The queue and the bindings to declare before subscribing.
 #[derive(Clone, Debug, Default)]
 pub struct Topology {
-    /// The queue.
+    /// Which queue to declare.
     pub declare: Declare,
     /// The exchange to bind it to.
     pub exchange: Option<String>,
-    /// With these keys.
+    /// The routing keys of the bindings.
     pub routing_keys: Vec<String>,
 }
 
@@ -28,11 +28,11 @@ pub enum Declare {
     No,
     /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
-    /// One of the connection's own.
+    /// An exclusive one, which is deleted with the connection.
     Exclusive,
 }
 
-/// What the broker is asked for, which the refusals of earlier attempts may have changed.
+/// How to declare and subscribe; earlier refusals may have changed it.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) step: DeclareStep,
@@ -134,7 +134,7 @@ impl Topology {
     }
 }
 
-/// Declares a queue on a channel of its own, as a refusal ends that.
+/// Declares a queue on a channel of its own, because a refusal closes the channel.
 async fn declare(
     connection: &OpenConnection,
     queue: &str,

@@ -148,7 +148,8 @@ fn check_any(request: Request, names: &Names<'_>, code: u16, text: &[u8]) {
         panic!("{text:?} can't be read");
     };
     let (exit, message) = (failure.exit, failure.message);
-    let may_be_declared_yet = matches!(request, Consume | Declare) && code == 404 && exit == Config;
+    let no_host = message.starts_with("the broker has no virtual host");
+    let may_be_declared_yet = matches!(request, Consume | Declare) && code == 404 && exit == Config && !no_host;
     assert_eq!(transient, exit == Unavailable || may_be_declared_yet, "{message}");
     let documented = match request {
         Login if code == 403 => &[NoPermission][..],
