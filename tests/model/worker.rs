@@ -80,7 +80,8 @@ pub enum Phase {
     /// No pod.
     Absent,
     Connecting,
-    /// `asking`: with `--drain`, whether it waits for the answer if the queue is empty; and the message that came before that.
+    /// `asking`: with `--drain`, whether it waits for the answer if the queue is empty; and the message that came
+    /// before that.
     Waiting {
         asking: bool,
         arrived: Option<Arrived>,
@@ -112,7 +113,8 @@ impl Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct End {
     pub status: u8,
-    /// For the properties only: it has done everything that it was asked for, and really removed each message that it counted.
+    /// For the properties only: it has done everything that it was asked for, and really removed each message that it
+    /// counted.
     pub fulfilled: bool,
     /// For the properties only: the last message that it has removed from the queue.
     pub removed: Option<Id>,
@@ -214,7 +216,8 @@ impl Worker {
         self.write(Request::Cancel { nowait: false });
     }
 
-    /// Whether it may notice that its connection is lost: by heartbeats, or by the time limits of settling and releasing.
+    /// Whether it may notice that its connection is lost: by heartbeats, or by the time limits of settling and
+    /// releasing.
     pub fn may_notice(&self, system: &System) -> bool {
         let dead = self.link.as_ref().is_some_and(|it| it.cut || it.gone);
         let heeds = match self.phase {
@@ -407,7 +410,7 @@ impl Worker {
         if system.no_ack {
             return self.settled(system, run, Some(ending), None);
         }
-        let settlement = verdict.settlement.expect("it is still owned");
+        let settlement = verdict.settlement.expect("the delivery is still ours");
         let is_last = self.next(verdict, run) != Next::Message;
         let not_started = matches!(ending, Ending::NotStarted(_));
         let cancels = settlement == Settlement::Requeue || is_last || not_started;
@@ -427,8 +430,8 @@ impl Worker {
         self.carry_out(system, true);
     }
 
-    /// Performs the steps up to the next one that waits. A cut can lose the methods written here after any of them, so a cut or
-    /// a kill between two of them is the same as one after the last.
+    /// Performs the steps up to the next one that waits. A cut can lose the methods written here after any of them, so
+    /// a cut or a kill between two of them is the same as one after the last.
     fn carry_out(&mut self, system: &System, politely: bool) {
         let mut cancels_late = false;
         while let Phase::Settling(mut it) = self.phase {
