@@ -23,7 +23,6 @@ use testbed::{
 /// How long a token is valid: longer than qconsume takes to find a new one, even on a busy machine.
 const LIFE: Duration = Duration::from_secs(12);
 
-/// How often a token is renewed.
 const RENEWED_EVERY: Duration = Duration::from_secs(4);
 
 /// Long enough for any test.

@@ -21,7 +21,6 @@ const PROMPT: Duration = Duration::from_secs(20);
 /// How long a run waits at its end for a reader of its last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// A pipe for standard error.
 struct Pipe {
     reader: PipeReader,
     writer: PipeWriter,

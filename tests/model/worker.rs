@@ -131,7 +131,6 @@ pub struct Worker {
     course: Course,
     /// It has a consumer that it hasn't cancelled.
     subscribed: bool,
-    /// A message was dead-lettered.
     dead_lettered: bool,
     /// A message arrived, but its connection was lost before it was taken; and none was taken since.
     cut_short: bool,
@@ -201,7 +200,6 @@ impl Worker {
         self.phase = Phase::Waiting { asking: false, arrived: None };
     }
 
-    /// A passive declare.
     fn ask(&mut self) {
         self.phase = Phase::Waiting { asking: true, arrived: None };
         self.write(Request::Declare);
@@ -290,7 +288,6 @@ impl Worker {
         self.write(Request::Qos);
     }
 
-    /// The process ends.
     fn end(&mut self, system: &System, status: u8, politely: bool) {
         let rejected = system.policy.reject_exit_code.unwrap_or(1);
         let forgets = system.bug == Some(Bug::ForgetsDeadLetters);
@@ -298,7 +295,6 @@ impl Worker {
         self.exit(if overridden { rejected } else { status }, politely);
     }
 
-    /// SIGKILL.
     fn kill(&mut self) {
         self.exit(KILLED, false);
     }
@@ -389,7 +385,6 @@ impl Worker {
         }
     }
 
-    /// `--timeout` passes.
     fn time_limit(&mut self) {
         if let Phase::Running(run) = &mut self.phase {
             run.stop.get_or_insert(Stop::TimeLimit);

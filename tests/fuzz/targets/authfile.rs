@@ -121,7 +121,8 @@ fn credentials(content: &[u8]) -> Option<(&str, &str)> {
 /// Checks that the message contains no line of the file. Lines of up to 8 bytes could be there by chance.
 fn check_secret(message: &str, content: &[u8]) {
     // The message consists of these words and the file's path.
-    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: it isn't UTF-8";
+    let fixed =
+        "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: it isn't UTF-8";
     for line in String::from_utf8_lossy(content).lines().filter(|line| line.len() > 8) {
         let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
         assert!(is_fixed || !message.contains(line), "{message}");

@@ -250,7 +250,6 @@ impl<'a> Player<'a> {
         look(self.log.lock().unwrap().connection(self.connection))
     }
 
-    /// The number of connections so far.
     fn connections(&self) -> usize {
         self.log.lock().unwrap().0.iter().filter(|connection| connection.is_made).count()
     }

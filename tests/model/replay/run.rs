@@ -147,7 +147,6 @@ impl<'a> Walk<'a> {
         Self { system, state, delivered: HashMap::new(), open, runs: Vec::new() }
     }
 
-    /// The possible actions.
     pub fn actions(&self) -> Vec<Action> {
         let mut actions = Vec::new();
         self.system.actions(&self.state, &mut actions);

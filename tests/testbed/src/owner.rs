@@ -66,7 +66,6 @@ if grep -q -s -F "$id" "$policy"; then rm -f "$policy"; fi
 rm -rf "$folder"
 "#;
 
-/// This process as the owner of processes, containers and files.
 struct Owner {
     /// Unique among all test processes; also the prefix of names.
     id: String,

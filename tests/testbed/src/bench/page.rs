@@ -15,7 +15,6 @@ const MEASURED: &str = "Measured on ";
 /// The plot's file name, in the page's folder.
 const PLOT: &str = "cost-curve.svg";
 
-/// The results so far.
 pub(super) struct Results {
     /// qconsume compared with amqp-consume.
     pub(super) table: Table,

@@ -75,7 +75,6 @@ pub(super) fn raise_file_limit() -> Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise the limit of open files")
 }
 
-/// Starts many processes of a program.
 pub(super) fn crowd(size: usize, command: impl Fn() -> Command) -> Result<Vec<Child>> {
     (0..size)
         .map(|_| {
@@ -95,7 +94,6 @@ pub(super) fn memory(pids: &[u32]) -> Result<f64> {
     })
 }
 
-/// The processes of a private broker.
 pub(super) fn of_broker(broker: &Broker) -> Result<Vec<u32>> {
     let pids = broker.processes();
     ensure!(!pids.is_empty(), "no process of the broker was found");

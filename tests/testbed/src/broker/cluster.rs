@@ -44,7 +44,6 @@ pub(crate) struct Cluster {
     _network: Network,
 }
 
-/// A node of a [`Cluster`].
 pub(crate) struct ClusterNode {
     /// The Erlang node's name: `rabbit@node1`.
     pub(crate) name: String,
@@ -146,7 +145,6 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// The last lines of every node's log.
     pub(crate) fn logs(&self) -> String {
         let logs = self.nodes.iter();
         let logs = logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log_tail()));
@@ -244,12 +242,10 @@ impl ClusterNode {
         self.container.tool("rabbitmq-upgrade", &["drain"]).map(drop)
     }
 
-    /// Ends its maintenance mode.
     pub(crate) fn revive(&self) -> Result<()> {
         self.container.tool("rabbitmq-upgrade", &["revive"]).map(drop)
     }
 
-    /// Drops all packets from these nodes.
     pub(crate) fn hear_nothing_from(&self, others: &[&Self]) -> Result<()> {
         self.drop_packets("INPUT", &["--source", &addresses(others)])
     }
@@ -287,7 +283,6 @@ impl ClusterNode {
         self.heal()
     }
 
-    /// Lets all packets pass again.
     pub(crate) fn heal(&self) -> Result<()> {
         self.iptables(&["--flush"]).map(drop)
     }

@@ -126,7 +126,6 @@ pub(super) fn start_epmd(image: &str, port: u16) -> Result<Container> {
     Container::make("run --detach", &[&HOST[..], &epmd, &listen].concat())
 }
 
-/// A node in a container.
 pub(super) struct ContainerNode {
     container: Container,
     /// Kept because it reserves the ports, if the container shares this machine's network.

@@ -60,7 +60,6 @@ impl Installation {
     }
 }
 
-/// A port mapper in the foreground.
 pub(super) struct LocalEpmd(Child);
 
 impl Drop for LocalEpmd {

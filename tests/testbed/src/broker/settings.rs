@@ -27,7 +27,6 @@ pub(crate) struct Group {
     _epmd: Option<Box<dyn Send + Sync>>,
 }
 
-/// One node's identity and settings.
 pub(crate) struct Settings {
     pub(crate) name: String,
     pub(crate) port: Port,

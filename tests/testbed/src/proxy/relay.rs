@@ -75,7 +75,6 @@ impl<E: std::error::Error> From<E> for End {
     }
 }
 
-/// One connection through the proxy.
 struct Connection {
     shared: Arc<Shared>,
     number: usize,

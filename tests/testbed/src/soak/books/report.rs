@@ -28,7 +28,6 @@ pub struct Report {
     pub(super) unknown: usize,
     /// Messages done by a worker that exited with 75, but whose acknowledgement did arrive.
     pub(super) unknown_but_gone: usize,
-    /// Workers that were killed.
     pub(in super::super) killed: usize,
     /// Deliveries that reached a worker only after another one had done the message.
     pub(super) late: usize,
