@@ -140,8 +140,8 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     let queue = Broker::shared().queue("background");
     let body = super::binary(4 * super::MEBIBYTE);
     queue.publish(&body);
-    // A process that the command leaves behind holds the pipe open without reading it: as descriptor 3, since the shell
-    // redirects a background process's standard input from /dev/null.
+    // A process that the command leaves behind holds standard input open without reading it: as descriptor 3, since the
+    // shell redirects a background process's standard input from /dev/null.
     let running = worker(&queue).args(["--kill-after", "100ms"]).shell("exec 3<&0; sleep 1000 & exit 0").spawn();
     running.finish(PATIENCE).assert_status(0);
     running.wait_no_leftovers(PATIENCE);

@@ -1,4 +1,4 @@
-//! Strangers: processes of qconsume's that the command didn't start, beside those that it did.
+//! Strangers: children of qconsume that the command didn't start, beside processes that it did.
 
 use super::{process::AWAY, *};
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
