@@ -1,8 +1,8 @@
-//! The texts with which a broker refuses an operation. An input has four lines: the operation and the reply code; the name
-//! of a queue or exchange; a name that serves as virtual host and user; the text.
+//! The texts with which a broker refuses an operation. An input has four lines: the operation and the reply code; the
+//! name of a queue or exchange; a name that serves as virtual host and user; the text.
 //!
-//! - RabbitMQ's own texts lead to the same status and the same words whatever names are in them. If a long name makes the
-//!   broker cut off a text's end, its beginning determines the status.
+//! - RabbitMQ's own texts lead to the same status and the same words whatever names are in them. If a long name makes
+//!   the broker cut off a text's end, its beginning determines the status.
 //! - Any other text leads to one of the documented statuses, and is shown; no part of it can be taken for a log line.
 //! - The password makes no difference.
 
@@ -24,8 +24,8 @@ use qconsume::{
 /// The longest reply text, in bytes.
 const TEXT_MAX: usize = 255;
 
-/// The operation; the reply code and text, with `{Q}` for the queue or exchange, `{V}` for the virtual host, and `{U}` for
-/// the user; the status, and the status if the text's end is cut off.
+/// The operation; the reply code and text, with `{Q}` for the queue or exchange, `{V}` for the virtual host, and `{U}`
+/// for the user; the status, and the status if the text's end is cut off.
 type Row = (Request, u16, &'static str, Exit, Exit);
 
 /// The texts of RabbitMQ 3.10 to 4.3, as in src/broker/errors/tests.rs.
@@ -107,7 +107,7 @@ fn name(text: &[u8]) -> Option<&str> {
 }
 
 fn ask(request: Request, names: &Names<'_>, code: u16, text: &[u8]) -> Option<ConnectError> {
-    let mut address = Address::parse("amqp://:S3CRET@h").expect("it is a URL");
+    let mut address = Address::parse("amqp://:S3CRET@h").expect("a URL");
     address.username = names.user.to_owned();
     address.virtual_host = names.virtual_host.to_owned();
     let answered = answer(request, &address, names.queue, code, text);
@@ -119,7 +119,7 @@ fn ask(request: Request, names: &Names<'_>, code: u16, text: &[u8]) -> Option<Co
 
 fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>) {
     let plain_text = fill(text, &PLAIN);
-    let plain = ask(request, &PLAIN, code, plain_text.as_bytes()).expect("it can be read");
+    let plain = ask(request, &PLAIN, code, plain_text.as_bytes()).expect("the plain refusal can be read");
     assert_eq!(plain.failure.exit, exit, "{plain_text}");
 
     let full = fill(text, names);
@@ -133,7 +133,7 @@ fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>)
     assert_eq!(answered.failure.exit, exit, "{full}");
     // The same words, except for the names and the text.
     let mut expected = String::new();
-    let (before, after) = plain.failure.message.split_once(&plain_text).expect("it is shown");
+    let (before, after) = plain.failure.message.split_once(&plain_text).expect("the message shows the text");
     for (part, text) in [(before, String::from_utf8_lossy(&cut)), (after, "".into())] {
         let quoted = [(PLAIN.queue, names.queue), (PLAIN.virtual_host, names.virtual_host), (PLAIN.user, names.user)];
         expected += &substitute(part, &quoted.map(|(from, to)| (format!("{from:?}"), format!("{to:?}"))));
@@ -164,7 +164,7 @@ fn check_any(request: Request, names: &Names<'_>, code: u16, text: &[u8]) {
     for line in [&line, &json] {
         assert!(!line.contains(char::is_control), "{line:?}");
     }
-    let json: serde_json::Value = serde_json::from_str(&json).expect("it is JSON");
+    let json: serde_json::Value = serde_json::from_str(&json).expect("the log line is JSON");
     assert_eq!((&json["message"], &json["id"]), (&message.into(), &names.queue.into()));
 }
 
