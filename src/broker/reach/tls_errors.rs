@@ -100,9 +100,9 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
         E::InvalidPurposeContext { .. } => {
             format!("{NAME} is not one for servers: its extended key usage lacks serverAuth")
         }
-        E::BadSignature => wrong_key(&trusted(parameters)),
+        E::BadSignature => unverified(&trusted(parameters)),
         E::UnsupportedSignatureAlgorithmForPublicKeyContext { public_key_algorithm_id: id, .. } if usable_key(id) => {
-            wrong_key(&trusted(parameters))
+            unverified(&trusted(parameters))
         }
         error if webpki_name(error).as_deref() == Some("CaUsedAsEndEntity") => format!(
             "{NAME} is that of a CA itself (CA:TRUE), which a server must not use: sign one for the broker with it"
@@ -111,10 +111,11 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
     }
 }
 
-/// A signature that its issuer's key hasn't made, or that ring refuses as the key is too short: rustls says the same.
-fn wrong_key(trusted: &str) -> String {
+/// A signature that a CA's or the broker's key hasn't made, or that ring refuses because the key is too short: rustls
+/// doesn't tell them apart.
+fn unverified(trusted: &str) -> String {
     format!(
-        "the broker's certificate bears the name of a CA among {trusted}, but that CA's key didn't sign it: if the CA was created again under the same name, give its current certificate with --cacert (QCONSUME_CACERT); if the broker or the CA has an RSA key below 2048 bits, replace that key"
+        "the broker's certificate can't be verified with {trusted}: if the CA was created again under the same name, give its current certificate with --cacert (QCONSUME_CACERT); if the broker or the CA has an RSA key below 2048 bits, replace that key"
     )
 }
 
