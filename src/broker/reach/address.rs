@@ -65,8 +65,8 @@ pub struct Address {
     pub username: String,
     /// `guest` if the URL has no password. It may be empty (`user:@host`).
     pub password: Secret,
-    /// Whether the URL has a password, even an empty one. Without one (`user@host`) it is `guest`, as in RabbitMQ's Erlang
-    /// client, unless a client certificate logs in.
+    /// Whether the URL has a password, even an empty one. Without one (`user@host`) it is `guest`, as in RabbitMQ's
+    /// Erlang client, unless a client certificate logs in.
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
@@ -107,8 +107,8 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
 impl Address {
     /// One URL: <https://www.rabbitmq.com/docs/uri-spec>.
     ///
-    /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:` in a
-    /// password needs no encoding. Narrower: an `@` in a virtual host or query does.
+    /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:`
+    /// in a password needs no encoding. Narrower: an `@` in a virtual host or query does.
     ///
     /// # Errors
     /// The first mistake, without any text that could be part of the password.
@@ -251,15 +251,16 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     Ok((ipv6(&host).unwrap_or(host), port))
 }
 
-/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form, so that `0::1` equals `::1`.
+/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form, so that `0::1` equals
+/// `::1`.
 fn ipv6(host: &str) -> Option<String> {
     let (address, zone) = host.split_at(host.find('%').unwrap_or(host.len()));
     let address: Ipv6Addr = address.parse().ok()?;
     (zone != "%").then(|| format!("{address}{zone}"))
 }
 
-/// The virtual host that a path means. In the specification `amqp://host/` is the virtual host with an empty name, which
-/// nobody has: here it means `/`, and so does `amqp://host//`, which Celery's documentation has.
+/// The virtual host that a path means. In the specification `amqp://host/` is the virtual host with an empty name,
+/// which nobody has: here it means `/`, and so does `amqp://host//`, which Celery's documentation has.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
     if matches!(name, "" | "/") {

@@ -45,8 +45,8 @@ const HEARTBEAT: u16 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// How long a refused login is tried again if its password comes from a file: a rotated Secret takes up to two minutes to
-/// arrive in a pod (the kubelet's sync period and its cache).
+/// How long a refused login is tried again if its password comes from a file: a rotated Secret takes up to two minutes
+/// to arrive in a pod (the kubelet's sync period and its cache).
 const LOGIN_RETRIED: Duration = Duration::from_secs(120);
 
 /// How to connect.
@@ -147,7 +147,8 @@ impl Connector {
         self.read_problem = problem;
     }
 
-    /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there yet.
+    /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there
+    /// yet.
     fn retry_login(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;

@@ -63,8 +63,8 @@ pub(super) fn in_handshake(error: &io::Error, parameters: &Parameters) -> Connec
     }
 }
 
-/// What an error after the TLS handshake means, if it is a TLS alert: with TLS 1.3, the refusal of our certificate comes
-/// only then.
+/// What an error after the TLS handshake means, if it is a TLS alert: with TLS 1.3, the refusal of our certificate
+/// comes only then.
 pub(in crate::broker) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
         rustls::Error::AlertReceived(alert) => Some(alert_meaning(*alert, &address.parameters)),

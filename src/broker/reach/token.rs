@@ -84,8 +84,8 @@ pub(in crate::broker) struct Credentials<'a> {
 }
 
 impl Credentials<'_> {
-    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with a
-    /// token that has expired, a 403 is about that.
+    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with
+    /// a token that has expired, a 403 is about that.
     pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
