@@ -10,8 +10,8 @@ use parameters::number;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode};
 use std::{fmt, net::Ipv6Addr};
 
-/// Everything except RFC 3986's unreserved characters is encoded when an address is printed.
-const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// What is encoded when an address is printed: everything except RFC 3986's unreserved characters.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Longest name in AMQP 0-9-1, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
@@ -79,7 +79,7 @@ pub type AddressError = String;
 
 /// The nodes of one cluster, at least one: URLs separated by commas, with at most one newline at the end.
 ///
-/// A comma separates only if `amqp://` or `amqps://` follows: a password may contain others.
+/// Only a comma before `amqp://` or `amqps://` separates: a password may contain others.
 ///
 /// # Errors
 /// The first mistake, with the number of its URL if there are several.
@@ -290,7 +290,7 @@ fn decode(part: &str, name: &str) -> Result<String, AddressError> {
 }
 
 fn encode(text: &str) -> PercentEncode<'_> {
-    utf8_percent_encode(text, RESERVED)
+    utf8_percent_encode(text, ENCODED)
 }
 
 fn error<T>(message: impl Into<String>) -> Result<T, AddressError> {

@@ -32,7 +32,7 @@ pub struct OpenConnection {
     /// The last consumer's channel, kept open until connection.close. If it is dropped, lapin sends channel.close, and
     /// lapin 4.12 ends the connection without a connection.close if the two cross.
     pub(in crate::broker) last_channel: Option<Channel>,
-    pub(super) _cutter: Cutter,
+    pub(super) _shutdown: ShutdownOnDrop,
 }
 
 impl OpenConnection {
@@ -77,15 +77,15 @@ impl OpenConnection {
 
 /// Shuts the socket down when the connection is dropped. Without that, lapin's thread would keep an attempt that was
 /// given up, or a connection to a silent broker, beside the new one.
-pub(super) struct Cutter(std::net::TcpStream);
+pub(super) struct ShutdownOnDrop(std::net::TcpStream);
 
-impl Cutter {
+impl ShutdownOnDrop {
     pub(in crate::broker) fn new(socket: &TcpStream) -> io::Result<Self> {
         Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
     }
 }
 
-impl Drop for Cutter {
+impl Drop for ShutdownOnDrop {
     fn drop(&mut self) {
         let _ = self.0.shutdown(Shutdown::Both);
     }

@@ -43,7 +43,7 @@ const ALGORITHMS: [(&str, &str); 21] = [
 /// How many of [`ALGORITHMS`], from the first on, are keys that rustls with ring can use: [`KEYS`].
 const USABLE_KEYS: usize = 4;
 
-pub(super) fn in_handshake(error: &io::Error, parameters: &Parameters) -> ConnectError {
+pub(super) fn handshake_error(error: &io::Error, parameters: &Parameters) -> ConnectError {
     use PeerIncompatible as P;
     match tls_error(error) {
         Some(rustls::Error::InvalidCertificate(error)) => Failure::config(untrusted(error, parameters)).into(),
@@ -281,7 +281,7 @@ fn date(time: UnixTime) -> impl Display {
 fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectError {
     use AlertDescription as A;
     let cert = parameters.certfile.as_ref();
-    let ours = match (cert, alert) {
+    let what = match (cert, alert) {
         // These concern no certificate of ours.
         (_, A::UnrecognisedName | A::ProtocolVersion) => "TLS".to_owned(),
         (Some(file), _) => format!("the client certificate in {}", file.display()),
@@ -310,7 +310,7 @@ fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectErr
         }
         _ => format!(" ({name}); its log says why"),
     };
-    Failure::config(format!("the broker refused {ours}{why}")).into()
+    Failure::config(format!("the broker refused {what}{why}")).into()
 }
 
 #[cfg(test)]

@@ -176,14 +176,14 @@ impl Renewal {
         let mut read = None;
         loop {
             sleep(LOOK_EVERY).await;
-            let state = state(&self.file);
+            let state = file_state(&self.file);
             if state.is_none() || state == read {
                 continue;
             }
             sleep(UNCHANGED_FOR).await;
             let password = self.password();
             // A file that is being written, or can't be used for now, is checked again.
-            let Some(password) = password.filter(|_| self::state(&self.file) == state) else {
+            let Some(password) = password.filter(|_| file_state(&self.file) == state) else {
                 continue;
             };
             read = state;
@@ -213,13 +213,13 @@ impl Renewal {
     fn password(&mut self) -> Option<Secret> {
         // Compared by the printed URL: it has neither password nor parameters.
         let node = self.address.to_string();
-        let nodes = self.nodes.addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
+        let nodes = self.nodes.read_addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
         nodes.into_iter().find(|other| other.to_string() == node).map(|node| node.password)
     }
 }
 
 /// It differs after the file was written or replaced. Symbolic links are followed: mounted Secrets are links.
-fn state(file: &Path) -> Option<(u64, u64, i64, i64)> {
+fn file_state(file: &Path) -> Option<(u64, u64, i64, i64)> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }
