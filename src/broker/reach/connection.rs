@@ -34,7 +34,7 @@ pub struct OpenConnection {
     pub(in crate::broker) last_channel: Option<Channel>,
     /// A queue that has to be deleted with this connection, although the broker may keep it.
     pub(in crate::broker) exclusive_queue: Option<String>,
-    pub(super) _cutter: Cutter,
+    pub(super) _shutdown: ShutdownOnDrop,
 }
 
 impl OpenConnection {
@@ -93,15 +93,15 @@ impl OpenConnection {
 
 /// Shuts the socket down when the connection is dropped. Without that, lapin's thread would keep an attempt that was
 /// given up, or a connection to a silent broker, beside the new one.
-pub(super) struct Cutter(std::net::TcpStream);
+pub(super) struct ShutdownOnDrop(std::net::TcpStream);
 
-impl Cutter {
+impl ShutdownOnDrop {
     pub(in crate::broker) fn new(socket: &TcpStream) -> io::Result<Self> {
         Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
     }
 }
 
-impl Drop for Cutter {
+impl Drop for ShutdownOnDrop {
     fn drop(&mut self) {
         let _ = self.0.shutdown(Shutdown::Both);
     }

@@ -1,5 +1,5 @@
-//! What the broker has sent on one connection, as far as lapin 4.12 doesn't expose it, and checks for what crashes lapin's
-//! parser. `tap.rs` finds the frames, this reads them.
+//! What the broker has sent on one connection, as far as lapin 4.12 doesn't expose it, and checks for what crashes
+//! lapin's parser. `tap.rs` finds the frames, this reads them.
 
 use crate::broker::errors::Refusal;
 use lapin::{
@@ -14,8 +14,8 @@ const DELIVER: [u8; 4] = [0, 60, 0, 60];
 /// Size of what precedes the properties in a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, body size.
 const BEFORE_PROPERTIES: usize = 12;
 
-/// How deep tables and arrays may be nested. lapin's parser is recursive: a thousand levels overflow its thread's stack of
-/// 2 MiB.
+/// How deep tables and arrays may be nested. lapin's parser is recursive: a thousand levels overflow its thread's stack
+/// of 2 MiB.
 const NESTING_MAX: usize = 100;
 
 /// RabbitMQ's version: major and minor.
@@ -120,8 +120,8 @@ impl Observed {
     fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
-        // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in a
-        // character (seen with 3.10), and lapin can't read that.
+        // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in
+        // a character (seen with 3.10), and lapin can't read that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {
@@ -167,8 +167,8 @@ fn version(start: &connection::Start) -> Option<Version> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Refuses tables and arrays that may be nested too deep, anywhere in the payload: each begins with its type and its size
-/// (4.2.5.5). A text that looks like one counts, too, if that size would fit.
+/// Refuses tables and arrays that may be nested too deep, anywhere in the payload: each begins with its type and its
+/// size (4.2.5.5). A text that looks like one counts, too, if that size would fit.
 fn check_nesting(payload: &[u8]) -> Result<(), String> {
     let mut ends = Vec::new();
     for (at, field) in payload.windows(5).enumerate() {

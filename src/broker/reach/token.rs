@@ -85,8 +85,8 @@ pub(in crate::broker) struct Credentials<'a> {
 }
 
 impl Credentials<'_> {
-    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with a
-    /// token that has expired, a 403 is about that.
+    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with
+    /// a token that has expired, a 403 is about that.
     pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
@@ -178,14 +178,14 @@ impl Renewal {
         let mut read = None;
         loop {
             sleep(LOOK_EVERY).await;
-            let state = state(&self.file);
+            let state = file_state(&self.file);
             if state.is_none() || state == read {
                 continue;
             }
             sleep(UNCHANGED_FOR).await;
             let password = self.password();
             // A file that is being written, or can't be used for now, is checked again.
-            let Some(password) = password.filter(|_| self::state(&self.file) == state) else {
+            let Some(password) = password.filter(|_| file_state(&self.file) == state) else {
                 continue;
             };
             read = state;
@@ -215,13 +215,13 @@ impl Renewal {
     fn password(&mut self) -> Option<Secret> {
         // Compared by the printed URL: it has neither password nor parameters.
         let node = self.address.to_string();
-        let nodes = self.nodes.addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
+        let nodes = self.nodes.read_addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
         nodes.into_iter().find(|other| other.to_string() == node).map(|node| node.password)
     }
 }
 
 /// It differs after the file was written or replaced. Symbolic links are followed: mounted Secrets are links.
-fn state(file: &Path) -> Option<(u64, u64, i64, i64)> {
+fn file_state(file: &Path) -> Option<(u64, u64, i64, i64)> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }
