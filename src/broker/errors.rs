@@ -47,6 +47,8 @@ pub(super) enum Meaning {
     AckTimeout,
     /// A message is larger than the broker takes.
     TooLarge,
+    /// The queue is a stream: it takes no consumer priority.
+    Stream,
     /// What was asked for contradicts what is there.
     Precondition,
     /// The broker doesn't do what was asked for.
@@ -95,6 +97,8 @@ impl Refusal {
             406 if starts("delivery acknowledgement on channel ") => M::AckTimeout,
             406 if starts("consumer timeout") || ends("consumer timeout") => M::AckTimeout,
             406 if starts("message size ") => M::TooLarge,
+            406 if starts("invalid arg 'x-priority' for queue '") => M::Stream,
+            406 if starts("x-priority not supported on stream") => M::Stream,
             406 => M::Precondition,
             320 if text == "credential expired" => M::TokenExpired,
             311 => M::TooLarge,
@@ -246,6 +250,9 @@ fn consequence(asked: Asked<'_>, meaning: Meaning, login: Credentials<'_>) -> Co
         (_, M::NotPermitted) => {
             row(NoPermission, format!("user {user:?} may not {action} queue {queue:?}")).advice(login.how_to_grant())
         }
+        (_, M::Stream) => row(Config, format!("queue {queue:?} is a stream, which keeps its messages")).advice(
+            "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
+        ),
         (_, M::QueueLimit) => {
             row(Config, format!("can't {action} queue {queue:?}")).advice("raise the limit, or delete queues")
         }

@@ -929,11 +929,23 @@ fn a_wait_is_a_bound_whatever_the_queue_says_of_itself() {
     let _active = standby.consume(false);
     standby.publish_all(["held by the active consumer", "ready"]);
     standby.wait_ready(1);
-    let stream = broker.declare("stream").arg("x-queue-type", LongString::from("stream"));
-    let stream = stream.create();
-    stream.publish("kept");
-    for queue in [&standby, &stream] {
-        worker(queue).args(["--wait", "1s", "cat"]).run().assert_status(66).assert_stderr("within 1s (--wait)");
+    worker(&standby).args(["--wait", "1s", "cat"]).run().assert_status(66).assert_stderr("within 1s (--wait)");
+}
+
+#[test]
+fn a_stream_is_refused_before_anything_is_taken() {
+    let broker = Broker::shared();
+    // RabbitMQ cuts its refusal short after 255 bytes.
+    for name in ["stream", &"long".repeat(50)] {
+        let stream = broker.declare(name).arg("x-queue-type", LongString::from("stream")).create();
+        stream.publish("kept");
+        let ways = [&[][..], &["--drain"], &["--wait", "1s"], &["--declare"], &["--ack-timeout", "1m"], &["--no-ack"]];
+        for options in ways {
+            let done = worker(&stream).args(options).args(["echo", "started"]).run();
+            done.assert_status(78).assert_stderr("is a stream").assert_stderr("quorum queue");
+            assert_eq!(done.stdout_text(), "", "{options:?}");
+        }
+        assert_eq!(stream.ready(), 1);
     }
 }
 

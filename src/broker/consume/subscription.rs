@@ -290,6 +290,9 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
+    // 0 is the default. Only streams refuse the argument: their messages can't be settled, and an idle one looks like any queue
+    // (seen with RabbitMQ 3.10 and 4.3; LavinMQ's refuse it too).
+    arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     if let Some(limit) = ack_timeout {
         let milliseconds = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
         let limit = AMQPValue::LongLongInt(milliseconds);

@@ -50,6 +50,12 @@ fn texts_of_rabbitmq_and_lavinmq() {
             "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u', backend rabbit_auth_backend_oauth2 returned an error: \"Provided JWT token has...",
             Meaning::NotPermitted,
         ),
+        (
+            406,
+            "PRECONDITION_FAILED - invalid arg 'x-priority' for queue 'q' in vhost '/' of queue type rabbit_stream_queue",
+            Meaning::Stream,
+        ),
+        (406, "PRECONDITION_FAILED - x-priority not supported on streams", Meaning::Stream),
         (320, "CONNECTION_FORCED - credential expired", Meaning::TokenExpired),
         (530, "NOT_ALLOWED - New secret was refused by one of the backends", Meaning::NewTokenRefused),
         (
