@@ -1,4 +1,4 @@
-//! What is declared and bound before a subscription.
+//! The queue and the bindings that are declared before a subscription.
 
 use super::{
     errors::{Asked, ConnectError, Meaning},
@@ -9,51 +9,53 @@ use lapin::{
     types::FieldTable,
 };
 
-/// What is to be there before the subscription.
+/// The queue and the bindings to declare before subscribing.
 #[derive(Clone, Debug, Default)]
 pub struct Topology {
-    /// The queue.
+    /// Which queue to declare.
     pub declare: Declare,
     /// The exchange to bind it to.
     pub exchange: Option<String>,
-    /// With these keys.
+    /// The routing keys of the bindings.
     pub routing_keys: Vec<String>,
 }
 
-/// Which queue is declared.
+/// Which queue to declare.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
-    /// None: it has to be there.
+    /// None: it must exist.
     #[default]
     No,
-    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
+    /// A durable queue. It is created if it doesn't exist; an existing one is used as it is. Not a transient one:
+    /// RabbitMQ 4.3 refuses those unless they are exclusive.
     Durable,
-    /// One of the connection's own.
+    /// An exclusive queue, which is deleted with the connection.
     Exclusive,
 }
 
-/// What the broker is asked for, which the refusals of earlier attempts may have changed.
+/// How to subscribe. The refusal of an earlier attempt may have changed it.
 #[derive(Debug)]
 pub(super) struct Request {
-    pub(super) create: Create,
+    pub(super) durable: DeclareDurable,
     pub(super) ack_timeout: bool,
 }
 
 impl Default for Request {
     fn default() -> Self {
-        Self { create: Create::IfMissing, ack_timeout: true }
+        Self { durable: DeclareDurable::Passively, ack_timeout: true }
     }
 }
 
-/// How a durable queue is declared. A refusal costs the connection, so each of these is an attempt of its own.
+/// How to declare a durable queue. A refusal costs the connection, so each step is an attempt of its own.
 #[derive(Debug)]
-pub(super) enum Create {
-    /// Passively: a queue that is there may have any properties, and needs no permission to configure it.
-    IfMissing,
-    /// It isn't there.
-    Now,
-    /// Passively once more, as its creation was refused like this: somebody may have created it with other properties in between.
-    Refused(ConnectError),
+pub(super) enum DeclareDurable {
+    /// First, check that it exists: with any properties, and without the permission to configure it.
+    Passively,
+    /// It doesn't exist: create it.
+    Create,
+    /// The creation was refused with this error: check again, as somebody may have created it with other properties
+    /// meanwhile.
+    PassivelyAgain(ConnectError),
 }
 
 /// Why there is no subscription.
@@ -71,15 +73,15 @@ impl From<ConnectError> for NotSubscribed {
 }
 
 impl Topology {
-    /// Declares and binds, and returns the queue's name, which the broker chooses if `queue` is empty.
+    /// Declares the queue and binds it. Returns its name, which the broker chooses if `queue` is empty.
     pub(super) async fn set_up(
         &self,
         connection: &OpenConnection,
         queue: &str,
         request: Request,
     ) -> Result<String, NotSubscribed> {
-        let Request { create, ack_timeout } = request;
-        let creates = matches!(create, Create::Now);
+        let Request { durable, ack_timeout } = request;
+        let creates = matches!(durable, DeclareDurable::Create);
         let declared = match self.declare {
             Declare::No => Ok(queue.to_owned()),
             kind => {
@@ -95,15 +97,17 @@ impl Topology {
         let name = declared.map_err(|error| {
             let meaning = connection.meaning(&error);
             let refused = || ConnectError::refused(&error, connection, Asked::Queue { action: "declare", queue });
-            let create = match create {
-                Create::IfMissing if meaning == Some(Meaning::Missing) && self.declare == Declare::Durable => {
-                    Create::Now
+            let durable = match durable {
+                DeclareDurable::Passively if meaning == Some(Meaning::Missing) && self.declare == Declare::Durable => {
+                    DeclareDurable::Create
                 }
-                Create::Now if meaning == Some(Meaning::Precondition) => Create::Refused(refused()),
-                Create::Refused(refusal) if meaning == Some(Meaning::Missing) => return refusal.into(),
+                DeclareDurable::Create if meaning == Some(Meaning::Precondition) => {
+                    DeclareDurable::PassivelyAgain(refused())
+                }
+                DeclareDurable::PassivelyAgain(refusal) if meaning == Some(Meaning::Missing) => return refusal.into(),
                 _ => return refused().into(),
             };
-            NotSubscribed::RetryWith(Request { create, ack_timeout })
+            NotSubscribed::RetryWith(Request { durable, ack_timeout })
         })?;
         if creates {
             tracing::info!("declared queue {queue:?}, which was not there");
@@ -129,7 +133,7 @@ impl Topology {
     }
 }
 
-/// Declares a queue on a channel of its own, as a refusal ends that; returns the queue's name.
+/// Declares a queue on a channel of its own, because a refusal closes the channel. Returns the queue's name.
 pub(super) async fn declare(
     connection: &OpenConnection,
     queue: &str,
