@@ -1,5 +1,5 @@
-# What people do with qconsume's sources. `make demo` and `make test` need cargo, python3, and one of: a RabbitMQ in
-# BROKER_URL, rabbitmq-server on this machine, Docker, or root on Debian (then apt-get installs RabbitMQ).
+# Targets for working on qconsume. `make demo` and `make test` need cargo, python3, and one of: a RabbitMQ in BROKER_URL,
+# rabbitmq-server on this machine, Docker, or root on Debian (then apt-get installs RabbitMQ).
 
 CARGO ?= cargo
 
@@ -15,25 +15,25 @@ demo: ## fills a queue and consumes it, to see what qconsume does
 recording: ## draws docs/demo.svg, the terminal in README.md, from a run of the demo
 	tests/recording.py
 
-check-recording: ## runs the demo, and fails when docs/demo.svg shows something else, but for times and order
+check-recording: ## runs the demo, and fails if docs/demo.svg shows something else, except for times and order
 	tests/recording.py --check
 
-test: ## all tests, against a real RabbitMQ
+test: ## runs all tests, against a real RabbitMQ
 	$(CARGO) test --workspace --locked --no-fail-fast
 
-test-addresses: ## a million addresses at random, in some minutes
-	PROPTEST_CASES=250000 $(CARGO) test --locked --lib broker::address
+test-addresses: ## parses a million random addresses, in some minutes
+	PROPTEST_CASES=250000 $(CARGO) test --locked --lib broker::reach::address
 
-fuzz: ## what others write, as bytes that a fuzzer finds: FUZZ_SECONDS=60 for each target; TARGET=pem for one
+fuzz: ## six cargo-fuzz targets of untrusted input, FUZZ_SECONDS=60 each; TARGET=pem for one
 	tests/fuzz/run
 
-test-manifests: ## what is in docker/ and examples/: valid, and run in Docker
+test-manifests: ## docker/ and examples/: checks the manifests, and runs them in Docker
 	tests/manifests/run
 
-test-kubernetes: ## the READMEs of examples/, on the cluster of kubectl's current context; LOAD_IMAGES='kind load docker-image' brings the images there
+test-kubernetes: ## follows the READMEs of examples/ on the cluster of kubectl's current context; LOAD_IMAGES='kind load docker-image' loads the images there
 	tests/kubernetes/run
 
-soak: ## minutes of random faults, with a record of every message; SOAK='--queue classic --seed 7' or SOAK='--cluster 3' for more
+soak: ## causes random faults for minutes, and records every message; SOAK='--queue classic --seed 7' or SOAK='--cluster 3' for others
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
 
@@ -45,49 +45,49 @@ REVISION := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 IMAGE ?= qconsume
 
-# amd64 or arm64: for `image` and `binaries` this machine's own unless it is said, for `dist` both.
+# ARCH is amd64 or arm64. Without it, `image` and `binaries` build for this machine's processor, and `dist` for both.
 HOST_ARCH := $(patsubst aarch64,arm64,$(patsubst x86_64,amd64,$(shell uname -m)))
 ARCHES := $(or $(ARCH),amd64 arm64)
 ARCH ?= $(HOST_ARCH)
-# Another processor's image gets a name of its own, so that `qconsume` is always one that runs here.
+# The image for another processor gets another tag, so that `qconsume` always runs on this machine.
 SUFFIX := $(if $(filter $(HOST_ARCH),$(ARCH)),,-$(ARCH))
 
-# The project's address, for the image's labels: once Cargo.toml has a `repository`, that one.
+# The project's address, for the image's labels: the `repository` of Cargo.toml, once there is one.
 URL ?= $(shell sed -n 's/^repository = "\(.*\)"/\1/p' Cargo.toml)
 LABEL := --label org.opencontainers.image
 LABELS := $(if $(URL),$(LABEL).source=$(URL) $(LABEL).url=$(URL) $(LABEL).documentation=$(URL)\#readme)
 
 BUILD_FLAGS := -f docker/Dockerfile --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(LABELS)
-# The legacy builder doesn't set TARGETARCH, and can't build with another --platform than its own.
+# Docker's legacy builder doesn't set TARGETARCH, and can't build for another --platform than its own.
 BUILD := docker build $(DOCKER_BUILD_FLAGS) $(BUILD_FLAGS) $(if $(SUFFIX),--build-arg TARGETARCH=$(ARCH))
 
-image: ## the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name; with buildx ARCH=arm64 for another processor
+image: ## builds the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name; with buildx ARCH=arm64 for another processor
 	$(BUILD) $(if $(SUFFIX),--platform linux/$(ARCH),-t $(IMAGE)) -t $(IMAGE):$(VERSION)$(SUFFIX) .
 
-# By way of an image whose platform isn't told, so that the legacy builder can make it.
-binaries: ## the static programs of that image, in dist/amd64 or dist/arm64
+# Through an image without --platform, because the legacy builder can't build with it.
+binaries: ## builds the static programs of that image, in dist/amd64 or dist/arm64
 	$(BUILD) -t $(IMAGE):binaries-$(ARCH) .
 	mkdir -p dist/$(ARCH)
 	container=$$(docker create $(IMAGE):binaries-$(ARCH)) && \
 	docker cp $$container:/qconsume dist/$(ARCH)/ && docker cp $$container:/qpublish dist/$(ARCH)/; \
 	status=$$?; docker rm $$container >/dev/null; docker image rm $(IMAGE):binaries-$(ARCH) >/dev/null; exit $$status
 
-dist: manuals ## what a release needs, in dist/: static binaries for amd64 and arm64 (or ARCH=arm64), man pages, completions, .tar.gz, .deb, SBOM, checksums
+dist: manuals ## writes the files of a release to dist/: static binaries for amd64 and arm64 (or ARCH=arm64), man pages, completions, .tar.gz, .deb, SBOM, checksums
 	set -e; for arch in $(ARCHES); do $(MAKE) binaries ARCH=$$arch; done
 	docker/dist $(ARCHES)
 
-verify-dist: ## makes `dist` of the last commit twice, in two folders without Docker's cache, and compares the checksums
+verify-dist: ## runs `dist` for the last commit twice, in two folders without Docker's cache, and compares the checksums
 	docker/verify-dist
 
-release: ## fills dist/ and pushes the image for both processors: REGISTRY=registry.example/team; without it, says what it would do
+release: ## makes dist and pushes the image for both processors: REGISTRY=registry.example/team; without it, says what it would do
 	@REGISTRY='$(REGISTRY)' VERSION=$(VERSION) docker/release $(DOCKER_BUILD_FLAGS) $(BUILD_FLAGS)
 
-deny: ## licences, versions and sources of all dependencies, by cargo-deny
+deny: ## checks licences, versions and sources of all dependencies with cargo-deny
 	$(CARGO) deny --locked check licenses bans sources
 	@echo 'Advisories are not checked, as that needs the network: cargo deny check advisories'
 
 docs: ## writes docs/options.md and the tables of exit statuses
 	$(CARGO) run --quiet --locked --example docgen
 
-manuals: ## man pages and shell completions, in dist/
+manuals: ## writes man pages and shell completions to dist/
 	$(CARGO) run --quiet --locked --example docgen -- dist

@@ -13,8 +13,6 @@ pub mod cli;
 mod clock;
 pub mod command;
 pub mod exit;
-#[cfg(fuzzing)]
-pub mod fuzzing;
 mod program;
 pub mod publish;
 pub mod report;
@@ -23,6 +21,17 @@ pub mod signals;
 pub mod variable;
 pub mod verdict;
 pub mod worker;
+
+/// What the targets of tests/fuzz need that isn't public otherwise. cargo-fuzz sets `--cfg fuzzing`.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use crate::{
+        broker::fuzzing::{Delivered, Request, answer, message},
+        command::environment,
+        publish::records,
+        report::log_lines,
+    };
+}
 
 use cli::{Options, Request};
 use exit::{Exit, Failure};

@@ -33,7 +33,7 @@ const GRACE: Duration = Duration::from_secs(3);
 /// Why not every message is confirmed.
 pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
     let source = Arc::new(options.find_source()?);
-    let mut broker = options.broker.broker(format!("qpublish {}", options.route.routing_key));
+    let mut broker = options.broker.connector(format!("qpublish {}", options.route.routing_key));
     let connection = match unless_stopped(&mut signals, broker.connect()).await {
         Ok(connected) => connected?,
         Err(signal) => {

@@ -30,7 +30,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     let executable = find(&options.command[0], std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start().map_err(|error| Failure::system("can't watch for ended processes", &error))?;
     let consumer = Consumer::new(
-        options.broker.broker(connection_name(&options.queue)),
+        options.broker.connector(connection_name(&options.queue)),
         ConsumerOptions {
             queue: options.queue.clone(),
             topology: options.topology(),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Fails when a page in a folder links to a file that isn't there, or shows a picture that isn't: tests/links.py FOLDER…
+"""Checks the pages of a release (the archives, the Debian packages, the crate): tests/links.py FOLDER…
 
-For what people get of the pages: the archive, the Debian package, the crate."""
+Fails if a page links to a file, or shows a picture, that isn't in its folder."""
 
 import re
 import sys
@@ -16,6 +16,6 @@ for folder in map(Path, sys.argv[1:]):
                 links += 1
                 file = page.parent / target.replace("\n", " ")
                 if not file.exists() or not file.resolve().is_relative_to(folder.resolve()):
-                    dead.append(f"{page}: {target} isn't there")
+                    dead.append(f"{page}: {target} is missing")
 print(*dead, f"{links} links, {len(dead)} of them dead", sep="\n")
 sys.exit(bool(dead) or not links)

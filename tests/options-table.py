@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The options of the installed amqp-consume and amqp-publish beside ours, as Markdown tables.
+"""Compares the options of the installed amqp-consume and amqp-publish with ours, in Markdown tables.
 
-    tests/options-table.py --check QCONSUME QPUBLISH    is the table in the documentation up to date?
-    tests/options-table.py --write QCONSUME QPUBLISH    bring it up to date
+    tests/options-table.py --check QCONSUME QPUBLISH    checks that the documentation's tables are up to date
+    tests/options-table.py --write QCONSUME QPUBLISH    updates them
 
-Reads the help of all four. An option that we lack, or that has another letter than theirs, is an error; so is a
-reason for an option that isn't there.
+Reads the help of all four programs. Fails if we lack one of their options, or have another letter for it, or if DIFFERENT
+names an option that they don't have.
 """
 
 import re
@@ -16,19 +16,20 @@ from pathlib import Path
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "moving-from-amqp-tools.md"
 
 CONNECTION = {
-    "--url": "`amqp://host/` is the virtual host `/`, and an unknown query parameter is an error. Several URLs are the "
-    "nodes of a cluster. Without any address it is a usage error, not localhost.",
-    "--server": "As a flag it replaces the variable `BROKER_URL`; together with `--url` it is an error. IPv6 addresses work.",
+    "--url": "`amqp://host/` is the virtual host `/`, and an unknown query parameter is an error. Several URLs are "
+    "the nodes of a cluster. Without any address it is a usage error, not localhost.",
+    "--server": "As a flag it replaces the variable `BROKER_URL`; together with `--url` it is an error. IPv6 "
+    "addresses work.",
     "--port": "Only with `--server`: qconsume never assumes localhost.",
     "--vhost": "Only with `--server`. The empty name is `/`.",
     "--username": "Only with `--server`.",
-    "--password": "Only with `--server`. Never printed. Better set `QCONSUME_PASSWORD`: the command line is visible to every "
-    "user of the machine.",
-    "--authfile": "Only with `--server`. Lines may have any length; the last one needs no newline.",
-    "--heartbeat": "The default is 10 seconds, and heartbeats go on while the command runs: without them nobody notices a "
-    "broker that is gone. With 0 the broker's proposal is used.",
-    "--cacert": "The default is the system's CAs, or those of `SSL_CERT_FILE`, not a file with a fixed name. Without TLS it is "
-    "an error, not plain text.",
+    "--password": "Only with `--server`. Never printed. Better set `QCONSUME_PASSWORD`, because the command line is "
+    "visible to every user of the machine.",
+    "--authfile": "Only with `--server`. Lines may have any length, and the last one needs no newline.",
+    "--heartbeat": "The default is 10 seconds, and qconsume sends heartbeats while the command runs: without them it "
+    "can't notice a broker that is gone. With 0 the broker's proposal is used.",
+    "--cacert": "The default is the system's CAs, or those of `SSL_CERT_FILE`, not a file with a fixed name. Without "
+    "TLS it is an error, not plain text.",
     "--cert": "Without a password it is also the login (EXTERNAL). Without TLS it is an error.",
     "--key": "The default is the file of `--cert`. Without TLS it is an error.",
     "--usage": "The same as `--help`.",
@@ -38,27 +39,28 @@ CONNECTION = {
 DIFFERENT = {
     "amqp-consume": {
         **CONNECTION,
-        "--queue": "Or `QUEUE`. Without a queue, and without `-e`, `-d` or `-x`, it is a usage error: an empty variable in a "
-        "manifest must not create a queue that nobody fills.",
-        "--exchange": "Without `-r` it is an error, not a crash. Without `-q` the new queue is exclusive, as the manual "
-        "page says. With `-q` the queue is declared as with `-d`.",
-        "--routing-key": "An empty key binds with the empty key, instead of not binding at all.",
-        "--declare": "A queue that exists is used as it is. A new one is durable, and not deleted with its last consumer: "
-        "RabbitMQ 4.3 refuses shared transient queues.",
-        "--exclusive": "When the connection is lost, the queue is lost, too: 69, instead of a new, empty queue.",
-        "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue. The message is acknowledged, and the "
-        "acknowledgement confirmed, before the command starts. The exit status is the command's.",
-        "--count": "The default is 1, instead of no limit. 0 means no limit, instead of no message. A failure ends the run, "
-        "with its status.",
-        "--prefetch-count": "Accepted, without effect: qconsume holds one message, so that no other one waits behind a command, "
-        "or counts as delivered although nobody processed it.",
+        "--queue": "Or `QUEUE`. Without a queue, and without `-e`, `-d` or `-x`, it is a usage error: an empty "
+        "variable in a manifest must not create a queue that no publisher fills.",
+        "--exchange": "Without `-r` it is an error, not a crash. Without `-q` the new queue is exclusive, as the "
+        "manual page says. With `-q` the queue is declared as with `-d`.",
+        "--routing-key": "An empty key binds with the empty key, instead of creating no binding.",
+        "--declare": "A queue that exists is used as it is. A new one is durable, and not deleted with its last "
+        "consumer: RabbitMQ 4.3 refuses shared transient queues.",
+        "--exclusive": "If the connection is lost, so is the queue: qconsume exits 69, instead of consuming from a "
+        "new, empty queue.",
+        "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue. Before the command starts, the "
+        "message is acknowledged, and the acknowledgement is confirmed. The exit status is the command's.",
+        "--count": "The default is 1, instead of no limit. 0 means no limit, instead of no message. A failure ends "
+        "the run, with its status.",
+        "--prefetch-count": "Accepted, without effect: qconsume holds only one message, so that no other one waits "
+        "for its command to end, or counts as delivered although no command processed it.",
     },
     "amqp-publish": {
         **CONNECTION,
-        "--exchange": "It is an error when the exchange doesn't exist, or routes a message to no queue: publishing is "
+        "--exchange": "It is an error if the exchange doesn't exist, or routes a message to no queue: publishing is "
         "mandatory and confirmed.",
-        "--routing-key": "Without an exchange it is an error when no queue has this name, instead of a message that is dropped "
-        "without notice.",
+        "--routing-key": "Without an exchange it is an error if no queue has this name; amqp-publish's message is "
+        "silently dropped.",
         "--persistent": "Accepted, without effect: messages are always persistent.",
         "--line-buffered": "The newline is not part of the message.",
     },
@@ -66,17 +68,17 @@ DIFFERENT = {
 
 
 def options(program):
-    """The options in a program's help: their long names, with their letters."""
+    """The options in a program's help: a dict of long names and letters (or None)."""
     ran = subprocess.run([program, "-?"], capture_output=True, text=True, check=False)
     found = {}
-    # An option's description may go on in the next lines.
+    # An option's description may continue in the next lines.
     for line in re.split(r"\n(?=\s+-|\S)", ran.stdout):
         line = re.sub(r"\s+", " ", line)
         match = re.match(r" (?:-(\S), )?(--[a-z][a-z-]*)", line)
         if match:
             letter = match[1]
             found[match[2]] = letter
-        # Other names of the same option, on its line or on one below.
+        # Aliases, on the option's line or below it.
         aliases = re.search(r"\[alias(?:es)?: ([^]]*)\]", line)
         if aliases:
             found.update(dict.fromkeys(aliases[1].split(", "), letter))
@@ -86,7 +88,7 @@ def options(program):
 
 
 def takes_hidden(program, letter, name):
-    """Whether a program takes an option that its help doesn't show: one that changes nothing."""
+    """Whether a program accepts an option that its help doesn't show."""
     names = [name] + ([f"-{letter}"] if letter else [])
 
     def runs(*words):

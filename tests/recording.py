@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Draws `docs/demo.svg`, the terminal in README.md, from a real run of `make demo`; or checks that it still shows one.
+"""Draws `docs/demo.svg`, the terminal in README.md, from a real run of `make demo`; or checks that it is up to date.
 
-    tests/recording.py             runs the demo and writes docs/demo.svg anew (make recording)
-    tests/recording.py --check     runs the demo and compares (make check-recording)
+    tests/recording.py             runs the demo and writes docs/demo.svg (make recording)
+    tests/recording.py --check     runs the demo and compares it with docs/demo.svg (make check-recording)
 
-A run differs from another one in its times, in the order of the lines, in who of the workers took which message, and in the
-name of the queue on a broker of your own: `comparable` leaves these out. Anything else that differs is a stale picture.
+Runs differ in their times, in the order of the lines, in which worker took which message, and perhaps in the queue's name:
+`comparable` removes these differences. If anything else differs, the picture is out of date.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# As wide as a README on GitHub, in a font that can be read there.
+# About the width of a README on GitHub, with a readable font size.
 COLUMNS = 100
 FONT_SIZE = 14
 CHARACTER_WIDTH = 8.43
@@ -29,7 +29,7 @@ LINE_HEIGHT = 20
 MARGIN = 18
 TITLE_BAR = 34
 
-# What is coloured, first match first. The names are classes in the picture's style.
+# The coloured parts; the first match wins. The groups' names are classes in STYLE.
 COLOURS = re.compile(
     r"(?P<comment>^# .*)|(?P<prompt>^\$ )|(?P<good>exit status 0)|(?P<bad>exit status [1-9]\d*|error:)|(?P<dim> \| )"
 )
@@ -46,7 +46,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def record(command):
-    """The demo's lines, each with the seconds since the first one. What make and cargo print before it is left out."""
+    """The demo's lines, each with the seconds since the first one. Skips the lines of make and cargo before them."""
     lines, first = [], None
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -63,7 +63,7 @@ def record(command):
 
 
 def rows(line):
-    """The line in rows of the terminal's width: broken at spaces, and aligned below its last column."""
+    """Wraps a line at spaces to the terminal's width; aligns further rows with its last column."""
     indent = " " * (line.rfind(" | ") + 3 if " | " in line else 0)
     row, result = "", []
     for word in re.findall(r"\S+\s*|\s+", line):
@@ -84,7 +84,7 @@ def coloured(row):
 
 
 def draw(lines):
-    """The picture, as SVG. A line appears when it did in the run; a program that doesn't animate shows all of them."""
+    """The picture, as SVG. Lines appear with the run's timing; a viewer without animations shows all of them."""
     texts, top = [], TITLE_BAR + MARGIN
     for seconds, line in lines:
         texts.append(f'<g class="line" style="animation-delay: {seconds:.1f}s">')
@@ -97,7 +97,7 @@ def draw(lines):
         f'<circle cx="{20 + 20 * index}" cy="{TITLE_BAR // 2 + 2}" r="6" fill="{colour}"/>'
         for index, colour in enumerate(("#ff5f57", "#febc2e", "#28c840"))
     )
-    # The frame is there for dark pages.
+    # The frame makes the terminal visible on dark pages.
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">
 <title>make demo: eight messages, consumed by two workers</title>
 <!-- Drawn by tests/recording.py from a run of make demo: don't edit. -->
@@ -110,7 +110,7 @@ def draw(lines):
 
 
 def drawn(svg):
-    """The lines that a picture shows, each with its seconds: the opposite of `draw`."""
+    """The inverse of `draw`: a picture's lines, each with its seconds."""
     lines = []
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         texts = ["".join(text.itertext()) for text in group.iter(f"{SVG}text")]
@@ -121,7 +121,7 @@ def drawn(svg):
 
 
 def comparable(lines):
-    """What every run has in common, in an order that doesn't depend on the workers' speed."""
+    """The lines without what differs between runs, in an order that doesn't depend on the workers' speed."""
     paragraphs = [[]]
     for _, line in lines:
         line = re.sub(r"^worker \d ", "worker N ", line)
@@ -133,7 +133,7 @@ def comparable(lines):
             paragraphs[-1][-1] += "\n" + line
         else:
             paragraphs[-1].append(line)
-    # Only the runs of the workers have no order.
+    # Only the order of the workers' runs varies.
     text = "\n\n".join("\n".join(sorted(part, key=lambda line: line if line.startswith("worker N ") else "")) for part in paragraphs)
     return text.splitlines()
 

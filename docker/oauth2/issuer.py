@@ -1,4 +1,4 @@
-"""Puts a new token into a file every ten seconds, valid for thirty, until the broker is gone."""
+"""Writes a new token into a file every ten seconds, valid for thirty, until the broker has ended."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ def token():
 
 file = sys.argv[1]
 while True:
-    # Written beside it and renamed, so that nobody reads a part of it.
+    # Written under another name and renamed, so that no reader gets a part of it.
     with open(f"{file}.new", "wb") as new:
         new.write(token())
     os.rename(f"{file}.new", file)

@@ -4,6 +4,7 @@
 mod consume;
 mod errors;
 #[cfg(fuzzing)]
+#[path = "../../tests/fuzz/harness.rs"]
 pub mod fuzzing;
 mod publish;
 pub mod reach;
@@ -16,8 +17,9 @@ pub use publish::{
     publisher::{Gap, Messages, Publisher, Tally},
 };
 pub use reach::{
-    connect::{Broker, ConnectOptions},
+    connect::{ConnectOptions, Connector},
     connection::OpenConnection,
-    nodes::{Nodes, SecretFile, TlsOptions},
+    nodes::{Nodes, SecretFile},
+    tls::TlsOptions,
 };
 pub use topology::{Declare, Topology};

@@ -1,10 +1,10 @@
-//! The options that say where the broker is and how to reach it: the same for qconsume and qpublish.
+//! The options for reaching the broker, of qconsume and qpublish.
 
 use super::{AMQP_TOOLS, Given, name, switch};
 use crate::{
     broker::{
-        Broker, ConnectOptions, Nodes, SecretFile, TlsOptions,
-        reach::address::{Address, Secret, parse_list},
+        ConnectOptions, Connector, Nodes, SecretFile, TlsOptions,
+        reach::address::{Address, Secret, parse_list, scheme},
     },
     clock::duration_above_zero,
     exit::Failure,
@@ -12,10 +12,10 @@ use crate::{
 use clap::{ArgAction, Args};
 use std::{path::PathBuf, time::Duration};
 
-/// What rabbitmq-c's own newer tools call the address; it counts where nobody says otherwise.
+/// The variable of rabbitmq-c's newer tools, used if no other address is given.
 const AMQP_URL: &str = "AMQP_URL";
 
-/// What `--hide-url` keeps from the command: where the broker is, and what one could log in with.
+/// The variables that `--hide-url` keeps from the command: the broker's address and everything to log in with.
 pub(super) const SECRETS: [&str; 7] = [
     "BROKER_URL",
     "BROKER_URL_FILE",
@@ -50,7 +50,7 @@ pub struct BrokerOptions {
 
     /// Try this long to reach the broker and the queue
     ///
-    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when qconsume's consumer is registered, or qpublish's channel is open. It starts anew when qconsume loses the connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
+    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when qconsume's consumer is registered, or qpublish's channel is open. It starts again when qconsume loses the connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_CONNECT_TIMEOUT", default_value = "60s", value_parser = duration_above_zero)]
     pub connect_timeout: Duration,
 
@@ -68,7 +68,7 @@ pub struct BrokerOptions {
     server: Option<String>,
 
     /// Connect to this port [default: 5672, with --ssl 5671]
-    // No variable: Kubernetes would set QCONSUME_PORT for a Service named qconsume.
+    // No variable: Kubernetes sets QCONSUME_PORT for a Service named qconsume.
     #[arg(long, hide_short_help = true, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..), help_heading = AMQP_TOOLS)]
     port: Option<u16>,
 
@@ -90,11 +90,11 @@ pub struct BrokerOptions {
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_AUTHFILE", help_heading = AMQP_TOOLS)]
     authfile: Option<PathBuf>,
 
-    /// Use TLS; a URL must begin with amqps:// then
+    /// Use TLS (implied by amqps://)
     #[arg(long, hide_short_help = true, env = "QCONSUME_SSL", value_parser = switch, help_heading = AMQP_TOOLS)]
     ssl: bool,
 
-    /// Don't trust the system's CAs: --cacert says so, too
+    /// Don't trust the system's CAs; --cacert has the same effect
     #[arg(long, hide = true, env = "QCONSUME_NO_DEFAULT_CERT_PATHS", value_parser = switch, help_heading = AMQP_TOOLS)]
     no_default_cert_paths: bool,
 
@@ -102,20 +102,20 @@ pub struct BrokerOptions {
     #[arg(short = '?', long, hide = true, action = ArgAction::HelpLong, help_heading = AMQP_TOOLS)]
     usage: Option<bool>,
 
-    /// The nodes, once the options are checked.
+    /// Set by [`find_nodes`](Self::find_nodes).
     #[arg(skip)]
     nodes: Nodes,
 }
 
 impl BrokerOptions {
-    /// The broker, for connections of this name; tells what the URLs have for other clients only.
-    pub fn broker(&self, name: String) -> Broker {
+    /// Connects to the broker under this connection name. Logs the URLs' parameters for other clients.
+    pub fn connector(&self, name: String) -> Connector {
         let nodes = self.nodes.known.iter();
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
         let options = ConnectOptions { timeout: self.connect_timeout, heartbeat: self.heartbeat, name };
-        Broker::new(self.nodes.clone(), options)
+        Connector::new(self.nodes.clone(), options)
     }
 
     /// The nodes, once the options are checked.
@@ -124,19 +124,19 @@ impl BrokerOptions {
         &self.nodes.known
     }
 
-    /// Finds the nodes, and reads the files that they need: a flag goes over a variable; a URL and the parts of one
-    /// contradict each other.
+    /// Finds the nodes and reads their files. A flag outranks a variable. A URL can't be combined with the parts of one
+    /// (`--server`, `--vhost` …).
     ///
     /// # Errors
-    /// 64 for what isn't as it should be, 78 for a file that can't be read or used.
+    /// 64 for wrong options, 78 for a file that can't be read or used, 71 if the system is short of something.
     pub(crate) fn find_nodes(&mut self, given: &Given<'_>) -> Result<(), Failure> {
-        self.nodes = self.source(given)?;
-        self.nodes.options = self.tls.clone();
+        self.nodes = self.nodes_given(given)?;
+        self.nodes.tls_options = self.tls.clone();
         self.nodes.read()?;
         for address in &self.nodes.known {
             if self.ssl && !address.tls {
                 return Err(Failure::usage(
-                    "--ssl asks for TLS, but the URL says amqp://, which is without: make it amqps://",
+                    "--ssl asks for TLS, but the URL says amqp://, which is without TLS: make it amqps://",
                 ));
             }
             if self.no_default_cert_paths && address.tls && address.parameters.cacertfile.is_none() {
@@ -148,24 +148,19 @@ impl BrokerOptions {
         Ok(())
     }
 
-    fn source(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
+    /// The nodes and their files, from the URL, its file, the variable AMQP_URL, or `--server`.
+    fn nodes_given(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
         let nodes = |known| Nodes { known, ..Nodes::default() };
-        let (url, file) = (given.level("url"), given.level("url_file"));
-        if given.level("server") > url.max(file) {
+        let (url_level, file_level) = (given.level("url"), given.level("url_file"));
+        let address_level = url_level.max(file_level);
+        if given.level("server") > address_level {
             return self.server(given);
         }
-        if url > 0 && url == file {
-            return Err(Failure::usage(format!(
-                "{} and {} are both set; only one of them can count",
-                given.name("url"),
-                given.name("url_file")
-            )));
+        if url_level > 0 && url_level == file_level {
+            return Err(both_set(given, "url", "url_file"));
         }
-        let (option, source) = match (&self.url, &self.url_file) {
-            (Some(url_given), _) if url > file => {
-                let name = given.name("url");
-                (name, parse_list(url_given.expose()).map(nodes))
-            }
+        let (option, parsed) = match (&self.url, &self.url_file) {
+            (Some(url), _) if url_level > file_level => (given.name("url"), parse_list(url.expose()).map(nodes)),
             (_, Some(path)) => {
                 let url_file = secret_file(given, "url_file", Some(path));
                 (given.name("url_file"), Ok(Nodes { url_file, ..Nodes::default() }))
@@ -182,40 +177,37 @@ impl BrokerOptions {
             }
         };
         for part in ["server", "port", "vhost", "username", "password", "authfile"] {
-            if given.level(part) > 0 && given.level(part) >= url.max(file) {
+            if given.level(part) > 0 && given.level(part) >= address_level {
                 return Err(Failure::usage(format!(
                     "{} and {option} can't be used at the same time: write it into the URL",
                     given.name(part)
                 )));
             }
         }
-        let nodes = source.map_err(|error| Failure::usage(format!("{option}: {error}")))?;
+        let nodes = parsed.map_err(|error| Failure::usage(format!("{option}: {error}")))?;
         Ok(Nodes { password_file: secret_file(given, "password_file", self.password_file.as_ref()), ..nodes })
     }
 
-    /// The node that `--server` and the other parts make, and its authfile, if that is what counts.
+    /// The node that `--server` and the other parts describe. Its login is in the authfile, unless `--username`,
+    /// `--password` or `--password-file` outranks that.
     fn server(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
         let mut address = server_address(self.server.as_deref().unwrap_or_default(), self.ssl, self.port)?;
         if let Some(name) = self.vhost.as_ref().filter(|name| !name.is_empty()) {
             address.virtual_host.clone_from(name);
         }
-        let file = given.level("authfile");
-        let (password, password_file) = (given.level("password"), given.level("password_file"));
-        let by_name = given.level("username").max(password).max(password_file);
-        if file > 0 && file == by_name {
+        let authfile_level = given.level("authfile");
+        let (password_level, password_file_level) = (given.level("password"), given.level("password_file"));
+        let user_level = given.level("username").max(password_level).max(password_file_level);
+        if authfile_level > 0 && authfile_level == user_level {
             return Err(Failure::usage(
                 "--authfile can't be used together with --username, --password or --password-file",
             ));
         }
-        if password > 0 && password == password_file {
-            return Err(Failure::usage(format!(
-                "{} and {} are both set; only one of them can count",
-                given.name("password"),
-                given.name("password_file")
-            )));
+        if password_level > 0 && password_level == password_file_level {
+            return Err(both_set(given, "password", "password_file"));
         }
         let mut nodes = Nodes::default();
-        if file > by_name {
+        if authfile_level > user_level {
             nodes.authfile = secret_file(given, "authfile", self.authfile.as_ref());
         } else {
             if let Some(username) = &self.username {
@@ -224,7 +216,7 @@ impl BrokerOptions {
             if let Some(password) = &self.password {
                 address.set_password(password.clone());
             }
-            if password_file > password {
+            if password_file_level > password_level {
                 nodes.password_file = secret_file(given, "password_file", self.password_file.as_ref());
             }
         }
@@ -233,33 +225,36 @@ impl BrokerOptions {
     }
 }
 
+fn both_set(given: &Given<'_>, one: &str, other: &str) -> Failure {
+    let (one, other) = (given.name(one), given.name(other));
+    Failure::usage(format!("{one} and {other} are both set; only one of them can count"))
+}
+
 /// The file that an option names, if it is given.
 fn secret_file(given: &Given<'_>, id: &str, path: Option<&PathBuf>) -> Option<SecretFile> {
     path.map(|path| SecretFile::new(path.clone(), given.name(id)))
 }
 
-/// The address of a host, or an IPv6 address with or without brackets, perhaps with a port.
+/// The address for a host or an IPv6 address, with or without brackets and a port.
 fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address, Failure> {
-    // A URL's password must not be taken for a port and printed.
+    // So that no part of a URL's password is taken for a port and printed.
     if server.contains(['/', '@', '?']) {
         return Err(Failure::usage("--server names a host; a whole URL goes to --url"));
     }
     let bare_ipv6 = server.matches(':').count() > 1 && !server.starts_with('[');
     let host = if bare_ipv6 { format!("[{server}]") } else { server.to_owned() };
-    let mut after = host.rsplit(']');
-    if port.is_some() && after.next().is_some_and(|after| after.contains(':')) {
-        return Err(Failure::usage("--server and --port both name the port"));
-    }
-    let scheme = if tls { "amqps" } else { "amqp" };
-    let port = port.map_or(String::new(), |port| format!(":{port}"));
-    // In a URL the `%` before an IPv6 address's zone is encoded.
-    let host = host.replace('%', "%25");
-    let address = Address::parse(&format!("{scheme}://{host}{port}"))
-        .map_err(|error| Failure::usage(format!("--server: {error}")))?;
     if server.is_empty() || server.starts_with(':') && !bare_ipv6 {
         return Err(Failure::usage("--server names no host"));
     }
-    Ok(address)
+    let after_brackets = host.rsplit(']').next().unwrap_or_default();
+    if port.is_some() && after_brackets.contains(':') {
+        return Err(Failure::usage("--server and --port both name the port"));
+    }
+    let port = port.map_or(String::new(), |port| format!(":{port}"));
+    // In a URL the `%` before an IPv6 address's zone is encoded.
+    let host = host.replace('%', "%25");
+    let url = format!("{}://{host}{port}", scheme(tls));
+    Address::parse(&url).map_err(|error| Failure::usage(format!("--server: {error}")))
 }
 
 #[cfg(test)]

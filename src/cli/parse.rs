@@ -2,6 +2,7 @@
 
 use super::OutputOptions;
 use crate::{
+    broker::reach::address::strip_scheme,
     exit::{self, Failure},
     program::Program,
 };
@@ -97,9 +98,8 @@ impl Given<'_> {
 }
 
 pub(super) fn is_address(text: impl AsRef<OsStr>) -> bool {
-    let text = text.as_ref().to_string_lossy().to_lowercase();
-    let text = text.trim_start();
-    text.starts_with("amqp://") || text.starts_with("amqps://")
+    let text = text.as_ref().to_string_lossy();
+    strip_scheme(text.trim_start()).is_some()
 }
 
 /// A program's command line, as help and the documentation show it.

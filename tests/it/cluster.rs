@@ -1,4 +1,4 @@
-//! The life of the delivery on three nodes of a cluster, of which one is gone or silent.
+//! A delivery on a cluster of three nodes, one of which dies or freezes.
 
 use crate::common::{assert_gone, qconsume, until_there};
 use std::path::PathBuf;
@@ -6,16 +6,16 @@ use std::time::Duration;
 use testbed::owner::temp_folder;
 use testbed::{Broker, PATIENCE, Program, Queue, Running};
 
-/// Electing another leader takes some seconds, and so does a node's start.
+/// Electing a leader and starting a node take several seconds each.
 const LONG: Duration = Duration::from_secs(90);
 
-/// qconsume with the addresses of these nodes, to be tried in this order.
+/// qconsume with the addresses of these nodes, in this order.
 fn worker<'a>(nodes: impl IntoIterator<Item = &'a Broker>, queue: &Queue) -> Program {
     let urls: Vec<_> = nodes.into_iter().map(Broker::url).collect();
     qconsume().url(&urls.join(",")).queue(queue.name()).args(["--heartbeat", "4"])
 }
 
-/// Its command has started, and ends with success when the file is there.
+/// Starts the worker and waits for its command, which succeeds once the returned file exists.
 fn started(worker: Program) -> (Running, PathBuf) {
     let file = temp_folder("cluster").join("file");
     let run = worker.shell(&until_there(&file)).spawn();
@@ -23,7 +23,7 @@ fn started(worker: Program) -> (Running, PathBuf) {
     (run, file)
 }
 
-/// One cluster for all of it, as starting one is the longest part; what breaks a node mends it again.
+/// One test with one cluster, as starting a cluster takes longest. Each part leaves all nodes running.
 #[test]
 fn a_cluster_may_lose_nodes() {
     let nodes = Broker::cluster(3);
@@ -54,7 +54,7 @@ fn the_node_that_a_worker_is_connected_to_dies_while_its_command_runs(first: &Br
     let (run, _) = started(worker([first, second, third], &queue));
     first.kill().unwrap();
     run.wait(LONG).assert_status(75);
-    // By the list as it is: its first node is still down.
+    // The list's first node is still down.
     let run = worker([first, second, third], &queue).args(["cat"]).spawn();
     let run = run.wait(LONG);
     run.assert_status(0);
@@ -81,7 +81,7 @@ fn work_finished_while_the_leader_is_frozen_is_not_thrown_away(first: &Broker, s
     let (run, file) = started(worker([second, third], &queue));
     first.freeze().unwrap();
     std::fs::write(&file, "").unwrap();
-    // Longer than a settlement takes anywhere else: the connection's own node is fine, and says so by its heartbeats.
+    // Longer than a settlement takes otherwise. The worker keeps waiting, as its own node still sends heartbeats.
     std::thread::park_timeout(Duration::from_secs(12));
     first.thaw().unwrap();
     let run = run.wait(2 * LONG);

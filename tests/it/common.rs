@@ -1,4 +1,4 @@
-//! What the tests have in common: the programs under test, brokers and what is in them, and where a message is in the end.
+//! Shared by the tests: the programs under test, queues, users and virtual hosts, and checks of where a message ended up.
 
 pub mod terminal;
 
@@ -6,45 +6,43 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use testbed::{Broker, Got, Program, Proxy, Queue, QueueKind};
 
-/// The qconsume under test: the file that `QCONSUME_BIN` names (the shipped one, for example), or what the build has left.
+/// The qconsume under test: the file that `QCONSUME_BIN` names (the released one, for example), or else cargo's build.
 pub fn qconsume_path() -> PathBuf {
     let named = std::env::var_os("QCONSUME_BIN").map(PathBuf::from);
     named.unwrap_or_else(|| env!("CARGO_BIN_EXE_qconsume").into())
 }
 
-/// The qpublish under test: `QPUBLISH_BIN`, or what the build has left.
+/// The qpublish under test: the file that `QPUBLISH_BIN` names, or else cargo's build.
 pub fn qpublish_path() -> PathBuf {
     let named = std::env::var_os("QPUBLISH_BIN").map(PathBuf::from);
     named.unwrap_or_else(|| env!("CARGO_BIN_EXE_qpublish").into())
 }
 
-/// qconsume, to be run.
 pub fn qconsume() -> Program {
     Program::new(qconsume_path())
 }
 
-/// qpublish, to be run.
 pub fn qpublish() -> Program {
     Program::new(qpublish_path())
 }
 
-/// qconsume, to work on this queue.
+/// qconsume with this queue and its broker's URL.
 pub fn worker(queue: &Queue) -> Program {
     qconsume().url(queue.url()).queue(queue.name())
 }
 
-/// The same, with a proxy before the queue's broker.
+/// The same, connected through a proxy.
 pub fn behind(proxy: &Proxy, queue: &Queue) -> Program {
     worker(queue).url(&proxy.url())
 }
 
-/// A script that says that it has started, and ends with success when the file is there.
+/// A script that prints `started`, and succeeds once the file exists.
 pub fn until_there(file: &Path) -> String {
     format!("echo started; while [ ! -e '{}' ]; do sleep 0.05; done", file.display())
 }
 
-/// Plays a round until it fits into the two seconds that qconsume gives a broker to answer before it ends: on a busy machine
-/// some don't, and are `None`.
+/// Repeats a round, up to ten times, until it returns `Some`. A round is `None` if a busy machine made the broker's answer
+/// take longer than the two seconds that a stopped qconsume waits for it.
 #[track_caller]
 pub fn in_time<T>(mut round: impl FnMut() -> Option<T>) -> T {
     let played = (0..10).find_map(|_| round());
@@ -59,43 +57,43 @@ pub fn queues(name: &str) -> [Queue; 2] {
     })
 }
 
-/// What is in the queue, where it doesn't matter.
+/// A body, if its content doesn't matter.
 pub const MESSAGE: &str = "the message";
 
-/// Checks that only this message is in the queue, and that nobody has it; takes it out.
+/// Takes this message out of the queue; checks that the queue holds nothing else.
 #[track_caller]
 fn alone(queue: &Queue, body: &[u8]) -> Got {
     let got = queue.wait_get();
-    assert!(got.data == body, "another message is there");
-    assert_eq!(got.remaining(), 0, "another message is there, too");
-    assert!(queue.get().is_none(), "the message is there twice");
+    assert!(got.data == body, "the queue holds another message");
+    assert_eq!(got.remaining(), 0, "the queue holds a second message");
+    assert!(queue.get().is_none(), "the queue holds a second message");
     got
 }
 
-/// Checks that [`MESSAGE`] is in the queue, alone: it has come back, or was never taken.
+/// Checks that the queue holds exactly [`MESSAGE`]: it was requeued, or never taken.
 #[track_caller]
 pub fn assert_back(queue: &Queue) {
     alone(queue, MESSAGE.as_bytes());
 }
 
-/// Checks that exactly this message is back, marked as delivered before.
+/// Checks that the queue holds exactly this message, marked as redelivered.
 #[track_caller]
 pub fn assert_returned(queue: &Queue, body: impl AsRef<[u8]>) {
     let got = alone(queue, body.as_ref());
     assert!(got.redelivered, "the message isn't marked as redelivered");
 }
 
-/// Checks that nothing is left in the queue, by a message of the test's own: what had come back would stand before it.
+/// Checks that the queue is empty, by publishing another message: a requeued one would be delivered before it.
 #[track_caller]
 pub fn assert_gone(queue: &Queue) {
     queue.wait_consumers(0);
     queue.publish("the test's own");
     let got = queue.wait_get();
-    assert_eq!(got.text(), "the test's own", "a message has come back");
+    assert_eq!(got.text(), "the test's own", "a message was requeued");
     assert_eq!(got.remaining(), 0);
 }
 
-/// Checks that the message is gone, or back and marked as delivered before; not twice, and nothing else.
+/// Checks that the queue is empty, or holds exactly this message, marked as redelivered.
 #[track_caller]
 pub fn assert_in_one_place(queue: &Queue, body: impl AsRef<[u8]>) {
     queue.publish("the test's own");
@@ -104,12 +102,12 @@ pub fn assert_in_one_place(queue: &Queue, body: impl AsRef<[u8]>) {
         assert!(got.redelivered, "the message isn't marked as redelivered");
         got = queue.wait_get();
     }
-    // One that comes back late stands behind the test's own.
-    assert_eq!(got.text(), "the test's own", "another message is there");
-    assert!(got.remaining() <= 1, "{} more are there", got.remaining());
+    // A message that is requeued late comes after the test's own.
+    assert_eq!(got.text(), "the test's own", "the queue holds another message");
+    assert!(got.remaining() <= 1, "the queue holds {} more messages", got.remaining());
 }
 
-/// A user of the test's own on a private broker, without any permission; gone when dropped, whatever becomes of the test.
+/// A user without permissions on a private broker; deleted when dropped.
 pub struct User<'a> {
     broker: &'a Broker,
     name: &'a str,
@@ -122,7 +120,7 @@ impl<'a> User<'a> {
         Self { broker, name, password }
     }
 
-    /// With these permissions in virtual host `/`: to configure, to write, and to read.
+    /// Grants these permissions in virtual host `/`: configure, write, read.
     pub fn may(self, permissions: [&str; 3]) -> Self {
         let command = [&["set_permissions", self.name][..], &permissions].concat();
         self.broker.ctl(&command).unwrap();
@@ -140,7 +138,7 @@ impl Drop for User<'_> {
     }
 }
 
-/// A virtual host of the test's own on a private broker; gone when dropped, whatever becomes of the test.
+/// A virtual host on a private broker; deleted when dropped.
 pub struct Vhost<'a> {
     broker: &'a Broker,
     pub name: &'a str,
@@ -152,7 +150,7 @@ impl<'a> Vhost<'a> {
         Self { broker, name }
     }
 
-    /// Lets a user do everything in it.
+    /// Grants a user all permissions in it.
     pub fn of(self, user: &str) -> Self {
         let command = ["set_permissions", "-p", self.name, user, ".*", ".*", ".*"];
         self.broker.ctl(&command).unwrap();
@@ -166,7 +164,7 @@ impl Drop for Vhost<'_> {
     }
 }
 
-/// The shared broker, or where that is somebody's, one of the test's own: for users, virtual hosts and the like.
+/// A broker on which a test may create users and virtual hosts: the shared one, if the tests started it, or else a new one.
 pub fn private_broker() -> impl Deref<Target = Broker> {
     enum Private {
         Shared(&'static Broker),

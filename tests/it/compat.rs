@@ -1,4 +1,4 @@
-//! What amqp-consume's users rely on: its options, its lines, and what must be different.
+//! Compatibility with amqp-consume: its options, command lines that use it, and the intended differences.
 
 use crate::common::qconsume;
 use std::{
@@ -17,12 +17,11 @@ fn worker() -> Program {
     qconsume().url(&Broker::shared().url())
 }
 
-/// The repository.
 fn repository() -> PathBuf {
     env!("CARGO_MANIFEST_DIR").into()
 }
 
-/// A folder with a `qconsume` in it, for scripts that call it by its name.
+/// A PATH in which scripts find qconsume by its name.
 fn path_with_qconsume() -> String {
     let folder = temp_folder("path");
     symlink(crate::common::qconsume_path(), folder.join("qconsume")).unwrap();
@@ -33,7 +32,7 @@ fn queue() -> Queue {
     Broker::shared().queue("compat")
 }
 
-/// A queue's name that nobody has declared; what becomes of it is deleted in the end.
+/// The name of a queue that doesn't exist; if the test creates it, it is deleted at the end.
 fn absent() -> Queue {
     Broker::shared().declare("compat").absent()
 }
@@ -69,7 +68,7 @@ fn the_lines_of_the_kubernetes_documentation_run_with_the_name_changed() {
 }
 
 #[test]
-fn options_behind_the_command_are_the_commands() {
+fn options_after_the_command_belong_to_the_command() {
     let queue = queue();
     queue.publish("0123456789abc");
     let ended = worker().args(["-q", queue.name(), "head", "-c", "10"]).run();
@@ -107,7 +106,7 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
         ended.assert_status(0);
         assert_eq!(ended.stdout_text(), "x", "{line:?}");
     }
-    // From variables; and a flag goes over the address in the environment.
+    // From variables; and a flag takes precedence over the address in the environment.
     queue.publish_all(["x", "y"]);
     let ended = qconsume()
         .env("QCONSUME_SERVER", &with_port)
@@ -119,7 +118,7 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
     ended.assert_status(0);
     let ended = qconsume().url("amqp://127.0.0.1:1").args(["--server", &with_port, "-q", queue.name(), "cat"]).run();
     ended.assert_status(0);
-    // A flag takes precedence over a variable, be it a file or not.
+    // A flag takes precedence over a variable, also if one of them names a file.
     for (line, variable, value) in [
         (["--password", "guest"], "QCONSUME_PASSWORD_FILE", "/not/there"),
         (["--password-file", &password_file], "QCONSUME_PASSWORD", "wrong"),
@@ -129,7 +128,7 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
         let program = qconsume().args(["--server", &with_port]).args(line).env(variable, value);
         program.args(["-q", queue.name(), "cat"]).run().assert_status(0);
     }
-    // A password that is wrong shows nowhere.
+    // No message shows a wrong password.
     for level in ["error", "info", "debug"] {
         let ended = qconsume()
             .args(["--server", &with_port, "--username", "guest"])
@@ -142,7 +141,7 @@ fn the_parts_of_an_address_take_the_place_of_a_url() {
 }
 
 #[test]
-fn amqp_url_counts_where_broker_url_is_not_set() {
+fn amqp_url_is_used_if_broker_url_is_not_set() {
     let queue = queue();
     let url = Broker::shared().url();
     queue.publish_all(["1", "2"]);
@@ -157,7 +156,7 @@ fn amqp_url_counts_where_broker_url_is_not_set() {
 }
 
 #[test]
-fn what_contradicts_itself_is_a_usage_error() {
+fn contradictory_options_are_a_usage_error() {
     let file = temp_folder("files").join("auth");
     fs::write(&file, "user:guest\npassword:hunter2\n").unwrap();
     let file = file.display().to_string();
@@ -216,10 +215,10 @@ fn a_queue_is_declared_if_it_is_not_there() {
     let queue = absent();
     let ended = worker().args(["-d", "-q", queue.name(), "--wait=0", "cat"]).run();
     ended.assert_status(66).assert_stderr("declared queue");
-    // The broker's answer to the question whether it was there is no loss of what came after.
+    // The 404 for the missing queue closes the channel, which must not look like a lost connection.
     assert!(!ended.stderr.contains("connecting again"), "{}", ended.stderr);
     assert!(queue.exists());
-    // It outlives its worker, with what is in it, and nobody minds that it is there.
+    // The queue and its messages outlive the worker, and --declare accepts an existing queue.
     queue.publish("1");
     let ended = worker().args(["-d", "-q", queue.name(), "cat"]).run();
     ended.assert_status(0);
@@ -298,7 +297,7 @@ fn a_queue_of_the_connections_own_is_not_looked_for_after_it() {
     let proxy = Proxy::of(broker);
     let name = absent();
     let running = qconsume().url(&proxy.url()).args(["--log-level=debug", "-x", "-q", name.name(), "cat"]).spawn();
-    // It is exclusive, so asking from here is refused: the worker's own word has to do.
+    // The queue is exclusive, so only the worker can tell that it consumes from it.
     running.wait_for_stderr("waiting for a message", PATIENCE);
     proxy.cut();
     let ended = running.wait(PATIENCE);
@@ -308,7 +307,7 @@ fn a_queue_of_the_connections_own_is_not_looked_for_after_it() {
 #[test]
 fn a_queue_of_the_connections_own_keeps_its_messages_with_an_acknowledgement_timeout() {
     let queue = absent();
-    // RabbitMQ 4.3 would refuse to consume from it with such a timeout, and each message is consumed for anew.
+    // RabbitMQ 4.3 would refuse basic.consume with such a timeout, and each message needs a new basic.consume.
     let running = worker()
         .args(["--log-level=debug", "-x", "-q", queue.name(), "--no-ack"])
         .args(["--ack-timeout", "1h", "--count", "2", "--wait", "30s", "cat"])
@@ -324,7 +323,7 @@ fn a_queue_of_the_connections_own_keeps_its_messages_with_an_acknowledgement_tim
 fn no_ack_takes_one_message_and_settles_it_before_the_command_starts() {
     let queue = queue();
     queue.publish_all(["1", "2", "3"]);
-    // What amqp-consume -A -c 1 does to the other two is to lose them.
+    // amqp-consume -A -c 1 loses the other two messages.
     let running =
         worker().args(["-A", "-q", queue.name(), "-c", "1"]).shell("cat; echo started >&2; sleep 600").spawn();
     running.wait_for_stderr("started", PATIENCE);
@@ -332,9 +331,9 @@ fn no_ack_takes_one_message_and_settles_it_before_the_command_starts() {
     queue.wait_ready(2);
     running.signal(Signal::SIGKILL);
     running.wait(PATIENCE);
-    // Neither it nor the others came back.
+    // The message wasn't requeued, and the other two were never taken.
     assert_eq!(queue.ready(), 2);
-    // The command's status is the exit status, and the message is gone.
+    // A failure's status is passed on, and the message is gone.
     let ended = worker().args(["-A", "-q", queue.name()]).shell("exit 3").run();
     ended.assert_status(3).assert_stderr("message was acknowledged before the command (--no-ack)");
     assert_eq!(queue.ready(), 1);
@@ -354,10 +353,10 @@ fn no_ack_goes_on_until_the_count_or_a_failure() {
     let ended = worker().args(["-A", "-c", "0", "-q", queue.name()]).shell("cat; exit 9").run();
     ended.assert_status(9);
     assert_eq!(ended.stdout_text(), "3");
-    // The next one was not taken, not even for a moment.
+    // The next message was not taken, not even for a moment.
     let got = queue.get().unwrap();
     assert_eq!((got.data.as_slice(), got.redelivered), (&b"4"[..], false));
-    // A queue of the worker's own is bound once for all messages.
+    // An exclusive queue is bound once for all messages.
     let running =
         worker().args(["-A", "-x", "-e", "amq.direct", "-r", queue.name(), "-c", "2"]).args(["--", "cat"]).spawn();
     running.wait_for_stderr("server provided queue name", PATIENCE);
@@ -393,7 +392,7 @@ fn hide_url_keeps_the_address_and_passwords_from_the_command() {
         let program = worker().queue(queue.name());
         secrets.iter().fold(program, |program, (name, value)| program.env(name, value))
     };
-    // The flag goes over the variables, which so contradict nothing.
+    // The flag takes precedence over the variables, so they don't contradict it.
     let run = |program: Program| {
         queue.publish("x");
         let ended = program.args(["--url", &Broker::shared().url()]).args(["--", "env"]).run();
@@ -407,13 +406,13 @@ fn hide_url_keeps_the_address_and_passwords_from_the_command() {
         for name in ["BROKER_URL", "AMQP_URL"].into_iter().chain(secrets.map(|(name, _)| name)) {
             assert!(!environment.contains(&format!("{name}=")), "{environment}");
         }
-        // The rest is there.
+        // Other variables are still set.
         assert!(environment.contains(&format!("QUEUE={}", queue.name())));
     }
 }
 
 #[test]
-fn help_is_there_under_amqp_consumes_names() {
+fn amqp_consumes_options_for_help_work() {
     for option in ["-?", "--usage", "--help"] {
         let ended = qconsume().arg(option).run();
         ended.assert_status(0);
@@ -428,7 +427,7 @@ fn help_is_there_under_amqp_consumes_names() {
 }
 
 #[test]
-fn the_table_of_options_is_up_to_date_and_misses_none() {
+fn the_table_of_options_is_complete_and_up_to_date() {
     for program in ["amqp-consume", "amqp-publish", "python3"] {
         if find_in_path(program).is_none() {
             missing(program);
@@ -445,7 +444,7 @@ fn the_table_of_options_is_up_to_date_and_misses_none() {
     assert!(ran.status.success(), "{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
 }
 
-/// Each row of the page's table, seen with both programs.
+/// Runs both programs for each row of the page's table.
 #[test]
 fn the_exit_statuses_beside_amqp_consumes_are_as_the_page_says() {
     if find_in_path("amqp-consume").is_none() {
@@ -453,7 +452,7 @@ fn the_exit_statuses_beside_amqp_consumes_are_as_the_page_says() {
     }
     let broker = Broker::shared();
     let folder = temp_folder("statuses");
-    // amqp-consume takes a command's options for its own, so the commands have none.
+    // amqp-consume parses a command's options as its own, so the commands have none.
     let script = |name: &str, text: &str| {
         let path = folder.join(name);
         fs::write(&path, format!("#!/bin/sh\ncat >/dev/null\n{text}\n")).unwrap();

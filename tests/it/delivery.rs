@@ -1,4 +1,4 @@
-//! The life of the delivery: nothing lost, nothing claimed twice.
+//! Deliveries: connections and consumers that are lost, settlement, retries, --count, --drain, and --wait.
 
 use crate::common::{behind, in_time, qconsume, until_there, worker};
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use testbed::{
 fn a_message_that_no_client_can_read_ends_the_run_instead_of_a_storm_of_connections() {
     let broker = Broker::shared();
     let queue = broker.queue("unreadable");
-    // A message id that isn't UTF-8: the broker takes it, lapin doesn't.
+    // A message id that isn't UTF-8: the broker accepts it, lapin doesn't.
     let publisher = Proxy::of(broker);
     let spoil = |frame: &[u8]| {
         let text = b"readable";
@@ -56,12 +56,12 @@ fn a_message_that_never_arrives_whole_is_70_at_the_second_try() {
         .assert_stderr("connecting again")
         .assert_stderr("two connections were lost while it arrived")
         .assert_stderr(queue.name());
-    // Every try counts towards the queue's delivery-limit, at which the broker destroys the message.
+    // Each attempt counts towards the queue's delivery-limit, at which the broker drops the message.
     assert_eq!(proxy.accepted(), 2, "{}", run.stderr);
     queue.wait_ready(1);
 }
 
-/// Headers as large as this many bytes make a frame of.
+/// Properties with a header of this many bytes.
 fn with_headers(bytes: usize) -> BasicProperties {
     let mut headers = FieldTable::default();
     headers.insert("h".into(), AMQPValue::LongString(LongString::from("x".repeat(bytes))));
@@ -88,13 +88,13 @@ fn headers_larger_than_a_frame_are_70_at_the_first_try() {
         assert!(run.stdout.is_empty());
         queue.wait_ready(1);
     };
-    // A limit of ours.
+    // A frame_max in the URL.
     let queue = broker.declare("large-headers").quorum().create();
     queue.publish_with(with_headers(10_000), "body");
     assert_refused(&queue, "frame_max=8192", "this connection takes 8192");
     run(&queue, "frame_max=16384", "exit 0").assert_status(0);
 
-    // The broker's own: headers that fit at first, and have grown by the counts of one requeue.
+    // The broker's frame_max: these headers fit at first, but not with the counts that one requeue adds.
     let queue = broker.declare("growing-headers").quorum().create();
     let rest = 7 + 1 + 12 + 2 + 4 + 2 + 5;
     queue.publish_with(with_headers(131_072 - rest - 1), "body");
@@ -103,7 +103,7 @@ fn headers_larger_than_a_frame_are_70_at_the_first_try() {
     assert_refused(&queue, "", "this connection takes 131072");
 }
 
-/// Two and a half heartbeats of two seconds, and as much as a busy machine needs; by the default interval it would be more.
+/// Two and a half heartbeats of two seconds, plus time for a busy machine; less than with the default heartbeat.
 const NOTICED: Duration = Duration::from_secs(20);
 
 fn a_file() -> PathBuf {
@@ -143,20 +143,20 @@ fn a_queue_deleted_while_waiting_is_waited_for_and_78_in_the_end() {
     let queue = broker.queue("deleted");
     let spawn = |limit| {
         let run = worker(&queue).args(["--connect-timeout", limit, "--log-level", "debug", "cat"]).spawn();
-        // Once the worker knows, so does the broker's channel: deleted in the moment before, RabbitMQ 4.3 may never cancel it.
+        // If the queue is deleted just before this, RabbitMQ 4.3 may never send the basic.cancel.
         run.wait_for_stderr("waiting for a message in queue", PATIENCE);
         queue.delete();
         run.wait_for_stderr("there is no queue", PATIENCE);
         run
     };
     let run = spawn("60s");
-    assert!(!run.has_ended(), "said at once, not in the end");
+    assert!(!run.has_ended(), "the missing queue is logged at once, not only when the run ends");
     let again = broker.declare("").exact_name(queue.name()).create();
     again.publish("again");
     let run = run.wait(PATIENCE);
     run.assert_status(0);
     assert_eq!(run.stdout_text(), "again");
-    // The refusals meanwhile are no loss to the consumer that comes after them.
+    // The refusals in between don't make the next consumer look lost.
     assert_eq!(run.stderr.matches("connecting again").count(), 1);
 
     spawn("10s").wait(PATIENCE).assert_status(78);
@@ -186,7 +186,7 @@ fn an_address_that_accepts_and_stays_silent_is_tried_again() {
     let run = behind(&proxy, &queue).args(["--connect-timeout", "12s"]).shell(&until_there(&file)).spawn();
     wait_started(&run);
     assert_eq!(proxy.accepted(), 2);
-    // What was given up doesn't go on beside its successor.
+    // The abandoned attempt's connection is closed.
     proxy.wait_open(1);
     std::fs::write(&file, "").unwrap();
     let run = run.wait(PATIENCE);
@@ -202,10 +202,10 @@ fn a_large_body_over_a_slow_line_is_no_silence() {
     let proxy = Proxy::of(broker);
     proxy.on(Direction::ToClient, Method::BODY, Action::Hold);
     let run = behind(&proxy, &queue).args(["--heartbeat", "4", "cat"]).spawn();
-    // Frames of 128 KiB: longer in all than a broker may be silent (8 to 10 s), and each of them in time.
+    // Frames of 128 KiB: together they take longer than a broker may be silent (8 to 10 s), but each comes in time.
     for frame in 1..=9 {
         proxy.wait_for_nth(Direction::ToClient, Method::BODY, frame);
-        // The slowness of the line itself, which is what is tried; nothing is waited for by it.
+        // This simulates the slow line; the test doesn't wait for anything here.
         std::thread::sleep(Duration::from_millis(1200));
         proxy.release();
     }
@@ -253,7 +253,7 @@ fn a_frozen_broker_is_noticed_waiting_running_and_settling() {
 }
 
 #[test]
-fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_next() {
+fn a_broker_that_restarts_is_waited_for_and_the_next_run_gets_the_interrupted_message() {
     let broker = Broker::start();
     for kind in QueueKind::ALL {
         let queue = broker.declare("restart").kind(kind).create();
@@ -287,7 +287,7 @@ fn a_broker_that_restarts_is_waited_for_and_what_it_interrupts_is_done_by_the_ne
 #[test]
 fn the_acknowledgement_timeout_stops_the_command_and_is_75_and_names_the_setting() {
     let broker = Broker::with_config("consumer_timeout = 2000");
-    // How often channels look at the time, where it is they who do; not a setting of rabbitmq.conf everywhere.
+    // How often channels check the timeout, up to 4.2; not every version has this as a setting of rabbitmq.conf.
     let tick = "application:set_env(rabbit, channel_tick_interval, 1000).";
     broker.ctl(&["eval", tick]).unwrap();
     let setting = match broker.version() {
@@ -296,7 +296,7 @@ fn the_acknowledgement_timeout_stops_the_command_and_is_75_and_names_the_setting
         _ => "raise consumer_timeout in the broker's rabbitmq.conf",
     };
     for kind in QueueKind::ALL {
-        // A classic queue has no such timeout from 4.3 on.
+        // From 4.3 on, classic queues have no such timeout.
         if kind == QueueKind::Classic && broker.version() >= (4, 3, 0) {
             continue;
         }
@@ -337,7 +337,7 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
         if asked {
             run.assert_stderr("raise --ack-timeout");
         }
-        // A refusal is no reason to fail: it is consumed again, without.
+        // If the broker refuses the timeout, qconsume subscribes again without it.
         let consumed = proxy.count(Direction::ToBroker, Method::BASIC_CONSUME);
         assert_eq!(consumed, if refused { 2 } else { 1 });
     }
@@ -347,11 +347,11 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
 fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
     let broker = Broker::shared();
     if broker.version() < (4, 3, 0) {
-        // Before, the channel itself watches the time, so its answer to the barrier is the truth.
+        // Up to 4.2 the channel itself enforces the timeout, so its answer to the barrier can be trusted.
         return testbed::version_lacks("queues that watch the acknowledgement timeout");
     }
-    // As the broker does it, which is too rare to wait for: it ends the channel once our consumer is cancelled, and
-    // cancels the consumer where more messages are to come.
+    // A real broker does this too rarely. It closes the channel if our consumer is cancelled already, and cancels the
+    // consumer otherwise.
     let reason = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out";
     let barrier = Method::BASIC_QOS_OK;
     let late = [
@@ -365,14 +365,15 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
         let file = a_file();
         let run = behind(&proxy, &queue)
             .args(["--count", count, "--ack-timeout", "20s"])
-            // Long enough to be in doubt: four fifths of it.
+            // Four fifths of the timeout: from then on, a second barrier is needed.
             .shell(&format!("echo started; sleep 16; {}", until_there(&file)))
             .spawn();
         wait_started(&run);
-        // The broker hasn't closed its channel, so the answer would be its reason to close the connection.
+        // The broker itself hasn't closed the channel, so channel.close-ok would make it close the connection.
         let answer = Method::CHANNEL_CLOSE_OK;
         proxy.on(Direction::ToBroker, answer, Action::SwallowFrame);
-        // Behind the first one's answer the broker's to basic.cancel may come, which it wouldn't on a closed channel.
+        // The answer to the second barrier is replaced: the one to basic.cancel may come after the first barrier's, and
+        // wouldn't come on a closed channel.
         proxy.once(Direction::ToClient, barrier, Action::Pass);
         proxy.once(Direction::ToClient, barrier, Action::InjectInstead(late));
         std::fs::write(&file, "").unwrap();
@@ -381,8 +382,8 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
     }
 }
 
-/// The queue's acknowledgement timeout, in seconds, around which the workers of the next test end. 60 is RabbitMQ's recommended
-/// minimum; the moment is the same.
+/// Sets the queue's acknowledgement timeout, in seconds, for the next test (default 10). RabbitMQ recommends at least 60, but
+/// the race is the same.
 const CONSUMER_TIMEOUT: &str = "QCONSUME_TEST_CONSUMER_TIMEOUT";
 
 #[test]
@@ -392,13 +393,13 @@ fn a_hundred_workers_that_end_around_the_acknowledgement_timeout_claim_no_false_
         return testbed::version_lacks("queues that watch the acknowledgement timeout");
     }
     let seconds = std::env::var(CONSUMER_TIMEOUT).map_or(10.0, |seconds| seconds.parse::<f64>().unwrap());
-    // As amqproxy does: it tells its own version.
+    // amqproxy sends its own version instead of the broker's.
     let proxy = Proxy::of(broker);
     let other_version = |frame: &[u8]| {
         let mut frame = frame.to_vec();
         let version = b"version";
         let at = frame.windows(version.len()).position(|bytes| bytes == version).expect("a version");
-        // Behind the name: the value's type and its length, of 5 bytes such as 4.3.6.
+        // After the name come the value's type and length (5 bytes), then a version such as 4.3.6.
         frame[at + version.len() + 5..][..5].copy_from_slice(b"3.1.3");
         frame
     };
@@ -411,7 +412,8 @@ fn a_hundred_workers_that_end_around_the_acknowledgement_timeout_claim_no_false_
         queue.publish_all(&bodies);
         queue.wait_ready(100);
         let start = |n: u32| {
-            // Half of them at the very moment of a quiet machine, half in the three seconds before, for a busy one.
+            // On an idle machine half of the workers end right at the timeout; on a busy one, those of the other half do,
+            // which end up to three seconds before it.
             let before = if n.is_multiple_of(2) { 0.06 - f64::from(n) * 0.0008 } else { 3.0 - f64::from(n) * 0.03 };
             let ends = seconds - before;
             worker(&queue).url(&url).shell(&format!("cat; sleep {ends:.4}")).spawn()
@@ -427,7 +429,7 @@ fn a_hundred_workers_that_end_around_the_acknowledgement_timeout_claim_no_false_
         let false_ones: Vec<_> = successes.iter().filter(|body| back.contains(body)).collect();
         println!("{url}: {} exits of 0, {} messages back, {} false", successes.len(), back.len(), false_ones.len());
         assert!(false_ones.is_empty(), "{false_ones:?}");
-        // Not confirmed may be done, but what is neither is lost.
+        // An unconfirmed message may have been acknowledged, but a message that isn't may not be gone.
         let undone = done.iter().filter(|run| run.status() != 0).count();
         assert!(back.len() <= undone, "{} back, {undone} undone", back.len());
     }
@@ -453,7 +455,7 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
         let rejected: [(i32, &[&str], i32); 3] = [
             (65, &["--reject-on", "65,100-120"], 65),
             (110, &["--reject-on", "65,100-120", "--reject-exit-code", "0"], 0),
-            // The first failure is the last, whatever the queue counts.
+            // With one attempt, a queue that doesn't count will do.
             (3, &["--max-attempts", "1"], 3),
         ];
         for (status, options, expected) in rejected {
@@ -466,7 +468,7 @@ fn a_failure_goes_back_or_is_dead_lettered_as_the_options_say() {
 }
 
 #[test]
-fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_where_the_broker_can_tell() {
+fn the_last_of_max_attempts_is_dead_lettered_and_evictions_do_not_count_from_4_3_on() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
     let queue = broker.declare("attempts").quorum().dead_letter_to(&dead).create();
@@ -497,7 +499,7 @@ fn failures_on_another_queue_are_no_attempts_on_this_one() {
     let broker = Broker::shared();
     let dead = broker.queue("dead");
     let queue = broker.declare("moved").quorum().dead_letter_to(&dead).create();
-    // What a shovel brings along that moves a message back from where it was dead-lettered.
+    // A shovel that moves a dead-lettered message back copies these headers.
     let mut headers = FieldTable::default();
     for count in ["x-acquired-count", "x-delivery-count"] {
         headers.insert(count.into(), AMQPValue::LongLongInt(7));
@@ -505,7 +507,7 @@ fn failures_on_another_queue_are_no_attempts_on_this_one() {
     queue.publish_with(BasicProperties::default().with_headers(headers), "body");
     let attempt = || worker(&queue).args(["--max-attempts", "2"]);
     if broker.version() >= (4, 3, 0) {
-        // An eviction isn't counted, so the queue still shows the foreign count.
+        // An eviction isn't counted, so the message still has the copied count.
         let run = attempt().shell("echo started; exec sleep 60").spawn();
         wait_started(&run);
         run.signal(Signal::SIGTERM);
@@ -637,7 +639,7 @@ fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
     queue.wait_ready(3);
     let proxy = Proxy::of(broker);
     let run = behind(&proxy, &queue).args(["--drain", "cat"]).spawn();
-    // It has looked several times, and it doesn't take three ready messages for none.
+    // qconsume has checked the queue several times, and saw three ready messages each time.
     proxy.wait_for_nth(Direction::ToClient, Method::QUEUE_DECLARE_OK, 4);
     assert!(!run.has_ended());
     active.close().unwrap();
@@ -648,11 +650,11 @@ fn ready_messages_that_are_another_consumers_turn_are_no_empty_queue() {
 }
 
 #[test]
-fn an_answer_that_knows_of_no_consumer_is_no_empty_queue() {
+fn a_count_without_any_consumer_does_not_mean_an_empty_queue() {
     let broker = Broker::shared();
     let queue = broker.queue("unknown");
     let proxy = Proxy::of(broker);
-    // What the broker says of a quorum queue that doesn't answer it in time: no message and no consumer.
+    // If a quorum queue doesn't answer in time, the broker reports no messages and no consumers.
     let nothing = |frame: &[u8]| {
         let mut frame = frame.to_vec();
         let end = frame.len() - 1;
@@ -672,7 +674,7 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
     let broker = Broker::shared();
     let queue = broker.queue("patience");
     let proxy = Proxy::of(broker);
-    // The broker's heartbeats begin three to six seconds after the handshake.
+    // The broker's first heartbeat comes three to six seconds after the handshake.
     let cut = Action::CutAfter;
     proxy.once(Direction::ToClient, Method::HEARTBEAT, cut);
     let running = behind(&proxy, &queue)
@@ -681,7 +683,7 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
         .spawn();
     proxy.wait_for(Direction::ToClient, Method::HEARTBEAT);
     proxy.refuse();
-    // With the pauses between them, eight attempts take four and a half seconds at least.
+    // Eight attempts and the pauses between them take at least four and a half seconds.
     let attempts = || running.stderr().matches("; trying again").count();
     assert!(eventually(PATIENCE, || attempts() >= 8));
     proxy.pass();
@@ -690,15 +692,15 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
     let at = |connection, direction, method| {
         let mut seen = proxy.seen().into_iter();
         let found = seen.find(|seen| (seen.connection, seen.direction, seen.method) == (connection, direction, method));
-        found.expect("it came along").at
+        found.expect("the proxy saw it").at
     };
     let last = proxy.accepted();
     let registered = |connection| at(connection, Direction::ToClient, Method::BASIC_CONSUME_OK);
     let first = at(1, Direction::ToClient, Method::HEARTBEAT) - registered(1);
     let second = at(last, Direction::ToBroker, Method::BASIC_CANCEL) - registered(last);
-    // The time between the two doesn't count, or it would have been less; the first does, or the second alone were 12 s.
     let (first, second) = (first.as_secs_f64(), second.as_secs_f64());
-    // The worker hears of each end a little later than the proxy; a pause that counted would be 4.5 s and more.
+    // If the pause between the connections counted, the sum would be 7.5 s at most; if the first part didn't count, the
+    // second alone would be 12 s. The worker notices each end a little later than the proxy.
     assert!(first + second >= 9.0, "{first} and {second}");
     assert!(second < 12.0, "{first} and {second}");
 }
@@ -706,7 +708,7 @@ fn only_time_in_which_a_message_could_have_come_counts_towards_the_wait() {
 #[test]
 fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
     let broker = Broker::shared();
-    // It comes behind what makes qconsume cancel: the answer that the queue is empty, or the end of the wait.
+    // The message comes after the reason to cancel: the answer that the queue is empty, or the end of the wait.
     let cases: [(&[&str], _); 2] =
         [(&["--drain"], Method::QUEUE_DECLARE_OK), (&["--wait", "200ms"], Method::BASIC_DELIVER)];
     for (options, held) in cases {
@@ -724,7 +726,7 @@ fn a_message_that_comes_between_the_look_and_the_cancel_is_run() {
             }
             proxy.release();
             let run = run.wait(PATIENCE);
-            // With no answer to its cancel, `--wait` finds nothing.
+            // 66: the broker didn't answer the cancel in time.
             (run.status() != 66).then_some((run, queue))
         });
         run.assert_status(0);
@@ -760,12 +762,12 @@ fn a_signal_in_the_middle_of_a_count_is_no_completion_though_the_message_is_done
         queue.wait_ready(left);
         let got: Vec<_> = (0..left).map(|_| queue.get().unwrap().redelivered).collect();
         let returned = got.iter().filter(|redelivered| **redelivered).count();
-        assert_eq!(returned, left as usize - 4, "only what was run has come back");
+        assert_eq!(returned, left as usize - 4, "a message that was never run is marked as redelivered");
     }
 }
 
 #[test]
-fn no_message_waits_unacknowledged_behind_a_running_command() {
+fn no_message_is_prefetched_while_a_command_runs() {
     let broker = Broker::shared();
     for kind in QueueKind::ALL {
         let queue = broker.declare("behind").kind(kind).create();
@@ -787,13 +789,13 @@ fn no_message_waits_unacknowledged_behind_a_running_command() {
 }
 
 #[test]
-fn many_workers_burn_nobodys_attempts() {
+fn many_workers_use_up_no_attempts_of_messages_that_they_do_not_run() {
     const MESSAGES: usize = 200;
     const WORKERS: usize = 24;
     let broker = Broker::shared();
     let scripts = [
         "echo $MESSAGE_REDELIVERED",
-        // Every tenth fails, once.
+        // Every tenth message fails once.
         "read n; case $n$MESSAGE_ATTEMPT in *01) echo failed; exit 1;; esac; echo done",
     ];
     for script in scripts {
@@ -832,7 +834,7 @@ fn many_workers_burn_nobodys_attempts() {
     }
 }
 
-/// Fails for good where the body is "bad", and once where it begins with "late".
+/// Always fails if the body is "bad", and fails once if it begins with "late".
 const SOME_FAIL: &str = r#"read -r body; case $body in bad) exit 3;; late*) [ "$MESSAGE_ATTEMPT" -gt 1 ];; esac"#;
 
 #[test]
@@ -867,7 +869,7 @@ fn with_keep_going_a_failure_does_not_end_the_run() {
         assert_eq!(dead.wait_get().text(), "bad", "{options:?}");
     }
 
-    // N messages done, and no failure counts as one.
+    // --count counts the messages that were processed, not the failures in between.
     let counted = queue();
     counted.publish_all(four_late);
     run(&counted, &["--count", "8"]).assert_status(0).assert_stderr("(8 acknowledged, 4 requeued)");
@@ -915,7 +917,7 @@ fn the_url_file_is_read_again_for_each_new_connection() {
     proxy.refuse();
     let running = qconsume().queue(queue.name()).env("BROKER_URL_FILE", &file).arg("cat").spawn();
     running.wait_for_stderr("trying again", PATIENCE);
-    // The secret is mounted anew while the old broker is gone.
+    // The secret changes while the old broker is gone.
     std::fs::write(&file, format!("{}\n", broker.url())).unwrap();
     let done = running.wait(PATIENCE);
     done.assert_status(0);
@@ -951,11 +953,11 @@ fn a_stream_is_refused_before_anything_is_taken() {
 
 #[test]
 fn a_part_of_a_message_never_looks_like_all_of_it() {
-    // In a pipe, and in a file.
+    // The smaller body is in a pipe, the larger one in a file.
     for size in [300_000, 3_000_000] {
         let queue = Broker::shared().queue("whole");
         queue.publish("x".repeat(size));
-        // The kernel kills the command with qconsume. What it has started lives on, and reads then.
+        // The kernel kills the command together with qconsume. Its child survives, and then reads.
         let reader =
             "exec 3<&0; (while kill -0 $PPID 2>/dev/null; do sleep 0.01; done; wc -c <&3) & echo started >&2; wait";
         let running = worker(&queue).shell(reader).spawn();

@@ -1,4 +1,5 @@
-//! Every command in the documentation is run, or, where it needs Docker, Kubernetes or a build, looked at.
+//! Runs every command in the documentation, except for those that need Docker, Kubernetes or a build: for these, checks
+//! that the files and targets that they name exist.
 
 use std::{
     fs,
@@ -13,29 +14,29 @@ mod quotes;
 mod recording;
 mod services;
 
-/// The address that the pages use; the broker's own takes its place.
+/// The broker's address in the pages; replaced by the test broker's.
 const ADDRESS: &str = "amqp://guest:guest@localhost:5672";
 
-/// The queue that the pages use; a name of this test's own takes its place.
+/// The queue in the pages; replaced by a queue of the test.
 const QUEUE: &str = "job1";
 
-/// The HTTP server that the pages use; one of this test's own takes its place.
+/// The HTTP server in the pages; replaced by a server of the test.
 const HTTP_SERVER: &str = "http://worker:8080";
 
-/// What needs a terminal: script(1) is one, on which somebody types "y".
+/// Marks commands that need a terminal. They run in script(1), with "y" as the input.
 const TERMINAL: &str = "terminal";
 
-/// What isn't run here.
+/// Programs whose commands aren't run here.
 const ELSEWHERE: [&str; 4] = ["docker", "kubectl", "make", "rabbitmqctl"];
 
-/// What the commands of one page may take, generously.
+/// For all commands of one page; generous.
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// A fenced block of commands.
 struct Block {
     line: usize,
-    /// What it needs, if that is more than a shell and a broker: one of `ELSEWHERE`, a program without which it is left
-    /// out, or `terminal`.
+    /// If it needs more than a shell and a broker: one of `ELSEWHERE`, `terminal`, or a program (if that isn't installed,
+    /// the block is skipped).
     needs: Option<String>,
     commands: String,
 }
@@ -59,7 +60,7 @@ fn name(page: &Path) -> String {
     page.strip_prefix(root()).unwrap_or(page).display().to_string()
 }
 
-/// The blocks of commands in a page. Every fence says what it is, and one with commands is `sh`.
+/// The blocks of commands in a page. Every fence names its language; `sh` means commands.
 fn blocks(page: &Path) -> Vec<Block> {
     let text = fs::read_to_string(page).expect("the page can be read");
     let mut blocks = Vec::new();
@@ -81,7 +82,7 @@ fn blocks(page: &Path) -> Vec<Block> {
         let known = ["sh", "text", "json", "yaml", "dockerfile", "mermaid", "toml", "python", "ini"];
         assert!(
             known.contains(&language),
-            "{}:{}: a fence of {language:?}, which nobody checks; commands are sh",
+            "{}:{}: unknown language {language:?} of a fence; commands are sh",
             name(page),
             index + 1
         );
@@ -91,11 +92,11 @@ fn blocks(page: &Path) -> Vec<Block> {
             commands: String::new(),
         }));
     }
-    assert!(open.is_none(), "{}: a fence stays open", name(page));
+    assert!(open.is_none(), "{}: a fence isn't closed", name(page));
     blocks
 }
 
-/// A folder with what the pages take for granted.
+/// A folder with the files that the pages' commands use.
 fn sandbox() -> PathBuf {
     let folder = temp_folder("docs");
     for file in ["tasks.txt", "image1.png", "image2.png"] {
@@ -114,7 +115,7 @@ impl Block {
     }
 }
 
-/// Whether there is a program of this name; says so if there is none.
+/// Whether PATH has this program; reports it as missing otherwise.
 fn is_installed(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
@@ -124,7 +125,8 @@ fn is_installed(program: &str) -> bool {
     found
 }
 
-/// A server that reads each request with its body and answers this, until the test ends; a form it doesn't take.
+/// Starts a server that reads each request with its body, and answers with this status, or with 415 if the body is a form.
+/// Returns its URL.
 fn http_server(status: &'static str) -> String {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("there is a free port");
     let address = listener.local_addr().expect("it is bound");
@@ -151,10 +153,10 @@ fn http_server(status: &'static str) -> String {
     format!("http://{address}")
 }
 
-/// Runs a page's blocks in one shell, in order, as a reader would.
+/// Runs a page's blocks in one shell, in their order.
 fn run(page: &Path, blocks: &[&Block]) {
     let broker = Broker::shared();
-    let queue = broker.declare("docs").create();
+    let queue = broker.declare("docs").quorum().create();
     queue.publish_all(["apple", "banana", "cherry"]);
     let mut script = String::from("set -eu\n");
     for block in blocks {
@@ -178,14 +180,8 @@ fn run(page: &Path, blocks: &[&Block]) {
         .current_dir(sandbox())
         .spawn()
         .wait(LIMIT);
-    assert_eq!(
-        finished.status(),
-        0,
-        "{}: the commands of the last line named here failed:\n{}",
-        name(page),
-        finished.stderr
-    );
-    // Queues that the commands have declared beside it.
+    assert_eq!(finished.status(), 0, "{}: the block at the last \"### line\" failed:\n{}", name(page), finished.stderr);
+    // Deletes the queues that the commands have declared.
     for line in script.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')) {
         if line.starts_with(queue.name()) {
             let channel = broker.client().channel().unwrap();
@@ -210,7 +206,7 @@ fn the_commands_of_every_page_work() {
     });
 }
 
-/// What isn't run here: its programs are the ones named, its files are there, its targets are make's.
+/// Checks commands that aren't run: the fence names their program, and their files and make targets exist.
 #[test]
 fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
     let makefile = fs::read_to_string(root().join("Makefile")).expect("there is a Makefile");
@@ -230,12 +226,12 @@ fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
                 };
                 assert!(
                     program == needs || ["qpublish", "qconsume", "export", "cd"].contains(program),
-                    "{place}: {command:?} doesn't need {needs}"
+                    "{place}: the fence is for {needs}, but has {command:?}"
                 );
                 for word in &words {
                     let file = word.trim_start_matches("./");
                     if file.starts_with("examples/") || file.starts_with("docker/") {
-                        assert!(root().join(file).exists(), "{place}: {file} isn't there");
+                        assert!(root().join(file).exists(), "{place}: {file} doesn't exist");
                     }
                 }
                 if needs == "make" {
@@ -248,7 +244,7 @@ fn commands_for_elsewhere_name_files_and_targets_that_are_there() {
     }
 }
 
-/// GitHub shows a drawing with a semicolon in a label as a syntax error: to Mermaid that is the end of a line.
+/// For Mermaid a semicolon ends a line, so GitHub shows a drawing with one in a label as a syntax error.
 #[test]
 fn drawings_have_no_semicolons() {
     let mut drawings = 0;
@@ -260,10 +256,10 @@ fn drawings_have_no_semicolons() {
             drawings += 1;
         }
     }
-    assert!(drawings >= 2, "the drawings are not found any more");
+    assert!(drawings >= 2, "only {drawings} drawings were found");
 }
 
-/// A link to a file of ours leads to one.
+/// Links to files of this repository.
 #[test]
 fn links_between_the_pages_lead_somewhere() {
     for page in pages() {
@@ -274,12 +270,12 @@ fn links_between_the_pages_lead_somewhere() {
                 continue;
             }
             let file = page.parent().expect("it is in a folder").join(target.replace('\n', " "));
-            assert!(file.exists(), "{}: {target} isn't there", name(&page));
+            assert!(file.exists(), "{}: {target} doesn't exist", name(&page));
         }
     }
 }
 
-/// Where the programs are that the tests run.
+/// The folder of the programs under test.
 fn programs() -> PathBuf {
     let mut program = crate::common::qconsume_path();
     program.pop();

@@ -1,4 +1,4 @@
-//! What the broker told about the message, in the command's environment; and nothing else that came with it.
+//! The command's environment: the message's properties and headers, and nothing else of the message.
 
 use crate::common::worker;
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use testbed::{
     types::{AMQPValue, ByteArray, DecimalValue, FieldArray, FieldTable, LongString},
 };
 
-/// What the message may set; each is the message's own or isn't there.
+/// The variables that a message sets, or that are unset; they are never inherited.
 const VARIABLES: [&str; 20] = [
     "MESSAGE_ID",
     "MESSAGE_CORRELATION_ID",
@@ -34,7 +34,7 @@ const VARIABLES: [&str; 20] = [
 
 type Environment = BTreeMap<String, Vec<u8>>;
 
-/// Runs a command that prints its environment; all of its values are bytes.
+/// Runs a command that prints its environment, and parses it.
 fn run(program: Program) -> (Environment, Finished) {
     let run = program.args(["--", "env", "-0"]).run();
     run.assert_status(0);
@@ -119,14 +119,14 @@ fn every_property_that_is_set_is_a_variable() {
         ];
         let expected: BTreeMap<_, _> = expected.map(|(name, value)| (name, value.to_owned())).into();
         let mut variables = variables;
-        // Some brokers add an empty table where there was none.
+        // Some brokers add an empty table of headers.
         variables.remove("MESSAGE_HEADERS");
         assert_eq!(variables, expected, "{kind:?}");
     }
 }
 
 #[test]
-fn what_the_broker_did_not_tell_is_not_there_not_even_inherited() {
+fn properties_that_are_not_set_are_no_variables_not_even_inherited_ones() {
     let queue = Broker::shared().queue("environment-inherited");
     queue.publish("");
     let mut program = worker(&queue).env("MINE", "kept");
@@ -135,7 +135,7 @@ fn what_the_broker_did_not_tell_is_not_there_not_even_inherited() {
     }
     let (environment, _) = run(program);
     let mut variables = message_variables(&environment);
-    // The testbed's client sends no headers; a broker may make an empty table of that.
+    // The testbed's client sends no headers; some brokers add an empty table.
     if variables.get("MESSAGE_HEADERS").is_some_and(|table| table == "{}") {
         variables.remove("MESSAGE_HEADERS");
     }
@@ -178,7 +178,7 @@ fn an_empty_property_is_an_empty_variable() {
 }
 
 #[test]
-fn a_redelivered_message_says_so_and_counts_where_the_queue_does() {
+fn a_redelivered_message_says_so_and_has_an_attempt_if_the_queue_counts() {
     for (kind, attempt) in [(QueueKind::Classic, None), (QueueKind::Quorum, Some("2"))] {
         let queue = Broker::shared().declare("environment-again").kind(kind).create();
         queue.publish("");
@@ -191,8 +191,8 @@ fn a_redelivered_message_says_so_and_counts_where_the_queue_does() {
 }
 
 #[test]
-fn counts_that_were_published_along_are_not_this_queues() {
-    // As of a message that a shovel has moved here from a queue where it had failed.
+fn counts_that_were_published_with_the_message_are_not_this_queues() {
+    // A shovel copies these headers from the queue where the message failed.
     let copied = || {
         let count = || AMQPValue::LongLongInt(7);
         with_headers(vec![("x-acquired-count", count()), ("x-delivery-count", count())])
@@ -279,7 +279,7 @@ fn the_trace_context_of_the_headers_is_the_commands() {
     );
     let environment = environment_of(&queue);
     assert_eq!(environment["TRACEPARENT"], parent.as_bytes());
-    assert_eq!(environment["TRACESTATE"], [b'v', b'=', 0xff], "the bytes as they came");
+    assert_eq!(environment["TRACESTATE"], [b'v', b'=', 0xff], "the bytes are unchanged");
     assert_eq!(environment["BAGGAGE"], b"");
 
     // Only text can be a trace context, and only under its own name.
@@ -328,14 +328,14 @@ fn what_cannot_be_a_variable_is_left_out_with_a_warning_and_the_command_runs() {
         assert!(!environment.contains_key(name));
         finished.assert_stderr(&format!("warning: {name} is left out"));
     }
-    // JSON has an escape for it.
+    // In JSON a NUL is escaped, so the variable is valid.
     assert_eq!(headers(&environment)["traceparent"], "a\0b");
 }
 
 #[test]
-fn a_variable_takes_128_kib_and_what_is_longer_is_left_out() {
+fn a_variable_of_128_kib_is_set_and_a_longer_one_is_left_out() {
     let queue = Broker::shared().queue("environment-huge");
-    // About as much as one frame takes, and more than that in JSON, where each of these becomes six characters.
+    // Almost as much as fits into one frame; in JSON it is larger, as each of these bytes becomes six characters.
     let huge = vec![1; 120_000];
     queue.publish_with(with_headers(vec![("baggage", long(huge.clone()))]), "");
     let (environment, finished) = run(worker(&queue).env("MESSAGE_HEADERS", "inherited"));
@@ -343,7 +343,7 @@ fn a_variable_takes_128_kib_and_what_is_longer_is_left_out() {
     assert!(!environment.contains_key("MESSAGE_HEADERS"));
     finished.assert_stderr("warning: MESSAGE_HEADERS is left out");
 
-    // With the name, the equals sign and the NUL at its end it is as long as the kernel takes, to the byte.
+    // With the name, the equals sign and the final NUL it is exactly as long as the kernel allows.
     let longest = 128 * 1024 - "MESSAGE_HEADERS=".len() - 1 - "{\"x\":\"\"}".len();
     let mut text = vec![b'a'; longest - 6 * 10_000];
     text.extend(vec![1; 10_000]);
@@ -359,7 +359,7 @@ fn a_variable_takes_128_kib_and_what_is_longer_is_left_out() {
 }
 
 #[test]
-fn the_environment_is_the_next_messages_own_with_count() {
+fn with_count_each_message_has_an_environment_of_its_own() {
     let queue = Broker::shared().queue("environment-next");
     queue.publish_with(with_headers(vec![("traceparent", long("first"))]).with_message_id("one".into()), "");
     queue.publish("");

@@ -4,10 +4,10 @@ use crate::common::{qconsume, qpublish};
 use std::os::unix::fs::symlink;
 use testbed::{Program, owner};
 
-/// What every terminal has, in columns.
+/// The columns of a common terminal.
 const WIDTH: usize = 80;
 
-/// What fits on one screen, in lines.
+/// The lines of one screen.
 const SCREEN: usize = 50;
 
 fn shown(program: Program, option: &str) -> String {
@@ -69,7 +69,7 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
     ] {
         let at = rest
             .find(&format!("\n{heading}\n"))
-            .unwrap_or_else(|| panic!("no {heading} behind the others in:\n{help}"));
+            .unwrap_or_else(|| panic!("{heading} doesn't come after the headings before it in:\n{help}"));
         rest = &rest[at + 1..];
     }
     for status in ["0 ", "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N"] {
@@ -95,13 +95,13 @@ fn the_version_begins_with_the_packages() {
         let version = shown(program, "--version");
         let expected = format!("{name} {}", env!("CARGO_PKG_VERSION"));
         let rest = version.strip_prefix(&expected).unwrap_or_else(|| panic!("{version:?} isn't {expected}"));
-        // A build that knows its commit names it.
+        // If the build knows its commit, the version ends with it.
         assert!(rest == "\n" || (rest.starts_with(" (") && rest.ends_with(")\n")), "{version:?}");
     }
 }
 
 #[test]
-fn under_the_name_of_qpublish_it_is_that() {
+fn called_as_qpublish_it_is_qpublish() {
     let link = owner::temp_folder("name").join("qpublish");
     symlink(crate::common::qconsume_path(), &link).unwrap();
     for option in ["--help", "--version"] {

@@ -1,4 +1,5 @@
-//! A peer that breaks AMQP, and messages that nobody can read: a documented end, and the message still there.
+//! A peer that violates AMQP, and messages that can't be read: the run ends with a documented status, and the message stays
+//! in the queue.
 
 use crate::common::{private_broker, qconsume, worker};
 use std::{
@@ -14,17 +15,17 @@ use testbed::{
 
 const CASES: u64 = 1000;
 
-/// As many workers at a time: they mostly wait.
+/// Workers at a time; they mostly wait.
 const LANES: usize = 16;
 
-/// Replays the one case with this seed.
+/// The variable with a seed: only this case is run.
 const SEED: &str = "QCONSUME_TEST_SEED";
 
-/// What a run may write to, in KiB: no size that a peer claims may be taken for memory. Beyond it an allocation fails,
-/// which ends the program with 71.
+/// Limits a run's memory, in KiB: no size that a peer claims may be allocated. An allocation beyond the limit ends the
+/// program with 71.
 const MEMORY: &str = "ulimit -d 65536; exec \"$0\" \"$@\"";
 
-/// Where the peer may break off: what it has been sent last.
+/// The methods after which the peer may misbehave.
 const MOMENTS: [Method; 10] = [
     Method::PROTOCOL_HEADER,
     Method::CONNECTION_START_OK,
@@ -64,8 +65,8 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
         });
     };
     play("500ms", &|| false);
-    // Each usual end is met in these cases, or the peer has never come as far as to be hostile. Where that was too short a
-    // limit for a busy machine, a longer one is tried.
+    // The cases have to lead to each of the common ends; otherwise the peer never got far enough to misbehave. On a busy
+    // machine the limit may be too short for that, so a longer one is tried.
     let all_met = || {
         let statuses = statuses.lock().unwrap();
         [0, 69, 70, 75].iter().all(|status| statuses.contains_key(status))
@@ -79,7 +80,7 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
     assert!(seeds.len() == 1 || all_met(), "one of 0, 69, 70 and 75 was never met");
 }
 
-/// One run against a peer that breaks AMQP once a connection; gives the status.
+/// One run against a peer that violates AMQP once per connection; returns the status.
 fn case(seed: u64, limit: &str) -> Result<i32, String> {
     let peer = Peer::new(move |request| hostile(seed, request));
     let running = qconsume()
@@ -118,7 +119,7 @@ fn judge(done: &Finished, peer: &Peer) -> Result<(), &'static str> {
         }
         70 if !done.stderr.contains("can't be read") => return Err("70 without its reason"),
         66 | 69 | 70 | 75 | 77 | 78 => {}
-        _ => return Err("a status of no such end"),
+        _ => return Err("an undocumented status"),
     }
     let ends = format!(" status={} source=", done.status());
     let last = done.stderr.lines().last().unwrap_or_default();
@@ -128,11 +129,11 @@ fn judge(done: &Finished, peer: &Peer) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The usual answers, but one.
+/// The usual answers, except for one.
 fn hostile(seed: u64, request: &Request) -> Answer {
     let mut random = fastrand::Rng::with_seed(seed * 1000 + request.connection as u64);
     let moment = MOMENTS[random.usize(..MOMENTS.len())];
-    // The barrier behind an acknowledgement is a basic.qos, too.
+    // The barrier after an acknowledgement is a basic.qos, too.
     let nth = if moment == Method::BASIC_QOS { random.u64(1..3) } else { 1 };
     if request.connection > 1 && seed.is_multiple_of(2) {
         return Answer::Last(Vec::new());
@@ -147,12 +148,12 @@ fn hostile(seed: u64, request: &Request) -> Answer {
         return if request.method == Method::CONNECTION_CLOSE { Answer::Last(bytes) } else { Answer::Bytes(bytes) };
     }
     let broken = break_it(&mut random, request.channel, bytes);
-    // While a delivery is settled an answer is waited for longer than a test can.
+    // During a settlement qconsume would wait for an answer for longer than this test can.
     let settling = nth == 2 || matches!(moment, Method::BASIC_CANCEL | Method::BASIC_ACK);
     if settling || random.bool() { Answer::Last(broken) } else { Answer::Bytes(broken) }
 }
 
-/// Makes something else of what a broker would send.
+/// Breaks a broker's answer in a random way.
 fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec<u8> {
     let at = random.usize(..=bytes.len());
     match random.u8(..16) {
@@ -229,7 +230,7 @@ fn break_it(random: &mut fastrand::Rng, channel: u16, mut bytes: Vec<u8>) -> Vec
             method_frame(0, Method::CONNECTION_START, &arguments)
         }
         _ => {
-            // No qos-ok, as one that is forged behind the barrier's qos is like any other.
+            // Not basic.qos-ok: after the barrier's basic.qos, a forged one can't be told from a real one.
             let early = [
                 frames::basic_cancel(channel, "qconsume"),
                 peer::tune(1),
@@ -248,7 +249,7 @@ fn junk(random: &mut fastrand::Rng, most: usize) -> Vec<u8> {
     (0..size).map(|_| random.u8(..)).collect()
 }
 
-/// Overwrites what is at that place, if there is anything.
+/// Overwrites the bytes at that place, if there are enough.
 fn set(mut bytes: Vec<u8>, at: usize, new: &[u8]) -> Vec<u8> {
     if let Some(place) = bytes.get_mut(at..at + new.len()) {
         place.copy_from_slice(new);
@@ -288,7 +289,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
 }
 
 #[test]
-fn a_routing_key_that_is_no_text_ends_the_run_and_stays_in_the_queue() {
+fn a_message_whose_routing_key_is_no_text_ends_the_run_and_stays_in_the_queue() {
     let broker = private_broker();
     let queue = broker.queue("routing-key");
     let channel = broker.client().channel().unwrap();
@@ -310,7 +311,7 @@ fn a_routing_key_that_is_no_text_ends_the_run_and_stays_in_the_queue() {
 }
 
 #[test]
-fn what_is_no_message_and_cannot_be_read_is_a_broken_connection() {
+fn an_unreadable_basic_return_is_a_lost_connection() {
     let bad_return =
         Arc::new([peer::returned(1), peer::content_header(1, 0, &peer::nested_headers(1000, b'F'))].concat());
     let peer = Peer::new(move |request| match request.method {
@@ -322,8 +323,8 @@ fn what_is_no_message_and_cannot_be_read_is_a_broken_connection() {
     assert!(peer.count(Method::PROTOCOL_HEADER) > 1);
 }
 
-/// A quorum queue delivers to a consumer with a prefetch of one again when it has requeued what the consumer holds, as its
-/// leader had lost sight of the consumer's node. The acknowledgement would be dropped without a word.
+/// If a quorum queue's leader loses contact with the consumer's node, it requeues the message and may then deliver again,
+/// although the prefetch is one. It drops an acknowledgement of the first delivery silently.
 #[test]
 fn a_second_delivery_is_no_success() {
     for command in [&["sleep", "60"][..], &["true"]] {
@@ -345,8 +346,8 @@ fn a_second_delivery_is_no_success() {
     }
 }
 
-/// RabbitMQ 4.3 may requeue the delivery and answer the barrier all the same, so qconsume asks once more. A text that RabbitMQ
-/// has cut within a character makes lapin end the connection, which must not pass for one that was lost afterwards.
+/// RabbitMQ 4.3 may requeue the delivery and still answer the barrier, so qconsume sends a second one. If RabbitMQ cut the
+/// refusal's text within a character, lapin ends the connection, which must not count as lost after the confirmation.
 #[test]
 fn a_refusal_that_cannot_be_read_is_no_confirmation() {
     let asked = AtomicUsize::new(0);
@@ -360,7 +361,7 @@ fn a_refusal_that_cannot_be_read_is_no_confirmation() {
             ];
             Answer::Bytes(message.concat())
         }
-        // Behind the one for the prefetch and the barrier.
+        // After the one for the prefetch and the first barrier.
         Method::BASIC_QOS if asked.fetch_add(1, Relaxed) == 2 => {
             let text = frames::short(b"PRECONDITION_FAILED - \xc3...");
             let arguments = [&406_u16.to_be_bytes()[..], &text, &[0; 4]].concat();

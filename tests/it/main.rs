@@ -1,4 +1,4 @@
-//! The real binaries against a real RabbitMQ: one test program, so that its tests share one broker.
+//! Tests the binaries against a real RabbitMQ. All tests are in one program, so that they share one broker.
 
 mod common;
 

@@ -12,7 +12,7 @@ mod static_binary;
 use crate::common::{assert_gone, assert_returned, behind, queues, worker};
 use testbed::{Broker, Program, QueueKind, emulator_lacks, owner::temp_folder};
 
-/// Bytes of every value, without a period that a frame or a buffer could hide.
+/// Pseudo-random bytes. A repeating pattern could hide that a frame or a buffer was lost.
 fn binary(size: usize) -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let mut bytes = Vec::with_capacity(size + 8);
@@ -87,7 +87,7 @@ fn a_body_of_12_mebibytes_arrives_byte_for_byte() {
 #[test]
 fn bodies_of_every_size_arrive_byte_for_byte() {
     let queue = Broker::shared().queue("sizes");
-    // Around what a pipe holds (64 KiB, or 1 MiB when asked) and what a frame does (128 KiB less its 8 bytes).
+    // Around the capacities of a pipe (64 KiB, or 1 MiB if set) and of a frame (128 KiB less 8 bytes of framing).
     let edges = [65_536, 131_064, 131_072, MEBIBYTE, 2 * MEBIBYTE];
     let around = |size| [size - 1, size, size + 1];
     for size in [0, 1].into_iter().chain(edges.into_iter().flat_map(around)) {
@@ -117,7 +117,7 @@ fn the_command_sees_an_empty_body_as_the_end_of_its_input() {
 }
 
 #[test]
-fn not_reading_the_body_is_no_failure_and_no_success_either() {
+fn a_command_that_does_not_read_the_body_succeeds_or_fails_by_its_status() {
     let body = binary(12 * MEBIBYTE);
     for queue in queues("unread") {
         for script in ["exit 0", "exec <&-; exit 0", "head -c 10 >/dev/null"] {
@@ -166,7 +166,7 @@ fn a_command_that_cannot_be_executed_is_noticed_before_the_broker_is_touched() {
         ] {
             behind(&proxy, &queue).args(["--", command]).run().assert_status(status).assert_stderr(says);
         }
-        assert_eq!(proxy.accepted(), 0, "the broker was asked");
+        assert_eq!(proxy.accepted(), 0, "qconsume connected to the broker");
         let got = queue.get().expect("the message is still there");
         assert!(!got.redelivered, "the message was taken");
         assert_eq!(got.delivery_count().unwrap_or(0), 0);
@@ -265,7 +265,7 @@ fn a_command_never_runs_on_a_part_of_a_body() {
     for queue in queues("truncated") {
         queue.publish(&body);
         let proxy = Proxy::of(Broker::shared());
-        // The content's header and the first of about eight frames arrive, and then the broker is gone.
+        // The connection is cut after the content header and the first of about eight body frames.
         proxy.once(ToClient, Method::BODY, Action::CutAfter);
         let running = behind(&proxy, &queue).args(["--", "sha256sum"]).spawn();
         proxy.wait_accepted(2);

@@ -1,4 +1,4 @@
-//! qconsume as a container's first process, and beside another one; compared with tini where both apply.
+//! qconsume as the first process of a container, and below another one; compared with tini.
 
 use crate::common::{MESSAGE, assert_back, assert_gone, worker};
 use nix::{sys::signal::kill, unistd::Pid};
@@ -18,18 +18,18 @@ const IMAGES: [&str; 6] = [
     "rabbitmq:3.10-management",
 ];
 
-/// Longest time for what ends by itself once it is told to; `docker stop -t 30` has more.
+/// Longest time to end after a `docker stop`; less than the 30 s after which that kills.
 const PROMPT: Duration = Duration::from_secs(20);
 
-/// Waits until nobody is left but PID 1 and the shell itself: a zombie would be. Without a new process, by globbing.
+/// Waits until only PID 1 and the shell itself are left. A zombie would count; globbing starts no new process.
 const ALONE: &str = "while set -- /proc/[0-9]*; [ $# -gt 2 ]; do :; done";
 
-/// Leaves ten grandchildren to PID 1, some of which end at once and some later.
+/// Leaves ten orphans to PID 1, some of which end at once and some later.
 const DOUBLE_FORKS: &str = "for i in 1 2 3 4 5; do
         (sh -c : & sh -c 'exec sleep 0.1' &)
     done";
 
-/// The image to run in; none where there is no Docker, or no image.
+/// The image to run in; `None` without Docker or without any of the images.
 fn image() -> Option<&'static str> {
     let found = IMAGES.into_iter().find(|image| image_present(image));
     if found.is_none() {
@@ -38,14 +38,13 @@ fn image() -> Option<&'static str> {
     found
 }
 
-/// How a container relates to its processes.
+/// The first process (PID 1) of the container's PID namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum First {
-    /// qconsume is PID 1.
     Qconsume,
-    /// `docker run --init`: Docker's tini is.
+    /// Docker's tini, by `docker run --init`.
     Init,
-    /// Another container's process is, whose PID namespace it shares.
+    /// A process of another container, whose PID namespace it shares.
     Other,
 }
 
@@ -53,7 +52,7 @@ enum First {
 struct Worker {
     container: Container,
     running: Running,
-    // After the container that shares its namespace.
+    // Dropped after the container that shares its namespace.
     _other: Option<Container>,
 }
 
@@ -81,7 +80,7 @@ impl Worker {
         Self { container, running, _other: other }
     }
 
-    /// `docker stop`, with 30 seconds until the KILL, as Kubernetes has it.
+    /// `docker stop`, with 30 seconds until SIGKILL, as in Kubernetes.
     fn stop(&self) -> Finished {
         self.stop_within("30")
     }
@@ -91,7 +90,7 @@ impl Worker {
         self.running.finish(PROMPT)
     }
 
-    /// What runs in it, as its shell sees it: PID 1, and the names of all.
+    /// Runs a script in the container; returns its output.
     fn look(&self, script: &str) -> String {
         docker(&["exec", self.container.name(), "sh", "-c", script]).unwrap()
     }
@@ -110,7 +109,7 @@ fn an_idle_container_stops_at_once() {
         let queue = Broker::shared().queue("idle");
         let worker = Worker::start(image, first, &queue, &[], "echo ran");
         queue.wait_consumers(1);
-        // Orphans are reaped while nothing runs, too: here those of a `docker exec`.
+        // Orphans are reaped also while no command runs: here those of a `docker exec`.
         if first == First::Qconsume {
             worker.look(&format!("{DOUBLE_FORKS}; {ALONE}"));
         }
@@ -172,7 +171,7 @@ fn a_status_passes_through_a_container() {
 #[test]
 fn the_orphans_of_a_command_are_reaped_all_along() {
     let Some(image) = image() else { return };
-    // A zombie left makes it wait for ever, until the limit.
+    // If a zombie stayed, the script would wait until the time limit.
     let script = format!("{DOUBLE_FORKS}; {ALONE}; exit 5");
     let queue = one_message("orphans");
     let limit = ["--timeout", "60s"];
@@ -182,9 +181,9 @@ fn the_orphans_of_a_command_are_reaped_all_along() {
 }
 
 #[test]
-fn whoever_is_first_a_container_leaves_no_process_behind() {
+fn a_container_in_a_shared_pid_namespace_leaves_no_process_behind() {
     let Some(image) = image() else { return };
-    // With a shared PID namespace the container's end kills nobody but its own.
+    // In a shared PID namespace, the container's end kills only its own first process.
     let queue = one_message("left");
     let script = "sleep 1000 & sleep 1000 & echo running; wait";
     let worker = Worker::start(image, First::Other, &queue, &[], script);
@@ -196,12 +195,12 @@ fn whoever_is_first_a_container_leaves_no_process_behind() {
             &other,
             "sh",
             "-c",
-            // It fails where a process has ended before it comes to it.
+            // grep fails if a process ends before it is read.
             "grep -las ^sleep /proc/[0-9]*/cmdline || :",
         ]);
         seen.unwrap().lines().count()
     };
-    // The namespace's first process is one, too. It reaps nobody, but a zombie has no command line.
+    // The namespace's first process is a sleep, too. It doesn't reap, but a zombie has no command line.
     assert!(eventually(PATIENCE, || count() == 3));
     worker.stop().assert_status(143);
     assert!(eventually(PATIENCE, || count() == 1));
@@ -214,7 +213,7 @@ fn a_pids_limit_that_is_too_small_is_71_and_named() {
     let queue = one_message("pids-limit");
     let url = format!("BROKER_URL={}", Broker::shared().url());
     let name = format!("QUEUE={}", queue.name());
-    // One is for qconsume itself; lapin's thread and the command are two more.
+    // qconsume itself is one; lapin's thread and the command are two more.
     for limit in 1.. {
         let limit_text = limit.to_string();
         let settings = ["--env", &url, "--env", &name, "--entrypoint", "/qconsume", "--pids-limit", &limit_text];
@@ -222,7 +221,7 @@ fn a_pids_limit_that_is_too_small_is_71_and_named() {
         container.copy_in(&crate::common::qconsume_path(), "/qconsume");
         let finished = container.start().spawn().finish(PATIENCE);
         if finished.status() == 0 {
-            assert!(limit > 2, "two were enough");
+            assert!(limit > 2, "a limit of {limit} was enough");
             break;
         }
         let says = "no more processes or threads may be started (pids limit, ulimit -u)";
@@ -233,10 +232,10 @@ fn a_pids_limit_that_is_too_small_is_71_and_named() {
 }
 
 #[test]
-fn what_a_docker_exec_leaves_is_none_of_the_commands_if_it_was_there_before() {
+fn what_an_earlier_docker_exec_leaves_is_not_killed_with_the_command() {
     let Some(image) = image() else { return };
     let queue = Broker::shared().queue("exec");
-    // The second command sees that what was left during the first is still there.
+    // The second command checks that the orphan from the first one's time still runs.
     let script = "touch /go; until [ -s /left ]; do sleep 0.02; done
         until grep -q ') . 1 ' /proc/$(cat /left)/stat; do sleep 0.02; done
         grep -q sleep /proc/$(cat /left)/cmdline && echo it lives";
@@ -252,7 +251,7 @@ fn what_a_docker_exec_leaves_is_none_of_the_commands_if_it_was_there_before() {
     assert_eq!(finished.stdout_text(), "it lives\nit lives\n");
 }
 
-/// Makes a program the first process of a PID namespace of its own.
+/// Makes a program the first process of a new PID namespace.
 fn as_pid_1(program: Program) -> Program {
     program.through(["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])
 }
@@ -277,7 +276,7 @@ fn reaping_never_steals_the_commands_status() {
     let queue = broker.queue("steals");
     for run in 1..=60 {
         queue.publish(MESSAGE);
-        // Orphans that end before, with and after the command.
+        // Orphans that end before, at the same time as, and after the command.
         let script = format!("(sh -c : & sleep 0.01 & sleep 0.02 & sh -c : &); exit {run}");
         let worker = worker(&queue);
         as_pid_1(worker.shell(&script)).run().assert_status(run);
@@ -300,9 +299,9 @@ fn statuses_are_those_of_tini() {
             let worker = worker(&queue);
             worker.shell(script)
         };
-        // A shell's background job has SIGINT and SIGQUIT ignored; qconsume gives its command their defaults back, tini not.
+        // A background job of a shell ignores SIGINT and SIGQUIT. qconsume resets them for its command, tini doesn't.
         let theirs = |script: &str| Program::new("env").args(["--default-signal", "tini", "-g", "-s"]).shell(script);
-        // As PID 1, to be told to stop it has to be found below unshare.
+        // As PID 1 it is a child of unshare, so the signal has to go to that child.
         let run = |program: Program, signal: Option<Signal>| {
             let running = if first { as_pid_1(program).spawn() } else { program.spawn() };
             if let Some(signal) = signal {
@@ -323,7 +322,7 @@ fn statuses_are_those_of_tini() {
             compare(&format!("exit {status}"), None);
         }
         for signal in ["HUP", "INT", "QUIT", "ABRT", "KILL", "SEGV", "PIPE", "TERM", "USR1", "34"] {
-            // A shell of its own, as the first has no core file to leave.
+            // No core files.
             compare(&format!("ulimit -c 0; kill -{signal} $$"), None);
         }
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {

@@ -1,4 +1,4 @@
-//! What people see: log lines, the last word, the termination message.
+//! Log lines, the last line of a run, and the termination message.
 
 use crate::common::{private_broker, qconsume, qpublish, worker};
 use std::{
@@ -10,7 +10,7 @@ use testbed::{
     BasicProperties, Broker, Finished, PATIENCE, Program, Proxy, Queue, Signal, missing, owner::temp_folder,
 };
 
-/// Kubernetes keeps this much of a termination message.
+/// In bytes: what Kubernetes keeps of a termination message.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
 
 /// An empty file, as Kubernetes makes one for the termination message.
@@ -21,7 +21,7 @@ fn empty_file() -> PathBuf {
 }
 
 fn read(file: &Path) -> String {
-    fs::read_to_string(file).expect("it is there")
+    fs::read_to_string(file).expect("the file can be read")
 }
 
 /// A queue with one message that has an id.
@@ -31,7 +31,7 @@ fn queue_with_order_7(name: &str) -> Queue {
     queue
 }
 
-/// The lines that qconsume has written; the command, in these tests, writes none.
+/// qconsume's lines; the commands in these tests write none.
 fn lines(run: &Finished) -> Vec<&str> {
     run.stderr.lines().collect()
 }
@@ -73,7 +73,7 @@ fn a_run_that_succeeds_says_two_lines() {
             "source=\"command\"",
         ],
     );
-    assert!(run.stdout.is_empty(), "standard output is the command's");
+    assert!(run.stdout.is_empty(), "only the command may write to standard output");
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
             "status=124 source=\"qconsume\"",
         ],
     );
-    // This SIGKILL is qconsume's own.
+    // qconsume sends this SIGKILL itself.
     let stubborn = run(worker(&queue).args(["--timeout", "50ms", "--kill-after", "50ms"]), "trap '' TERM; sleep 60");
     stubborn.assert_status(124);
     assert_contains(
@@ -134,7 +134,7 @@ fn the_last_line_of_a_failed_run_says_why_and_what_became_of_the_message() {
 }
 
 #[test]
-fn a_stop_is_told_with_what_became_of_the_message() {
+fn the_last_line_of_a_stopped_run_says_what_became_of_the_message() {
     let queue = queue_with_order_7("report-stop");
     let running = worker(&queue).shell("echo here; sleep 60").spawn();
     running.wait_for_stdout("here", PATIENCE);
@@ -261,7 +261,7 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     assert_eq!(word["confirmed"], 0);
     assert!(word["sent"].is_u64(), "{word:?}");
 
-    // Every field is on the page that documents them.
+    // logs.md documents every field.
     let page = include_str!("../../docs/logs.md");
     let all = [objects_of_failure, objects_of_success, objects_of_publishing, objects_of_losing].concat();
     for object in &all {
@@ -277,7 +277,7 @@ fn json_is_kept_when_the_options_themselves_are_wrong() {
         qconsume().args(["--log-format", "json", "--timeot", "5s"]),
         qconsume().args(["--timeot", "5s", "--log-format=json"]),
         qconsume().env("QCONSUME_LOG_FORMAT", "json").arg("--timeot"),
-        // Understood by clap, and wrong all the same.
+        // clap accepts this URL, but qconsume doesn't.
         qconsume().args(["--log-format", "json", "--url", "http://localhost", "cat"]),
     ];
     for way in ways {
@@ -290,7 +290,7 @@ fn json_is_kept_when_the_options_themselves_are_wrong() {
     }
 }
 
-/// Runs qconsume on a terminal of its own, and returns what that shows.
+/// Runs qconsume on a new terminal; returns its output, or `None` without Python.
 fn on_a_terminal(queue: &Queue, environment: &[(&str, &str)], options: &[&str]) -> Option<String> {
     let script = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
     let program = crate::common::qconsume_path();
@@ -314,7 +314,7 @@ fn on_a_terminal(queue: &Queue, environment: &[(&str, &str)], options: &[&str]) 
 }
 
 #[test]
-fn colour_is_for_terminals_that_want_it() {
+fn only_a_terminal_gets_colour_and_not_with_no_color_or_json() {
     let queue = queue_with_order_7("report-colour");
     let Some(text) = on_a_terminal(&queue, &[], &[]) else {
         return;
@@ -324,7 +324,7 @@ fn colour_is_for_terminals_that_want_it() {
         let text = on_a_terminal(&queue, &environment, &options).expect("as before");
         assert!(!text.contains('\u{1b}'), "{text:?}");
     }
-    // An empty NO_COLOR is none, as no-color.org has it.
+    // An empty NO_COLOR counts as unset (no-color.org).
     let text = on_a_terminal(&queue, &[("NO_COLOR", "")], &[]).expect("as before");
     assert!(text.contains('\u{1b}'), "{text:?}");
     let run = worker(&queue).args(["--", "false"]).run();
@@ -342,7 +342,7 @@ fn the_termination_message_says_who_ended_the_run_and_what_became_of_the_message
         read(&log),
         "command exited with status 3; message requeued (status=3 source=command id=\"order-7\" attempt=1)\n"
     );
-    // It isn't empty any more.
+    // A file that isn't empty is left alone.
     let run = worker(&queue).arg("--termination-log").arg(&log).shell("exit 4").run();
     run.assert_status(4);
     assert_contains(&read(&log), &["status=3"]);
@@ -364,14 +364,14 @@ fn what_the_command_leaves_as_a_termination_message_is_kept() {
 }
 
 #[test]
-fn an_empty_name_is_no_file() {
+fn an_empty_termination_log_turns_it_off() {
     let run = qconsume().env("QCONSUME_TERMINATION_LOG", "").args(["--log-level", "debug", "--", "cat"]).run();
     run.assert_status(64);
     assert!(!run.stderr.contains("termination"), "{}", run.stderr);
 }
 
 #[test]
-fn nobody_gets_a_termination_message_who_waits_for_none() {
+fn a_termination_log_that_does_not_exist_is_not_created() {
     let queue = queue_with_order_7("report-nobody");
     let log = empty_file();
     fs::remove_file(&log).expect("it was there");
@@ -382,7 +382,7 @@ fn nobody_gets_a_termination_message_who_waits_for_none() {
 
 #[test]
 fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_about() {
-    // Not a name that AMQP or a file system takes, but one that gets into the message.
+    // No file can have this name, but it gets into the message.
     let log = empty_file();
     let name = format!("/\n{}", "ä/".repeat(5000));
     let run =
@@ -397,12 +397,12 @@ fn the_termination_message_is_one_line_of_4096_bytes_at_most_whatever_it_is_abou
 }
 
 #[test]
-fn wrong_options_get_into_the_termination_message_too() {
+fn usage_errors_get_into_the_termination_message_too() {
     type Change = fn(Program, &Path) -> Program;
     let ways: [(&str, Change); 4] = [
         ("variable", |program, log| program.env("QCONSUME_TERMINATION_LOG", log).arg("--drian")),
         ("option", |program, log| program.arg("--termination-log").arg(log).arg("--drian")),
-        ("behind", |program, log| program.arg("--drian").arg("--termination-log").arg(log)),
+        ("after", |program, log| program.arg("--drian").arg("--termination-log").arg(log)),
         ("no-broker", |program, log| program.arg("--termination-log").arg(log).arg("cat")),
     ];
     for (name, change) in ways {
@@ -414,7 +414,7 @@ fn wrong_options_get_into_the_termination_message_too() {
 }
 
 #[test]
-fn what_a_message_says_of_itself_does_not_pass_for_a_line_of_qconsumes() {
+fn a_messages_properties_cannot_forge_log_lines() {
     let queue = Broker::shared().queue("report-hostile");
     let id = "x\nqconsume: command succeeded\u{1b}[2J\u{9b}31m";
     queue.publish_with(BasicProperties::default().with_message_id(id.into()), "");

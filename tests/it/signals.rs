@@ -1,4 +1,4 @@
-//! The life of the command: signals, time limits, and the process itself.
+//! The command as a process: signals, time limits, and processes that it leaves behind.
 
 mod eviction;
 mod limits;
@@ -15,13 +15,13 @@ use testbed::{
     eventually,
 };
 
-/// Longest time from a signal to the end: two for a broker that doesn't answer, and much for a busy machine.
+/// Longest time from a signal to the end: two seconds for a broker that doesn't answer, the rest for a busy machine.
 const PROMPT: Duration = Duration::from_secs(10);
 
-/// Says `running` and waits; ends on any signal by default.
+/// Prints `running` and waits; any signal ends it.
 const WAITS: &str = "echo running; exec sleep 1000";
 
-/// A queue of this kind with one message in it, and a proxy in front of its broker.
+/// A queue of this kind with one message, and a proxy to its broker.
 fn one_message(name: &str, kind: QueueKind) -> (Queue, Proxy) {
     let broker = Broker::shared();
     let queue = broker.declare(name).kind(kind).create();
@@ -29,14 +29,14 @@ fn one_message(name: &str, kind: QueueKind) -> (Queue, Proxy) {
     (queue, Proxy::of(broker))
 }
 
-/// A worker whose command has come so far as to say `running`.
+/// Starts the worker, and waits until its command has printed `running`.
 fn running(program: Program) -> Running {
     let running = program.spawn();
     running.wait_for_stdout("running", PATIENCE);
     running
 }
 
-/// Sends a signal and waits for the end, which has to come promptly and leave no process behind.
+/// Sends a signal; checks that the run ends promptly and leaves no process behind.
 #[track_caller]
 fn stop(running: &Running, signal: Signal) -> Finished {
     let told = Instant::now();
@@ -47,7 +47,7 @@ fn stop(running: &Running, signal: Signal) -> Finished {
     finished
 }
 
-/// Sends a signal and waits until the worker is asleep with it no longer pending, so that it has dealt with it, or has ended.
+/// Sends a signal, and waits until the worker has handled it (it sleeps and the signal isn't pending) or has ended.
 #[track_caller]
 fn signal_and_wait(running: &Running, signal: Signal) {
     running.signal(signal);
@@ -65,7 +65,7 @@ fn signal_and_wait(running: &Running, signal: Signal) {
     assert!(eventually(PATIENCE, dealt_with), "{signal} is still pending");
 }
 
-/// How the worker settled, as the proxy has seen it.
+/// Checks that the worker sent exactly this settlement through the proxy.
 #[track_caller]
 fn assert_settled(proxy: &Proxy, by: Method) {
     let mut settlements = proxy.sent();

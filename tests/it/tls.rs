@@ -360,7 +360,13 @@ fn keys_are_read_in_all_their_forms() {
     let mut params = CertificateParams::default();
     named("worker")(&mut params);
     site.write("rsa.pem", params.signed_by(&rsa, &*site.ca).unwrap().pem());
+    let ed25519 = KeyPair::generate_for(&testbed::rcgen::PKCS_ED25519).unwrap();
+    let mut params = CertificateParams::default();
+    named("worker")(&mut params);
+    site.write("ed.pem", params.signed_by(&ed25519, &*site.ca).unwrap().pem());
+    site.write("ed.key", ed25519.serialize_pem());
     for (cert, key, header) in [
+        ("ed.pem", "ed.key", "BEGIN PRIVATE KEY"),
         ("ec.pem", "ec.key", "BEGIN PRIVATE KEY"),
         ("ec.pem", "sec1.key", "BEGIN EC PRIVATE KEY"),
         ("rsa.pem", "rsa.key", "BEGIN PRIVATE KEY"),
@@ -383,12 +389,134 @@ fn keys_are_read_in_all_their_forms() {
     openssl(&[&["req", "-x509", "-key", "p521.key", "-out", "p521.pem"][..], &subject].concat());
     openssl(&[&["req", "-new", "-key", "rsa.key", "-out", "v1.csr"][..], &subject].concat());
     openssl(&["x509", "-req", "-in", "v1.csr", "-signkey", "rsa.key", "-out", "v1.pem"]);
-    for (cert, key, says) in
-        [("p521.pem", "p521.key", "P-521 is not supported"), ("v1.pem", "rsa.key", "X.509 version 1")]
-    {
+    openssl(&["genrsa", "-out", "short.key", "1024"]);
+    openssl(&[&["req", "-x509", "-key", "short.key", "-out", "short.pem"][..], &subject].concat());
+    openssl(&["genpkey", "-algorithm", "ed25519", "-out", "ed25519.key"]);
+    openssl(&["genpkey", "-algorithm", "ed448", "-out", "ed448.key"]);
+    openssl(&[&["req", "-x509", "-key", "ed448.key", "-out", "ed448.pem"][..], &subject].concat());
+    openssl(&["pkey", "-in", "ec.key", "-pubout", "-out", "public.key"]);
+    openssl(&["pkcs12", "-export", "-in", "ec.pem", "-inkey", "ec.key", "-passout", "pass:words", "-out", "ec.p12"]);
+    for (cert, key, says) in [
+        ("p521.pem", "p521.key", "P-521 is not supported"),
+        ("ed448.pem", "ed448.key", "the key in "),
+        ("short.pem", "short.key", "RSA with 2048 to 4096 bits"),
+        ("v1.pem", "rsa.key", "X.509 version 1"),
+        ("ec.pem", "ed25519.key", "is not the one of the client certificate"),
+        ("ec.pem", "public.key", "the PEM in it is of something else: PUBLIC KEY"),
+        ("v1.csr", "rsa.key", "the PEM in it is of something else: CERTIFICATE REQUEST"),
+        ("ec.p12", "ec.key", "it is PKCS#12 (.p12, .pfx), which `openssl pkcs12 -nodes` turns into PEM"),
+    ] {
         let worker = site.worker(&url).arg("--cert").arg(site.file(cert));
-        site.refuses(worker.arg("--key").arg(site.file(key)), 78, says);
+        let ended = site.refuses(worker.arg("--key").arg(site.file(key)), 78, says);
+        assert!(!ended.stderr.contains(['{', '[']), "{}", ended.stderr);
     }
+}
+
+/// What becomes of each certificate that certificates.sh makes for a broker: it works, or the words of the refusal. The
+/// tables in docs/tls.md say the same.
+const CERTIFICATES: [(&str, Result<(), &str>); 48] = [
+    ("key-RSA2048", Ok(())),
+    ("key-RSA4096", Ok(())),
+    ("key-secp384r1", Ok(())),
+    ("key-ED25519", Ok(())),
+    ("key-RSA1024", Err("an RSA key below 2048 bits")),
+    ("key-secp521r1", Err("key or signature in common")),
+    ("key-secp256k1", Err("key or signature in common")),
+    ("key-ED448", Err("its key or its CA's is Ed448")),
+    ("by-secp384r1", Ok(())),
+    ("by-ED25519", Ok(())),
+    ("by-RSA1024", Err("an RSA key below 2048 bits")),
+    ("by-RSA-PSS", Err("signed with RSA-PSS with SHA-1, with a salt")),
+    ("by-secp521r1", Err("its key or its CA's is ECDSA with the curve P-521")),
+    ("by-ED448", Err("signed with Ed448")),
+    ("ec-sha256", Ok(())),
+    ("ec-sha384", Ok(())),
+    ("rsa-sha256", Ok(())),
+    ("rsa-sha384", Ok(())),
+    ("rsa-sha512", Ok(())),
+    ("pss-sha256", Ok(())),
+    ("pss-sha384", Ok(())),
+    ("pss-sha512", Ok(())),
+    ("ec-sha1", Err("key or signature in common")),
+    ("ec-sha512", Err("signed with ECDSA with SHA-512")),
+    ("rsa-sha1", Err("key or signature in common")),
+    ("pss-sha1", Err("key or signature in common")),
+    ("pss-long-salt", Err("signed with RSA-PSS")),
+    ("wildcard", Err("is for *.rabbit.example, not for localhost")),
+    ("ip-as-dns", Err("issue it with subjectAltName=IP:127.0.0.1")),
+    ("uri", Err("is for no name at all")),
+    ("usage-both", Ok(())),
+    ("key-usage-ignored", Ok(())),
+    ("unknown", Ok(())),
+    ("by-version-1", Ok(())),
+    ("with-intermediate", Ok(())),
+    ("intermediate-trusted", Ok(())),
+    ("below6", Ok(())),
+    ("usage-any", Err("lacks serverAuth")),
+    ("usage-empty", Err("its extended key usage is empty")),
+    ("unknown-critical", Err("a critical extension that qconsume doesn't know")),
+    ("version-1", Err("X.509 version 1")),
+    ("again", Err("created again under the same name")),
+    ("again-rsa", Err("created again under the same name")),
+    ("intermediate-missing", Err("signed by an unknown issuer")),
+    ("by-no-ca", Err("a certificate that is not a CA's")),
+    ("path-too-long", Err("fewer intermediate CAs than there are (pathlen)")),
+    ("outside-names", Err("isn't allowed to issue certificates for its names")),
+    ("below7", Err("more than six intermediate CAs")),
+];
+
+#[test]
+fn every_kind_of_certificate_works_or_is_refused_in_words() {
+    if find_in_path("openssl").is_none() {
+        missing("openssl");
+        return;
+    }
+    let site = site();
+    let folder = temp_folder("certificates");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/certificates.sh");
+    let made = Command::new("sh").arg(script).current_dir(&folder).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let path = |name: &str, suffix: &str| folder.join(format!("{name}.{suffix}")).display().to_string();
+    let ports = CERTIFICATES.map(|_| reserve_port().unwrap());
+    // A listener for each, all at once: each call of rabbitmqctl takes seconds.
+    let listeners: Vec<_> = CERTIFICATES
+        .iter()
+        .zip(&ports)
+        .map(|((name, _), port)| {
+            format!(
+                "rabbit_networking:start_ssl_listener({{\"127.0.0.1\", {}, inet}}, \
+                 [{{certfile, {:?}}}, {{keyfile, {:?}}}, {{verify, verify_none}}], 1)",
+                port.number(),
+                path(name, "pem"),
+                path(name, "key"),
+            )
+        })
+        .collect();
+    site.broker.ctl(&["eval", &(listeners.join(", ") + ".")]).unwrap();
+    let mut wrong = Vec::new();
+    for ((name, expected), port) in CERTIFICATES.iter().zip(&ports) {
+        let host = if *name == "ip-as-dns" { "127.0.0.1" } else { "localhost" };
+        let queue = site.broker.queue("tls");
+        queue.publish("over TLS");
+        let ended = site
+            .plain_worker(&format!("amqps://guest:guest@{host}:{}", port.number()))
+            .env("QCONSUME_CACERT", path(name, "ca.pem"))
+            .env("QCONSUME_CONNECT_TIMEOUT", "5s")
+            .queue(queue.name())
+            .args(["--", "cat"])
+            .run();
+        let status = ended.code;
+        let as_expected = match expected {
+            Ok(()) => status == Some(0) && ended.stdout_text() == "over TLS",
+            Err(text) => status == Some(78) && ended.stderr.contains(text) && ended.stderr.lines().count() == 1,
+        };
+        // No dump of Rust's: neither a field's brackets, nor an enum's name.
+        let is_dump = ended.stderr.contains(['{', '[']) || ended.stderr.contains("Error(");
+        if !as_expected || is_dump {
+            wrong.push(format!("{name}: expected {expected:?}: {status:?} {}", ended.stderr));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
@@ -472,6 +600,30 @@ fn files_are_read_before_the_broker_is_touched() {
         .args(["--", "no-such-command"])
         .run();
     ended.assert_status(127);
+}
+
+/// A shortage of descriptors may pass, so it is never a file's fault.
+#[test]
+fn files_that_find_no_descriptor_are_a_shortage() {
+    if emulator_lacks("a start with so few descriptors") {
+        return;
+    }
+    let folder = temp_folder("descriptors");
+    let ca = folder.join("ca.pem");
+    fs::write(&ca, authority("a CA").as_ref().pem()).unwrap();
+    let secret = folder.join("secret");
+    fs::write(&secret, "secret").unwrap();
+    for file in ["--cacert", "--password-file", "SSL_CERT_FILE"] {
+        let line = "ulimit -n 3; exec \"$0\" \"$@\"";
+        let program = qconsume().through(["sh", "-c", line]).url("amqps://127.0.0.1:1").queue("q");
+        let program = match file {
+            "--cacert" => program.arg(file).arg(&ca),
+            "--password-file" => program.arg(file).arg(&secret),
+            _ => program.env(file, &ca),
+        };
+        let ended = program.args(["--", "true"]).run();
+        ended.assert_status(71).assert_stderr("can't be read: no more files may be open in one process (ulimit -n)");
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! OAuth 2 tokens in place of passwords, on a RabbitMQ with its plugin: those that are renewed in time, and those that aren't.
+//! OAuth 2 tokens instead of passwords, on a RabbitMQ with its OAuth 2 plugin: tokens that are renewed in time, or aren't.
 
 use crate::common::{MESSAGE, assert_back, assert_gone, qconsume, qpublish, until_there};
 use std::{
@@ -19,7 +19,7 @@ use testbed::{
     version_lacks,
 };
 
-/// How long a token is valid: longer than qconsume takes to find a new one, also on a busy machine.
+/// How long a token is valid: longer than qconsume takes to find a new one, even on a busy machine.
 const LIFE: Duration = Duration::from_secs(12);
 
 /// How often a token is renewed.
@@ -28,7 +28,7 @@ const RENEWED_EVERY: Duration = Duration::from_secs(4);
 /// Long enough for any test.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// A broker that takes this issuer's tokens, and the users that it knows itself. Nobody changes it.
+/// A broker that accepts this issuer's tokens, and its own users. The tests share it, and don't change it.
 struct Site {
     broker: Broker,
     issuer: Issuer,
@@ -44,17 +44,16 @@ fn site() -> &'static Site {
 }
 
 impl Site {
-    /// Whether it ends connections whose tokens have expired.
+    /// Whether the broker ends connections whose tokens have expired.
     fn ends_connections(&self) -> bool {
         self.broker.version() >= (4, 3, 0)
     }
 
-    /// A quorum queue.
     fn queue(&self, name: &str) -> Queue {
         self.broker.declare(name).quorum().create()
     }
 
-    /// Checks that whoever works on this queue has said goodbye each time.
+    /// Checks that all connections for this queue were closed with a goodbye.
     #[track_caller]
     fn assert_goodbyes(&self, queue: &Queue) {
         let log = self.broker.log();
@@ -66,11 +65,10 @@ impl Site {
     }
 }
 
-/// A file as Kubernetes mounts a Secret or a projected token: a symbolic link that leads through another one, which is
-/// replaced.
+/// A file as Kubernetes mounts a Secret or a projected token: a symbolic link through a second one, which an update replaces.
 struct Mount {
     folder: PathBuf,
-    /// What was in it.
+    /// All contents so far.
     secrets: Mutex<Vec<String>>,
 }
 
@@ -86,7 +84,7 @@ impl Mount {
         self.folder.join("token")
     }
 
-    /// Replaces what is in it, at once.
+    /// Replaces the content, atomically.
     fn put(&self, text: impl Into<String>) {
         let text = text.into();
         let version = format!("..{:016x}", fastrand::u64(..));
@@ -98,12 +96,12 @@ impl Mount {
         self.secrets.lock().unwrap().push(text);
     }
 
-    /// Takes it away.
+    /// Makes the file disappear.
     fn remove(&self) {
         fs::remove_file(self.folder.join("..data")).unwrap();
     }
 
-    /// Puts a new token there at regular intervals, until what is returned is dropped.
+    /// Renews the token at regular intervals, until the returned sender is dropped.
     fn renewed(self: &Arc<Self>) -> mpsc::Sender<()> {
         let (sender, stopped) = mpsc::channel();
         let mount = Arc::clone(self);
@@ -115,25 +113,24 @@ impl Mount {
         sender
     }
 
-    /// A worker that logs in with the token in it.
+    /// A worker that logs in with the token in the file.
     fn worker(&self, proxy: &Proxy, queue: &Queue) -> Program {
         self.program(qconsume(), "any", proxy, queue)
     }
 
-    /// The same for either program, and a user.
+    /// The same for a program and a user.
     fn program(&self, program: Program, user: &str, proxy: &Proxy, queue: &Queue) -> Program {
         let url = format!("amqp://{user}@{}", proxy.addr());
         let program = program.url(&url).queue(queue.name()).env("QCONSUME_PASSWORD_FILE", self.path());
         program.env("QCONSUME_LOG", "debug")
     }
 
-    /// Waits for the end, and checks that nothing of what was ever in it was said: of a token neither its claims nor its
-    /// signature.
+    /// Waits for the end, and checks that no message shows a part of any content so far, such as a token's claims or signature.
     #[track_caller]
     fn finish(&self, running: &Running) -> Finished {
         let done = running.finish(PATIENCE);
         for secret in self.secrets.lock().unwrap().iter() {
-            // The parts of a token are long, and a URL's others short.
+            // A token's parts are long; a URL's other parts are short.
             for part in secret.split(['.', '@']).filter(|part| part.len() > 30 && !part.starts_with("amqp:")) {
                 assert!(!done.stderr.contains(part), "a token is shown:\n{}", done.stderr);
             }
@@ -147,12 +144,12 @@ fn long_command() -> String {
     format!("sleep {}; cat", 3 * LIFE.as_secs())
 }
 
-/// One that takes a little longer.
+/// A command that takes a little longer than a token is valid.
 fn slow(then: &str) -> String {
     format!("sleep {}; {then}", LIFE.as_secs() + 2)
 }
 
-/// A URL with this token, which nobody renews.
+/// A URL with this token, which is never renewed.
 fn url_with(token: &str, proxy: &Proxy) -> String {
     format!("amqp://any:{token}@{}", proxy.addr())
 }
@@ -179,7 +176,7 @@ fn a_command_may_take_three_times_as_long_as_a_token_that_is_renewed() {
 }
 
 #[test]
-fn so_may_one_whose_token_is_in_the_url_s_file() {
+fn a_token_in_the_url_file_is_renewed_too() {
     let site = site();
     let queue = site.queue("url-file");
     queue.publish(MESSAGE);
@@ -201,7 +198,7 @@ fn so_may_one_whose_token_is_in_the_url_s_file() {
 }
 
 #[test]
-fn without_a_new_token_a_connection_ends_where_the_broker_ends_it() {
+fn without_a_new_token_a_run_ends_only_if_the_broker_ends_the_connection() {
     let site = site();
     for from_file in [true, false] {
         let queue = site.queue("expires");
@@ -229,7 +226,7 @@ fn without_a_new_token_a_connection_ends_where_the_broker_ends_it() {
     }
 }
 
-/// Fails once for each message, when its token has expired.
+/// Fails at each message's first attempt, after the token has expired.
 fn fails_once(before: &str) -> String {
     format!("[ \"$MESSAGE_ATTEMPT\" -gt 1 ] || {{ {} exit 3; }}", slow(before))
 }
@@ -261,7 +258,7 @@ fn a_token_that_is_renewed_too_late_costs_a_connection() {
     let proxy = Proxy::of(&site.broker);
     let mount = Mount::new(site.issuer.token(LIFE));
     let next = Mount::new(site.issuer.token(LONG));
-    // Right before qconsume consumes again, and so before it looks at the file again.
+    // The command renews the token right before it ends. qconsume then subscribes again before it reads the file again.
     let renew = format!("cat '{}' >'{}';", next.path().display(), mount.path().display());
     let run = mount.worker(&proxy, &queue).args(KEEP_GOING).shell(&fails_once(&renew)).spawn();
     let done = mount.finish(&run);
@@ -283,7 +280,7 @@ fn an_expired_token_that_nothing_renews_ends_the_run_with_77() {
     }
     assert_eq!(proxy.accepted(), 2);
 
-    // A name that pushes the end out of the broker's text, which says why it refuses.
+    // With the long name, the broker cuts off the end of its text, which is the reason.
     for (name, seen) in [("short", "Provided JWT token has expired"), (&"long-".repeat(30), "...")] {
         let queue = site.queue(name);
         queue.publish("one");
@@ -299,9 +296,9 @@ fn an_expired_token_that_nothing_renews_ends_the_run_with_77() {
     }
 }
 
-/// docs/oauth2.md names them.
+/// The scopes that docs/oauth2.md names.
 #[test]
-fn a_token_needs_a_scope_for_each_thing_and_no_more() {
+fn a_token_needs_the_documented_scopes_and_no_more() {
     let site = site();
     let queue = site.queue("scopes");
     let name = queue.name();
@@ -333,7 +330,7 @@ fn a_worker_waits_across_renewals_on_one_connection() {
     let mount = Mount::new(site.issuer.token(LIFE));
     let _renewed = mount.renewed();
     let running = mount.worker(&proxy, &queue).arg("cat").spawn();
-    // The last of them after the first token has expired.
+    // The fourth renewal comes after the first token has expired.
     proxy.wait_for_nth(ToClient, Method::CONNECTION_UPDATE_SECRET_OK, 4);
     queue.publish(MESSAGE);
     let done = mount.finish(&running);
@@ -362,7 +359,7 @@ fn a_worker_that_waits_with_an_expired_token_connects_with_the_next_one() {
     site.assert_goodbyes(&queue);
 }
 
-/// qpublish, and what writes to its standard input.
+/// Starts qpublish; returns it, and the writing end of its standard input.
 fn publishing(program: Program) -> (Running, File) {
     let fifo = temp_folder("fifo").join("lines");
     let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
@@ -407,7 +404,7 @@ fn qpublish_says_that_its_token_has_expired() {
         writeln!(input, "one").unwrap();
         proxy.wait_for(ToClient, Method::BASIC_ACK);
         thread::sleep(LIFE + Duration::from_secs(1));
-        // It may have ended by now.
+        // qpublish may have ended by now.
         let _ = writeln!(input, "two");
         let done = mount.finish(&running);
         let (status, advice) = match from_file {
@@ -438,7 +435,7 @@ fn a_wrong_token_after_a_right_one_costs_the_connection() {
     done.assert_status(75).assert_stderr(refused);
     assert_back(&queue);
 
-    // While it waits, it goes on with what the file has next.
+    // While waiting for a message, qconsume goes on with the file's next content.
     mount.put(site.issuer.token(LONG));
     let running = mount.worker(&proxy, &queue).arg("cat").spawn();
     running.wait_for_stderr("waiting for a message", PATIENCE);
@@ -483,7 +480,7 @@ fn a_token_that_is_half_written_is_not_sent() {
     let mount = Mount::new(site.issuer.token(LONG));
     let running = mount.worker(&proxy, &queue).arg("cat").spawn();
     running.wait_for_stderr("waiting for a message", PATIENCE);
-    // For longer than qconsume takes to look again.
+    // Slowly, so that qconsume checks the file in between.
     let token = site.issuer.token(LONG);
     let mut file = File::create(mount.path()).unwrap();
     for byte in token.bytes() {
@@ -499,7 +496,7 @@ fn a_token_that_is_half_written_is_not_sent() {
 #[test]
 fn a_renewal_and_a_settlement_do_not_disturb_each_other() {
     let site = site();
-    // Its reply comes along with the settlement's, or never.
+    // The renewal's reply comes together with the settlement's, or never.
     for action in [Action::Pass, Action::SwallowFrame] {
         let queue = site.queue("settles");
         queue.publish(MESSAGE);
@@ -523,7 +520,7 @@ fn a_renewal_and_a_settlement_do_not_disturb_each_other() {
 }
 
 #[test]
-fn a_login_that_is_refused_is_tried_again_with_what_the_file_has_then() {
+fn a_login_that_is_refused_is_tried_again_with_the_files_new_content() {
     let broker = Broker::shared();
     for program in [qconsume().arg("cat"), qpublish().arg("orange")] {
         let queue = broker.queue("rotated");

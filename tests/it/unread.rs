@@ -1,4 +1,4 @@
-//! Standard error that nobody reads, or not for a while: it costs lines at most.
+//! Standard error that nobody reads, at all or for a while: this may cost log lines, but nothing else.
 
 use crate::common::{MESSAGE, assert_back, assert_gone, assert_returned, qconsume, qconsume_path, qpublish, worker};
 use rustix::{
@@ -14,11 +14,11 @@ use testbed::{
     owner::{find_in_path, is_root, temp_folder},
 };
 
-/// Longest time from what ends a run to its end: a second for the last lines, and much for a busy machine. A run that hangs does
-/// so for as long as nobody reads.
+/// Longest time from the reason to end until the end: a second for the last lines, the rest for a busy machine. If a run
+/// blocks on standard error, it does so for ever.
 const PROMPT: Duration = Duration::from_secs(20);
 
-/// How long the end of a run waits for its last lines.
+/// How long a run waits at its end for a reader of its last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// A pipe for standard error.
@@ -34,7 +34,7 @@ impl Pipe {
         Self { reader, writer }
     }
 
-    /// A pipe into which not one byte more fits.
+    /// A pipe without room for another byte.
     fn full() -> Self {
         let mut pipe = Self::empty();
         ioctl_fionbio(&pipe.writer, true).unwrap();
@@ -50,17 +50,17 @@ impl Pipe {
         program.stderr(self.writer.try_clone().unwrap()).spawn()
     }
 
-    /// Waits until a writer would have to wait.
+    /// Waits until a write to the pipe would block.
     #[track_caller]
     fn wait_full(&self) {
         let is_full = || {
             let mut fds = [PollFd::new(&self.writer, PollFlags::OUT)];
             poll(&mut fds, Some(&Timespec::default())).unwrap() == 0
         };
-        assert!(eventually(PATIENCE, is_full), "it isn't full");
+        assert!(eventually(PATIENCE, is_full), "the pipe isn't full");
     }
 
-    /// Reads until all other writers are gone; gives what came after the filling.
+    /// Reads until all other writers are gone; returns what came after the filler.
     #[track_caller]
     fn read(self) -> String {
         let Self { mut reader, writer } = self;
@@ -71,19 +71,19 @@ impl Pipe {
             Err(error) if error.kind() == ErrorKind::WouldBlock => false,
             Err(error) => panic!("{error}"),
         });
-        assert!(ended, "it is still open for writing");
+        assert!(ended, "the pipe still has a writer");
         String::from_utf8(bytes).unwrap().trim_start_matches('.').to_owned()
     }
 }
 
-/// A queue of the shared broker with [`MESSAGE`] in it.
+/// A queue with [`MESSAGE`] in it.
 fn queue(name: &str) -> Queue {
     let queue = Broker::shared().queue(name);
     queue.publish(MESSAGE);
     queue
 }
 
-/// The worker, once its command has filled the pipe.
+/// Starts the worker, and waits until its command has filled the pipe.
 #[track_caller]
 fn filled(pipe: &Pipe, worker: Program) -> Running {
     let running = pipe.start(worker);
@@ -131,7 +131,7 @@ fn a_lost_delivery_ends_the_command_when_nobody_reads() {
 fn a_pipe_that_was_full_before_holds_up_neither_command_nor_heartbeats_nor_settlement() {
     let queue = queue("unread-before");
     let pipe = Pipe::full();
-    // The broker would close a connection that is silent for three seconds.
+    // The broker would close a connection after three seconds without heartbeats.
     let url = format!("{}?heartbeat=1", Broker::shared().url());
     let done = temp_folder("before").join("done");
     let running =
@@ -139,7 +139,7 @@ fn a_pipe_that_was_full_before_holds_up_neither_command_nor_heartbeats_nor_settl
     assert!(eventually(PROMPT, || done.exists()), "the command wasn't run");
     let since = Instant::now();
     running.finish(PROMPT).assert_status(0);
-    // The last lines get a second, and no more.
+    // At its end the run waits a second for a reader, and no longer.
     assert!(since.elapsed() < LAST_LINES + Duration::from_secs(4), "{:?}", since.elapsed());
     assert_gone(&queue);
 }
@@ -165,7 +165,7 @@ fn a_reader_that_comes_back_is_told_how_many_lines_were_dropped() {
     let count = MESSAGES.to_string();
     let json = ["--log-format", "json"];
     let running = pipe.start(worker(&queue).args(["--count", &count]).args(json).args(["--", "true"]));
-    // Two lines a message.
+    // Each message makes two lines.
     let done = || queue.ready() == 0 && queue.consumers() == 1;
     assert!(eventually(PATIENCE, done), "not all messages were taken");
     queue.publish("the last one");
@@ -204,7 +204,7 @@ except BlockingIOError:
     let running = pipe.start(program.args(["python3", "-c", script]));
     let wrote = || std::fs::read(&log).is_ok_and(|text| !text.is_empty());
     assert!(eventually(PATIENCE, wrote), "no termination message");
-    // The last line is written right after that. It waits for a reader, who doesn't come at once.
+    // qconsume writes its last line right after that, and waits for a reader, which comes later.
     eventually(LAST_LINES / 4, || running.has_ended());
     let text = pipe.read();
     running.finish(PROMPT).assert_status(3);
@@ -222,7 +222,7 @@ fn a_line_stands_before_what_the_command_writes_after_it() {
         queue.publish_all([MESSAGE; MESSAGES]);
         worker(&queue).args(["--count", &MESSAGES.to_string()]).shell("echo hi >&2")
     };
-    // A pipe can be written to without waiting; a file only by the thread.
+    // qconsume writes to a pipe without blocking, and to a file in a thread.
     let pipe = Pipe::empty();
     let running = pipe.start(run());
     let texts = [pipe.read(), run().run().stderr];
@@ -258,7 +258,7 @@ fn lines_are_there_when_the_system_has_no_thread_left() {
     if !is_root() || find_in_path("setpriv").is_none() {
         return missing("root, and setpriv");
     }
-    // A user of our own, whose processes and threads are counted; and a program that the user can reach.
+    // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can reach.
     let user = 1_500_000 + std::process::id();
     let program = temp_folder("threads").join("qconsume");
     std::fs::copy(qconsume_path(), &program).unwrap();

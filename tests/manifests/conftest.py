@@ -1,4 +1,4 @@
-"""What the tests share: the images, and a broker that runs from its own manifest."""
+"""Fixtures: the images, and a broker that runs from the work queue's manifests."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ import kube
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 VERSION = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
-# The same for all that is built, so that it is compiled once.
+# A constant, so that all images share one compilation.
 REVISION = "0123abc"
 URL = "https://qconsume.example/project"
 FRUITS = "apple banana cherry date fig grape lemon melon".split()
@@ -32,7 +32,7 @@ DEBIAN = "debian:bookworm-slim"
 
 
 def missing(what):
-    """Something that this machine hasn't got: a reason to skip, but not where everything has to be tested."""
+    """Skips a test whose prerequisite this machine lacks; fails it with CI=true."""
     if os.environ.get("CI") == "true":
         pytest.fail(what)
     pytest.skip(what)
@@ -41,13 +41,13 @@ def missing(what):
 def need(*images):
     for image in images:
         if not engine.has_image(image):
-            missing(f"there is no image {image}, and it can't be pulled")
+            missing(f"the image {image} is missing and can't be pulled")
 
 
 @pytest.fixture(scope="session")
 def docker():
     if not engine.available():
-        missing("there is no Docker")
+        missing("Docker is missing")
     engine.remove_orphans()
     yield engine
     engine.remove_own()
@@ -55,7 +55,7 @@ def docker():
 
 @pytest.fixture(scope="session")
 def image(docker):
-    """qconsume's own image. QCONSUME_TEST_IMAGE names one that is there already."""
+    """qconsume's image: the one that QCONSUME_TEST_IMAGE names, or else a new one."""
     if ready := os.environ.get("QCONSUME_TEST_IMAGE"):
         return ready
     need(RUST)
@@ -75,7 +75,7 @@ def worker_image(image):
 
 @pytest.fixture(scope="session")
 def debian_image(image):
-    """Both programs in an image of another libc, with a shell."""
+    """Both programs in Debian's image, which has a shell and another libc than theirs."""
     need(DEBIAN)
     text = f"FROM {DEBIAN}\nCOPY --from={image} /qconsume /qpublish /usr/bin/\n"
     return engine.build(f"{engine.RUN}:debian", ROOT / "examples", None, text=text)
@@ -97,7 +97,7 @@ def cluster(network, image, worker_image):
 
 
 class Broker:
-    """A RabbitMQ in a container, and what it says about itself: over AMQP where the numbers must be those of this moment."""
+    """A RabbitMQ in a container. Message counts come over AMQP, as those of the management API may be old."""
 
     def __init__(self, name, network, user="guest", password="guest"):
         self.name = name
@@ -138,13 +138,13 @@ class Broker:
             return json.loads(answer.read() or "null")
 
     def queues(self):
-        """The queues, with their numbers of messages that are ready. What a worker held that has ended is ready again."""
+        """The number of ready messages of each queue."""
         names = [queue["name"] for queue in self.http("GET", "queues", "/")]
         with self.channel() as channel:
             return {name: channel.queue_declare(name, passive=True).method.message_count for name in names}
 
     def comes_to(self, queues):
-        """Waits for these numbers: messages come back, or are dead-lettered, some time after their worker has ended."""
+        """Waits for these numbers: messages are requeued or dead-lettered some time after their worker's end."""
         with suppress(AssertionError):
             engine.until("the queues' numbers", lambda: self.queues() == queues)
         assert self.queues() == queues
@@ -153,7 +153,7 @@ class Broker:
         return {policy["name"]: policy["definition"] for policy in self.http("GET", "policies", "/")}
 
     def clear(self):
-        """No queues, no policies."""
+        """Deletes all queues and policies."""
         for policy in self.policies():
             self.http("DELETE", "policies", "/", policy)
         for queue in self.http("GET", "queues", "/"):
@@ -169,11 +169,11 @@ class Broker:
 
 @pytest.fixture(scope="session")
 def start_broker(cluster):
-    """Starts the pod of the work queue's stateful set: its first, or the one after another, on that one's volume."""
+    """A function that starts the pod of the work queue's stateful set, with a new volume or an earlier pod's."""
     [service] = kube.load((EXAMPLES / "work-queue/rabbitmq-service.yaml").read_text())
     [stateful_set] = kube.load((EXAMPLES / "work-queue/rabbitmq-statefulset.yaml").read_text())
     spec = kube.pod_spec(stateful_set)
-    # In the official image there is such a user. A stand-in made from a distribution's package has one with another number.
+    # The official image has a user with this id. An image built from a distribution's package has one with another id.
     users = engine.docker("run", "--rm", "--network=none", "--entrypoint=cat", RABBITMQ, "/etc/passwd")
     user = None if f":{spec['securityContext']['runAsUser']}:" in users else "rabbitmq"
     secret = cluster.secrets["rabbitmq-secret"]
@@ -188,13 +188,13 @@ def start_broker(cluster):
 
 @pytest.fixture(scope="session")
 def shared_broker(start_broker):
-    """The broker of the work queue's manifests."""
+    """The broker that the work queue's manifests describe."""
     return start_broker().wait()
 
 
 @pytest.fixture(scope="session")
 def broker_of(network):
-    """A broker of any version, empty; the same one whoever asks."""
+    """A function that returns an empty broker of a version; tests share it."""
     brokers = {}
 
     def get(version):
@@ -217,27 +217,27 @@ def broker(shared_broker):
 
 
 def manifest(path, **changes):
-    """The only document of a manifest, with changes to its spec."""
+    """The single document of a manifest, with changes to its spec."""
     [document] = kube.load((EXAMPLES / path).read_text())
     document["spec"] |= changes
     return document
 
 
 def shapes(log):
-    """The lines of a log, whichever of the fruits they are about, however long it took."""
+    """The set of a log's lines, with their fruits and numbers made equal."""
     return {re.sub(r"\b[\d.]+\b", "0", re.sub(rf"\b({'|'.join(FRUITS)})\b", "fruit", line.rstrip()))
             for line in log.splitlines() if line.strip()}
 
 
 def shown(readme, after):
-    """The first block of output that a README has after some words."""
+    """The first block of output after these words in a README."""
     text = readme.read_text()
     return re.search(r"```text\n(.*?)```", text[text.index(after):], re.DOTALL)[1]
 
 
 @pytest.fixture
 def fill(cluster, broker):
-    """Fills the queue by the manifest made for it, or with other tasks, or another queue."""
+    """A function that runs the fill Job, perhaps with other tasks or another queue."""
     def run(*tasks, queue="job1"):
         job = manifest("work-queue/fill-job.yaml")
         [container] = kube.pod_spec(job)["containers"]

@@ -1,6 +1,6 @@
-"""Docker, by its command line. Whatever a run makes has the run's own name, and is gone afterwards.
+"""Docker's command line. Everything that a run creates has the run's name, and is removed at its end.
 
-A run that was killed leaves its things behind; the next one finds by their names that nobody owns them any more.
+If a run is killed, the next one recognizes its remains by their names and removes them.
 """
 
 import json
@@ -12,21 +12,21 @@ from pathlib import Path
 
 
 def _started(pid):
-    """When a process started, in the kernel's ticks: with its number, a name that no other process will ever have."""
+    """When a process started, in the kernel's ticks: together with the process id, this identifies it for ever."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
         return None
 
 
-# Process numbers mean something within their own namespace only: a daemon may serve several.
+# Process ids are only unique within a PID namespace, and a Docker daemon may serve several.
 _NAMESPACE = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
 RUN = f"qct-{_NAMESPACE}-{os.getpid()}-{_started(os.getpid())}"
 _NAME = re.compile(r"qct-(\d+)-(\d+)-(\d+)")
 
 
 def docker(*args, check=True, input=None, timeout=600, stderr=subprocess.PIPE):
-    """Runs the client; gives back what it printed, stripped."""
+    """Runs Docker's client; returns its output, stripped."""
     done = subprocess.run(["docker", *map(str, args)], input=input, stdout=subprocess.PIPE, stderr=stderr, text=True,
                           timeout=timeout)
     if check and done.returncode:
@@ -43,7 +43,7 @@ def available():
 
 
 def has_image(name):
-    """Whether the image is here, or can be had."""
+    """Whether the image is here or can be pulled."""
     for attempt in (("image", "inspect", name), ("pull", "--quiet", name)):
         try:
             docker(*attempt)
@@ -54,7 +54,7 @@ def has_image(name):
 
 
 def build(tag, context, dockerfile, *, text=None, args=(), timeout=7200):
-    """Builds an image of this run. `text` stands in for the Dockerfile's own."""
+    """Builds an image. `text`, if given, is the Dockerfile's content."""
     command = ["build", "--quiet", "--tag", tag, "--file", "-" if text else dockerfile]
     for arg in args:
         command += ["--build-arg", arg]
@@ -71,25 +71,25 @@ def address(name, network, key="IPAddress"):
 
 
 def wait(name, timeout=600):
-    """The exit status of a container, once it has one."""
+    """Waits for a container's end; returns its exit status."""
     return int(docker("wait", name, timeout=timeout))
 
 
 def logs(name):
-    """Standard output and standard error, in the order of their lines' times."""
+    """A container's standard output and standard error, ordered by time."""
     done = subprocess.run(["docker", "logs", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     return done.stdout
 
 
 def until(what, condition, timeout=600, every=0.2):
-    """Waits for a condition, and says which one it was in vain."""
+    """Waits until the condition is true, and returns its value; after the timeout, fails with `what`."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout} s in vain: {what}")
+            raise AssertionError(f"waited {timeout} s for this: {what}")
         time.sleep(every)
 
 

@@ -1,10 +1,9 @@
-"""As much of Kubernetes as a manifest needs to be run for real in Docker: a kubelet that starts a pod's container with the
-manifest's image, command, environment, user and limits, and a Job controller that counts completions and failures, and paces
-its pods, as Kubernetes 1.36 does.
+"""A model of the parts of Kubernetes that it takes to run a manifest in Docker: a kubelet that starts a pod's container with the
+manifest's image, command, environment, user and limits; and a Job controller that counts completions and failures and delays
+replacement pods as Kubernetes 1.36 does.
 
-It is a model, for what needs many runs, every version of RabbitMQ, or minutes of back-off in no time. There is no scheduler, no
-DNS of a cluster, no node that is lost, no admission, and no API server: what a real one does with the manifests is up to
-tests/kubernetes.
+It is for tests with many runs, with every version of RabbitMQ, or with minutes of back-off. It has no scheduler, no cluster DNS,
+no lost nodes, no admission, and no API server: tests/kubernetes runs the manifests on a real cluster.
 """
 
 import atexit
@@ -32,7 +31,7 @@ def load(text):
 
 
 def pod_spec(manifest):
-    """The pod that a manifest would start, if it would."""
+    """The spec of the pods that a manifest starts; None if it starts none."""
     match manifest["kind"]:
         case "Job" | "StatefulSet":
             return manifest["spec"]["template"]["spec"]
@@ -49,9 +48,9 @@ class Pod:
     status: int | None = None
     action: str | None = None
     disrupted: bool = False
-    # By `kubectl delete pod`: no disruption, so that it counts; and its log is gone with it.
+    # By `kubectl delete pod`. It isn't a disruption, so it counts; and the log is gone.
     deleted: bool = False
-    # On the controller's clock.
+    # By the controller's clock.
     started: float = 0
 
     @property
@@ -60,7 +59,7 @@ class Pod:
 
     @property
     def termination_message(self):
-        """What `kubectl describe pod` shows of its container's end."""
+        """The container's termination message, which `kubectl describe pod` shows."""
         return "" if self.deleted else termination_log(self.name).read_text()
 
     def stop(self):
@@ -72,7 +71,7 @@ class Pod:
 
 
 class BackOff:
-    """The pause after failures: twice as long with each, none after a success. Whatever the podFailurePolicy says of them."""
+    """The pause after failures: each doubles it, and a success ends it. Failures that the podFailurePolicy ignores count, too."""
 
     def __init__(self):
         self.failures, self.until = 0, 0.0
@@ -86,7 +85,7 @@ class BackOff:
 
 
 class Clock:
-    """Seconds since a Job's start, less the waiting: where only time can bring something about, it is let pass at once."""
+    """Seconds since a Job's start. If nothing but waiting is left to do, the clock is put forward instead."""
 
     def __init__(self):
         self.begin, self.skipped = time.monotonic(), 0.0
@@ -100,7 +99,7 @@ class Clock:
 
 @dataclass
 class Outcome:
-    """What became of a Job."""
+    """How a Job ended."""
 
     condition: str
     reason: str
@@ -110,7 +109,7 @@ class Outcome:
 
     @property
     def failed(self):
-        """The Job's status.failed: ignored and deleted pods and those that its end stopped are in it, too."""
+        """The Job's status.failed. It includes pods that were ignored or deleted, or stopped at the Job's end."""
         return sum(pod.status != 0 or pod.deleted for pod in self.pods)
 
     @property
@@ -123,7 +122,7 @@ class Outcome:
 
 
 class Cluster:
-    """A network of its own without a way out, the Secrets that were applied, and the images behind their names."""
+    """An isolated network, the applied Secrets, and the images for the manifests' image names."""
 
     def __init__(self, dns_image):
         self.network = f"{engine.RUN}-net"
@@ -131,11 +130,11 @@ class Cluster:
         self.images = {}
         self._numbers = itertools.count(1)
         TERMINATION_LOGS.mkdir(exist_ok=True)
-        # Without a prefix of one's own, a network of both families would collide with that of another run.
+        # A random IPv6 prefix, as Docker's default one would collide with that of another run.
         prefix = f"fd{time.time_ns() & 0xff:02x}:{time.time_ns() >> 8 & 0xffff:x}:{time.time_ns() >> 24 & 0xffff:x}::/64"
         engine.docker("network", "create", "--internal", "--ipv6", "--subnet", prefix, self.network)
-        # Docker's own DNS knows the containers' names and asks this one for all others; it says that there are none. So
-        # no query leaves, and a search list is walked as quickly as with a cluster's DNS.
+        # Docker's DNS resolves the containers' names and forwards all other queries to this server, which answers that there is
+        # no such name. So no query leaves the network, and search lists are as fast as with a cluster's DNS.
         self.dns = f"{engine.RUN}-dns"
         engine.docker("run", "--detach", "--name", self.dns, "--network", self.network, dns_image, "python3", "-c", NO_SUCH_NAME)
         self.dns_address = engine.address(self.dns, self.network)
@@ -160,14 +159,14 @@ class Cluster:
         return result
 
     def resolver(self):
-        """What a pod's /etc/resolv.conf says."""
+        """Docker's options for a pod's /etc/resolv.conf."""
         search = [f"--dns-search={DOMAIN.split('.', n)[n]}" for n in range(3)]
         return ["--dns", self.dns_address, *search, "--dns-opt", "ndots:5"]
 
     def start(self, spec, *, what="pod", environment=None, args=None, aliases=(), user=None, index=None, hostname=None,
               volumes=None):
-        """Starts a pod's only container; gives back its name. `user` instead of the manifest's, where the image has no such;
-        `volumes` are those of the pod before, by their names in the manifest."""
+        """Starts a pod's only container; returns its name. `user` replaces the manifest's, if the image lacks that; `volumes` are
+        those of an earlier pod, by their names in the manifest."""
         [container] = spec["containers"]
         name = self.name(what)
         values = self.environment(container) | (environment or {})
@@ -183,7 +182,7 @@ class Cluster:
         if memory := container.get("resources", {}).get("limits", {}).get("memory"):
             options += ["--memory", memory.rstrip("i").lower()]
         options += security(spec.get("securityContext", {}), container.get("securityContext", {}), user)
-        # As the kubelet gives it to a container, whoever its user is.
+        # The kubelet makes it writable for any user.
         log = termination_log(name)
         log.touch()
         log.chmod(0o666)
@@ -191,7 +190,7 @@ class Cluster:
         for mount in container.get("volumeMounts", []):
             volume = (volumes or {}).get(mount["name"], f"{name}-{mount['name']}")
             self.set_ownership(volume, spec.get("securityContext", {}), self.images[container["image"]])
-            # A volume of Kubernetes' starts empty. Docker's own would be filled with what the image has there.
+            # A Kubernetes volume starts empty; without nocopy, Docker would copy the image's files into it.
             options += ["--volume", f"{volume}:{mount['mountPath']}:nocopy" + (",ro" if mount.get("readOnly") else "")]
         command = [expand(word, values) for word in container.get("command", [])]
         arguments = [expand(word, values) for word in (container.get("args", []) if args is None else args)]
@@ -201,15 +200,15 @@ class Cluster:
         return name
 
     def set_ownership(self, volume, context, image):
-        """What the kubelet does to a volume before it starts a pod that has an fsGroup: pkg/volume/volume_linux.go."""
+        """Changes a volume's owner as the kubelet does for a pod with an fsGroup: pkg/volume/volume_linux.go."""
         if "fsGroup" in context:
             engine.docker("run", "--rm", "--network=none", "--user=0", "--volume", f"{volume}:/volume:nocopy", "--entrypoint=sh",
                           image, "-c", SET_OWNERSHIP, "sh", context["fsGroup"], context.get("fsGroupChangePolicy", "Always"))
 
     @staticmethod
     def missing(indexed, completions, wanted, active, succeeded, failed_indexes):
-        """The indexes of the pods that are wanted, the lowest first; None for each, in a Job that isn't indexed. An index in
-        back-off holds its slot: none is started in its place."""
+        """The indexes of the pods to start, the lowest first; in a Job that isn't indexed, None for each. An index in back-off
+        keeps its slot: no other index is started instead."""
         if not indexed:
             return [None] * (wanted - len(active))
         ended = {pod.index for pod in succeeded} | set(failed_indexes)
@@ -218,7 +217,7 @@ class Cluster:
         return [index for index in lowest if index not in running]
 
     def run_job(self, manifest, *, environment=None, args=None, timeout=1800, on_tick=None):
-        """Runs a Job to its end, as the Job controller does it, and stops what is left of it."""
+        """Runs a Job to its end, as the Job controller does, and stops its remaining pods."""
         spec = manifest["spec"]
         parallelism = spec.get("parallelism", 1)
         completions = spec.get("completions")
@@ -230,7 +229,7 @@ class Cluster:
         deadline = time.monotonic() + timeout
 
         def back_off(pod):
-            """One for the whole Job; with a limit for each index, one for each."""
+            """The back-off of the whole Job, or, with backoffLimitPerIndex, of the pod's index."""
             return back_offs.setdefault(pod.index if per_index else None, BackOff())
 
         def finish(condition, reason=""):
@@ -240,7 +239,7 @@ class Cluster:
             return Outcome(condition, reason, pods, most, failed_indexes)
 
         while True:
-            # Who has ended?
+            # Pods that have ended.
             for pod in [pod for pod in active if not running(pod.name)]:
                 active.remove(pod)
                 pod.status = engine.wait(pod.name)
@@ -262,7 +261,7 @@ class Cluster:
                             failed_indexes.append(pod.index)
                     elif counted > spec.get("backoffLimit", 6):
                         return finish("Failed", "BackoffLimitExceeded")
-            # Is that all?
+            # The Job's end.
             if completions is None:
                 if succeeded and not active:
                     return finish("Complete")
@@ -270,7 +269,7 @@ class Cluster:
                 return finish("Complete")
             elif indexed and len(succeeded) + len(failed_indexes) == completions:
                 return finish("Failed", "FailedIndexes")
-            # Who is wanted?
+            # Pods to start.
             if completions is None:
                 wanted = parallelism if not succeeded else 0
             else:
@@ -302,7 +301,7 @@ atexit.register(shutil.rmtree, TERMINATION_LOGS, ignore_errors=True)
 
 
 def termination_log(name):
-    """Where the end of a container leaves its message: /dev/termination-log, seen from outside."""
+    """The file on the host that a container sees as /dev/termination-log."""
     return TERMINATION_LOGS / name
 
 
@@ -311,7 +310,7 @@ def running(name):
 
 
 def pod_failure_action(spec, pod):
-    """The first rule of the podFailurePolicy that fits; without one, the failure counts."""
+    """The action of the first rule of the podFailurePolicy that matches; without a match, Count."""
     for rule in spec.get("podFailurePolicy", {}).get("rules", []):
         if codes := rule.get("onExitCodes"):
             if (pod.status in codes["values"]) == (codes["operator"] == "In"):
@@ -322,7 +321,7 @@ def pod_failure_action(spec, pod):
 
 
 def security(pod, container, user=None):
-    """Docker's options for what the security contexts say; with another user where there is one given."""
+    """Docker's options for the security contexts; `user` replaces their user."""
     context = pod | container
     options = []
     if user:
@@ -341,7 +340,7 @@ def security(pod, container, user=None):
 
 
 def expand(text, environment):
-    """Kubernetes' own $(NAME) in a command, an argument or a value; what isn't known stays as it is."""
+    """Expands $(NAME) as Kubernetes does in a command, an argument or a value; an unknown name stays as it is."""
     return re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[0] == "$$" else environment.get(m[1], m[0]), str(text))
 
 

@@ -1,4 +1,4 @@
-"""The broker of the manifests, and its queue as set-up.sh makes it, on every version of RabbitMQ."""
+"""The manifests' broker, and the queue that set-up.sh creates, on every version of RabbitMQ."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ def test_the_readmes_kubectl_run(cluster, broker):
     spec = json.loads(options["overrides"])["spec"]
     [container] = spec["containers"]
     assert (options["image"], options["restart"]) == (container["image"], "Never") == (f"qconsume:{VERSION}", "Never")
-    # What Pod Security's "restricted" asks for.
+    # The Pod Security Standard "restricted" requires these.
     assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     pod = cluster.start(spec)
@@ -41,21 +41,21 @@ def test_the_queue_outlives_the_brokers_pod(start_broker):
         channel.confirm_delivery()
         channel.basic_publish("", "job1", b"apple")
     [volume] = [mount["Name"] for mount in engine.inspect(first.name)["Mounts"] if mount["Type"] == "volume"]
-    # In its own words, as not every image passes a TERM on. A node that is killed within seconds of the queue's declaration
-    # forgets the queue's member, seen with 4.0.5.
+    # Not by `docker stop`, as not every image forwards SIGTERM. If a node is killed within seconds of the queue's declaration,
+    # it forgets its member of the queue (seen with 4.0.5).
     engine.docker("exec", first.name, "rabbitmqctl", "-q", "stop", check=False)
     engine.wait(first.name)
     engine.docker("rm", first.name)
     second = start_broker(aliases=(), volumes={"rabbitmq-data": volume}).wait()
 
     def is_there():
-        # A quorum queue is there before it has a leader, and before its messages are counted.
+        # A quorum queue exists before it has a leader and counts its messages.
         try:
             return second.queues() == {"job1": 1}
         except pika.exceptions.AMQPError:
             return False
 
-    engine.until("the message is there again", is_there)
+    engine.until("the message is in the queue again", is_there)
 
 
 # The queue for production
@@ -79,7 +79,7 @@ def test_the_queue_is_set_up_on_every_version(broker_of, version):
 
 
 def test_a_drainer_waits_for_a_delayed_retry(cluster, broker_of):
-    """After the first failure it is ten seconds, so that this needn't be the manifest's whole minute."""
+    """The first retry is delayed by ten seconds, so a shorter wait than the manifest's minute is enough."""
     broker = broker_of("4.3")
     broker.set_up()
     where = {"BROKER_URL": f"amqp://guest:guest@{broker.name}"}
@@ -96,7 +96,7 @@ def test_the_dead_letters_are_looked_at_and_moved_back(cluster, broker, debian_i
     broker.set_up()
     fill("apple", queue="job1.dead")
     look, move_back = [block for block in blocks("rabbitmq/README.md") if "qconsume" in block]
-    look = look.replace("--wait 1s", "--wait 60s")  # as a busy machine needs it
+    look = look.replace("--wait 1s", "--wait 60s")  # for a busy machine
     run = ["run", "--rm", "--network", cluster.network, *cluster.resolver(), "--env",
            f"BROKER_URL={cluster.secrets['rabbitmq-secret']['url']}", debian_image, "sh", "-c"]
     assert engine.docker(*run, look + "\necho $?").splitlines()[0::2] == ["apple", "1"]

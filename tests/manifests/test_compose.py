@@ -1,20 +1,23 @@
-"""docker/compose.yaml, from its start to its end."""
+"""Runs docker/compose.yaml."""
 
 import os
+import pathlib
 import re
 import subprocess
 
 import pytest
+import yaml
 
 import engine
 from conftest import FRUITS, PYTHON, RABBITMQ, REVISION, ROOT, RUST, missing, need, shapes, shown
 
 FILE = ROOT / "docker/compose.yaml"
+OAUTH2 = ROOT / "docker/oauth2/compose.yaml"
 
 
 @pytest.fixture(scope="module")
 def compose(docker):
-    """Runs compose in either of its forms, in a project of this run's own."""
+    """A function that runs either form of compose, in a project of this test run."""
     for client in (["docker", "compose"], ["docker-compose"]):
         try:
             if subprocess.run([*client, "version"], capture_output=True).returncode == 0:
@@ -22,15 +25,15 @@ def compose(docker):
         except OSError:
             pass
     else:
-        missing("there is neither docker compose nor docker-compose")
+        missing("docker compose and docker-compose are missing")
     need(RABBITMQ, PYTHON, RUST)
     name = f"{engine.RUN}-compose"
     environment = os.environ | {"QCONSUME_IMAGE": name, "COMPOSE_PROJECT_NAME": name, "REVISION": REVISION, "DOCKER_BUILDKIT":
                                 os.environ.get("DOCKER_BUILDKIT", "0" if client == ["docker-compose"] else "1"),
                                 "COMPOSE_HTTP_TIMEOUT": "600"}
 
-    def run(*args, timeout=7200):
-        return subprocess.run([*client, "--file", FILE, *args], env=environment, text=True, timeout=timeout,
+    def run(*args, files=(FILE,), timeout=7200):
+        return subprocess.run([*client, *(word for file in files for word in ("--file", file)), *args], env=environment, text=True, timeout=timeout,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     yield run
@@ -52,7 +55,7 @@ def test_it_comes_to_its_end_with_every_fruit_done(up):
 
 
 def test_the_log_is_as_the_readme_shows_it(up):
-    """Every line of the workers and of the filler, whoever of them says it, and in whatever order."""
+    """Compares the workers' and the filler's lines, in any order."""
     def lines(log):
         said = re.findall(r"^(worker|filler)[-_]\d+ +\| (.*)$", log, re.MULTILINE)
         return shapes("\n".join(f"{service} says {line}" for service, line in said))
@@ -66,3 +69,22 @@ def test_run_does_one_more(compose, up):
     assert len(re.findall(r"^Processing \w+\r?$", done.stdout, re.MULTILINE)) == 1
     queues = compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", "list_queues", "name", "messages").stdout
     assert "job1\t7" in queues, queues
+
+
+def test_the_override_for_oauth2_fits_the_file_that_it_changes(compose):
+    """Its run takes minutes; tests/it/tokens.rs has the same tokens and renewals."""
+    done = compose("config", files=(FILE, OAUTH2))
+    assert done.returncode == 0, done.stdout
+    config = yaml.safe_load(done.stdout[done.stdout.index("services:"):])
+    assert not config["services"].keys() - yaml.safe_load(FILE.read_text())["services"].keys() - {"issuer"}
+    for name in ("filler", "worker"):
+        environment = config["services"][name]["environment"]
+        assert environment["QCONSUME_PASSWORD_FILE"] == "/token/token", name
+        # The settings of the first file are still there.
+        assert environment.keys() >= yaml.safe_load(FILE.read_text())["services"][name]["environment"].keys(), name
+    mounted = [volume for service in config["services"].values() for volume in service.get("volumes", [])]
+    sources = [volume["source"] if isinstance(volume, dict) else volume.split(":")[0] for volume in mounted]
+    files = [source for source in sources if source.startswith("/")]
+    assert len(files) == 3, files
+    for file in files:
+        assert pathlib.Path(file).is_file(), file

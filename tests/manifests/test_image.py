@@ -1,6 +1,5 @@
-"""The image, looked into and used: what is in it, and that it finds its broker by every kind of name."""
+"""The image: its content, and that its programs find the broker by every kind of name."""
 
-import io
 import os
 import re
 import struct
@@ -16,7 +15,7 @@ HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
 @pytest.fixture(scope="session")
 def files(image, tmp_path_factory):
-    """The image's files; those that Docker adds to every container, less."""
+    """The image's files, without those that Docker adds to every container."""
     archive = tmp_path_factory.mktemp("image") / "image.tar"
     container = engine.docker("create", "--name", f"{engine.RUN}-look", image)
     engine.docker("export", "--output", archive, container)
@@ -27,7 +26,7 @@ def files(image, tmp_path_factory):
 
 
 def program_headers(elf):
-    """The types of an ELF file's segments: what readelf -l lists."""
+    """The types of an ELF file's segments, as `readelf -l` lists them."""
     assert elf[:5] == b"\x7fELF\x02"
     offset, = struct.unpack_from("<Q", elf, 0x20)
     size, number = struct.unpack_from("<HH", elf, 0x36)
@@ -53,7 +52,7 @@ def test_it_is_static(files):
 
 
 def test_its_size(image):
-    """Of all layers, so a second copy of anything would show."""
+    """The size of all layers, so a file that is copied twice counts twice."""
     assert engine.inspect(image)["Size"] < 4_000_000
 
 
@@ -84,7 +83,7 @@ def test_it_runs_without_any_rights(image, program):
 
 @pytest.fixture(scope="module")
 def somewhere(network):
-    """A broker under names that have to be found."""
+    """A broker with names to look up."""
     need(RABBITMQ)
     broker = Broker(network.name("named"), network.network)
     engine.docker("run", "--detach", "--name", broker.name, "--network", network.network,
@@ -93,14 +92,14 @@ def somewhere(network):
 
 
 def where(kind, somewhere):
-    """A host for the URL, and what makes it known to a container."""
+    """A host for the URL, and Docker's options for a container to find it."""
     v4 = engine.address(somewhere.name, somewhere.network)
     v6 = engine.address(somewhere.name, somewhere.network, "GlobalIPv6Address")
     return {
         "a name of Docker's DNS": (somewhere.name, []),
         "a name in /etc/hosts": ("elsewhere", ["--add-host", f"elsewhere:{v4}"]),
         "an IPv6 address in /etc/hosts": ("elsewhere6", ["--add-host", f"elsewhere6:{v6}"]),
-        # Docker's own default is ndots:0, by which musl asks no search domain at all, unlike glibc.
+        # Docker's default is ndots:0, with which musl, unlike glibc, uses no search domain at all.
         "a search domain": ("broker", ["--dns-search", "somewhere.svc.example", "--dns-opt", "ndots:1"]),
         "a search domain and ndots:5": ("broker", ["--dns-search", "nowhere.svc.example", "--dns-search",
                                                   "somewhere.svc.example", "--dns-opt", "ndots:5"]),
@@ -122,7 +121,7 @@ def test_it_finds_its_broker_by(kind, image, network, somewhere):
            "--env", f"BROKER_URL=amqp://{host}", "--env", "QUEUE=found", "--env", "QCONSUME_CONNECT_TIMEOUT=60s", image]
     engine.docker(*run, "/qpublish", "--declare", "-q", "found", "hello")
     engine.docker(*run, "/qpublish", "--declare", "-q", "handed-on")
-    # There is no other program in the image: the message is handed on to a second queue.
+    # The image has no other program, so qpublish publishes the message to a second queue.
     engine.docker(*run, "/qconsume", "--wait=60s", "--", "/qpublish", "-q", "handed-on")
     assert somewhere.queues() == {"found": 0, "handed-on": 1}
     somewhere.clear()

@@ -1,4 +1,4 @@
-"""What is in the manifests, run: each container as its manifest describes it, against a RabbitMQ that runs from its own."""
+"""Runs the manifests' containers as their manifests describe them, against a RabbitMQ that runs from its own manifest."""
 
 import re
 import threading
@@ -7,14 +7,14 @@ import pytest
 
 import engine
 import kube
-from conftest import EXAMPLES, FRUITS, manifest, shapes, shown
+from conftest import EXAMPLES, FRUITS, ROOT, manifest, shapes, shown
 from test_valid import expanded  # noqa: F401  (expanded is a fixture)
 
 pytestmark = pytest.mark.usefixtures("broker")
 
 
 def processed(outcome):
-    """The tasks that workers have started on, in the order of the pods."""
+    """The tasks that the workers started, in the order of the pods."""
     return re.findall(r"^Processing (.*)$", outcome.logs, re.MULTILINE)
 
 
@@ -23,13 +23,13 @@ def empty(broker, queue="job1"):
 
 
 def endless(when):
-    """The arguments of a worker that, when this is so, ends only when it is told to: by then its pod can't have succeeded."""
+    """The arguments of a worker that, under this condition, runs until it is stopped, so its pod can't succeed before that."""
     return ["sh", "-c", f'task=$(cat); if [ {when} ]; then export WORK_SECONDS=1000000; fi; '
                         'printf %s "$task" | /usr/bin/worker.py']
 
 
 def kill_at(task, times=100):
-    """Kills the pods that start on this task, as for too much memory: with all in it, and nobody can say goodbye."""
+    """Kills the pods that start this task, as the OOM killer does: qconsume has no chance to close its connection."""
     killed = []
 
     def look(active):
@@ -52,10 +52,23 @@ def test_the_eight_fruits_come_out(cluster, broker, fill):
     assert sorted(processed(outcome)) == FRUITS
     assert outcome.most_at_a_time == 2
     assert empty(broker)
-    # And it looks as the README says.
+    # The logs look as in the README.
     readme = EXAMPLES / "work-queue/README.md"
     assert shapes(filled.logs) == shapes(shown(readme, "kubectl logs job/fill-job1"))
     assert shapes(outcome.logs) == shapes(shown(readme, "kubectl logs -l job-name=job-wq-1"))
+
+
+def test_the_job_of_the_front_page_works(cluster, broker, fill):
+    """Its dozen lines, with the image and the Secret of the work queue."""
+    [text] = re.findall(r"```yaml\n(apiVersion:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [job] = kube.load(text)
+    fill()
+    outcome = cluster.run_job(job)
+    assert outcome.condition == "Complete", outcome.logs
+    assert outcome.statuses == [0] * 8
+    assert sorted(processed(outcome)) == FRUITS
+    assert outcome.most_at_a_time == 2
+    assert empty(broker)
 
 
 def test_a_fruit_that_fails_comes_back_and_is_done(cluster, broker, fill):
@@ -69,13 +82,13 @@ def test_a_fruit_that_fails_comes_back_and_is_done(cluster, broker, fill):
 
 
 def test_a_job_is_not_complete_while_a_task_keeps_failing(cluster, broker, fill):
-    """Where nothing dead-letters it, backoffLimit ends it, after pauses of 10, 20 and 40 s."""
+    """If nothing dead-letters the task, backoffLimit ends the Job, after pauses of 10, 20 and 40 s."""
     fill("apple", "banana")
     outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2, backoffLimit=3), environment={
         "QCONSUME_MAX_ATTEMPTS": "100"}, args=["sh", "-c", '[ "$(cat)" = banana ]'])
     assert (outcome.condition, outcome.reason) == ("Failed", "BackoffLimitExceeded")
     assert outcome.statuses.count(1) == 4
-    # A banana may be left, too: what came back is delivered first.
+    # Also the apple may be left: a requeued message is delivered first.
     broker.comes_to({"job1": 2 - outcome.statuses.count(0)})
 
 
@@ -97,19 +110,19 @@ def test_more_completions_fail_after_the_wait(cluster, broker, fill):
 
 
 ALWAYS_FAILS = ["sh", "-c", 'task=$(cat); [ "$task" = cherry ] && exit 9; printf %s "$task" | WORK_SECONDS=0 /usr/bin/worker.py']
-# A drainer waits to the end of it; and no less than another's task takes on a busy machine.
+# A drainer always waits for the whole time; it must be longer than another drainer's task takes on a busy machine.
 WAITS = [("job", "5m"), ("job-drain", "20s")]
 
 
 @pytest.mark.parametrize("file, wait", WAITS)
 def test_a_job_is_never_complete_with_a_task_undone(cluster, broker, fill, file, wait):
-    """The queue as set-up.sh makes it, and a task that always fails."""
+    """With the queue that set-up.sh creates, and a task that always fails."""
     broker.set_up()
     fill()
     outcome = cluster.run_job(manifest(f"work-queue/{file}.yaml"), args=ALWAYS_FAILS, environment={"QCONSUME_WAIT": wait})
     assert (outcome.condition, outcome.reason) == ("Failed", "PodFailurePolicy")
     assert 65 in outcome.statuses
-    engine.until("the dead letter is there", lambda: broker.queues()["job1.dead"] == 1)
+    engine.until("the task is dead-lettered", lambda: broker.queues()["job1.dead"] == 1)
     if file == "job-drain":
         assert sorted(processed(outcome)) == sorted(set(FRUITS) - {"cherry"})
         assert empty(broker)
@@ -127,7 +140,7 @@ def test_dead_letters_may_be_wanted(cluster, broker, fill, file, wait):
 
 
 def test_a_task_that_kills_its_pod_fails_the_job(cluster, broker, fill):
-    """qconsume is killed along with it, so that nothing but the queue counts its tries."""
+    """qconsume is killed, too, so only the queue counts the attempts."""
     broker.set_up()
     fill("apple", "banana")
     outcome = cluster.run_job(manifest("work-queue/job-drain.yaml", parallelism=1, completions=1),
@@ -156,12 +169,12 @@ def test_a_deleted_pod_counts_and_its_log_is_gone(cluster, broker, fill):
 
 
 def test_the_end_of_a_job_stops_the_others_and_counts_them(cluster, broker, fill):
-    """Their messages are back in the queue."""
+    """The stopped pods' messages are requeued."""
     fill("apple")
     added = []
 
     def add_one(active):
-        """The task that fails the Job, once the other is being worked on."""
+        """Publishes the task that fails the Job, once the other task has started."""
         if not added and any("Processing apple\n" in pod.logs for pod in active):
             added.append("")
             with broker.channel() as channel:
@@ -176,13 +189,13 @@ def test_the_end_of_a_job_stops_the_others_and_counts_them(cluster, broker, fill
 
 
 def test_a_pod_whose_success_was_not_counted_is_made_up_for(cluster, broker, fill):
-    """The tutorial's race: the message is acknowledged, and the node is gone before the pod's status is known."""
+    """The tutorial's race: the message is acknowledged, but the node is lost before the pod's status is recorded."""
     fill("apple", "banana")
     job = manifest("work-queue/job.yaml", completions=2, parallelism=1)
     lost = cluster.start(kube.pod_spec(job), what="lost")
     assert engine.wait(lost) == 0
     outcome = cluster.run_job(job, environment={"QCONSUME_WAIT": "10s"})
-    # A wrong alarm: all is done. The queues are empty, which tells.
+    # A false alarm: all tasks are done, as the empty queue shows.
     assert (outcome.condition, outcome.statuses) == ("Failed", [0, 66])
     assert len(processed(outcome)) == 1
     assert empty(broker)
@@ -203,7 +216,7 @@ def test_an_eviction_is_ignored_and_its_task_done_by_another(cluster, broker, fi
                               args=endless('"$task$MESSAGE_ATTEMPT" = apple1'), on_tick=evict_one)
     assert outcome.condition == "Complete"
     assert [pod.action for pod in evicted] == ["Ignore"]
-    # As a failure of the command from the outside: --failure-exit-code is for those, too.
+    # The evicted command failed, and --failure-exit-code applies to that failure, too.
     assert sorted(outcome.statuses) == [0, 0, 1]
     assert sorted(processed(outcome)) == ["apple", "apple", "banana"]
     assert empty(broker)
@@ -214,9 +227,9 @@ def test_an_eviction_is_ignored_and_its_task_done_by_another(cluster, broker, fi
     ("the command can't be run", {"args": ["/etc/passwd"]}, 126),
     ("the queue isn't there", {"environment": {"QUEUE": "no-such-queue", "QCONSUME_CONNECT_TIMEOUT": "20s"}}, 78),
     ("the password is wrong", {"environment": {"BROKER_URL": "amqp://jobs:wrong@rabbitmq-service"}}, 77),
-    ("the URL is none", {"environment": {"BROKER_URL": "rabbitmq-service:5672"}}, 64),
+    ("the URL is malformed", {"environment": {"BROKER_URL": "rabbitmq-service:5672"}}, 64),
 ])
-def test_what_can_not_be_mended_fails_the_job_at_once(cluster, broker, fill, what, changes, status):
+def test_an_error_that_no_retry_can_fix_fails_the_job_at_once(cluster, broker, fill, what, changes, status):
     fill()
     outcome = cluster.run_job(manifest("work-queue/job.yaml", parallelism=1), **changes)
     assert (outcome.condition, outcome.reason) == ("Failed", "PodFailurePolicy"), outcome.logs
@@ -250,7 +263,7 @@ def test_a_broker_that_is_not_there_yet_costs_no_tries(cluster, broker, fill):
 
 
 def test_pods_that_give_up_come_ever_more_slowly(cluster, broker, fill):
-    """Why the manifests' QCONSUME_CONNECT_TIMEOUT is long: ignored failures are paced like all others."""
+    """Kubernetes delays the pods after ignored failures like all others, so the manifests' QCONSUME_CONNECT_TIMEOUT is long."""
     fill("apple")
     where = {"BROKER_URL": "amqp://jobs:change-me@not-there-yet:5672", "QCONSUME_CONNECT_TIMEOUT": "1s"}
     started = []
@@ -266,12 +279,12 @@ def test_pods_that_give_up_come_ever_more_slowly(cluster, broker, fill):
 
 
 def test_a_broker_that_comes_late_costs_no_pod(cluster, broker, fill):
-    """The pod waits inside, with the manifest's own time limit."""
+    """qconsume waits in the pod, up to the manifest's QCONSUME_CONNECT_TIMEOUT."""
     fill("apple")
     engine.docker("pause", broker.name)
     try:
         pod = cluster.start(kube.pod_spec(manifest("work-queue/job.yaml")), what="early")
-        engine.until("it says that it waits", lambda: "still waiting for the AMQP handshake" in engine.logs(pod))
+        engine.until("qconsume logs that it waits", lambda: "still waiting for the AMQP handshake" in engine.logs(pod))
         assert kube.running(pod)
     finally:
         engine.docker("unpause", broker.name)
@@ -281,7 +294,7 @@ def test_a_broker_that_comes_late_costs_no_pod(cluster, broker, fill):
 
 # Short tasks
 
-# Without the minute that the manifest's drainers wait for delayed retries; this broker has none.
+# The manifest's drainers wait a minute for delayed retries, which this broker doesn't have.
 SOON = {"QCONSUME_WAIT": "0s"}
 
 
@@ -295,7 +308,7 @@ def test_two_drainers_empty_the_queue(cluster, broker, fill):
 
 
 def test_failed_tasks_cost_drainers_no_pause(cluster, broker, fill):
-    """Four of eight fail once. Replaced drainers would make it 10, 20, 40 … seconds a failure, on the controller's clock."""
+    """Four of eight tasks fail once. If a failure ended its drainer, the replacements would start after 10, 20, 40 … seconds."""
     fill()
     outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment=SOON, args=[
         "sh", "-c", 'task=$(cat); case $task in [a-d]*) [ "$MESSAGE_REDELIVERED" = true ] || exit 9;; esac; '
@@ -306,7 +319,7 @@ def test_failed_tasks_cost_drainers_no_pause(cluster, broker, fill):
 
 
 def test_tasks_that_fail_for_good_hold_up_no_other(cluster, broker, fill):
-    """An indexed Job fills its lowest indexes, and one in back-off keeps its slot."""
+    """In an indexed Job, an index in back-off would keep its slot, and its tasks would wait."""
     broker.set_up()
     fill("", "bad", *FRUITS[:6])
     outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment={"QCONSUME_WAIT": "20s"}, args=[
@@ -319,7 +332,7 @@ def test_tasks_that_fail_for_good_hold_up_no_other(cluster, broker, fill):
 
 def test_a_drainer_that_died_is_replaced(cluster, broker, fill):
     fill()
-    # Not SOON: the broker has to notice first that the dead one's task is nobody's any more.
+    # Not SOON: the broker first has to notice that the killed drainer's connection is gone.
     outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment={"QCONSUME_WAIT": "20s"},
                               args=endless('"$task$MESSAGE_ATTEMPT" = melon1'), on_tick=kill_at("melon", times=1))
     assert outcome.condition == "Complete"
@@ -329,14 +342,14 @@ def test_a_drainer_that_died_is_replaced(cluster, broker, fill):
 
 
 def test_without_completions_a_failed_task_stays_behind(cluster, broker, fill):
-    """What job-drain.yaml warns of, and why it has completions."""
+    """The reason why job-drain.yaml has completions, as its comment says."""
     fill("melon")
     job = manifest("work-queue/job-drain.yaml")
     del job["spec"]["completions"]
-    # A failed task doesn't end a drainer; what kills it does.
+    # A failed task doesn't end a drainer, so it is killed.
 
     def kill_the_last(active):
-        """As soon as the other drainer has found the queue empty, and ended."""
+        """Kills the drainer that holds the message, once the other has found the queue empty and ended."""
         if len(active) == 1:
             engine.docker("kill", active[0].name, check=False)
 
@@ -363,7 +376,7 @@ def test_kedas_pods_take_one_message_each_and_a_surplus_one_ends_well(cluster, b
     assert [engine.wait(pod) for pod in pods] == [0, 0, 0]
     logs = "".join(map(engine.logs, pods))
     assert sorted(re.findall("^Processing (.*)$", logs, re.MULTILINE)) == ["apple", "banana"]
-    # The surplus one keeps a place from others no longer than this.
+    # The surplus pod waits no longer than this, as it takes another pod's place.
     assert re.findall(r"no message in queue .* within (\S+) \(--wait\)", logs) == ["10s"]
     assert empty(broker)
 

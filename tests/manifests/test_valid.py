@@ -1,5 +1,5 @@
-"""The manifests, without a cluster: valid against the schemas of every version that they are for, and against the API
-server's rules that no schema holds; and in themselves what the documentation says of them."""
+"""Validates the manifests without a cluster: against the schemas of every supported version, the API server's rules that
+aren't in the schemas, and what the documentation says about them."""
 
 import functools
 import os
@@ -18,25 +18,25 @@ from conftest import EXAMPLES, FRUITS, ROOT, VERSION
 
 VERSIONS = sorted({kubernetes_validate.utils.major_minor(v) for v in kubernetes_validate.utils.all_versions()} - {"1.25"}, key=Version)
 
-# What qconsume itself exits with, by what a Job should make of it. 65 is no other try's either: the task is dead-lettered. Nor is
-# 66 where the number of tasks is known; a drainer never exits with it.
+# qconsume's own exit statuses, by whether a retry can help. 65 is hopeless, as the task is dead-lettered. So is 66 if the number
+# of tasks is known; a drainer never exits with it.
 RETRY = {69, 71, 75}
 HOPELESS = {64, 65, 77, 78, 126, 127}
 
 
 @functools.cache
 def blocks(readme):
-    """The shell commands of a README, a block each."""
+    """A README's blocks of shell commands."""
     return re.findall(r"```sh[^\n]*\n(.*?)```", (EXAMPLES / readme).read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="session")
 def expanded(tmp_path_factory):
-    """The expansions as their README makes them, with its own commands, in a copy of their folder."""
+    """A copy of the expansions' folder, in which the commands of its README were run."""
     folder = tmp_path_factory.mktemp("expansion") / "expansion"
     shutil.copytree(EXAMPLES / "expansion", folder)
     commands = [block for block in blocks("expansion/README.md") if "\\$ITEM" in block or "render_template" in block]
-    # An alias is for people; a shell that reads a script has to be told. And there is no cluster.
+    # Scripts don't expand aliases by default. kubectl is replaced, as there is no cluster.
     script = "shopt -s expand_aliases\nkubectl() { cat >/dev/null; }\nset -e\n" + "".join(commands)
     subprocess.run(["bash", "-c", script], cwd=folder, check=True, text=True, env=os.environ)
     return folder
@@ -44,7 +44,7 @@ def expanded(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def everything(expanded):
-    """Every document by the name of the file it comes from."""
+    """Every document, by its file's name and its number in the file."""
     files = sorted(EXAMPLES.glob("*/*.yaml")) + sorted(expanded.glob("jobs*/*.yaml")) + sorted(expanded.glob("*s.yaml"))
     result = {}
     for file in files:
@@ -56,7 +56,7 @@ def everything(expanded):
 
 
 def jobs(everything):
-    """Every Job, that of the ScaledJob among them."""
+    """Every Job, including the ScaledJob's."""
     for name, document in everything.items():
         if document["kind"] == "Job":
             yield name, document
@@ -66,7 +66,7 @@ def jobs(everything):
 
 
 def is_since(document, version):
-    """backoffLimitPerIndex is in every cluster from 1.29 on."""
+    """Whether this version supports the document: every cluster has backoffLimitPerIndex from 1.29 on."""
     return "backoffLimitPerIndex" not in document["spec"] or Version(version) >= Version("1.29")
 
 
@@ -89,7 +89,7 @@ def test_every_manifest_is_valid(everything, version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_whole_manifest_in_the_pages_is_valid(version):
     kinds = []
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```yaml\n(apiVersion:.*?)```", page.read_text(), re.DOTALL):
             for document in kube.load(block):
                 try:
@@ -97,7 +97,13 @@ def test_every_whole_manifest_in_the_pages_is_valid(version):
                 except kubernetes_validate.ValidationError as error:
                     pytest.fail(f"{page.name} for {version}: {'.'.join(map(str, error.path))}: {error.message}")
                 kinds.append(document["kind"])
-    assert {"CronJob", "NetworkPolicy"} <= set(kinds)
+    assert {"Job", "CronJob", "NetworkPolicy"} <= set(kinds)
+
+
+def test_the_readmes_image_is_that_of_the_work_queue():
+    [shown] = re.findall(r"```dockerfile\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    whole = (EXAMPLES / "work-queue/Dockerfile").read_text().splitlines()
+    assert [line for line in shown.splitlines() if line not in whole] == []
 
 
 def test_a_wrong_manifest_would_be_noticed(everything):
@@ -107,8 +113,8 @@ def test_a_wrong_manifest_would_be_noticed(everything):
         kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
 
 
-def test_no_key_is_there_twice():
-    """YAML parsers take the last one silently; the API server warns."""
+def test_no_key_occurs_twice():
+    """YAML parsers silently use the last one; the API server warns."""
     class Strict(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             keys = [self.construct_object(key, deep) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -120,7 +126,7 @@ def test_no_key_is_there_twice():
 
 
 def test_the_api_servers_rules_hold(everything):
-    """pkg/apis/batch/validation/validation.go, as far as it concerns what is used here."""
+    """The rules of pkg/apis/batch/validation/validation.go for the fields that are used here."""
     for name, job in jobs(everything):
         spec, pod = job["spec"], kube.pod_spec(job)
         containers = {container["name"] for container in pod["containers"]}
@@ -161,7 +167,7 @@ def test_the_policies_fit_the_statuses(everything):
             continue
         seen += 1
         values = {value["name"]: value.get("value") for value in container["env"]}
-        # What qconsume says for certain is looked at first: an eviction must not hide that a task was dead-lettered.
+        # FailJob comes first: an eviction must not hide that a task was dead-lettered.
         assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"] and rules[1]["onPodConditions"], name
         action = functools.partial(kube.pod_failure_action, job["spec"])
         assert {code for code in range(1, 256) if action(kube.Pod("p", status=code)) == "Ignore"} == RETRY, name
@@ -169,7 +175,7 @@ def test_the_policies_fit_the_statuses(everything):
             HOPELESS if "QCONSUME_DRAIN" in values else HOPELESS | {66}), name
         assert action(kube.Pod("p", status=143, disrupted=True)) == "Ignore", name
         assert action(kube.Pod("p", status=65, disrupted=True)) == "FailJob", name
-        # The command's own statuses can't be taken for these.
+        # The command's failures get a status of their own.
         assert action(kube.Pod("p", status=int(values["QCONSUME_FAILURE_EXIT_CODE"]))) == "Count", name
         assert action(kube.Pod("p", status=int(values["QCONSUME_REJECT_EXIT_CODE"]))) == "FailJob", name
         assert "QCONSUME_EMPTY_EXIT_CODE" not in values, name
@@ -177,7 +183,7 @@ def test_the_policies_fit_the_statuses(everything):
 
 
 def set_up(setting):
-    """A number of set-up.sh's policy."""
+    """A number in set-up.sh's policy."""
     return int(re.search(rf'"{setting}": (\d+)', (EXAMPLES / "rabbitmq/set-up.sh").read_text())[1])
 
 
@@ -196,23 +202,23 @@ def consumers(everything):
     return found
 
 
-def test_no_task_is_dead_lettered_without_a_word(everything):
-    """The queue's own limit tells no pod. So qconsume must dead-letter first, and where it can't, as it is killed each time,
-    the Job must have failed first. An eviction counts before RabbitMQ 4.3: room for ten of one task."""
+def test_no_task_is_dead_lettered_unnoticed(everything):
+    """If the queue's delivery-limit dead-letters a task, no pod's status shows it. So qconsume must do it first; or, if it is
+    killed each time, the Job must fail first. Before RabbitMQ 4.3 evictions count, too: leave room for ten of one task."""
     for name, job, values in consumers(everything):
         assert int(values["QCONSUME_MAX_ATTEMPTS"]) + job["spec"]["backoffLimit"] + 10 <= set_up("delivery-limit"), name
 
 
 def test_a_delayed_retry_is_waited_for(everything):
-    """A message in it isn't there for anybody: a drainer would find the queue empty."""
+    """A message whose retry is delayed isn't ready, so a drainer that doesn't wait would find the queue empty."""
     longest = set_up("delayed-retry-max") / 1000
     for name, job, values in consumers(everything):
-        if job["metadata"]["name"] != "job-wq-1-scaled":  # there, another Job comes for it
+        if job["metadata"]["name"] != "job-wq-1-scaled":  # KEDA starts another Job for it
             assert seconds(values["QCONSUME_WAIT"]) >= 2 * longest, name
 
 
 def test_a_pod_waits_for_its_broker_inside(everything):
-    """Each pod that comes and goes doubles the pause before the next one."""
+    """Each pod that gives up doubles the pause before the next one."""
     for name, _, values in consumers(everything):
         assert seconds(values["QCONSUME_CONNECT_TIMEOUT"]) >= 1800, name
 
@@ -241,7 +247,7 @@ def test_there_is_time_to_hand_the_message_back(everything):
 
 
 def test_every_pod_is_restricted(everything):
-    """The Pod Security Standard "restricted", and for the workers a read-only root and no service account."""
+    """The Pod Security Standard "restricted", no service account, and, except for the broker, a read-only root."""
     for name, document in everything.items():
         pod = kube.pod_spec(document)
         if pod is None:
@@ -307,13 +313,13 @@ def test_the_service_finds_the_stateful_set(everything):
 
 
 def test_the_images_are_this_version(everything):
-    """A tag, so that a kubelet takes the image that was loaded into it, and doesn't look for "latest" elsewhere."""
+    """With a tag, a kubelet uses the image that was loaded into it; it would pull "latest"."""
     for name, document in everything.items():
         for container in (kube.pod_spec(document) or {}).get("containers", []):
             assert container["image"] in (f"qconsume:{VERSION}", "job-wq-1:1", "rabbitmq:4-management"), name
 
 
-def test_keda_is_given_what_its_reference_knows(everything):
+def test_the_scaled_job_has_only_fields_of_kedas_reference(everything):
     """keda.sh/docs: reference/scaledjob-spec and scalers/rabbitmq-queue, 2.16 to 2.20."""
     document = everything["keda/scaledjob.yaml#1"]
     assert (document["apiVersion"], document["kind"]) == ("keda.sh/v1alpha1", "ScaledJob")
@@ -334,9 +340,9 @@ def test_keda_is_given_what_its_reference_knows(everything):
         "passwordFromEnv", "unsafeSsl", "useRegex", "pageSize", "operation", "timeout", "excludeUnacknowledged"}
     assert all(isinstance(value, str) for value in metadata.values())
     assert metadata["mode"] == "QueueLength"
-    # AMQP counts only what is ready.
+    # Over AMQP, KEDA counts only ready messages, as the strategy "accurate" needs.
     assert (metadata["protocol"], spec["scalingStrategy"]["strategy"]) == ("amqp", "accurate")
-    # The variable that KEDA reads is one of the pod's, and what is in it suits both of its readers.
+    # The pod has the variable that KEDA reads, and its URL works for both.
     [container] = kube.pod_spec(document)["containers"]
     assert metadata["hostFromEnv"] in names(container)
     assert {"name": "QUEUE", "value": metadata["queueName"]} in container["env"]
@@ -348,7 +354,7 @@ def names(container):
     return {variable["name"] for variable in container.get("env", [])}
 
 
-def test_the_readmes_name_files_that_there_are(expanded):
+def test_the_files_that_the_readmes_name_exist(expanded):
     named = 0
     for readme in sorted(EXAMPLES.glob("*/README.md")):
         folder = expanded if readme.parent.name == "expansion" else readme.parent

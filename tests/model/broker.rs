@@ -1,22 +1,21 @@
-//! The broker: one queue, and the broker's end of every connection to it.
+//! The broker: one queue, and the broker's side of every connection.
 
-/// A message, by its place in the queue.
+/// A message's position in the queue.
 pub type Id = u8;
 
-/// A delivery tag, counted modulo [`TAGS`]: no more deliveries than that are on their way at the same time.
+/// A delivery tag modulo [`TAGS`]: fewer deliveries than that are in transit at the same time.
 pub type Tag = u8;
 pub const TAGS: u8 = 4;
 
-/// What kind of queue it is, and of which version.
+/// The queue's type and RabbitMQ's version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Knows only whether a message was delivered before.
     Classic,
-    /// Before RabbitMQ 4.3: counts every return. Its channel watches the acknowledgement timeout. Its leader may lose sight of
-    /// a worker's node.
+    /// Before RabbitMQ 4.3: counts every requeue. The channel enforces the acknowledgement timeout. The leader may lose contact
+    /// with a worker's node.
     Quorum,
-    /// RabbitMQ 4.3: doesn't count `basic.nack`. The queue watches the acknowledgement timeout, and the channel hears of it
-    /// later.
+    /// RabbitMQ 4.3: doesn't count `basic.nack`. The queue enforces the acknowledgement timeout and informs the channel later.
     Quorum43,
 }
 
@@ -35,7 +34,7 @@ pub struct Message {
     pub count: u8,
     /// For the properties only: a command has succeeded with it.
     pub done: bool,
-    /// For the properties only: its count rose though nobody ran it, and no fault made it rise.
+    /// For the properties only: its count rose although no command ran with it, and not because of a fault.
     pub blamed: bool,
 }
 
@@ -50,25 +49,25 @@ impl Message {
         }
     }
 
-    /// What `src/broker/consume/message.rs` makes of the headers of a delivery.
+    /// The number that `src/broker/consume/message.rs` reads from a delivery's headers.
     pub fn failures(&self, kind: Kind) -> Option<u8> {
         (kind != Kind::Classic || self.count == 0).then_some(self.count)
     }
 }
 
-/// A delivery, as the worker sees it.
+/// A delivery as the worker receives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Delivery {
     pub id: Id,
     pub tag: Tag,
-    /// How many failures the queue has counted, if it counts them.
+    /// The failures that the queue has counted; `None` if it doesn't count them.
     pub failures: Option<u8>,
 }
 
-/// A method of the worker's.
+/// A method that the worker sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Request {
-    /// Another channel in the place of the first, with a consumer: `channel.close`, `channel.open`, `basic.consume`.
+    /// Replaces the channel by a new one with a consumer: `channel.close`, `channel.open`, `basic.consume`.
     Subscribe,
     Cancel {
         nowait: bool,
@@ -86,13 +85,13 @@ pub enum Request {
     Close,
 }
 
-/// A method of the broker's.
+/// A method that the broker sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reply {
     Deliver(Delivery),
     CancelOk,
     QosOk,
-    /// `queue.declare-ok`: whether no message is ready.
+    /// `queue.declare-ok`; `empty` if no message is ready.
     DeclareOk {
         empty: bool,
     },
@@ -102,29 +101,30 @@ pub enum Reply {
     ChannelClosed,
 }
 
-/// A connection with its one channel: both wires, and what the broker knows of it.
+/// A connection with its one channel: the methods in transit in both directions, and the broker's state for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Link {
     pub to_broker: Vec<Request>,
     pub to_worker: Vec<Reply>,
-    /// The network carries nothing more, and neither side has been told.
+    /// The network carries nothing more, but neither side has noticed.
     pub cut: bool,
     /// The broker has forgotten the connection.
     pub gone: bool,
     pub consumer: bool,
     pub channel_closed: bool,
-    /// The message that the queue counts as held by this channel's consumer, and the tag of its delivery.
+    /// The message that this channel's consumer holds, from the queue's view.
     pub unacked: Option<Id>,
+    /// The tag of the last delivery.
     tag: Tag,
-    /// The queue has requeued the delivery because of its timeout, and the channel doesn't know yet.
+    /// The queue has requeued the delivery because of its timeout, but the channel doesn't know yet.
     pub expired: bool,
-    /// The message whose command was last started here.
+    /// The message whose command was started last.
     pub ran: Option<Id>,
-    /// For the properties only: the message that was last removed from the queue by an ack or a reject from here.
+    /// For the properties only: the last message that an ack or a reject on this connection removed from the queue.
     pub removed: Option<Id>,
-    /// For the properties only: a reject from here has dead-lettered a message.
+    /// For the properties only: a reject on this connection has dead-lettered a message.
     pub dead_lettered: bool,
-    /// For the properties only: the queue has requeued a message of its own accord.
+    /// For the properties only: a fault has made the queue requeue a message.
     faulty: bool,
 }
 
@@ -133,14 +133,14 @@ impl Link {
         Self { consumer: true, ..Self::default() }
     }
 
-    /// Writes to the broker: into nothing where the connection is lost.
+    /// Writes to the broker; if the connection is lost, the request is dropped.
     pub fn write(&mut self, request: Request) {
         if !self.cut && !self.gone {
             self.to_broker.push(request);
         }
     }
 
-    /// The worker leaves its channel for another one: it hears nothing more of the first.
+    /// The worker replaces its channel, and gets nothing more from the old one.
     pub fn subscribe(&mut self) {
         self.to_worker.clear();
         self.expired = false;
@@ -153,36 +153,36 @@ impl Link {
         }
     }
 
-    /// Both wires lose what is on its way, and all that follows.
+    /// Drops everything in transit, and everything that follows.
     pub fn cut(&mut self) {
         self.cut = true;
         self.to_broker.clear();
         self.to_worker.clear();
     }
 
-    /// Whether the last thing that the worker wrote was `connection.close`.
+    /// Whether the worker's last request is `connection.close`.
     pub fn said_goodbye(&self) -> bool {
         self.to_broker.last() == Some(&Request::Close)
     }
 
-    /// Whether the broker may deliver: a prefetch of one.
+    /// Whether the broker may deliver, with a prefetch of one.
     pub fn wants_message(&self) -> bool {
         self.consumer && !self.expired && self.unacked.is_none()
     }
 
-    /// Its worker has left, and what is on its way to it doesn't matter.
+    /// The worker has left, so replies to it don't matter any more.
     pub fn leave(&mut self) {
         self.to_worker.clear();
         (self.removed, self.dead_lettered) = (None, false);
     }
 
-    /// Whether it may still change the queue.
+    /// Whether the connection may still change the queue.
     pub fn matters(&self) -> bool {
         self.wants_message() || self.unacked.is_some()
     }
 }
 
-/// The queue's side of a step; a link that has ended stays where it is, `gone`.
+/// The queue's messages. A link that has ended isn't removed, but `gone`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Queue(pub Vec<Message>);
 
@@ -191,7 +191,7 @@ impl Queue {
         &mut self.0[usize::from(id)]
     }
 
-    /// The first that is ready: a requeued message goes back to its old place.
+    /// The first ready message. A requeued message returns to its old position.
     pub fn first_ready(&self) -> Option<Id> {
         let ready = |message: &Message| message.place == Place::Ready;
         self.0.iter().position(ready).map(|id| id as Id)
@@ -206,7 +206,8 @@ impl Queue {
         link.reply(Reply::Deliver(Delivery { id, tag: link.tag, failures }));
     }
 
-    /// The queue's leader has lost sight of the worker's node: it has requeued what the worker holds, and delivers `id` to it now.
+    /// The queue's leader has lost contact with the worker's node: it requeues the message that the worker holds, and then
+    /// delivers `id` to it.
     pub fn deliver_again(&mut self, kind: Kind, link: &mut Link, id: Id) {
         self.take_back(kind, link, true, true);
         self.deliver(kind, link, id);
@@ -238,9 +239,9 @@ impl Queue {
             Request::Reject { tag, requeue: false } if holds(link, tag) => self.remove(link, Place::DeadLettered),
             Request::Reject { tag, .. } if holds(link, tag) => self.take_back(kind, link, true, false),
             Request::Nack(tag) if holds(link, tag) => self.take_back(kind, link, kind != Kind::Quorum43, false),
-            // The queue has requeued it meanwhile, and says nothing of that to the channel, which answers as ever.
+            // The queue has requeued the message, but hasn't told the channel, which ignores this silently.
             Request::Ack(_) | Request::Reject { .. } | Request::Nack(_) => {}
-            Request::Close | Request::Subscribe => unreachable!("they came before"),
+            Request::Close | Request::Subscribe => unreachable!("handled above"),
         }
     }
 
@@ -257,11 +258,11 @@ impl Queue {
         };
         let message = self.message(id);
         message.requeue(kind, counted);
-        // An older quorum queue counts whatever we do.
+        // An older quorum queue counts every requeue, so only 4.3 can blame us.
         message.blamed |= kind == Kind::Quorum43 && counted && !link.faulty && link.ran != Some(id);
     }
 
-    /// The broker learns that the connection has ended, or crashes.
+    /// The broker notices the connection's end, or crashes.
     pub fn end(&mut self, kind: Kind, link: &mut Link, fault: bool) {
         self.take_back(kind, link, true, fault);
         link.to_broker.clear();
@@ -279,7 +280,7 @@ impl Queue {
         }
     }
 
-    /// RabbitMQ 4.3: the channel hears of the timeout.
+    /// RabbitMQ 4.3: the queue informs the channel of the timeout.
     pub fn announce(&mut self, link: &mut Link) {
         link.expired = false;
         if link.consumer {

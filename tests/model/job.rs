@@ -1,12 +1,12 @@
 //! The Job controller, with examples/work-queue/job.yaml's `podFailurePolicy`.
 
-/// Failed pods that the Job may have: the next one fails it.
+/// The failed pods that the Job tolerates; one more fails it.
 const BACKOFF_LIMIT: u8 = 1;
 
-/// `FailJob`, whatever `backoffLimit` says.
+/// Statuses with the action `FailJob`: they fail the Job at once.
 const FAIL_JOB: [u8; 7] = [64, 65, 66, 77, 78, 126, 127];
 
-/// `Ignore`: replaced, and not counted.
+/// Statuses with the action `Ignore`: the pod is replaced and not counted.
 const IGNORE: [u8; 3] = [69, 71, 75];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,7 +25,6 @@ pub struct Job {
 }
 
 impl Job {
-    /// One completion a message.
     pub fn new(completions: u8) -> Self {
         Self { completions, succeeded: 0, failed: 0, status: JobStatus::Active }
     }
@@ -34,12 +33,12 @@ impl Job {
         self.status == JobStatus::Active
     }
 
-    /// Whether a pod is missing, when there are so many that have not been seen to end.
+    /// Whether the controller creates a pod. `active` is the number of pods whose end it hasn't seen.
     pub fn wants_pod(&self, active: usize) -> bool {
         self.is_active() && active < usize::from(self.completions - self.succeeded)
     }
 
-    /// A pod has ended; `evicted` is its condition `DisruptionTarget`.
+    /// The controller sees that a pod has ended; `evicted` is the pod's condition `DisruptionTarget`.
     pub fn observe(&mut self, status: u8, evicted: bool) {
         if !self.is_active() {
             return;

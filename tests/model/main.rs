@@ -1,53 +1,56 @@
-//! The protocol as a model, of which stateright visits every state: workers, a queue, the network and a Job, in every order
-//! in which their steps can happen, and with faults at every point. It needs no broker and takes a minute of CPU time.
+//! A model of the protocol: workers, a queue, the network and a Job. Stateright visits every state, so the model's steps happen
+//! in every possible order, with faults at every point. It needs no broker and takes a minute of CPU time.
 //!
 //! # What is modelled
 //!
-//! - **The worker** ([`worker`]) is src's own code where it decides anything: `verdict::decide`, `verdict::Course` and
-//!   `settlement::Settling`. It takes one message a run, or `--count` or `--drain` says how many, with `--keep-going` or `--no-ack`.
-//!   A command succeeds, fails, fails for good (65), runs into `--timeout`, dies of the forwarded SIGTERM, or can't be started.
-//! - **The broker** ([`broker`]): a classic queue, a quorum queue before 4.3, one of 4.3; prefetch of one, redelivery, delivery
-//!   counts, and both kinds of acknowledgement timeout. In 4.3 the queue requeues first, and the channel hears of it later.
-//! - **The network**: two wires a connection, each in order, and a cut that loses all that is on them. Both sides
-//!   notice in their own time, so the broker may redeliver while the command still runs, and deliver to a worker that has gone.
-//!   A frame that is lost is a cut in front of it: TCP has no other loss.
-//! - **The Job controller** ([`job`]): as many completions as messages, or as `--count` makes of them, and job.yaml's
+//! - **The worker** ([`worker`]) makes its decisions with the code in src/: `verdict::decide`, `verdict::RunState` and
+//!   `settlement::Settling`. It takes one message in a run, or as many as `--count` or `--drain` says, perhaps with
+//!   `--keep-going` or `--no-ack`. A command succeeds, fails, fails permanently (65), runs into `--timeout`, dies of the
+//!   forwarded SIGTERM, or can't be started.
+//! - **The broker** ([`broker`]): a classic queue, a quorum queue before 4.3, or one of 4.3; a prefetch of one, redelivery,
+//!   delivery counts, and both kinds of acknowledgement timeout. In 4.3 the queue requeues first, and informs the channel later.
+//! - **The network**: each connection has two directions, each of which keeps the order, and a cut drops everything in transit.
+//!   The two sides notice a cut independently, so the broker may redeliver while the command still runs, or deliver to a worker
+//!   that is gone. A lost frame is the same as a cut before it, as TCP loses nothing else.
+//! - **The Job controller** ([`job`]): a completion for each message, or for each `--count` messages, and job.yaml's
 //!   `podFailurePolicy`. It sees a pod's end some time later.
-//! - **Faults**, as many as [`System`] allows: cut, SIGKILL, SIGTERM by eviction, acknowledgement timeout, a crash of the broker that
-//!   forgets an ack or none, and a queue that requeues what a worker holds, as its leader has lost sight of the worker's node.
-//! - **Time** only as order. Two assumptions: `--wait` is over only when nothing else can happen, and a queue of 4.3 has told its
-//!   channel of a timeout when the pause before the second barrier has passed.
+//! - **Faults**, as many as [`System`] allows: a cut, SIGKILL, an eviction (SIGTERM), an acknowledgement timeout, a crash of the
+//!   broker, in which it may forget an ack, and a queue that requeues a worker's message because its leader has lost contact with
+//!   the worker's node.
+//! - **Time** is modelled only as order, with two assumptions: `--wait` ends only when nothing else can happen, and a queue of
+//!   4.3 informs its channel of a timeout before the pause that precedes the second barrier is over.
 //!
 //! # What no client can know
 //!
-//! A queue that has lost sight of a node drops an acknowledgement from there without a word (docs/cluster.md). The worker can know of
-//! that only by a delivery while it holds another one. So the fault is restricted to what shows: in the same step the queue delivers to
-//! this worker again, the same message or, while another worker gets that one, another message. It isn't there
+//! A queue that has lost contact with a node silently drops acknowledgements from there (docs/cluster.md). A worker can notice
+//! that only if it gets a delivery while it holds another message. So the model has this fault only if it shows: in the same step
+//! the queue delivers to this worker again, either the same message, or another one while some other worker gets the first. The
+//! model leaves out two cases:
 //!
-//! - if nothing is delivered to this worker, as there is nothing, or as its consumer is cancelled by then;
-//! - if the worker wants more messages, so that its consumer isn't cancelled, and gets *another* message: when its acknowledgement is
-//!   written before it sees that one, it looks like the next message. Then only the same message is delivered again.
+//! - nothing is delivered to this worker, because no message is ready or its consumer is cancelled;
+//! - the worker wants more messages, so its consumer isn't cancelled, and it gets *another* message. If it has written its
+//!   acknowledgement before, this looks like the next message. In that situation only the same message is delivered again.
 //!
 //! # What is not modelled
 //!
-//! `--on-lost finish`; back-off and `--connect-timeout` (a broker that crashes is back at once, and subscribing is one step); refusals;
-//! deleted queues; messages that can't be read, or arrive in pieces; single active consumers;
-//! `delivery-limit`; signals but TERM and KILL. Runs are all as short as a task of milliseconds or all so long that the broker is asked
-//! twice ([`System::long`]). A ready message in front is delivered first.
+//! `--on-lost finish`; back-off and `--connect-timeout` (a crashed broker is back at once, and subscribing is one step);
+//! refusals; deleted queues; messages that can't be read, or arrive in pieces; single active consumers; `delivery-limit`; signals
+//! other than TERM and KILL. Either all runs are short, or all are long enough for a second barrier ([`System::long`]). The queue
+//! always delivers its first ready message.
 //!
 //! # What is checked
 //!
-//! [`properties`] has the list. [`every_run_ends`] shows that no run goes round in a circle, so "nobody waits for ever" means that
-//! each run comes to the end of its Job. [`seeded_bugs_are_found`] breaks the worker in one place after the other, and each property
-//! by that: one that can't fail would say nothing.
+//! [`properties`] has the list. [`every_run_ends`] shows that no run is a cycle, so "nobody waits for ever" means that each run
+//! reaches the end of its Job. [`seeded_bugs_are_found`] puts one bug after the other into the worker and checks that each breaks
+//! a property: a property that can't fail proves nothing.
 //!
-//! What carries the decisions out is still a copy of src/worker.rs and src/broker/consume/settle.rs. [`replay`] asks the program itself, and
-//! fails if the two differ.
+//! The code that carries out the decisions is a copy of src/worker.rs and src/broker/consume/settle.rs. [`replay`] plays the
+//! model's runs against the real program and fails if the two differ.
 //!
 //! # Reading a counterexample
 //!
-//! A property that doesn't hold is reported with the shortest run that breaks it, a step a line, and the state after the last. A number
-//! is a worker's place, from 0; `Left(0)` is the first of the connections whose workers have gone. So
+//! If a property doesn't hold, the test prints the shortest run that breaks it, with a step in each line, and the last state.
+//! Numbers are workers, from 0; `Left(0)` is the first of the connections whose workers have gone. For example,
 //!
 //! ```text
 //!   1. Connect(0)                     worker 0 subscribes
@@ -55,12 +58,12 @@
 //!   3. Receive(0)                     which arrives
 //!   4. Start(0)                       and the command starts
 //!   5. Cut(0)                         the network fails
-//!   6. CommandEnds(0, Success)        cancel, ack and barrier are written, into nothing
-//!   7. Notice(0)                      and the worker finds out
+//!   6. CommandEnds(0, Success)        cancel, ack and barrier are written, but lost
+//!   7. Notice(0)                      and the worker notices the cut
 //! ```
 //!
-//! ends with the worker's `Ended`: status 75, and no message that it has removed.
-//! To see one, run `cargo test --test model seeded -- --nocapture`, or change a step of [`worker`].
+//! ends with the worker in the phase `Ended`, with status 75 and no removed message.
+//! To see some, run `cargo test --test model seeded -- --nocapture`, or change a step of [`worker`].
 
 mod broker;
 mod job;
@@ -78,7 +81,7 @@ use std::{
 };
 use system::{Action, Bug, State, System};
 
-/// Checks every property in every state; workers that have changed places make no other state.
+/// Checks every property in every state; states that differ only in the order of the workers count as one.
 fn check(name: &str, system: System) {
     let start = Instant::now();
     let checker = system.clone().checker().threads(2).symmetry_fn(sorted);
@@ -92,7 +95,7 @@ fn check(name: &str, system: System) {
     for property in system.properties() {
         let found = checker.discovery(property.name).is_some();
         match property.expectation {
-            Expectation::Sometimes => assert!(found, "never: {}", property.name),
+            Expectation::Sometimes => assert!(found, "not reachable: {}", property.name),
             _ if found => panic!("{}", story(&system, property.name)),
             _ => {}
         }
@@ -105,8 +108,8 @@ fn sorted(state: &State) -> State {
     state
 }
 
-/// The shortest way to break a property, if there is one. The checker ends with one that is nearly that, so it is asked
-/// for a shorter one until there is none.
+/// The shortest path that breaks a property, if there is one. The checker's first one isn't always the shortest, so ask for
+/// shorter ones until there is none.
 fn shortest(system: &System, property: &'static str) -> Option<Path<State, Action>> {
     let (mut best, mut depth) = (None, usize::MAX);
     loop {
@@ -116,19 +119,19 @@ fn shortest(system: &System, property: &'static str) -> Option<Path<State, Actio
         let Some(path) = checker.discovery(property) else {
             return best;
         };
-        // The depth counts states, and its last one isn't looked at: one step less than this path has.
+        // The depth counts states, and the checker ignores the last one, so this asks for one step less.
         depth = path.clone().into_actions().len() + 1;
         best = Some(path);
     }
 }
 
-/// A counterexample: the steps in their order, and the state that they lead to.
+/// A counterexample as text: its steps, and the state that they lead to.
 fn story(system: &System, property: &'static str) -> String {
     let path = shortest(system, property).expect("it was found before");
     let last = path.last_state().clone();
     let steps = path.into_actions().into_iter().zip(1..);
     let steps: String = steps.map(|(it, n)| format!("{n:3}. {it:?}\n")).collect();
-    format!("not so: {property}\n{steps}{last:#?}")
+    format!("doesn't hold: {property}\n{steps}{last:#?}")
 }
 
 #[test]
@@ -193,7 +196,7 @@ fn acknowledged_beforehand() {
     check("quorum before 4.3, --no-ack --count 2", several.no_ack());
 }
 
-/// No run goes on for ever, so [`NO_DEADLOCK`] says that every run comes to its end.
+/// No run is endless, so [`NO_DEADLOCK`] means that every run reaches its end.
 #[test]
 fn every_run_ends() {
     let two_workers =
@@ -201,15 +204,15 @@ fn every_run_ends() {
     let several = System { count: Some(2), keep_going: true, failures: 2, ..small(Kind::Quorum43, None) };
     let drain = System { count: None, keep_going: true, failures: 2, ..small(Kind::Quorum, None) };
     for system in two_workers.into_iter().chain([several, drain]) {
-        let states = without_circle(&system).expect("no circle");
-        println!("{:?}, --count {:?}: no circle in {states} states", system.kind, system.count);
+        let states = without_cycle(&system).expect("no cycle");
+        println!("{:?}, --count {:?}: no cycle in {states} states", system.kind, system.count);
     }
-    let circle = without_circle(&small(Kind::Classic, Some(Bug::Reconnects)));
-    assert!(circle.is_err());
+    let cycle = without_cycle(&small(Kind::Classic, Some(Bug::Reconnects)));
+    assert!(cycle.is_err());
 }
 
-/// Depth first: a state that is met again before everything behind it was visited is on a circle.
-fn without_circle(system: &System) -> Result<usize, Box<State>> {
+/// The number of states, or a state that is on a cycle: depth first, one that is reached again before its successors are visited.
+fn without_cycle(system: &System) -> Result<usize, Box<State>> {
     let mut all_visited: HashMap<State, bool> = HashMap::new();
     let first = system.init_states();
     let mut stack: Vec<_> = first.into_iter().map(|state| (state, false)).collect();
@@ -232,12 +235,12 @@ fn without_circle(system: &System) -> Result<usize, Box<State>> {
     Ok(all_visited.len())
 }
 
-/// Enough for every seeded bug.
+/// A small system, in which every seeded bug shows.
 fn small(kind: Kind, bug: Option<Bug>) -> System {
     System { messages: 2, workers: 1, bug, ..System::new(kind) }
 }
 
-/// Each seeded bug, in a system that it breaks, and the property that says so.
+/// Each seeded bug in a system, and the property that it breaks.
 fn seeded_bugs() -> Vec<(System, &'static str)> {
     use Kind::{Classic, Quorum, Quorum43};
     let one = |bug, kind| small(kind, Some(bug));
@@ -275,7 +278,7 @@ fn seeded_bugs() -> Vec<(System, &'static str)> {
     ]
 }
 
-/// Each property fails when it should.
+/// Each seeded bug breaks its property, and each property is broken by a bug.
 #[test]
 fn seeded_bugs_are_found() {
     let seeded = seeded_bugs();
@@ -286,7 +289,7 @@ fn seeded_bugs_are_found() {
         };
         let steps = path.into_actions();
         println!(
-            "{:?}, {kind:?}: \"{property}\" broken in {} steps: {steps:?}",
+            "{:?}, {kind:?}: breaks \"{property}\" in {} steps: {steps:?}",
             bug.expect("one is seeded"),
             steps.len()
         );

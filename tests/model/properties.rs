@@ -1,4 +1,4 @@
-//! What must hold in every state, and what must be reachable for that to mean something.
+//! The properties that must hold in every state, and the states that must be reachable, so that the properties mean something.
 
 use crate::{
     broker::{Id, Message, Place},
@@ -8,17 +8,17 @@ use crate::{
 };
 use stateright::{Model, Property};
 
-pub const CONFIRMED: &str = "exit 0: this worker has removed each message that it was asked for";
-pub const DONE_FIRST: &str = "only what a command has done is acknowledged";
-pub const ACCOUNTED: &str = "removed: by an exit 0, a dead letter, a 75 or a killed worker";
-pub const UNBLAMED: &str = "no count is raised by us of a message that nobody ran";
-pub const PROCESSED: &str = "the Job is Complete: every message is processed";
-pub const EMPTY_QUEUE: &str = "only --wait ends the wait: the queue is empty";
+pub const CONFIRMED: &str = "if a worker exits 0, it has removed each message that it was asked for";
+pub const DONE_FIRST: &str = "a message is acknowledged only after a command has succeeded with it";
+pub const ACCOUNTED: &str = "a worker that has acknowledged a message exits 0 or 75, or is killed";
+pub const UNBLAMED: &str = "we raise no delivery count of a message whose command never ran";
+pub const PROCESSED: &str = "if the Job is Complete, every message is processed";
+pub const EMPTY_QUEUE: &str = "if only the end of --wait can go on, the queue is empty";
 pub const STOPS: &str = "no command starts after a stop signal";
-pub const TOLD: &str = "exit 0: no message is dead-lettered, unless that counts as done";
+pub const TOLD: &str = "if a worker exits 0, it has dead-lettered no message, unless that counts as done";
 pub const NO_DEADLOCK: &str = "nobody waits for ever";
 
-/// The workers that have ended and that the Job controller hasn't seen yet.
+/// The workers whose end the Job controller hasn't seen yet.
 fn ended(state: &State) -> impl Iterator<Item = End> {
     state.workers.iter().filter_map(|worker| match worker.phase {
         Phase::Ended(end) => Some(end),
@@ -51,7 +51,7 @@ fn done_first(system: &System, state: &State) -> bool {
     system.no_ack || messages.all(|message| message.place != Place::Acknowledged || message.done)
 }
 
-/// A run of several messages has done some of them, whatever its status.
+/// Only for runs of one message: a run of several may have acknowledged some, whatever its status.
 fn accounted(system: &System, state: &State) -> bool {
     let acknowledged = |id: Id| state.queue.0[usize::from(id)].place == Place::Acknowledged;
     let is_told = |end: End| matches!(end.status, 0 | 75 | KILLED) || !end.removed.is_some_and(acknowledged);
@@ -70,22 +70,22 @@ fn unblamed(_: &System, state: &State) -> bool {
     state.queue.0.iter().all(|message| !message.blamed)
 }
 
-/// With `--reject-exit-code 0` a dead letter counts as done. For each forgotten ack one message may be processed in the
-/// place of another. One pod that has found the queue empty says nothing of what others hold, and with `--no-ack` a failure loses a
-/// message.
+/// With `--reject-exit-code 0` a dead letter counts as done. For each forgotten ack, one message may be processed twice instead of
+/// another. Doesn't apply to `--drain` (a pod that finds the queue empty knows nothing about messages that others hold) or
+/// `--no-ack` (a failure loses a message).
 fn processed(system: &System, state: &State) -> bool {
     let dead_is_done = system.policy.reject_exit_code == Some(0);
     let processed = |message: &&Message| message.done || dead_is_done && message.place == Place::DeadLettered;
     let missing = state.queue.0.len() - state.queue.0.iter().filter(processed).count();
-    let says_so = system.drains() || system.no_ack;
-    says_so || state.job.status != JobStatus::Complete || missing <= state.forgotten.into()
+    let exempt = system.drains() || system.no_ack;
+    exempt || state.job.status != JobStatus::Complete || missing <= state.forgotten.into()
 }
 
 fn empty_queue(system: &System, state: &State) -> bool {
     let waits = |worker: &Worker| matches!(worker.phase, Phase::Waiting { .. });
-    let waits_in_vain = |action: &Action| matches!(action, Action::WaitOver(_));
-    // What all the steps are is asked only if it matters, as that takes time.
-    !any(state, Place::Ready) || !state.workers.iter().any(waits) || !actions(system, state).iter().any(waits_in_vain)
+    let ends_the_wait = |action: &Action| matches!(action, Action::WaitOver(_));
+    // `actions` is slow, so it comes last.
+    !any(state, Place::Ready) || !state.workers.iter().any(waits) || !actions(system, state).iter().any(ends_the_wait)
 }
 
 fn no_deadlock(system: &System, state: &State) -> bool {
@@ -108,27 +108,27 @@ pub fn all() -> Vec<Property<System>> {
             state.job.status == JobStatus::Complete && state.faults < system.faults
         }),
         Property::<System>::sometimes("Failed", |_, state| state.job.status == JobStatus::Failed),
-        Property::<System>::sometimes("75 though the message is removed", |_, state| {
+        Property::<System>::sometimes("exit 75 although the message is removed", |_, state| {
             ended(state).any(|end| end.status == 75 && end.removed.is_some())
         }),
-        Property::<System>::sometimes("dead-lettered, where commands may fail", |system, state| {
+        Property::<System>::sometimes("a message is dead-lettered, if commands may fail", |system, state| {
             system.failures == 0 || system.no_ack || any(state, Place::DeadLettered)
         }),
-        Property::<System>::sometimes("stopped before all is done, and some of it is", |system, state| {
+        Property::<System>::sometimes("a run is stopped when some of its messages are done", |system, state| {
             system.count == Some(1) || ended(state).any(|end| end.status == TERMINATED && end.removed.is_some())
         }),
         Property::<System>::sometimes("the next message comes while one is settled", |system, state| {
             let comes = |worker: &Worker| worker.settles_with_next();
             system.count == Some(1) || system.no_ack || state.workers.iter().any(comes)
         }),
-        Property::<System>::sometimes("a message comes when the queue was empty", |system, state| {
+        Property::<System>::sometimes("a message comes after the queue was found empty", |system, state| {
             let comes = |worker: &Worker| matches!(worker.phase, Phase::Cancelling(Some(_)));
             !system.drains() || state.workers.iter().any(comes)
         }),
         Property::<System>::sometimes("two run the same message", |system, state| {
             system.workers == 1 || (0..system.messages).any(|id| runs(state, id) > 1)
         }),
-        Property::<System>::sometimes("run again as its ack was forgotten", |_, state| {
+        Property::<System>::sometimes("a message is run again because its ack was forgotten", |_, state| {
             let messages = state.queue.0.iter().zip(0..);
             let mut again = messages.filter(|(message, id)| message.done && runs(state, *id) > 0);
             state.forgotten > 0 && again.next().is_some()

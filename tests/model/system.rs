@@ -1,4 +1,4 @@
-//! All of it together: which steps there are in a state, and what each does.
+//! The whole system: which steps are possible in a state, and what each step does.
 
 use crate::{
     broker::{Id, Kind, Link, Message, Place, Queue},
@@ -10,59 +10,59 @@ use qconsume::verdict::{Policy, Statuses};
 use stateright::{Model, Property};
 use std::time::Duration;
 
-/// What is seeded to show that a property can fail. The first four are what this program once did.
+/// Bugs that can be seeded to show that properties can fail. The first four were real bugs of this program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bug {
-    /// A delivery that comes while a message is settled isn't seen.
+    /// A delivery that comes during a settlement is ignored.
     RedeliveryUnseen,
-    /// A connection that is lost between the two barriers has confirmed the settlement.
+    /// A loss of the connection between the two barriers counts as confirmation.
     LossAfterReply,
     /// A stop signal that comes after the time limit doesn't end the run.
     SignalAfterTimeLimit,
-    /// A stop signal that comes before the command's start is forgotten.
+    /// A stop signal that comes before the command's start is ignored.
     SignalBeforeStart,
 
     /// The ack goes out before the command runs.
     AckFirst,
-    /// Exit 0 whatever happened, as amqp-consume.
+    /// Exit 0 whatever happened, as with amqp-consume.
     AlwaysZero,
     AsksOnce,
     CancelAfterAck,
-    /// The broker's cancel of the consumer isn't looked at.
+    /// The broker's `basic.cancel` is ignored.
     CancelIgnored,
-    /// Told to stop while a message may come, it only closes.
+    /// If it is stopped while a message may come, it only closes the connection.
     CloseToRelease,
-    /// A message that comes before the reply to the cancel isn't run.
+    /// A message that comes before the reply to the cancel is ignored.
     DropsLateMessage,
     /// `--keep-going` ends with the status of its last message.
     ForgetsDeadLetters,
     NoBarrier,
-    /// A connection that is gone isn't noticed.
+    /// The worker doesn't notice a lost connection.
     NoHeartbeats,
-    /// It connects anew whenever it waits.
+    /// While it waits, it may reconnect at any time.
     Reconnects,
     /// A message whose command can't be started is rejected.
     RejectNotRun,
     SignalEndsSettling,
-    /// Exit 0 though the ack isn't confirmed.
+    /// Exit 0 although the ack isn't confirmed.
     TrustUnconfirmed,
 }
 
-/// What is checked: a queue, a Job that does all of its messages, and a bound on what goes wrong.
+/// A system to check: a queue, a Job for all of its messages, and limits on faults and failures.
 #[derive(Clone, Debug)]
 pub struct System {
     pub kind: Kind,
     pub messages: u8,
     pub workers: usize,
-    /// Cuts, kills, evictions, crashes, redeliveries and acknowledgement timeouts.
+    /// The most faults: cuts, kills, evictions, crashes, redeliveries and acknowledgement timeouts.
     pub faults: u8,
-    /// Commands that don't succeed.
+    /// The most commands that don't succeed.
     pub failures: u8,
     /// `--count`; `None` is `--drain`.
     pub count: Option<u8>,
     pub keep_going: bool,
     pub no_ack: bool,
-    /// Commands run so long that they may meet the acknowledgement timeout.
+    /// Commands run so long that the acknowledgement timeout may pass.
     pub long: bool,
     pub policy: Policy,
     pub bug: Option<Bug>,
@@ -80,7 +80,7 @@ impl System {
             keep_going: false,
             no_ack: false,
             long: kind == Kind::Quorum43,
-            // As in examples/work-queue/job.yaml, but for a limit on attempts that few failures reach.
+            // As in examples/work-queue/job.yaml, except for a limit on attempts that few failures reach.
             policy: Policy {
                 reject_on: Some(Statuses(vec![65..=65])),
                 max_attempts: Some(2),
@@ -91,7 +91,7 @@ impl System {
         }
     }
 
-    /// With `--no-ack`, where nothing is left to dead-letter.
+    /// With `--no-ack`, which leaves nothing to dead-letter.
     pub fn no_ack(self) -> Self {
         let policy = Policy { failure_exit_code: Some(1), ..Policy::default() };
         Self { no_ack: true, long: false, policy, ..self }
@@ -106,13 +106,13 @@ impl System {
         Duration::from_secs(if self.long { 5 } else { 0 })
     }
 
-    /// One pod for each part of the queue that `--count` takes; one that drains it.
+    /// One completion for each `--count` messages, or one with `--drain`.
     fn completions(&self) -> u8 {
         self.count.map_or(1, |count| self.messages / count)
     }
 }
 
-/// One connection: a worker's own, or one whose worker has left and the broker may not know.
+/// A connection: a worker's, or one whose worker has left, which the broker may not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum At {
     Worker(usize),
@@ -129,40 +129,40 @@ pub enum Action {
     StopPod(usize),
 
     Connect(usize),
-    /// The command of the message that was taken starts.
+    /// The taken message's command starts.
     Start(usize),
     /// `--timeout` passes.
     TimeLimit(usize),
     CommandEnds(usize, Ending),
     /// The worker gets the broker's next method.
     Receive(usize),
-    /// The worker finds out that its connection is gone.
+    /// The worker notices that its connection is lost.
     Notice(usize),
     /// The pause before the second barrier is over.
     LookAgain(usize),
-    /// `--drain`: the queue is asked again whether it is empty.
+    /// `--drain`: the worker asks again whether the queue is empty.
     Ask(usize),
-    /// `--wait` is over: it is longer than anything else takes.
+    /// `--wait` is over; it takes longer than anything else.
     WaitOver(usize),
 
     /// The broker processes the next method of this connection.
     Process(At),
     Deliver(Id, At),
-    /// The broker finds out that a connection is gone.
+    /// The broker notices that a connection is gone.
     End(At),
-    /// The channel hears of the queue's acknowledgement timeout.
+    /// The queue informs the channel of the acknowledgement timeout.
     Announce(usize),
 
-    /// Fault: the network drops what is on its way in both directions, and all that follows.
+    /// Fault: the network drops everything in transit in both directions, and everything that follows.
     Cut(usize),
-    /// Fault: SIGKILL to the worker, or the node's end.
+    /// Fault: the worker gets SIGKILL, or its node dies.
     Kill(usize),
     /// Fault: SIGTERM to the pod, with the condition DisruptionTarget.
     Evict(usize),
     /// Fault: the acknowledgement timeout passes.
     Expire(usize),
-    /// Fault: the queue's leader has lost sight of the worker's node. It requeues what the worker holds, and delivers this message
-    /// to it: the same, or another while somebody else gets that one.
+    /// Fault: the queue's leader has lost contact with the worker's node. It requeues the message that the worker holds, and
+    /// delivers this one to it: the same, or another one while some other worker gets the first.
     Again(Id, usize),
     /// Fault: the broker crashes and starts again; it may have forgotten an ack.
     Crash(Option<Id>),
@@ -172,10 +172,10 @@ pub enum Action {
 pub struct State {
     pub queue: Queue,
     pub workers: Vec<Worker>,
-    /// Connections whose worker has left, in order, so that equal states are equal.
+    /// Connections whose workers have left; sorted, so that states don't differ in their order.
     pub left: Vec<Link>,
     pub job: Job,
-    /// How many more there may be.
+    /// How many more faults and failures there may be.
     pub faults: u8,
     pub failures: u8,
     /// For the properties only: acks that the broker has forgotten in crashes.
@@ -188,7 +188,7 @@ impl Action {
         matches!(self, Cut(_) | Kill(_) | Evict(_) | Expire(_) | Again(..) | Crash(_))
     }
 
-    /// A command that doesn't succeed, though nobody has stopped it.
+    /// Whether a command doesn't succeed, although no signal has stopped it.
     pub fn is_failure(&self) -> bool {
         use Ending::{Failure, NotStarted};
         matches!(self, Self::TimeLimit(_) | Self::CommandEnds(_, Failure(_) | NotStarted(_)))
@@ -196,7 +196,7 @@ impl Action {
 }
 
 impl State {
-    /// Workers that have ended leave their connections, and what changes nothing any more is forgotten.
+    /// Moves the connections of workers that have ended to `left`, and removes those that don't matter any more.
     fn tidy(&mut self) {
         let left = self.workers.iter_mut().filter_map(Worker::left);
         self.left.extend(left);
@@ -205,7 +205,7 @@ impl State {
         self.left.sort();
     }
 
-    /// What the broker has written before may still arrive.
+    /// Bytes that the broker wrote before the crash may still arrive.
     fn crash(&mut self, kind: Kind, forgotten: Option<Id>) {
         if let Some(id) = forgotten {
             self.queue.message(id).place = Place::Ready;
@@ -254,7 +254,7 @@ impl System {
         match worker.phase {
             Phase::Ended(_) => actions.push(Action::Observe(w)),
             Phase::Connecting => actions.push(Action::Connect(w)),
-            // Whatever it is told as long as something is ready, it asks again.
+            // While a message is ready, asking would change nothing, as it would only ask again.
             Phase::Waiting { asking: false, .. } if self.drains() && state.queue.first_ready().is_none() => {
                 actions.push(Action::Ask(w));
             }
@@ -309,7 +309,7 @@ impl System {
             {
                 actions.push(Action::Deliver(id, at));
             }
-            // A killed worker's connection may end at any time, with what is still on its way.
+            // A killed worker's connection may end at any time, and lose what is in transit.
             let killed = matches!(at, At::Left(_)) && !link.said_goodbye();
             if !link.gone && (link.cut || killed) {
                 actions.push(Action::End(at));
@@ -345,7 +345,7 @@ impl System {
                 let Some(held) = link.unacked.filter(|_| !link.cut) else {
                     continue;
                 };
-                // It takes half an hour, so the command was started.
+                // The timeout is long, so the command has started.
                 if self.long && link.ran == Some(held) {
                     actions.push(Action::Expire(w));
                 }

@@ -1,19 +1,20 @@
-//! qconsume itself. What it decides is src's own code: `verdict::decide`, `verdict::Course` and `settlement::Settling`. Here is only
-//! what carries that out, as src/worker.rs and src/broker/consume/settle.rs do; [`crate::replay`] compares both.
+//! A worker: qconsume itself. The code in src/ makes the decisions: `verdict::decide`, `verdict::RunState` and
+//! `settlement::Settling`. This file only carries them out, as src/worker.rs and src/broker/consume/settle.rs do;
+//! [`crate::replay`] compares the two.
 
 use crate::{
     broker::{Delivery, Id, Link, Queue, Reply, Request},
     system::{Action, Bug, System},
 };
 use qconsume::{
-    settlement::{Event, Outcome, Settling, Step},
-    verdict::{CommandResult, Course, Ended, Next, Settlement, StopReason, Verdict, decide},
+    settlement::{Event, Settled, Settling, Step},
+    verdict::{CommandResult, Ended, Next, RunState, Settlement, StopReason, Verdict, decide},
 };
 
 const SIGTERM: i32 = 15;
 const SUCCESS: u8 = 0;
 pub const OS_ERROR: u8 = 71;
-/// The exit status when nothing came within `--wait`.
+/// No message came within `--wait`.
 const EMPTY: u8 = 66;
 const UNREADABLE: u8 = 70;
 const UNCONFIRMED: u8 = 75;
@@ -26,20 +27,20 @@ pub enum Ending {
     Success,
     /// It exited with this status.
     Failure(u8),
-    /// It died of the SIGTERM that it was sent: by the one who sent it to us, or at the time limit.
+    /// It died of SIGTERM: a forwarded one, or that of the time limit.
     Stopped,
-    /// It never ran, as no process could be started, or as the run was stopped: the exit status for that.
+    /// It was never started, because that failed or the run was stopped; the exit status for that.
     NotStarted(u8),
 }
 
-/// What told the command to stop first.
+/// The first reason to stop the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stop {
     Signal,
     TimeLimit,
 }
 
-/// A message that has come while something else was awaited. If there is a second one, the first is requeued.
+/// A message that came while the worker waited for something else. A second one means that the first was requeued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Arrived {
     first: Delivery,
@@ -55,7 +56,7 @@ impl Arrived {
     }
 }
 
-/// The message at hand.
+/// The run of a message's command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Run {
     pub delivery: Delivery,
@@ -65,12 +66,12 @@ pub struct Run {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UnderWay {
     run: Run,
-    /// `None` before the command: `--no-ack`.
+    /// `None` if the command hasn't started (`--no-ack`).
     ending: Option<Ending>,
     settling: Settling,
-    /// The barrier that is due is written.
+    /// The current barrier is written.
     asked: bool,
-    /// The next message, which has come to a consumer that isn't cancelled.
+    /// The next message, if the consumer isn't cancelled and one has come.
     next: Option<Arrived>,
 }
 
@@ -79,21 +80,21 @@ pub enum Phase {
     /// No pod.
     Absent,
     Connecting,
-    /// With `--drain`, whether the queue is being asked if it is empty, and the message that came before its answer.
+    /// `asking`: with `--drain`, whether it waits for the answer if the queue is empty; and the message that came before that.
     Waiting {
         asking: bool,
         arrived: Option<Arrived>,
     },
-    /// Nothing is left to wait for: the consumer is cancelled, and a message that comes before the reply is run.
+    /// The wait is over and basic.cancel is written. If a message comes before the reply, its command is run.
     Cancelling(Option<Arrived>),
-    /// A message is here, and its command isn't started.
+    /// A message is here, and its command hasn't started.
     Taken(Delivery),
     Running(Run),
     Settling(UnderWay),
-    /// The end of a run whose consumer is still there: what has arrived is released.
+    /// The end of a run whose consumer isn't cancelled: messages that have arrived are released.
     Releasing {
         arrived: Option<Arrived>,
-        /// Replies to `basic.cancel` that are awaited.
+        /// Outstanding replies to `basic.cancel`.
         replies: u8,
         status: u8,
     },
@@ -111,7 +112,7 @@ impl Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct End {
     pub status: u8,
-    /// For the properties only: everything that it was asked for is done, and it has removed each message that it took for done.
+    /// For the properties only: it has done everything that it was asked for, and really removed each message that it counted.
     pub fulfilled: bool,
     /// For the properties only: the last message that it has removed from the queue.
     pub removed: Option<Id>,
@@ -125,14 +126,14 @@ pub struct Worker {
     pub link: Option<Link>,
     /// The pod was sent SIGTERM.
     pub told: bool,
-    course: Course,
-    /// Its consumer isn't cancelled by itself.
+    state: RunState,
+    /// It has a consumer that it hasn't cancelled.
     subscribed: bool,
     /// A message was dead-lettered.
     dead_lettered: bool,
-    /// A message has arrived that wasn't taken before its connection was lost, and none was taken since.
+    /// A message arrived, but its connection was lost before it was taken; and none was taken since.
     cut_short: bool,
-    /// For the properties only: it took a message for done that it hasn't removed.
+    /// For the properties only: it counted a message as done that it hasn't removed.
     mistaken: bool,
     /// For the properties only: it has started a command after SIGTERM.
     pub started_late: bool,
@@ -144,7 +145,7 @@ impl Worker {
             phase: Phase::Connecting,
             link: None,
             told: false,
-            course: Course { to_do: system.count.map(u64::from), keep_going: system.keep_going, stopped_by: None },
+            state: RunState { to_do: system.count.map(u64::from), keep_going: system.keep_going, stopped_by: None },
             subscribed: false,
             dead_lettered: false,
             cut_short: false,
@@ -157,7 +158,7 @@ impl Worker {
         Self { phase: Phase::Absent, ..Self::new(system) }
     }
 
-    /// A step of its own, or one that it is told of.
+    /// Performs one of the worker's actions.
     pub fn step(&mut self, system: &System, queue: &mut Queue, action: &Action) {
         match *action {
             Action::Connect(_) => self.connect(system),
@@ -171,7 +172,7 @@ impl Worker {
             Action::WaitOver(_) => self.give_up(),
             Action::StopPod(_) | Action::Evict(_) => self.stop(system),
             Action::Kill(_) => self.kill(),
-            ref action => unreachable!("{action:?} is no worker's"),
+            ref action => unreachable!("{action:?} isn't an action of a worker"),
         }
     }
 
@@ -183,7 +184,7 @@ impl Worker {
         self.link().write(request);
     }
 
-    /// Connects and subscribes. A loss on the way there costs nothing but another try, so it is one step.
+    /// Connects and subscribes: one step, as a loss in between only leads to another attempt.
     fn connect(&mut self, system: &System) {
         self.link = Some(Link::subscribed());
         self.subscribed = true;
@@ -213,7 +214,7 @@ impl Worker {
         self.write(Request::Cancel { nowait: false });
     }
 
-    /// Whether its connection has ended without a word: heartbeats tell, and the time limits of settling and releasing.
+    /// Whether it may notice that its connection is lost: by heartbeats, or by the time limits of settling and releasing.
     pub fn may_notice(&self, system: &System) -> bool {
         let dead = self.link.as_ref().is_some_and(|it| it.cut || it.gone);
         let heeds = match self.phase {
@@ -228,18 +229,18 @@ impl Worker {
         }
     }
 
-    /// For the properties: the next message is here before the last one is settled.
+    /// For the properties: the next message has come before the current one is settled.
     pub fn settles_with_next(&self) -> bool {
         matches!(self.phase, Phase::Settling(it) if it.next.is_some())
     }
 
-    /// Whether [`Step::Pause`] is over: the queue tells the channel within it.
+    /// Whether [`Step::Pause`] may end: within it, the queue informs the channel of a timeout.
     pub fn may_look_again(&self) -> bool {
         let told = self.link.as_ref().is_some_and(|link| !link.expired);
         told && self.phase.pauses()
     }
 
-    /// Whether SIGTERM would still find the process, and for the first time.
+    /// Whether it may get SIGTERM: the process runs, and hasn't had one.
     pub fn may_be_stopped(&self) -> bool {
         !self.told && !matches!(self.phase, Phase::Absent | Phase::Ended(_))
     }
@@ -254,7 +255,7 @@ impl Worker {
             _ => true,
         };
         if is_heard {
-            self.course.stopped_by = Some(SIGTERM);
+            self.state.stopped_by = Some(SIGTERM);
         }
         match (&mut self.phase, system.bug) {
             (Phase::Connecting, _) => self.end(system, TERMINATED, false),
@@ -262,7 +263,7 @@ impl Worker {
                 self.end(system, TERMINATED, true)
             }
             (&mut Phase::Waiting { arrived, .. }, _) => self.release(arrived, 1, TERMINATED),
-            // It asks again.
+            // It sends a second basic.cancel.
             (&mut Phase::Cancelling(arrived), _) => self.release(arrived, 2, TERMINATED),
             (Phase::Running(run), _) => _ = run.stop.get_or_insert(Stop::Signal),
             (Phase::Settling(_), Some(Bug::SignalEndsSettling)) => self.end(system, TERMINATED, true),
@@ -270,14 +271,14 @@ impl Worker {
         }
     }
 
-    /// Cancels the consumer, releases what has arrived, and ends.
+    /// Cancels the consumer; after the reply, messages that have arrived are released.
     fn release(&mut self, arrived: Option<Arrived>, replies: u8, status: u8) {
         self.subscribed = false;
         self.phase = Phase::Releasing { arrived, replies, status };
         self.write(Request::Cancel { nowait: false });
     }
 
-    /// The consumer is cancelled.
+    /// After the consumer's cancellation: releases the messages that have arrived.
     fn release_arrived(&mut self, arrived: Option<Arrived>) {
         let arrived = arrived.map(|arrived| [Some(arrived.first), arrived.second]);
         for delivery in arrived.into_iter().flatten().flatten() {
@@ -302,9 +303,9 @@ impl Worker {
     fn exit(&mut self, status: u8, politely: bool) {
         self.say_goodbye(politely);
         let link = self.link.as_ref();
-        let all_done = match self.course.to_do {
+        let all_done = match self.state.to_do {
             Some(to_do) => to_do == 0,
-            // The queue was empty, and then the consumer was cancelled.
+            // With --drain: the queue was empty, and then the consumer was cancelled.
             None => matches!(self.phase, Phase::Cancelling(_)) && !self.told,
         };
         self.phase = Phase::Ended(End {
@@ -321,17 +322,17 @@ impl Worker {
         }
     }
 
-    /// The connection that this worker has done with, if it has.
+    /// Takes the connection, if the worker doesn't use it any more.
     pub fn left(&mut self) -> Option<Link> {
         let done = matches!(self.phase, Phase::Ended(_) | Phase::Connecting);
         self.link.take_if(|_| done)
     }
 
-    /// The connection turns out to be lost, or only the channel, which leaves a connection that can be closed.
+    /// The connection is lost, or, `politely`, only the channel, so that the connection can be closed.
     fn lost(&mut self, system: &System, politely: bool) {
         match self.phase {
             Phase::Waiting { arrived, .. } | Phase::Cancelling(arrived) => {
-                // Twice in succession: nobody would ever get it.
+                // A message that is cut short twice in succession would never arrive.
                 if self.cut_short && arrived.is_some() {
                     return self.end(system, UNREADABLE, politely);
                 }
@@ -347,14 +348,14 @@ impl Worker {
             Phase::Settling(_) => self.happened(system, Event::Closed, politely),
             Phase::Releasing { status, .. } => self.end(system, status, politely),
             Phase::Taken(_) => {
-                let status = if self.course.stopped_by.is_some() { TERMINATED } else { UNCONFIRMED };
+                let status = if self.state.stopped_by.is_some() { TERMINATED } else { UNCONFIRMED };
                 self.end(system, status, politely);
             }
             phase => unreachable!("a loss in {phase:?}"),
         }
     }
 
-    /// A message is here; it is lost if another one is.
+    /// Takes a message; it is lost if a second one has come.
     fn take(&mut self, system: &System, arrived: Arrived) {
         self.phase = Phase::Taken(arrived.first);
         self.cut_short = false;
@@ -363,13 +364,13 @@ impl Worker {
         }
     }
 
-    /// The command starts, unless a signal has come before; with `--no-ack`, the message is settled first.
+    /// Starts the command, unless a signal came before. With `--no-ack`, it settles the message first.
     fn start(&mut self, system: &System) {
         let Phase::Taken(delivery) = self.phase else {
             unreachable!("only called when a message was taken");
         };
         let run = Run { delivery, stop: None };
-        match self.course.stopped_by {
+        match self.state.stopped_by {
             Some(_) => self.settle(system, run, Some(Ending::NotStarted(TERMINATED)), Settlement::Release, true),
             None if system.no_ack => self.settle(system, run, None, Settlement::Ack, true),
             None => self.run(system, run),
@@ -392,7 +393,7 @@ impl Worker {
         }
     }
 
-    /// The command ends, and the settlement begins.
+    /// The command has ended, so the settlement begins.
     fn command_ended(&mut self, system: &System, queue: &mut Queue, ending: Ending) {
         let run = match self.phase {
             Phase::Running(run) => run,
@@ -414,20 +415,21 @@ impl Worker {
     }
 
     fn next(&self, verdict: Verdict, run: Run) -> Next {
-        self.course.next(verdict, run.delivery.failures.map(u64::from))
+        self.state.next(verdict, run.delivery.failures.map(u64::from))
     }
 
     fn settle(&mut self, system: &System, run: Run, ending: Option<Ending>, settlement: Settlement, cancels: bool) {
-        // A consumer that is cancelled already gets no other message either.
+        // An already cancelled consumer gets no further message either.
         let cancels = cancels || !self.subscribed;
-        let asks_twice = Settling::asks_twice(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce);
-        let settling = Settling::new(cancels, asks_twice);
+        let second_barrier =
+            Settling::needs_second_barrier(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce);
+        let settling = Settling::new(cancels, second_barrier);
         self.phase = Phase::Settling(UnderWay { run, ending, settling, asked: false, next: None });
         self.carry_out(system, true);
     }
 
-    /// Does the steps up to the next one that waits. What is written in one go may still be lost behind any of its methods,
-    /// so a cut or a kill between two of them is the same as one behind the last.
+    /// Performs the steps up to the next one that waits. A cut can lose the methods written here after any of them, so a cut or
+    /// a kill between two of them is the same as one after the last.
     fn carry_out(&mut self, system: &System, politely: bool) {
         let mut cancels_late = false;
         while let Phase::Settling(mut it) = self.phase {
@@ -443,7 +445,7 @@ impl Worker {
                     let verdict = it.ending.map(|ending| verdict(system, it.run, ending, true));
                     match verdict.map_or(Some(Settlement::Ack), |verdict| verdict.settlement) {
                         _ if system.bug == Some(Bug::AckFirst) => {}
-                        None => unreachable!("a message that is lost isn't settled"),
+                        None => unreachable!("a lost message isn't settled"),
                         Some(Settlement::Ack) => self.write(Request::Ack(tag)),
                         Some(Settlement::Requeue) => self.write(Request::Reject { tag, requeue: true }),
                         Some(Settlement::DeadLetter) => self.write(Request::Reject { tag, requeue: false }),
@@ -466,13 +468,13 @@ impl Worker {
                     return;
                 }
                 Step::Pause => return,
-                Step::Done(Outcome::Confirmed) => {
+                Step::Done(Settled::Confirmed) => {
                     return self.settled(system, it.run, it.ending, it.next);
                 }
                 Step::Done(outcome) => {
                     let status = match it.ending {
                         None => UNCONFIRMED,
-                        // Nobody has run it, so it doesn't matter where it is.
+                        // No command ran, so it doesn't matter whether the release is confirmed.
                         Some(Ending::NotStarted(status)) => status,
                         Some(ending) => verdict(system, it.run, ending, true).status(outcome),
                     };
@@ -484,7 +486,7 @@ impl Worker {
         }
     }
 
-    /// Something happens while a message is settled.
+    /// An event during a settlement.
     fn happened(&mut self, system: &System, event: Event, politely: bool) {
         let Phase::Settling(it) = &mut self.phase else {
             unreachable!("only called while it settles");
@@ -501,13 +503,13 @@ impl Worker {
     /// The settlement is confirmed.
     fn settled(&mut self, system: &System, run: Run, ending: Option<Ending>, next_one: Option<Arrived>) {
         let Some(ending) = ending else {
-            return match self.course.stopped_by {
+            return match self.state.stopped_by {
                 Some(_) => self.end(system, TERMINATED, true),
                 None => self.run(system, run),
             };
         };
         let verdict = verdict(system, run, ending, true);
-        let status = verdict.status(Outcome::Confirmed);
+        let status = verdict.status(Settled::Confirmed);
         if matches!(ending, Ending::NotStarted(_)) {
             return self.end(system, status, true);
         }
@@ -517,7 +519,7 @@ impl Worker {
         if done {
             self.mistaken |= self.link().removed != Some(run.delivery.id);
             self.dead_lettered |= verdict.settlement == Some(Settlement::DeadLetter);
-            self.course.to_do = self.course.to_do.map(|to_do| to_do - 1);
+            self.state.to_do = self.state.to_do.map(|to_do| to_do - 1);
         }
         let status = match next {
             Next::Message => return self.go_on(system, next_one),
@@ -531,7 +533,7 @@ impl Worker {
         self.end(system, status, true);
     }
 
-    /// The next message: over the same channel, unless its consumer is cancelled.
+    /// Goes on with the next message, on the same channel unless its consumer is cancelled.
     fn go_on(&mut self, system: &System, next_one: Option<Arrived>) {
         if let Some(next_one) = next_one {
             return self.take(system, next_one);
@@ -543,7 +545,7 @@ impl Worker {
         self.wait(system);
     }
 
-    /// The broker's next method is here.
+    /// Handles the broker's next method.
     fn receive(&mut self, system: &System) {
         let reply = self.link().to_worker.remove(0);
         match (&mut self.phase, reply) {
@@ -566,7 +568,7 @@ impl Worker {
                 match arrived {
                     Some(arrived) if system.bug != Some(Bug::DropsLateMessage) => self.take(system, arrived),
                     _ if !system.drains() => self.end(system, EMPTY, true),
-                    // The broker may still hold that one.
+                    // After a cut-short message: the broker may still hold it for the old connection.
                     _ => self.end(system, if self.cut_short { UNCONFIRMED } else { SUCCESS }, true),
                 }
             }
@@ -581,7 +583,7 @@ impl Worker {
             (Phase::Releasing { .. }, Reply::DeclareOk { .. }) => {}
             // The message is settled, and the consumer cancelled.
             (Phase::Running(_), _) if system.no_ack => {}
-            // The first one is taken for lost.
+            // A second delivery means that the first was lost.
             (Phase::Taken(_) | Phase::Running(_), Reply::Deliver(_)) => self.lost(system, true),
             (Phase::Settling(it), Reply::Deliver(delivery)) => {
                 let same = delivery.id == it.run.delivery.id;
@@ -605,10 +607,10 @@ impl Worker {
 fn after_first_reply(settling: Settling) -> bool {
     let mut then = settling;
     then.happened(Event::Reply);
-    settling.step() == Step::Pause || then.step() == Step::Done(Outcome::Confirmed)
+    settling.step() == Step::Pause || then.step() == Step::Done(Settled::Confirmed)
 }
 
-/// The real decision; there is none to make if the command wasn't started.
+/// The decision of src/verdict.rs. If the command wasn't started, there is none to make.
 fn verdict(system: &System, run: Run, ending: Ending, still_owned: bool) -> Verdict {
     let stop = run.stop.map(|stop| match stop {
         Stop::Signal => StopReason::Signal(SIGTERM),

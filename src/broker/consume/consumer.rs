@@ -9,7 +9,7 @@ use crate::{
     broker::{
         errors::{DeliveryLost, described},
         reach::{
-            connect::{Attempts, Broker},
+            connect::{Attempts, Connector},
             connection::OpenConnection,
             observed::Version,
         },
@@ -36,7 +36,7 @@ const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
 
 /// Takes messages from one queue, one after the other, over as many connections as it needs.
 pub struct Consumer {
-    broker: Broker,
+    broker: Connector,
     options: ConsumerOptions,
     /// The queue's name, known after the first subscription.
     queue_name: Option<String>,
@@ -69,7 +69,7 @@ pub(super) struct Held {
 impl Consumer {
     /// A consumer without a subscription.
     #[must_use]
-    pub fn new(broker: Broker, options: ConsumerOptions) -> Self {
+    pub fn new(broker: Connector, options: ConsumerOptions) -> Self {
         Self { broker, options, queue_name: None, state: State::Idle(None), lost_mid_delivery: false }
     }
 
@@ -124,7 +124,7 @@ impl Consumer {
                 Err(NotSubscribed::RetryWith(instead)) => request = instead,
                 Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
-                    attempts.failed(error).await?;
+                    attempts.wait_or_give_up(error).await?;
                 }
             }
         }

@@ -1,21 +1,22 @@
-//! `BROKER_URL`: read by RabbitMQ's rules, its defaults filled in, printed without the password.
+//! `BROKER_URL`: parsed by RabbitMQ's rules, with its defaults; printed without the password.
 
 mod parameters;
 
 pub use parameters::Parameters;
 
+use super::file::without_newline;
 use lapin::uri::SASLMechanism;
 use parameters::number;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode};
 use std::{fmt, net::Ipv6Addr};
 
-/// What stays as it is when an address is printed: RFC 3986's unreserved characters.
+/// Everything except RFC 3986's unreserved characters is encoded when an address is printed.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Longest name that AMQP 0-9-1 has room for, in bytes: a short string.
+/// Longest name in AMQP 0-9-1, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
 
-/// A name, if AMQP has room for it.
+/// A name that isn't too long for AMQP.
 ///
 /// # Errors
 /// How long it is.
@@ -26,15 +27,14 @@ pub fn name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// What each IPv6 mistake is answered with.
 const IPV6_HINT: &str = "an IPv6 address goes in square brackets, as in amqp://[::1]:5672";
 
-/// A password: it has no `Display`, and `Debug` gives `***`.
+/// A password. It has no `Display`, and its `Debug` is `***`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The password itself, for the broker and nobody else.
+    /// The password itself, only for the broker.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -52,21 +52,21 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// One node of the broker, and who asks for what there. `Display` is a URL without the password and the query.
+/// One node of the broker, the login and the virtual host. `Display` is a URL without password and query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
     /// `amqps`: TLS from the first byte.
     pub tls: bool,
-    /// A name or an IP address, an IPv6 one without brackets, its zone after a `%`; by default `localhost`.
+    /// A name or an IP address (IPv6 without brackets, a zone after `%`); `localhost` if the URL has none.
     pub host: String,
     /// 1 to 65535; 5672, or 5671 with TLS, if the URL has none.
     pub port: u16,
-    /// `guest` if the URL has no user name; an empty one is empty.
+    /// `guest` if the URL has no user name. It may be empty.
     pub username: String,
-    /// `guest` if the URL has no password; an empty one (`user:@host`) is empty.
+    /// `guest` if the URL has no password. It may be empty (`user:@host`).
     pub password: Secret,
-    /// Whether the URL has a password, be it an empty one. `user@host` has none: `guest` takes its place, as in RabbitMQ's
-    /// Erlang client, unless there is a client certificate to log in with.
+    /// Whether the URL has a password, even an empty one. Without one (`user@host`) it is `guest`, as in RabbitMQ's Erlang
+    /// client, unless a client certificate logs in.
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
@@ -74,12 +74,12 @@ pub struct Address {
     pub parameters: Parameters,
 }
 
-/// What is wrong with an address and what to do about it, in one line that never repeats a piece of a password.
+/// What is wrong with an address and what to do about it, in one line that contains no part of a password.
 pub type AddressError = String;
 
-/// The nodes of one cluster, at least one: URLs separated by commas, perhaps a newline at the end.
+/// The nodes of one cluster, at least one: URLs separated by commas, with at most one newline at the end.
 ///
-/// Only a comma that `amqp://` or `amqps://` follows separates: a password may contain others.
+/// A comma separates only if `amqp://` or `amqps://` follows: a password may contain others.
 ///
 /// # Errors
 /// The first mistake, with the number of its URL if there are several.
@@ -104,29 +104,22 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
     parsed.collect()
 }
 
-/// A file's text without the newline that most editors and tools end it with.
-pub(super) fn without_newline(text: &str) -> &str {
-    let line = text.strip_suffix('\n');
-    line.map_or(text, |line| line.strip_suffix('\r').unwrap_or(line))
-}
-
 impl Address {
     /// One URL: <https://www.rabbitmq.com/docs/uri-spec>.
     ///
     /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:` in a
-    /// password may stand unencoded. Narrower: an `@` in a virtual host or query may not.
+    /// password needs no encoding. Narrower: an `@` in a virtual host or query does.
     ///
     /// # Errors
-    /// The first mistake, never with text that could be a piece of the password.
+    /// The first mistake, without any text that could be part of the password.
     pub fn parse(url: &str) -> Result<Self, AddressError> {
         check_characters(url)?;
         let Some((tls, rest)) = strip_scheme(url) else {
             return error("the URL must start with amqp:// or amqps://");
         };
         let (authority, after) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        // An `@` out here most likely ends a password with a bare `/` or `?` in it. With those
-        // refused, as rabbitmq-c does, nothing right of the authority's `@` can be a piece of a
-        // password, and all of that may be printed.
+        // An `@` here probably ends a password that contains a `/` or `?`. As it is refused (rabbitmq-c does the same),
+        // nothing after the authority's `@` can be part of a password, and all of that may be printed.
         if after.contains('@') {
             return error(
                 "there is an '@' after the first '/' or '?': in a user name or password write '/' \
@@ -168,13 +161,13 @@ impl Address {
         })
     }
 
-    /// Logs in with this password, instead of the URL's.
+    /// Replaces the URL's password.
     pub fn set_password(&mut self, password: Secret) {
         self.password = password;
         self.password_given = true;
     }
 
-    /// Whether the client's certificate says who we are (EXTERNAL), instead of the user name and the password.
+    /// Whether the client certificate logs in (EXTERNAL), instead of user name and password.
     pub(in crate::broker) fn logs_in_by_certificate(&self) -> bool {
         self.parameters.auth_mechanism == Some(SASLMechanism::External)
     }
@@ -182,7 +175,7 @@ impl Address {
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scheme = if self.tls { "amqps" } else { "amqp" };
+        let scheme = scheme(self.tls);
         let mut host = encode(&self.host).to_string();
         if ipv6(&self.host).is_some() {
             host = format!("[{}]", host.replace("%3A", ":"));
@@ -192,9 +185,9 @@ impl fmt::Display for Address {
     }
 }
 
-/// What no URL may contain. Most of it comes from files, templates, and secrets nobody encoded.
+/// Refuses characters that no URL may contain. Most come from files, templates and unencoded secrets.
 fn check_characters(url: &str) -> Result<(), AddressError> {
-    // A byte order mark is as invisible as a blank, and not one to Unicode.
+    // Unicode doesn't count the byte order mark as white space.
     let is_blank = |c: char| c.is_whitespace() || c.is_control() || c == '\u{feff}';
     if url.is_empty() {
         error("the URL is empty")
@@ -211,15 +204,21 @@ fn check_characters(url: &str) -> Result<(), AddressError> {
     }
 }
 
-/// Whether a URL's scheme stands for TLS, and what follows its `://`; `None` if it isn't AMQP's.
-fn strip_scheme(url: &str) -> Option<(bool, &str)> {
-    [("amqp://", false), ("amqps://", true)].into_iter().find_map(|(scheme, tls)| {
-        let (start, rest) = url.split_at_checked(scheme.len())?;
-        start.eq_ignore_ascii_case(scheme).then_some((tls, rest))
+/// The scheme of a URL with or without TLS.
+pub const fn scheme(tls: bool) -> &'static str {
+    if tls { "amqps" } else { "amqp" }
+}
+
+/// Whether a URL's scheme means TLS, and what follows its `://`; `None` if the URL isn't an AMQP URL.
+pub fn strip_scheme(url: &str) -> Option<(bool, &str)> {
+    [false, true].into_iter().find_map(|tls| {
+        let (start, rest) = url.split_at_checked(scheme(tls).len())?;
+        let rest = rest.strip_prefix("://")?;
+        start.eq_ignore_ascii_case(scheme(tls)).then_some((tls, rest))
     })
 }
 
-/// The decoded host, which may be empty, and the text of the port, if there is one.
+/// The decoded host, which may be empty, and the text of the port, if any.
 fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressError> {
     if let Some(literal) = text.strip_prefix('[') {
         let Some((address, after)) = literal.split_once(']') else {
@@ -240,7 +239,7 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     if text.contains(['[', ']']) || port.is_some_and(|port| port.contains(':')) {
         return error(format!("the host contains a ':' or a square bracket: {IPV6_HINT}"));
     }
-    // No host has one, but a list of hosts does, and so does one URL too few in a list.
+    // A comma means a list of hosts, or a list with a URL that lacks its scheme.
     if host.contains(',') {
         return error(
             "the host contains a ',': several nodes are several whole URLs, as in \
@@ -252,16 +251,15 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     Ok((ipv6(&host).unwrap_or(host), port))
 }
 
-/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form: `0::1` is `::1`, wherever
-/// the two are compared.
+/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form, so that `0::1` equals `::1`.
 fn ipv6(host: &str) -> Option<String> {
     let (address, zone) = host.split_at(host.find('%').unwrap_or(host.len()));
     let address: Ipv6Addr = address.parse().ok()?;
     (zone != "%").then(|| format!("{address}{zone}"))
 }
 
-/// The virtual host that a path stands for. The specification reads `amqp://host/` as the virtual host with the empty
-/// name, which nobody has: who writes it means `/`. So does who writes `amqp://host//`, as Celery's documentation does.
+/// The virtual host that a path means. In the specification `amqp://host/` is the virtual host with an empty name, which
+/// nobody has: here it means `/`, and so does `amqp://host//`, which Celery's documentation has.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
     if matches!(name, "" | "/") {
@@ -277,7 +275,7 @@ fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     Ok(name)
 }
 
-/// `part` without its percent-encoding; the error calls it `name`.
+/// Percent-decodes `part`, which the error calls `name`.
 fn decode(part: &str, name: &str) -> Result<String, AddressError> {
     // `percent_decode_str` would leave a stray `%` as it is.
     let mut escapes = part.as_bytes().split(|byte| *byte == b'%').skip(1);

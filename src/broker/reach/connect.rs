@@ -5,7 +5,7 @@ use super::{
     connection::{Cutter, OpenConnection},
     nodes::{Nodes, SecretFile},
     resolve::resolve,
-    tap::Tap,
+    tap::{FRAME_MAX, Tap},
     token::Login,
     transport::{Socket, TappedStream, lapin_runtime},
 };
@@ -31,61 +31,54 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-/// Longest wait for one address to accept: a host that is gone without a word mustn't use up the time of the others.
+/// Longest wait for one address to accept: a host that doesn't answer mustn't use up the time of the others.
 const TCP_CONNECT: Duration = Duration::from_secs(5);
 
-/// How long an address of a name may stay silent before the next one is tried beside it: RFC 8305's recommendation.
+/// How long one address of a name may be silent before the next one is tried, too: RFC 8305's recommendation.
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 
-/// Largest frame asked for, in bytes: RabbitMQ's default. Without a preset lapin touches two buffers of 4 MiB.
-const FRAME_MAX: u32 = 131_072;
-
-/// Heartbeat interval asked for where nobody says otherwise, in seconds: a frozen broker is noticed after
-/// 2 to 2.5 of them.
+/// Default heartbeat interval, in seconds: a frozen broker is noticed after 2 to 2.5 of them.
 const HEARTBEAT: u16 = 10;
 
-/// Pauses between attempts: from the first on they double up to the longest, each shortened by up to a half at
-/// random, so that a thousand pods don't come back as one.
+/// Pauses between attempts: they double up to the longest. Each is shortened at random by up to a half, so that a
+/// thousand pods don't reconnect at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// How long a refused login is tried again, if what it logs in with is in a file: a rotated Secret takes up to two minutes
-/// to arrive in a pod (the kubelet's sync period and its cache).
+/// How long a refused login is tried again if its password comes from a file: a rotated Secret takes up to two minutes to
+/// arrive in a pod (the kubelet's sync period and its cache).
 const LOGIN_RETRIED: Duration = Duration::from_secs(120);
 
 /// How to connect.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// `--connect-timeout`: for everything from the first look-up until a consumer is registered.
+    /// `--connect-timeout`: from the first look-up until there is a consumer.
     pub timeout: Duration,
-    /// `--heartbeat`, in seconds; without it the address's own parameter, and then 10, is proposed. 0 leaves it to the
-    /// broker's proposal, which may be none.
+    /// `--heartbeat`, in seconds. Default: the URL's parameter, or else 10. With 0 the broker's proposal counts.
     pub heartbeat: Option<u16>,
-    /// What RabbitMQ's management page shows.
+    /// The connection's name on RabbitMQ's management page.
     pub name: String,
 }
 
-/// The nodes of one cluster, tried in turn.
+/// Connects to the nodes of one cluster, in turn.
 #[derive(Debug)]
-pub struct Broker {
+pub struct Connector {
     nodes: Nodes,
-    /// How many attempts there were.
     attempts: usize,
     pub(in crate::broker) options: ConnectOptions,
-    /// Since when the broker has refused each login.
+    /// Since when the broker has refused every login.
     refused_since: Option<Instant>,
-    /// Why the files couldn't be read again, if they couldn't.
-    unreadable: Option<String>,
-    /// What is under way, for the message when time runs out in the middle of it.
+    read_problem: Option<String>,
+    /// What this attempt is waiting for, for the message when time runs out.
     stage: String,
-    /// For each address of this attempt that can't be used: what happened.
+    /// What happened to each address that this attempt couldn't use.
     problems: Vec<String>,
     /// The addresses that have accepted a connection, the latest last.
     reached: Vec<SocketAddr>,
 }
 
-impl Broker {
-    /// A broker at these nodes.
+impl Connector {
+    /// For these nodes.
     #[must_use]
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
         Self {
@@ -93,37 +86,35 @@ impl Broker {
             attempts: 0,
             options,
             refused_since: None,
-            unreadable: None,
+            read_problem: None,
             stage: String::new(),
             problems: Vec::new(),
             reached: Vec::new(),
         }
     }
 
-    /// A connection, from as many attempts as it needs within `--connect-timeout`.
+    /// Connects, with as many attempts as it takes within `--connect-timeout`.
     ///
     /// # Errors
-    /// The permanent failure, or when time is up the last transient one.
+    /// A permanent failure, or the last transient one when time is up.
     pub async fn connect(&mut self) -> Result<OpenConnection, Failure> {
         let mut attempts = Attempts::new(self.options.timeout);
         loop {
             match self.attempt(attempts.deadline).await {
                 Ok(connection) => return Ok(connection),
-                Err(error) => attempts.failed(error).await?,
+                Err(error) => attempts.wait_or_give_up(error).await?,
             }
         }
     }
 
-    /// One attempt at the next node.
     pub(in crate::broker) async fn attempt(&mut self, deadline: Instant) -> Result<OpenConnection, ConnectError> {
         if self.attempts > 0 && self.nodes.may_change() {
             self.read_again();
         }
-        // Round-robin: the next attempt starts at the next node.
         let nodes = &self.nodes.known;
         let address = nodes[self.attempts % nodes.len()].clone();
         self.attempts += 1;
-        // A node that accepts and stays silent gets half of the time, so that the next one gets the rest.
+        // Half of the time: a node that accepts and doesn't answer leaves the rest to the next one.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
@@ -134,7 +125,7 @@ impl Broker {
         opened.map_err(|mut error| {
             let message = &mut error.failure.message;
             *message = format!("{address}: {message}");
-            // A permanent failure is the broker's own reply: the other addresses don't matter.
+            // A permanent failure is the broker's reply: the other addresses don't matter.
             if error.transient {
                 for problem in &self.problems {
                     *message = format!("{message}; {problem}");
@@ -147,17 +138,16 @@ impl Broker {
         })
     }
 
-    /// Reads the files again. One that can't be used, as it is being written for example, may be all right in a moment, and
-    /// what it said before may still be good.
+    /// Reads the files again. If one can't be used (it may be half written), its old content still counts.
     fn read_again(&mut self) {
         let problem = self.nodes.read().err().map(|failure| failure.message);
-        if let Some(problem) = problem.as_ref().filter(|_| problem != self.unreadable) {
+        if let Some(problem) = problem.as_ref().filter(|_| problem != self.read_problem) {
             tracing::warn!("{problem}; using what it said before");
         }
-        self.unreadable = problem;
+        self.read_problem = problem;
     }
 
-    /// A login with what is in a file may be refused only until the file has what the broker has.
+    /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there yet.
     fn retry_login(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
@@ -177,8 +167,8 @@ impl Broker {
         let wanted = self.options.heartbeat.or(address.parameters.heartbeat);
         let heartbeat = wanted.unwrap_or(HEARTBEAT);
         let opened = self.open_with(address, heartbeat).await?;
-        // amqproxy proposes 0 and sends heartbeats only to clients that send nothing themselves (seen with 3.1): none,
-        // then. lapin 4.12 can't take that proposal unless it proposes 0, too.
+        // A proposal of 0 means none: amqproxy 3.1 makes it, and sends heartbeats only to clients that send nothing
+        // themselves. lapin 4.12 accepts it only if it has proposed 0, too.
         if heartbeat != 0 && opened.observed().heartbeat == Some(0) {
             tracing::debug!("{address} wants no heartbeats: connecting again without");
             opened.close().await;
@@ -194,7 +184,7 @@ impl Broker {
             let what = format!("the name {:?} can't be looked up", address.host);
             ConnectError::of_system(what, &error)
         })?;
-        // Last those that have accepted before, the latest at the end: that gave no connection, or one that was lost.
+        // Addresses that accepted before come last: they gave no connection, or one that was lost.
         found.sort_by_key(|target| self.reached.iter().position(|reached| reached == target));
         let (target, socket) = self.dial(address, found).await?;
         let cutter =
@@ -210,13 +200,13 @@ impl Broker {
         let observed = Arc::default();
         let tap = Tap::new(frame_max(address), Arc::clone(&observed));
         let stream = Mutex::new(Some(TappedStream { socket, tap }));
-        // lapin's thread dials by calling this, once; a second call would be a reconnection, which is ours to do.
-        let hand_over = async move |_, _| {
+        // lapin wants a closure that it can call again to reconnect. We reconnect ourselves, so it is called once.
+        let dial_for_lapin = async move |_, _| {
             let stream = stream.lock().expect("nobody panics with it").take();
-            stream.map(AsyncTcpStream::Plain).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+            Ok(AsyncTcpStream::Plain(stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?))
         };
         let (uri, properties) = (uri(address, heartbeat), properties(&self.options.name));
-        let handshake = Connection::connector(uri, lapin_runtime(), hand_over, properties);
+        let handshake = Connection::connector(uri, lapin_runtime(), dial_for_lapin, properties);
         let lapin = with_reminders(&self.stage, handshake).await.map_err(|error| {
             let observed = observed.lock().expect("nobody panics with it");
             let file = self.nodes.file_with_password().map(SecretFile::path);
@@ -234,15 +224,15 @@ impl Broker {
         })
     }
 
-    /// Connects to the first of these addresses that accepts. The next one is tried as soon as one fails, and after
-    /// [`NEXT_ADDRESS`] beside those that are silent.
+    /// Connects to the first of these addresses that accepts. The next one is tried as soon as one fails, or after
+    /// [`NEXT_ADDRESS`] if it is silent.
     async fn dial(
         &mut self,
         address: &Address,
         found: Vec<SocketAddr>,
     ) -> Result<(SocketAddr, TcpStream), ConnectError> {
         let limit = address.parameters.connection_timeout.unwrap_or(TCP_CONNECT);
-        // Sooner if they are so many, or the time so short, that a quarter of it would be over before the last one's turn.
+        // Shorter if there are many addresses: all of them are tried within a quarter of the time.
         let pause = NEXT_ADDRESS.min(self.options.timeout.div_f64(4.0 * found.len().max(1) as f64));
         let mut untried = found.into_iter();
         let mut silent = Vec::new();
@@ -262,7 +252,6 @@ impl Broker {
             silent.retain(|other| *other != target);
             let problem = match dialled {
                 Ok(Ok(socket)) => {
-                    // Small methods go out at once; refusing that is no reason to fail.
                     let _ = socket.set_nodelay(true);
                     self.problems.extend(silent.iter().map(|other| format!("{other}: no answer")));
                     self.reached.retain(|other| *other != target);
@@ -282,13 +271,13 @@ impl Broker {
     }
 }
 
-/// The attempts within one `--connect-timeout`.
+/// The attempts within one `--connect-timeout`, and the pauses between them.
 pub(in crate::broker) struct Attempts {
     pub(in crate::broker) deadline: Instant,
     limit: Duration,
     pause: Duration,
     last: Option<Failure>,
-    said: Reminder,
+    reminder: Reminder,
 }
 
 impl Attempts {
@@ -298,25 +287,25 @@ impl Attempts {
             limit,
             pause: FIRST_PAUSE,
             last: None,
-            said: Reminder::new(Duration::ZERO),
+            reminder: Reminder::new(Duration::ZERO),
         }
     }
 
     /// Waits before the next attempt.
     ///
     /// # Errors
-    /// The failure, when it is permanent or time is up.
-    pub(in crate::broker) async fn failed(&mut self, error: ConnectError) -> Result<(), Failure> {
+    /// The failure, if it is permanent or time is up.
+    pub(in crate::broker) async fn wait_or_give_up(&mut self, error: ConnectError) -> Result<(), Failure> {
         let mut failure = error.failure;
         if !error.transient {
             return Err(failure);
         }
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            // What came before says more than an attempt that was cut short.
+            // Report the previous failure: this one was cut short by the deadline.
             failure = self.last.take().unwrap_or(failure);
         } else {
-            if self.said.is_due() {
+            if self.reminder.is_due() {
                 let left = HumanDuration(left);
                 tracing::warn!("{failure}; trying again for up to {left}");
             } else {
@@ -336,7 +325,7 @@ impl Attempts {
     }
 }
 
-/// What lapin has to know of an address: not where it is.
+/// lapin's URI, without host and port: we dial ourselves.
 fn uri(address: &Address, heartbeat: u16) -> AMQPUri {
     AMQPUri {
         authority: AMQPAuthority {
@@ -358,7 +347,7 @@ fn uri(address: &Address, heartbeat: u16) -> AMQPUri {
     }
 }
 
-/// The largest frame to ask for, in bytes.
+/// The largest frame to propose, in bytes. 0 in the URL means the default, too.
 fn frame_max(address: &Address) -> u32 {
     match address.parameters.frame_max {
         None | Some(0) => FRAME_MAX,
@@ -387,8 +376,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_refused_login_is_tried_again_for_two_minutes_if_a_file_is_behind_it() {
         let options = ConnectOptions { timeout: Duration::MAX, heartbeat: None, name: String::new() };
-        let mut broker = Broker::new(Nodes::default(), options);
-        let retried = |broker: &mut Broker| {
+        let mut broker = Connector::new(Nodes::default(), options);
+        let retried = |broker: &mut Connector| {
             let mut error = refused();
             broker.retry_login(&mut error);
             (error.transient, error.failure.message)

@@ -1,4 +1,4 @@
-//! A connection that is open: what it was seen to say, and how it ends.
+//! An open connection: what the broker has sent on it, and how it is closed.
 
 use super::{
     observed::{Observed, Version},
@@ -18,26 +18,24 @@ use std::{
 use tokio::{net::TcpStream, time::timeout};
 use tokio_stream::{Stream, StreamExt};
 
-/// Longest time that closing a connection politely may take: a broker that is frozen, or blocks publishers, doesn't
-/// answer, and the process ends all the same.
+/// Longest wait for the reply to `connection.close`: a broker that is frozen or blocks publishers doesn't send it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// An open connection.
 pub struct OpenConnection {
-    /// What it is logged in with. It has a share of the connection only while the broker is told of a new token.
+    /// Its credentials. It holds a strong reference to the connection only while it sends a new token.
     pub(in crate::broker) login: Login,
     pub(in crate::broker) lapin: Arc<Connection>,
-    /// There is one listener only, as lapin's listeners take from each other.
+    /// The only listener: lapin's listeners take events from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     pub(in crate::broker) observed: Arc<Mutex<Observed>>,
-    /// The channel of a consumer that is no more. Dropping it would send a channel.close that fails when it meets our
-    /// connection.close, and lapin 4.12 then ends the connection without a close.
+    /// The last consumer's channel, kept open until connection.close. If it is dropped, lapin sends channel.close, and
+    /// lapin 4.12 ends the connection without a connection.close if the two cross.
     pub(in crate::broker) last_channel: Option<Channel>,
     pub(super) _cutter: Cutter,
 }
 
 impl OpenConnection {
-    /// What the broker has sent so far.
     pub(in crate::broker) fn observed(&self) -> MutexGuard<'_, Observed> {
         self.observed.lock().expect("nobody panics with it")
     }
@@ -46,7 +44,6 @@ impl OpenConnection {
         self.observed().version
     }
 
-    /// What a refusal means, if this is one.
     pub(in crate::broker) fn meaning(&self, error: &lapin::Error) -> Option<Meaning> {
         let refusal = self.observed().refusal(error)?;
         Some(refusal.meaning())
@@ -60,13 +57,12 @@ impl OpenConnection {
     pub(in crate::broker) async fn event(&mut self) -> Event {
         match self.events.next().await {
             Some(event) => event,
-            // lapin keeps a sender for as long as the connection is there, and we keep that.
+            // It doesn't end: the connection, which we hold, has a sender.
             None => pending().await,
         }
     }
 
-    /// Closes the connection politely (`connection.close`), within two seconds; whether the broker answers changes
-    /// nothing any more.
+    /// Sends `connection.close` and waits for the reply, two seconds at most.
     pub async fn close(&self) {
         if !self.is_connected() {
             return;
@@ -79,8 +75,8 @@ impl OpenConnection {
     }
 }
 
-/// Shuts the socket down when the connection is dropped: lapin's thread would go on with an attempt that was given up,
-/// or with a broker that doesn't answer, beside its successor.
+/// Shuts the socket down when the connection is dropped. Without that, lapin's thread would keep an attempt that was
+/// given up, or a connection to a silent broker, beside the new one.
 pub(super) struct Cutter(std::net::TcpStream);
 
 impl Cutter {

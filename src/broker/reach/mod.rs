@@ -1,13 +1,14 @@
-//! The way to the broker: its addresses, names and TLS; the connection, and what the broker says on it.
+//! Reaching the broker: addresses, names, TLS, the connection, and what the broker sends on it.
 
 pub mod address;
 pub(super) mod connect;
 pub(super) mod connection;
+mod file;
 pub(super) mod nodes;
 pub(super) mod observed;
 mod resolve;
 pub(super) mod tap;
-mod tls;
+pub(super) mod tls;
 pub(super) mod tls_errors;
 pub(super) mod token;
 mod transport;

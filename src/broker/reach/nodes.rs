@@ -1,70 +1,19 @@
-//! The nodes of the broker and how to log in there: given once, or in files that are read again for each new connection.
+//! The nodes of the broker and how to log in: from options, or from files that are read again for each new connection.
 
 use super::{
-    address::{Address, Secret, parse_list, without_newline},
-    tls::Tls,
+    address::{Address, Secret, parse_list},
+    file::{self, without_newline},
+    tls::{Tls, TlsOptions},
 };
 use crate::exit::{Exit, Failure};
-use lapin::uri::SASLMechanism;
 use std::path::{Path, PathBuf};
-
-/// The options for TLS, which go over the URL's own parameters.
-#[derive(Clone, Debug, Default, clap::Args)]
-#[command(next_help_heading = "TLS")]
-pub struct TlsOptions {
-    /// Trust the CAs in this file (PEM) only [default: the system's, or SSL_CERT_FILE's]
-    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_CACERT")]
-    pub cacert: Option<PathBuf>,
-
-    /// Present this client certificate (PEM)
-    ///
-    /// Where no password is given, also log in with it (EXTERNAL).
-    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_CERT")]
-    pub cert: Option<PathBuf>,
-
-    /// Use this key (PEM) for the client certificate [default: in the file of --cert]
-    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_KEY")]
-    pub key: Option<PathBuf>,
-
-    /// Expect this name in the broker's certificate [default: the address's host]
-    #[arg(long, hide_short_help = true, value_name = "NAME", env = "QCONSUME_SERVER_NAME")]
-    pub server_name: Option<String>,
-}
-
-impl TlsOptions {
-    fn apply(&self, address: &mut Address) -> Result<(), Failure> {
-        let options = [
-            (self.cacert.is_some(), "--cacert (QCONSUME_CACERT)"),
-            (self.cert.is_some(), "--cert (QCONSUME_CERT)"),
-            (self.key.is_some(), "--key (QCONSUME_KEY)"),
-            (self.server_name.is_some(), "--server-name (QCONSUME_SERVER_NAME)"),
-        ];
-        if let Some((_, option)) = options.iter().find(|(set, _)| *set && !address.tls) {
-            return Err(Failure::usage(format!("{option} needs TLS: an amqps:// URL, or --ssl beside --server")));
-        }
-        let parameters = &mut address.parameters;
-        if self.cert.is_some() {
-            // The key belongs to its certificate: the URL's goes with the URL's.
-            parameters.certfile.clone_from(&self.cert);
-            parameters.keyfile = None;
-        }
-        parameters.cacertfile = self.cacert.clone().or(parameters.cacertfile.take());
-        parameters.keyfile = self.key.clone().or(parameters.keyfile.take());
-        let name = &mut parameters.server_name_indication;
-        *name = self.server_name.clone().or(name.take());
-        if parameters.certfile.is_some() && !address.password_given {
-            parameters.auth_mechanism.get_or_insert(SASLMechanism::External);
-        }
-        Ok(())
-    }
-}
 
 /// A file that holds a secret, and the option or variable that names it.
 #[derive(Clone, Debug)]
 pub struct SecretFile {
     path: PathBuf,
     option: String,
-    /// What is in a pipe, as of a shell's `<(…)`: that can be read only once.
+    /// The content of a pipe, such as a shell's `<(…)`: it can be read only once.
     from_pipe: Option<Secret>,
 }
 
@@ -78,7 +27,6 @@ impl SecretFile {
         &self.path
     }
 
-    /// Whether it can be read again.
     const fn may_change(&self) -> bool {
         self.from_pipe.is_none()
     }
@@ -88,10 +36,8 @@ impl SecretFile {
             return Ok(text.expose().to_owned());
         }
         let is_pipe = !self.path.is_file();
-        let text = std::fs::read_to_string(&self.path)
-            .map_err(|error| self.error(Exit::Config, &format!("can't be read: {error}")))?;
-        // Some editors begin a file with a byte order mark.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(&text).to_owned();
+        let text = file::read_text(&self.path)
+            .map_err(|error| file::read_failure(&format!("{}: {}", self.option, self.path.display()), &error))?;
         self.from_pipe = is_pipe.then(|| text.clone().into());
         Ok(text)
     }
@@ -112,7 +58,7 @@ impl SecretFile {
         Ok(password.into())
     }
 
-    /// The user and the password, as rabbitmq-c's tools read them.
+    /// The user and the password, in the format of rabbitmq-c's tools.
     fn user_and_password(&mut self) -> Result<(String, Secret), Failure> {
         let text = self.read()?;
         let mut lines = text.lines();
@@ -127,22 +73,21 @@ impl SecretFile {
 /// The nodes of one cluster.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes {
-    /// Their addresses, as they were when they were read last.
+    /// Their addresses, as last read.
     pub known: Vec<Address>,
-    /// The file that these are in.
+    /// The file with the addresses.
     pub url_file: Option<SecretFile>,
-    /// The file with the user and the password for all of them.
+    /// The file with the user and the password for all nodes.
     pub authfile: Option<SecretFile>,
-    /// The file with the password for all of them, which takes precedence over any other.
+    /// The file with the password for all nodes. It takes precedence over any other password.
     pub password_file: Option<SecretFile>,
-    /// What goes for all of them.
-    pub options: TlsOptions,
-    /// What TLS needs for them.
+    /// The TLS options for all nodes.
+    pub tls_options: TlsOptions,
+    /// The TLS configurations of the nodes.
     pub tls: Tls,
 }
 
 impl Nodes {
-    /// Whether they or their password are in a file that may have changed.
     pub(super) fn may_change(&self) -> bool {
         let files = [&self.url_file, &self.authfile, &self.password_file];
         files.into_iter().flatten().any(SecretFile::may_change)
@@ -154,10 +99,11 @@ impl Nodes {
         file.filter(|file| file.may_change())
     }
 
-    /// Makes ready to connect to the nodes, at least one, as they are now. An error changes nothing.
+    /// Reads addresses, secrets and TLS files. An error changes nothing.
     ///
     /// # Errors
-    /// 78 for a file that can't be read or used, 64 for a malformed address or one that contradicts the options.
+    /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for a malformed address or one
+    /// that contradicts the options.
     pub fn read(&mut self) -> Result<(), Failure> {
         let addresses = self.addresses()?;
         self.tls = Tls::load(&addresses)?;
@@ -165,7 +111,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// The addresses, with what their files and the options say now.
+    /// The addresses, with the current content of the files and the options applied.
     pub(super) fn addresses(&mut self) -> Result<Vec<Address>, Failure> {
         let mut addresses = match &mut self.url_file {
             Some(file) => file.addresses()?,
@@ -181,7 +127,7 @@ impl Nodes {
             if let Some(password) = &password {
                 address.set_password(password.clone());
             }
-            self.options.apply(address)?;
+            self.tls_options.apply(address)?;
         }
         Ok(addresses)
     }
@@ -266,9 +212,9 @@ mod tests {
         let passwords = file("password-file-2");
         fs::write(&passwords.path, "token").unwrap();
         let path = passwords.path.clone();
-        let options = TlsOptions { cert: Some("/no/such.pem".into()), ..TlsOptions::default() };
+        let tls_options = TlsOptions { cert: Some("/no/such.pem".into()), ..TlsOptions::default() };
         let known = parse_list("amqps://u@h").unwrap();
-        let mut nodes = Nodes { known, options, ..Nodes::default() };
+        let mut nodes = Nodes { known, tls_options, ..Nodes::default() };
         assert!(nodes.addresses().unwrap()[0].logs_in_by_certificate());
         nodes.password_file = Some(passwords);
         assert!(!nodes.addresses().unwrap()[0].logs_in_by_certificate());

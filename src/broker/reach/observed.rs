@@ -1,4 +1,5 @@
-//! What one connection's broker was seen to say: lapin 4.12 keeps it to itself; and what lapin must not read.
+//! What the broker has sent on one connection, as far as lapin 4.12 doesn't expose it, and checks for what crashes lapin's
+//! parser. `tap.rs` finds the frames, this reads them.
 
 use crate::broker::errors::Refusal;
 use lapin::{
@@ -10,11 +11,11 @@ use std::time::Instant;
 /// Class and method of `basic.deliver`, as its payload begins.
 const DELIVER: [u8; 4] = [0, 60, 0, 60];
 
-/// What begins the payload of a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, size of the body.
+/// Size of what precedes the properties in a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, body size.
 const BEFORE_PROPERTIES: usize = 12;
 
-/// How deep tables and arrays may be nested: lapin's parser calls itself for each level, and a thousand of them
-/// overflow its thread's stack of 2 MiB.
+/// How deep tables and arrays may be nested. lapin's parser is recursive: a thousand levels overflow its thread's stack of
+/// 2 MiB.
 const NESTING_MAX: usize = 100;
 
 /// RabbitMQ's version: major and minor.
@@ -25,7 +26,7 @@ pub(in crate::broker) type Version = (u32, u32);
 pub(in crate::broker) struct Observed {
     /// The broker's version, once it has greeted.
     pub(in crate::broker) version: Option<Version>,
-    /// The names of its login mechanisms, blanks between.
+    /// The names of its login mechanisms, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
     /// The heartbeat interval that it proposed, in seconds; 0 is none.
     pub(in crate::broker) heartbeat: Option<u16>,
@@ -37,15 +38,14 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) closed_unreadably: bool,
     /// Whether it has cancelled a consumer.
     pub(in crate::broker) cancelled: bool,
-    /// How many messages it has delivered, or begun to. lapin drops those that come after a cancel without waiting.
+    /// How many deliveries have begun. lapin drops those that come after a cancel without waiting.
     pub(in crate::broker) deliveries: u64,
-    /// When it began to deliver the last of them.
+    /// When the last of them began.
     pub(in crate::broker) delivered: Option<Instant>,
-    /// Whether the last of them was delivered before.
     pub(in crate::broker) redelivered: bool,
-    /// `basic.deliver` was the last method: a message's content comes next.
+    /// Whether `basic.deliver` was the last method: its content follows.
     delivering: bool,
-    /// Why the message that it delivers can't be read.
+    /// Why a delivered message can't be read.
     pub(in crate::broker) unreadable: Option<String>,
 }
 
@@ -60,7 +60,7 @@ impl Observed {
         }
     }
 
-    /// Takes note of a method, by the payload of its frame.
+    /// Reads the payload of a method frame.
     ///
     /// # Errors
     /// Why lapin must not read it.
@@ -75,7 +75,7 @@ impl Observed {
         self.note_unreadable(read)
     }
 
-    /// Looks at the properties of a message, by the payload of a content header's frame.
+    /// Reads the payload of a content header frame.
     ///
     /// # Errors
     /// Why lapin must not read them.
@@ -88,7 +88,7 @@ impl Observed {
         self.note_unreadable(read)
     }
 
-    /// Takes note of a frame that is larger than the connection's limit, both in bytes. lapin ends the connection then.
+    /// Notes a header frame above the connection's limit, both in bytes. lapin then ends the connection.
     pub(super) fn too_large(&mut self, size: usize, limit: usize) {
         let problem = format!(
             "its headers are a frame of {size} bytes, and this connection takes {limit} (frame_max): raise frame_max in the URL and in rabbitmq.conf"
@@ -100,7 +100,7 @@ impl Observed {
         if let Err(problem) = &read
             && self.delivering
         {
-            // Only a message that was delivered comes again over a new connection.
+            // Only a delivered message is delivered again on the next connection.
             self.unreadable.get_or_insert_with(|| problem.clone());
         }
         read
@@ -137,13 +137,12 @@ impl Observed {
     }
 }
 
-/// The flag of a `basic.deliver` (1.8.3.13): after the numbers, the consumer's tag and the delivery's.
+/// The flag of a `basic.deliver` (1.8.3.13). It follows class and method, consumer tag and delivery tag.
 fn redelivered(payload: &[u8]) -> bool {
     let tag = payload.get(DELIVER.len()).copied().unwrap_or_default();
     payload.get(DELIVER.len() + 1 + usize::from(tag) + 8).is_some_and(|flags| flags & 1 == 1)
 }
 
-/// The version among the server's properties.
 fn version(start: &connection::Start) -> Option<Version> {
     let version = start.server_properties.inner().get("version")?;
     let text = version.as_long_string()?.to_string();
@@ -151,8 +150,8 @@ fn version(start: &connection::Start) -> Option<Version> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Refuses tables and arrays that may be nested too deep, wherever they stand: each begins with its type and its size
-/// (4.2.5.5). What only looks like one, in a text, counts too, as long as it would fit.
+/// Refuses tables and arrays that may be nested too deep, anywhere in the payload: each begins with its type and its size
+/// (4.2.5.5). A text that looks like one counts, too, if that size would fit.
 fn check_nesting(payload: &[u8]) -> Result<(), String> {
     let mut ends = Vec::new();
     for (at, field) in payload.windows(5).enumerate() {

@@ -1,14 +1,14 @@
-//! Names to addresses.
+//! From a name to its addresses.
 
 use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
 };
 
-/// All addresses of `host`, with `port`, in the order in which they are to be tried.
+/// All addresses of `host`, with `port`, in the order to try them in.
 ///
 /// # Errors
-/// When the name can't be looked up or has no address.
+/// If the name can't be looked up or has no address.
 pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     match literal(host, port) {
         Some(address) => Ok(vec![address?]),
@@ -29,7 +29,7 @@ fn in_turn(found: Vec<SocketAddr>) -> Vec<SocketAddr> {
     turns.into_iter().map(|(_, address)| address).collect()
 }
 
-/// An address rather than a name, IPv6 with or without the zone of RFC 6874.
+/// The address, if `host` is one; IPv6 with or without the zone of RFC 6874.
 fn literal(host: &str, port: u16) -> Option<io::Result<SocketAddr>> {
     if let Ok(ip) = host.parse::<IpAddr>() {
         return Some(Ok((ip, port).into()));
@@ -48,12 +48,12 @@ async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     Ok(tokio::net::lookup_host((host, port)).await?.collect())
 }
 
-/// Not by glibc: a static program crashes in its name service switch where the image's glibc is newer
-/// and nsswitch.conf lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
+/// Without glibc: a static program crashes in its name service switch if the image's glibc is newer and nsswitch.conf
+/// lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
 #[cfg(target_env = "gnu")]
 async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     use hickory_resolver::{TokioResolver, config::LookupIpStrategy, proto::rr::Name};
-    // As getaddrinfo(3) does: any ASCII name as it is, an underscore or `xn--a` in it included.
+    // Like getaddrinfo(3), takes any ASCII name as it is, also with an underscore or `xn--a`.
     let name = Name::from_ascii(host).map_err(io::Error::other)?;
     let mut builder = TokioResolver::builder_tokio().map_err(io::Error::other)?;
     builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;

@@ -1,5 +1,5 @@
-//! A read-only tap on what the broker sends: it notes what lapin 4.12 keeps to itself, and refuses to read on where
-//! lapin must not. It alters, delays, invents and swallows nothing.
+//! A read-only tap on what the broker sends. It finds the frames in it, and gives those that matter to [`Observed`], which
+//! reads them. If lapin must not read a frame, the connection fails there. Otherwise lapin gets every byte, unchanged.
 
 use super::observed::Observed;
 use std::{
@@ -7,15 +7,17 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-/// Frame header (AMQP 0-9-1, 2.3.5): type, channel (2 bytes), size of the payload (4 bytes).
+/// The largest frame that we propose by default, in bytes: RabbitMQ's own default. Without a proposal lapin 4.12 allocates
+/// and fills two buffers of 4 MiB. It is also the limit for the frames before the limit is agreed on.
+pub(in crate::broker) const FRAME_MAX: u32 = 131_072;
+
+/// Size of a frame's header (AMQP 0-9-1, 2.3.5), in bytes: type, channel (2), size of the payload (4).
 const HEADER: usize = 7;
-/// The frame types; bodies and heartbeats are only counted.
+/// The frame types. Bodies and heartbeats are skipped.
 const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
-/// Largest payload before a limit is agreed on, in bytes.
-const GREETING_MAX: u32 = 131_072;
 
 /// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
@@ -25,21 +27,19 @@ pub(in crate::broker) struct Tap {
     frame_max: usize,
     /// The largest payload that is read, in bytes.
     payload_max: usize,
-    /// The frame that has begun, as far as it is here.
+    /// The part of the current frame that has arrived.
     frame: Vec<u8>,
-    /// How much isn't looked into, in bytes: a body's rest, or everything where it isn't AMQP, which lapin says.
+    /// How many bytes to skip: the rest of a body, or everything if it isn't AMQP (lapin reports that).
     skip: usize,
 }
 
 impl Tap {
-    /// `frame_max`: the largest frame that we propose, in bytes.
     pub(in crate::broker) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
-        // The broker's greeting comes before a smaller limit is agreed on.
-        let payload_max = frame_max.max(GREETING_MAX) as usize;
+        let payload_max = frame_max.max(FRAME_MAX) as usize;
         Self { observed, frame_max: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
     }
 
-    /// Looks at what was received.
+    /// Takes the next piece that was received.
     ///
     /// # Errors
     /// `InvalidData` when lapin must not read on.
@@ -82,13 +82,12 @@ impl Tap {
         read.map_err(refuse)
     }
 
-    /// Takes note of headers that lapin will refuse, as their frame is larger than both sides have agreed on. RabbitMQ sends
-    /// a message's headers in one frame, whatever the limit (seen with 3.10 and 4.3).
+    /// Notes headers that lapin will refuse because their frame is larger than agreed. RabbitMQ sends a message's headers
+    /// in one frame, whatever the limit (seen with 3.10 and 4.3).
     fn check_size(&self, size: usize) {
         let mut observed = self.observed();
         let theirs = observed.frame_max.filter(|max| *max > 0).map(|max| max as usize);
         let agreed = theirs.map_or(self.frame_max, |theirs| theirs.min(self.frame_max));
-        // A frame's header and its end count, too.
         let frame = HEADER + size + 1;
         if frame > agreed {
             observed.too_large(frame, agreed);
@@ -104,7 +103,6 @@ fn refuse(why: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why.into())
 }
 
-/// The size of the payload, once the frame's header is here.
 fn payload_size(frame: &[u8]) -> Option<usize> {
     let &[_, _, _, a, b, c, d] = frame.first_chunk::<HEADER>()?;
     Some(u32::from_be_bytes([a, b, c, d]) as usize)

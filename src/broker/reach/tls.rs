@@ -1,13 +1,21 @@
-//! TLS by rustls: which certificates are trusted, and which is ours.
+//! TLS by rustls: its options, the CAs to trust, and the client certificate.
 //!
-//! There is no way to leave the check of the broker's certificate out.
+//! Nothing turns the check of the broker's certificate off.
 
 use super::{
     address::{Address, Parameters},
-    tls_errors::{in_handshake, is_webpki},
+    file,
+    tls_errors::{flaw, in_handshake},
 };
-use crate::{broker::errors::ConnectError, exit::Failure};
-use std::{path::Path, sync::Arc};
+use crate::{
+    broker::errors::ConnectError,
+    exit::{Failure, is_shortage},
+};
+use lapin::uri::SASLMechanism;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tokio::net::TcpStream;
 use tokio_rustls::{
     TlsConnector,
@@ -21,15 +29,68 @@ use tokio_rustls::{
     },
 };
 
-/// What TLS needs, for the parameters of each node that wants it: read before anything is connected.
+/// The options for TLS. They override the URL's parameters.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "TLS")]
+pub struct TlsOptions {
+    /// Trust the CAs in this file (PEM) only [default: the system's, or SSL_CERT_FILE's]
+    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_CACERT")]
+    pub cacert: Option<PathBuf>,
+
+    /// Present this client certificate (PEM)
+    ///
+    /// If no password is given, also log in with it (EXTERNAL).
+    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_CERT")]
+    pub cert: Option<PathBuf>,
+
+    /// Use this key (PEM) for the client certificate [default: in the file of --cert]
+    #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_KEY")]
+    pub key: Option<PathBuf>,
+
+    /// Expect this name in the broker's certificate [default: the address's host]
+    #[arg(long, hide_short_help = true, value_name = "NAME", env = "QCONSUME_SERVER_NAME")]
+    pub server_name: Option<String>,
+}
+
+impl TlsOptions {
+    /// Sets the parameters of `address` that the options name.
+    pub(super) fn apply(&self, address: &mut Address) -> Result<(), Failure> {
+        let options = [
+            (self.cacert.is_some(), "--cacert (QCONSUME_CACERT)"),
+            (self.cert.is_some(), "--cert (QCONSUME_CERT)"),
+            (self.key.is_some(), "--key (QCONSUME_KEY)"),
+            (self.server_name.is_some(), "--server-name (QCONSUME_SERVER_NAME)"),
+        ];
+        if let Some((_, option)) = options.iter().find(|(set, _)| *set && !address.tls) {
+            return Err(Failure::usage(format!("{option} needs TLS: an amqps:// URL, or --ssl beside --server")));
+        }
+        let parameters = &mut address.parameters;
+        if self.cert.is_some() {
+            // A key belongs to its certificate: --cert drops the URL's key, too.
+            parameters.certfile.clone_from(&self.cert);
+            parameters.keyfile = None;
+        }
+        parameters.cacertfile = self.cacert.clone().or(parameters.cacertfile.take());
+        parameters.keyfile = self.key.clone().or(parameters.keyfile.take());
+        let name = &mut parameters.server_name_indication;
+        *name = self.server_name.clone().or(name.take());
+        if parameters.certfile.is_some() && !address.password_given {
+            parameters.auth_mechanism.get_or_insert(SASLMechanism::External);
+        }
+        Ok(())
+    }
+}
+
+/// A configuration of TLS for each distinct set of parameters, read before anything is connected.
 #[derive(Clone, Debug, Default)]
 pub struct Tls(Vec<(Parameters, Arc<ClientConfig>)>);
 
 impl Tls {
-    /// Reads the files of all nodes that want TLS; the system's CAs only if one of them trusts those.
+    /// Reads the files of all nodes that use TLS; the system's CAs only if a node trusts those.
     ///
     /// # Errors
-    /// 78 for a file that isn't as it should be, 64 for what contradicts itself.
+    /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for options that contradict
+    /// each other.
     pub(super) fn load(nodes: &[Address]) -> Result<Self, Failure> {
         let mut loaded = Self::default();
         for address in nodes {
@@ -56,7 +117,6 @@ impl Tls {
         found.map(|(_, config)| Arc::clone(config))
     }
 
-    /// Makes a connected socket a safe one.
     pub(super) async fn handshake(
         &self,
         socket: TcpStream,
@@ -70,11 +130,11 @@ impl Tls {
     }
 }
 
-/// The name, or the IP address, that the broker's certificate has to be for.
+/// The name or the IP address that the broker's certificate has to be for.
 fn server_name(address: &Address) -> Result<ServerName<'static>, Failure> {
     let given = address.parameters.server_name_indication.as_deref();
     let name = given.unwrap_or(&address.host);
-    // No certificate has an IPv6 zone, nor the dot that keeps a resolver from trying search domains.
+    // Certificates contain no IPv6 zones, and no final dot (which keeps a resolver from trying search domains).
     let name = name.split_once('%').map_or(name, |(ip, _)| ip);
     let name = name.strip_suffix('.').unwrap_or(name);
     ServerName::try_from(name.to_owned()).map_err(|_| {
@@ -105,17 +165,12 @@ fn config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
         rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
             format!("the key in {} is not the one of the client certificate in {}", key_file.display(), cert.display())
         }
-        rustls::Error::InvalidCertificate(error) if is_webpki(&error, "UnsupportedCertVersion") => {
-            format!(
-                "the client certificate in {} is an X.509 version 1 certificate: issue a version 3 one (`openssl x509 -req` with -extfile)",
-                cert.display()
-            )
-        }
         rustls::Error::InvalidCertificate(error) => {
-            format!("the client certificate in {} is damaged: {error}", cert.display())
+            format!("the client certificate in {} can't be used: {}", cert.display(), flaw(&error))
         }
+        // Only the key is left: rustls names no reason.
         _ => format!(
-            "the key in {} is none that can be used: it has to be RSA, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
+            "the key in {} can't be used: it has to be RSA with 2048 to 4096 bits, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
             key_file.display()
         ),
     };
@@ -123,14 +178,15 @@ fn config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
     config.map_err(|error| Failure::config(unusable(error)))
 }
 
-/// The CAs of a file, and no others.
 fn roots(file: &Path) -> Result<RootCertStore, Failure> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(file, "CA certificate")? {
-        let added = roots.add(certificate);
-        added.map_err(|error| {
-            let file = file.display();
-            Failure::config(format!("a CA certificate in {file} is damaged: {error}"))
+        roots.add(certificate).map_err(|error| {
+            let why = match error {
+                rustls::Error::InvalidCertificate(error) => flaw(&error),
+                error => error.to_string(),
+            };
+            Failure::config(format!("a CA certificate in {} can't be used: {why}", file.display()))
         })?;
     }
     Ok(roots)
@@ -138,12 +194,19 @@ fn roots(file: &Path) -> Result<RootCertStore, Failure> {
 
 /// The system's CAs, or those of `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 fn system_roots() -> Result<RootCertStore, Failure> {
+    const HELP: &str = "name the broker's CA with --cacert FILE (QCONSUME_CACERT)";
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
     if roots.add_parsable_certificates(found.certs).0 > 0 {
         return Ok(roots);
     }
-    const HELP: &str = "name the broker's CA with --cacert FILE (QCONSUME_CACERT)";
+    for error in &found.errors {
+        if let rustls_native_certs::ErrorKind::Io { inner, path } = &error.kind
+            && is_shortage(inner)
+        {
+            return Err(file::read_failure(&path.display().to_string(), inner));
+        }
+    }
     let set: Vec<_> = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
         .into_iter()
         .filter_map(|name| Some((name, std::env::var_os(name)?)))
@@ -162,7 +225,6 @@ fn system_roots() -> Result<RootCertStore, Failure> {
     )))
 }
 
-/// All certificates of a file, of which there is at least one.
 fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>, Failure> {
     let text = read(file, what)?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
@@ -173,7 +235,7 @@ fn certificates(file: &Path, what: &str) -> Result<Vec<CertificateDer<'static>>,
     }
 }
 
-/// The first key of a file: PKCS#8, PKCS#1 or SEC1.
+/// The first key in a file: PKCS#8, PKCS#1 or SEC1.
 fn key(file: &Path, own_file: bool) -> Result<PrivateKeyDer<'static>, Failure> {
     let text = read(file, "key")?;
     let shown = String::from_utf8_lossy(&text);
@@ -194,15 +256,7 @@ fn key(file: &Path, own_file: bool) -> Result<PrivateKeyDer<'static>, Failure> {
 }
 
 fn read(file: &Path, what: &str) -> Result<Vec<u8>, Failure> {
-    let mut text = std::fs::read(file).map_err(|error| {
-        let file = file.display();
-        Failure::config(format!("the {what} {file} can't be read: {error}"))
-    })?;
-    // Some editors begin a file with a byte order mark.
-    if text.starts_with("\u{feff}".as_bytes()) {
-        text.drain(..'\u{feff}'.len_utf8());
-    }
-    Ok(text)
+    file::read(file).map_err(|error| file::read_failure(&format!("the {what} {}", file.display()), &error))
 }
 
 /// The error's details are left out: some of them contain pieces of the file, which may be a key.
@@ -215,19 +269,36 @@ fn damaged(file: &Path, error: &pem::Error) -> Failure {
     Failure::config(format!("{} is damaged PEM: {what}", file.display()))
 }
 
-/// What a file has instead.
+/// The failure for a file without what it should contain: what it contains instead.
 fn not_in(file: &Path, what: &str, text: &[u8]) -> Failure {
-    /// An ASN.1 sequence, with which everything in DER begins.
+    /// The tag of an ASN.1 sequence, with which everything in DER begins.
     const SEQUENCE: u8 = 0x30;
+    if let Some(label) = pem_label(text) {
+        return Failure::config(format!(
+            "there is no {what} in {}: the PEM in it is of something else: {label}",
+            file.display()
+        ));
+    }
     let instead = match text {
         [] => "the file is empty",
-        text if text.windows(11).any(|part| part == b"-----BEGIN ") => "the PEM in it is of something else",
+        // Two bytes of length, and its version, which is 3 (RFC 7292, 4).
+        [SEQUENCE, 0x82, _, _, 2, 1, 3, ..] => {
+            "it is PKCS#12 (.p12, .pfx), which `openssl pkcs12 -nodes` turns into PEM"
+        }
         [SEQUENCE, ..] => {
             "it isn't PEM but looks like DER, which `openssl x509 -inform der` or `openssl pkey -inform der` turns into PEM"
         }
         _ => "it isn't PEM (-----BEGIN …)",
     };
     Failure::config(format!("there is no {what} in {}: {instead}", file.display()))
+}
+
+fn pem_label(text: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(text);
+    let (_, after) = text.split_once("-----BEGIN ")?;
+    let (label, _) = after.split_once("-----")?;
+    let is_label = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == ' ';
+    (label.len() < 24 && label.chars().all(is_label)).then(|| label.to_owned())
 }
 
 #[cfg(test)]

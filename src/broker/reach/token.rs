@@ -1,4 +1,4 @@
-//! Tokens (JWT, RFC 7519) in place of passwords: when they expire, and how a renewed one reaches the broker.
+//! Tokens (JWT, RFC 7519) instead of passwords: when they expire, and how the broker gets a renewed one.
 
 use super::{
     address::{Address, Secret},
@@ -16,15 +16,13 @@ use std::{
 };
 use tokio::{task::JoinHandle, time::sleep};
 
-/// How often the file is looked at while a connection is open. Tokens live for minutes and are renewed well before they
+/// How often the file is checked while a connection is open. Tokens live for minutes and are renewed well before they
 /// expire.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 
-/// How long a file that has changed has to stay as it is before it is read: a token that is only half written would cost
-/// the connection.
-const SETTLED: Duration = Duration::from_millis(200);
+/// How long a changed file must stay unchanged before it is read: the broker closes the connection for half a token.
+const UNCHANGED_FOR: Duration = Duration::from_millis(200);
 
-/// What can be read of a token without its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::broker) struct Token {
     expires: Option<SystemTime>,
@@ -47,13 +45,13 @@ impl Token {
         Some(Self { expires: after.and_then(|after| SystemTime::UNIX_EPOCH.checked_add(after)) })
     }
 
-    /// How long ago it has expired, if it has.
+    /// How long ago it expired, if it has.
     pub(super) fn expired_for(self) -> Option<Duration> {
         SystemTime::now().duration_since(self.expires?).ok()
     }
 }
 
-/// base64url (RFC 4648, 5) without padding, as a JWT's parts are encoded.
+/// Decodes base64url (RFC 4648, 5) without padding, the encoding of a JWT's parts.
 fn decode(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len());
     let (mut buffer, mut bits) = (0_u32, 0);
@@ -76,19 +74,18 @@ fn decode(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// What a login is tried with, or was made with.
 #[derive(Clone, Copy)]
 pub(in crate::broker) struct Credentials<'a> {
     pub(in crate::broker) user: &'a str,
-    /// The token that takes the place of the password, if one does.
+    /// The password, if it is a token.
     pub(in crate::broker) token: Option<Token>,
-    /// The file that another password may come from.
+    /// The file that a new password may come from.
     pub(in crate::broker) file: Option<&'a Path>,
 }
 
 impl Credentials<'_> {
-    /// What a refusal means for them. A user without permission may be one whose token has expired: long names push the end
-    /// of the text out, which says so.
+    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with a
+    /// token that has expired, a 403 is about that.
     pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
@@ -105,7 +102,6 @@ impl Credentials<'_> {
         }
     }
 
-    /// What to do about a permission that is missing.
     pub(in crate::broker) const fn how_to_grant(&self) -> &'static str {
         match self.token {
             Some(_) => "the token needs a scope for it",
@@ -126,17 +122,15 @@ impl Credentials<'_> {
     }
 }
 
-/// What an open connection is logged in with. Its token is renewed for as long as this value lives.
+/// The login of an open connection. Its token is renewed until this is dropped.
 pub(in crate::broker) struct Login {
     user: String,
-    /// Shared with the task that renews it.
     token: Arc<Mutex<Option<Token>>>,
     file: Option<PathBuf>,
     renewal: Option<JoinHandle<()>>,
 }
 
 impl Login {
-    /// The login of a connection to `address`, one of `nodes`.
     pub(in crate::broker) fn new(connection: &Arc<Connection>, address: &Address, nodes: &Nodes) -> Self {
         let token = Arc::new(Mutex::new(Token::parse(address.password.expose())));
         let file = nodes.file_with_password().map(|file| file.path().to_owned());
@@ -153,7 +147,7 @@ impl Login {
         Self { user: address.username.clone(), token, file, renewal }
     }
 
-    /// As they are now.
+    /// The credentials, with the newest token.
     pub(in crate::broker) fn credentials(&self) -> Credentials<'_> {
         let token = *self.token.lock().expect("nobody panics with it");
         Credentials { user: &self.user, token, file: self.file.as_deref() }
@@ -168,7 +162,7 @@ impl Drop for Login {
     }
 }
 
-/// Looks at the file for as long as the connection is open, and tells the broker of each new token.
+/// Watches the file while the connection is open, and sends each new token to the broker.
 struct Renewal {
     connection: Weak<Connection>,
     address: Address,
@@ -186,9 +180,9 @@ impl Renewal {
             if state.is_none() || state == read {
                 continue;
             }
-            sleep(SETTLED).await;
+            sleep(UNCHANGED_FOR).await;
             let password = self.password();
-            // One that is being written, or is not usable for now, is looked at again.
+            // A file that is being written, or can't be used for now, is checked again.
             let Some(password) = password.filter(|_| self::state(&self.file) == state) else {
                 continue;
             };
@@ -206,7 +200,6 @@ impl Renewal {
             };
             let reason = "the token was renewed".into();
             if let Err(error) = connection.update_secret(password.expose().into(), reason).await {
-                // Whoever waits for the connection hears of its end.
                 tracing::debug!("the token was not renewed: {}", described(&error));
                 return;
             }
@@ -216,16 +209,16 @@ impl Renewal {
         }
     }
 
-    /// The password for the node that this connection is to, as the file has it now.
+    /// The password that the file now has for this connection's node.
     fn password(&mut self) -> Option<Secret> {
-        // By what is printed of it: no password, and no parameters.
+        // Compared by the printed URL: it has neither password nor parameters.
         let node = self.address.to_string();
         let nodes = self.nodes.addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
         nodes.into_iter().find(|other| other.to_string() == node).map(|node| node.password)
     }
 }
 
-/// What differs when a file was written or replaced. It is a symbolic link in a mounted Secret, which is followed.
+/// It differs after the file was written or replaced. Symbolic links are followed: mounted Secrets are links.
 fn state(file: &Path) -> Option<(u64, u64, i64, i64)> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))

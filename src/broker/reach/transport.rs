@@ -1,6 +1,6 @@
-//! What lapin reads and writes through: a socket that we have dialled ourselves, plain or TLS, with a read-only tap.
+//! The stream that lapin reads and writes: a socket that we have connected ourselves, plain or TLS, with a read-only tap.
 //!
-//! lapin's own dialling knows no time limit, no IPv6 literals and, without its TLS features, no error for `amqps`.
+//! lapin 4.12 connects without a time limit, takes no IPv6 literals and, without its TLS features, `amqps` as plain text.
 
 use super::tap::Tap;
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
@@ -16,11 +16,9 @@ use std::{
 use tokio::io::ReadBuf;
 use tokio_stream::Stream;
 
-/// A connected socket, plain or TLS.
 pub(super) trait Socket: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
 impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Socket for S {}
 
-/// A socket for lapin, and the tap that looks at what is read from it.
 pub(super) struct TappedStream {
     pub(super) socket: Box<dyn Socket>,
     pub(super) tap: Tap,
@@ -31,8 +29,8 @@ impl TappedStream {
         Pin::new(self.socket.as_mut())
     }
 
-    /// Why the peer has closed: a broker that refuses the client's certificate sends a TLS alert and closes, and our
-    /// next write fails before anybody has read the alert.
+    /// Why the peer has closed: a broker that refuses the client's certificate sends a TLS alert and closes, and our next
+    /// write fails before the alert is read.
     fn alert_or(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
         let mut rest = [0; 256];
         match self.socket().poll_read(cx, &mut ReadBuf::new(&mut rest)) {
@@ -67,11 +65,10 @@ impl AsyncWrite for TappedStream {
     }
 }
 
-/// tokio's clock for lapin, with our [`TappedStream`] in place of its TCP stream: dialling is connect.rs's business.
+/// tokio's clock for lapin, with [`TappedStream`] as its TCP stream. It can't connect: connect.rs does that.
 #[derive(Clone, Debug)]
 pub(super) struct LapinReactor(Tokio);
 
-/// tokio for lapin, on the runtime that the caller runs on.
 pub(super) fn lapin_runtime() -> Runtime<RuntimeParts<Tokio, LapinReactor>> {
     let tokio = Tokio::current();
     Runtime::new(RuntimeParts::new(tokio.clone(), LapinReactor(tokio)))

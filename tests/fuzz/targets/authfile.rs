@@ -1,10 +1,11 @@
 //! Files that hold credentials, read as the command line reads them: `--authfile`, `--password-file`, and `--url-file`
 //! (`BROKER_URL_FILE`).
 //!
-//! - An authfile counts exactly when a plain reader finds its two lines, and gives the same user and password.
-//! - A URL's file means what the URL means on the command line; a password's file is the password.
-//! - Each may begin with a byte order mark; one newline at the end of the latter two is none of theirs.
-//! - An authfile's error shows no line of it (broker_url has the same for URLs); the options as `Debug` shows them don't depend on the password.
+//! - An authfile is accepted if and only if a simple parser finds its two lines, and yields the same user and password.
+//! - A URL file means the same as its URL on the command line; a password file contains the password.
+//! - Each file may begin with a byte order mark. One newline at the end of a URL or a password is dropped.
+//! - An error about an authfile shows none of its lines (the target broker_url checks this for URLs).
+//! - The options' `Debug` output doesn't depend on the password.
 
 #![no_main]
 
@@ -16,14 +17,14 @@ use qconsume::{
 };
 use std::{ffi::OsString, fs, path::PathBuf, sync::LazyLock};
 
-/// The file.
+/// Holds the fuzzed content.
 static FILE: LazyLock<PathBuf> =
     LazyLock::new(|| std::env::temp_dir().join(format!("qconsume-fuzz-authfile-{}", std::process::id())));
 
 fuzz_target!(|content: &[u8]| {
     check_authfile(content);
     check_password_file(content);
-    // Reading the CAs of the system, or any file that a URL names, would take most of the time.
+    // A TLS URL reads the system's CAs or the files that it names, which would take most of the time.
     let text = String::from_utf8_lossy(content).to_ascii_lowercase();
     if !text.contains("amqps://") {
         check_url_file(content);
@@ -88,7 +89,7 @@ fn check_url_file(content: &[u8]) {
     }
 }
 
-/// What the command line makes of a file: the addresses, and all options as `Debug` shows them.
+/// Parses a command line that names the file; returns the addresses and the options' `Debug` output.
 fn run(content: &[u8], options: &[&str]) -> Result<(Vec<Address>, String), Failure> {
     fs::write(&*FILE, content).expect("there is room");
     let mut words: Vec<OsString> = ["qconsume", "--queue", "q"].map(OsString::from).into();
@@ -100,7 +101,7 @@ fn run(content: &[u8], options: &[&str]) -> Result<(Vec<Address>, String), Failu
     }
 }
 
-/// The two lines of an authfile, as rabbitmq-c's tools have it.
+/// The user and the password in an authfile of rabbitmq-c's tools.
 fn credentials(content: &[u8]) -> Option<(&str, &str)> {
     let text = std::str::from_utf8(content).ok()?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -116,10 +117,10 @@ fn credentials(content: &[u8]) -> Option<(&str, &str)> {
     Some((first.strip_prefix("username:")?, second.strip_prefix("password:")?))
 }
 
-/// No line of the file, if it is long enough to tell, is in the message.
+/// Checks that the message contains no line of the file. Lines of up to 8 bytes could be there by chance.
 fn check_secret(message: &str, content: &[u8]) {
-    // The message is made of this and the file's path.
-    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: stream did not contain valid UTF-8";
+    // The message consists of these words and the file's path.
+    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: it isn't UTF-8";
     for line in String::from_utf8_lossy(content).lines().filter(|line| line.len() > 8) {
         let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
         assert!(is_fixed || !message.contains(line), "{message}");

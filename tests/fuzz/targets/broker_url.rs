@@ -1,9 +1,9 @@
-//! `BROKER_URL`: any text is an address or a mistake, and neither shows a password.
+//! `BROKER_URL`: any text is either accepted or an error, and neither shows a password.
 //!
-//! - What is printed of an address doesn't depend on its password at all.
-//! - A password that nobody encoded, with a mark in each of its pieces, leaves no mark in any message.
+//! - An address's printed form doesn't depend on its password.
+//! - No message shows a piece of a password, even if its special characters aren't percent-encoded.
 //! - Messages are one line, without control characters.
-//! - What is printed is a URL for the same place, and a list of them one for the same places.
+//! - Parsing a printed address, or a printed list, gives the same broker or brokers.
 
 #![no_main]
 
@@ -71,7 +71,7 @@ fn check_list(text: &str, addresses: &[Address]) {
     assert_eq!(parse_list(&printed.join(",")), Ok(expected));
 }
 
-/// The same place, for somebody whose password and query aren't known.
+/// The address that its printed form parses to: without password and query.
 fn without_password(address: &Address) -> Address {
     Address {
         password: Secret::from("guest".to_owned()),
@@ -81,20 +81,20 @@ fn without_password(address: &Address) -> Address {
     }
 }
 
-/// A URL whose password has the mark in each piece that it could be cut into. The password is what people see as that:
-/// from the user's `:` to the last `@`.
+/// The URL with the mark in each piece that a parser could cut its password into. The password is taken to reach from
+/// the user's `:` to the last `@`, as a person would read it.
 fn mark_password(text: &str) -> Option<String> {
     let start = text.find("://")? + 3;
     let start = start + text[start..].find(':')? + 1;
     let end = text.rfind('@').filter(|end| start <= *end)?;
-    // What looks like the list's separator is beyond telling.
+    // A password that contains the list's separator can't be told from a list.
     if text.to_ascii_lowercase().contains(",amqp") || text.contains(MARK) {
         return None;
     }
     let mut marked = text[..start].to_owned() + MARK;
     for c in text[start..end].chars() {
         marked.push(c);
-        // Behind a `%` it would break the escape.
+        // After a `%`, it would break the escape.
         if !c.is_ascii_alphanumeric() && c != '%' {
             marked += MARK;
         }

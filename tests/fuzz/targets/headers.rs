@@ -1,7 +1,7 @@
 //! Properties and headers of a message, from the frame on the wire to the command's environment.
 //!
-//! - Whatever the bytes are, no piece that they come in changes what becomes of them.
-//! - A message has the properties that were encoded, by a plain encoder; `MESSAGE_HEADERS` is JSON of the same headers.
+//! - The result doesn't depend on the sizes of the pieces in which the bytes arrive.
+//! - A message has the properties that this target's encoder encoded; `MESSAGE_HEADERS` is JSON of the same headers.
 //! - Headers that are nested more than 100 deep are refused; others are read.
 //! - In the environment only the documented names change; none has a value that was inherited or is too long.
 
@@ -24,7 +24,7 @@ use std::{
     num::NonZeroUsize,
 };
 
-/// What a message is told in, without its headers; each with its bit in the properties' flags.
+/// The variables of the text properties, each with the property's bit in the flags.
 const TEXTS: [(&str, u16); 9] = [
     ("MESSAGE_CONTENT_TYPE", 15),
     ("MESSAGE_CONTENT_ENCODING", 14),
@@ -64,13 +64,13 @@ struct Properties {
     exchange: Name,
     routing_key: Name,
     piece: u8,
-    /// The headers are so many levels further down.
+    /// How many more levels the headers are nested.
     deeper: u8,
 }
 
 fuzz_target!(
     init: {
-        // A value that was inherited must not pass for the message's own.
+        // An inherited value must not be taken for the message's.
         for name in NAMES {
             // SAFETY: nothing else runs yet.
             unsafe { env::set_var(name, "inherited") };
@@ -88,7 +88,7 @@ fuzz_target!(
     }
 );
 
-/// Bytes that need not be properties.
+/// Checks arbitrary bytes as properties.
 fn check_any(properties: &[u8]) {
     let delivered = Delivered { exchange: b"", routing_key: b"q", redelivered: properties.len() % 2 == 1, properties };
     let [whole, bytes] = [usize::MAX, 1].map(|piece| {
@@ -105,7 +105,7 @@ fn check_any(properties: &[u8]) {
     }
 }
 
-/// Properties that are well-formed.
+/// Checks well-formed properties.
 fn check(mut properties: Properties) {
     if let Some(headers) = properties.headers.take() {
         let nest = |table, _| Table(vec![(Name::Text("n".to_owned()), Field::Table(table))]);
@@ -124,7 +124,7 @@ fn check(mut properties: Properties) {
     let message = match message(delivered, piece, "q") {
         Ok(message) => message,
         Err(error) => {
-            // What looks like a table or an array in a text counts too.
+            // The guard counts bytes that look like a table or an array, those in texts included.
             let bytes = encoded.iter().chain(exchange.as_bytes()).chain(routing_key.as_bytes());
             let tables = bytes.filter(|byte| b"AF".contains(byte)).count();
             let too_large = encoded.len() + 12 > 128 << 10;
@@ -133,7 +133,7 @@ fn check(mut properties: Properties) {
             return;
         }
     };
-    // In the table of all headers, so many levels.
+    // The table of all headers is the first level.
     assert!(depth <= 1 + NESTING_MAX, "{depth} deep");
 
     check_environment(&message);
@@ -171,7 +171,7 @@ fn check(mut properties: Properties) {
     }
 }
 
-/// Which attempt it is, as docs/how-it-works.md has it.
+/// The attempt's number, as docs/how-it-works.md defines it.
 fn attempt(properties: &Properties) -> Option<u64> {
     if !properties.redelivered {
         return Some(1);
@@ -187,11 +187,11 @@ fn variable<'a>(message: &'a Message, name: &str) -> Option<&'a [u8]> {
     variable.value.as_ref().map(|value| value.as_encoded_bytes())
 }
 
-/// The documented names have the message's values, or none; all others are as they were.
+/// Checks that the documented variables have the message's values, or are unset, and that no other variable changed.
 fn check_environment(message: &Message) {
     let mut found = environment(&message.variables);
     for (name, value) in &found {
-        // With the equals sign and the NUL at its end.
+        // Plus the equals sign and the NUL at the end.
         assert!(name.len() + value.len() + 2 <= VARIABLE_MAX);
         assert!(!value.as_encoded_bytes().contains(&0));
     }
@@ -210,7 +210,7 @@ fn check_environment(message: &Message) {
     assert!(found.is_empty(), "{found:?}");
 }
 
-/// The properties as AMQP 0-9-1 has them on the wire: flags, then what they say is there, in the flags' order.
+/// Encodes the properties for AMQP 0-9-1: the flags, then the properties whose flags are set, in the flags' order.
 fn encode(properties: &Properties) -> Vec<u8> {
     let mut parts = BTreeMap::new();
     for ((_, bit), text) in TEXTS.iter().zip(&properties.texts) {

@@ -1,7 +1,8 @@
-//! `qpublish --lines` and `--null`: input in pieces of any size is split as a plain splitter splits it.
+//! `qpublish --lines` and `--null`: whatever the sizes of the pieces that are read, the records are those that a simple
+//! split of the whole input yields.
 //!
-//! No message is lost, invented or cut: not at the end of a piece, not by a system call that is interrupted, not by an
-//! error in the middle of a record, and not by one that is too long.
+//! No record is lost, invented or cut: at the end of a piece, after an interrupted system call, by an error in the middle
+//! of a record, or by a record that is too long.
 
 #![no_main]
 
@@ -9,17 +10,17 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use std::io::{self, ErrorKind, Read};
 
-/// The largest message, in bytes: src/publish/source.rs has a small limit when it is fuzzed.
+/// The largest message, in bytes: src/publish/source.rs has this small limit when it is fuzzed.
 const LARGEST: usize = 1 << 10;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
     null: bool,
-    /// What each read gets: at most so many bytes; with 0 it is interrupted.
+    /// The most bytes that each read returns; 0 is an interrupted read.
     reads: Vec<u16>,
-    /// Whether the input ends in an error.
+    /// Whether the input ends with an error.
     fails: bool,
-    /// What is repeated so often, to be long.
+    /// A byte and how often it is repeated, to make long records.
     long: Option<(u8, u16)>,
     content: Vec<u8>,
 }
@@ -53,10 +54,10 @@ fuzz_target!(|input: Input| {
     }
 });
 
-/// The records in front of the first error, and that error.
+/// The records before the first error, and that error.
 fn split(content: &[u8], separator: u8, fails: bool) -> (Vec<&[u8]>, Option<ErrorKind>) {
     let mut records: Vec<_> = content.split(|byte| *byte == separator).collect();
-    let last = records.pop().expect("there is a rest, be it empty");
+    let last = records.pop().expect("split yields at least one part");
     let mut error = None;
     if last.len() > LARGEST {
         error = Some(ErrorKind::FileTooLarge);

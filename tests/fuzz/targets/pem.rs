@@ -1,15 +1,15 @@
-//! Certificates and keys: the same file as the CA's, as the client's, and as its key.
+//! Certificates and keys: the same file is tried as the CA's, as the client's certificate, and as its key.
 //!
-//! - A file that can't be used is status 78, and one line that names the file.
-//! - No message shows a piece of a file, as that may be of a key.
-//! - A byte order mark in front and the line ends of Windows change nothing; more CAs in a file of CAs are welcome.
-//! - What is taken for a certificate or a key says in its PEM that it is one.
+//! - A file that can't be used leads to status 78, and to one line that names the file.
+//! - No message shows a piece of a file, as it may be a piece of a key.
+//! - A byte order mark and the line ends of Windows change nothing; a CA file may hold several CAs.
+//! - A file is accepted as a certificate or a key only if its PEM label says that it is one.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use qconsume::{
-    broker::{Nodes, address::Address},
+    broker::{Nodes, reach::address::Address},
     exit::{Exit, Failure},
 };
 use std::{fs, path::PathBuf, sync::LazyLock};
@@ -19,21 +19,20 @@ const CERT: &[u8] = include_bytes!("../seeds/pem/cert.pem");
 const KEY: &[u8] = include_bytes!("../seeds/pem/key.pem");
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
-/// So much of base64 in one piece is no word of a message.
+/// In bytes: base64 of this length in a message can't be one of the message's own words.
 const PIECE: usize = 24;
 
-/// So many numbers in a row are none of a message's.
+/// A message has no more consecutive numbers of its own than this.
 const NUMBERS: usize = 8;
 
 struct Files {
     ca: PathBuf,
     cert: PathBuf,
     key: PathBuf,
-    /// What is fuzzed.
+    /// Holds the fuzzed content.
     file: PathBuf,
 }
 
-/// The files.
 static FILES: LazyLock<Files> = LazyLock::new(|| {
     let folder = std::env::temp_dir();
     let path = |name: &str| folder.join(format!("qconsume-fuzz-{}-{name}", std::process::id()));
@@ -41,7 +40,7 @@ static FILES: LazyLock<Files> = LazyLock::new(|| {
     for (path, content) in [(&files.ca, CA), (&files.cert, CERT), (&files.key, KEY)] {
         fs::write(path, content).expect("there is room");
     }
-    // They are intact, so what is refused is the file's doing.
+    // The other files are intact, so a refusal is about the fuzzed one.
     load(&files.ca, Some(&files.cert), Some(&files.key)).expect("they belong together");
     files
 });
@@ -76,7 +75,7 @@ fuzz_target!(|content: &[u8]| {
     }
 });
 
-/// What comes of this file as the CA's, as the client's certificate and key, as its certificate, and as its key.
+/// Loads this content as the CA's file, as the client's certificate and key in one, as its certificate, and as its key.
 fn roles(content: &[u8]) -> [Result<(), Failure>; 4] {
     let Files { ca, cert, key, file } = &*FILES;
     fs::write(file, content).expect("there is room");
@@ -107,7 +106,7 @@ fn check_error(error: &Failure, content: &[u8]) {
     let mut pieces = message.as_bytes().windows(PIECE);
     let shown = pieces.find(|piece| piece.iter().all(is_base64) && content.windows(PIECE).any(|part| part == *piece));
     assert_eq!(shown, None, "{message}");
-    // Nor is one shown as the numbers of its bytes, but for what rustls says of a certificate.
+    // Nor does it show a piece as numbers, the values of its bytes; rustls does that for certificates, which aren't secret.
     let numbers = |part: &[&str]| part.iter().all(|part| part.parse::<u8>().is_ok());
     let words = message.split(|c: char| !c.is_ascii_alphanumeric());
     let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();

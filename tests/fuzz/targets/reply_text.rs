@@ -1,9 +1,9 @@
-//! What the broker says when it refuses: four lines are what was asked for with the reply code, a queue's or exchange's
-//! name, a virtual host's and user's name, and the text.
+//! The texts with which a broker refuses an operation. An input has four lines: the operation and the reply code; the name
+//! of a queue or exchange; a name that serves as virtual host and user; the text.
 //!
-//! - RabbitMQ's own texts lead to the same status and the same words whatever names stand in them, and where a long name
-//!   pushes their end out, to the status that their beginning stands for.
-//! - Any other text leads to one of the documented statuses, is shown, and nothing of it passes for a line of the log.
+//! - RabbitMQ's own texts lead to the same status and the same words whatever names are in them. If a long name makes the
+//!   broker cut off a text's end, its beginning determines the status.
+//! - Any other text leads to one of the documented statuses, and is shown; no part of it can be taken for a log line.
 //! - The password makes no difference.
 
 #![no_main]
@@ -24,11 +24,11 @@ use qconsume::{
 /// The longest reply text, in bytes.
 const TEXT_MAX: usize = 255;
 
-/// What a refusal was asked with and says, with `Q` for the queue or exchange, `V` for the virtual host, and `U` for the
-/// user; what it leads to, and to what else where its end is cut off.
+/// The operation; the reply code and text, with `{Q}` for the queue or exchange, `{V}` for the virtual host, and `{U}` for
+/// the user; the status, and the status if the text's end is cut off.
 type Row = (Request, u16, &'static str, Exit, Exit);
 
-/// RabbitMQ 3.10 to 4.3, as in src/broker/errors/tests.rs.
+/// The texts of RabbitMQ 3.10 to 4.3, as in src/broker/errors/tests.rs.
 #[rustfmt::skip]
 const TEXTS: [Row; 26] = [
     (Login, 403, "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.", NoPermission, NoPermission),
@@ -85,7 +85,7 @@ fuzz_target!(|data: &[u8]| {
     check_any(request, &names, code, &text[..text.len().min(TEXT_MAX)]);
 });
 
-/// As in `consume 404`.
+/// Parses a line such as `consume 404`.
 fn parse(asked: &[u8]) -> Option<(Request, u16)> {
     let (request, code) = std::str::from_utf8(asked).ok()?.split_once(' ')?;
     let request = match request {
@@ -98,7 +98,7 @@ fn parse(asked: &[u8]) -> Option<(Request, u16)> {
     Some((request, code.parse().ok()?))
 }
 
-/// A name that AMQP has room for.
+/// The text, if it is a name that AMQP allows.
 fn name(text: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(text).ok()?;
     (1..=TEXT_MAX).contains(&text.len()).then_some(text)
@@ -129,7 +129,7 @@ fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>)
     }
     assert_eq!(answered.transient, plain.transient, "{full}");
     assert_eq!(answered.failure.exit, exit, "{full}");
-    // The same words, but for the names and the text.
+    // The same words, except for the names and the text.
     let mut expected = String::new();
     let (before, after) = plain.failure.message.split_once(&plain_text).expect("it is shown");
     for (part, text) in [(before, String::from_utf8_lossy(&cut)), (after, "".into())] {
@@ -140,7 +140,7 @@ fn check_row(&(request, code, text, exit, exit_if_cut): &Row, names: &Names<'_>)
     assert_eq!(answered.failure.message, expected);
 }
 
-/// A refusal with any code and text.
+/// Checks a refusal with any code and text.
 fn check_any(request: Request, names: &Names<'_>, code: u16, text: &[u8]) {
     let Some(ConnectError { transient, failure, .. }) = ask(request, names, code, text) else {
         panic!("{text:?} can't be read");
@@ -170,7 +170,7 @@ fn fill(text: &str, names: &Names<'_>) -> String {
     substitute(text, &names.map(|(from, to)| (from.to_owned(), to.to_owned())))
 }
 
-/// The text with each of these replaced, in one go: what is put in is left alone.
+/// Replaces each of these in one pass; replacements are not searched again.
 fn substitute(text: &str, pairs: &[(String, String)]) -> String {
     let next = pairs.iter().filter_map(|pair| Some((text.find(&pair.0)?, pair)));
     match next.min_by_key(|(at, _)| *at) {
@@ -179,7 +179,7 @@ fn substitute(text: &str, pairs: &[(String, String)]) -> String {
     }
 }
 
-/// RabbitMQ's way to shorten a text (`rabbit_binary_generator`), which knows nothing of characters.
+/// Cuts a text as RabbitMQ does (`rabbit_binary_generator`): at a byte, even within a character.
 fn cut(text: &str) -> Vec<u8> {
     match text.as_bytes() {
         text if text.len() > TEXT_MAX => [&text[..TEXT_MAX - 3], b"..."].concat(),

@@ -1,4 +1,4 @@
-//! A terminal that a test reads from and types on.
+//! A terminal on which a test types, and whose output it reads.
 
 use pty_process::blocking::{Command, Pty, open};
 use std::{
@@ -24,7 +24,7 @@ impl Terminal {
     /// Starts a command as the session's leader, with these variables.
     pub fn start(words: &[&str], variables: &[(&str, &str)]) -> Self {
         let (keys, terminal) = open().unwrap();
-        // Whoever runs the tests may ignore signals, as nohup(1) does; that is inherited.
+        // The tests may be run with signals ignored (by nohup(1), for example), which would be inherited.
         let leader = Command::new("env")
             .arg("--default-signal=HUP,INT,QUIT")
             .args(words)
@@ -38,7 +38,7 @@ impl Terminal {
         thread::spawn(move || {
             let mut screen = File::from(screen);
             let mut piece = [0; 4096];
-            // The last process's end is an error (EIO).
+            // When the last process has exited, reading fails with EIO.
             while let Ok(size @ 1..) = screen.read(&mut piece) {
                 if sender.send(piece[..size].to_vec()).is_err() {
                     return;
@@ -52,7 +52,7 @@ impl Terminal {
         self.keys.write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Waits for this text after the text that was waited for before; returns what is between them.
+    /// Waits for this text, after the last text that was waited for; returns the text between the two.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
@@ -81,7 +81,7 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // The terminal's end hangs up on whoever is left; the leader may ignore that.
+        // Closing the terminal sends SIGHUP to its processes; the leader may ignore it.
         let _ = self.leader.kill();
         let _ = self.leader.wait();
     }

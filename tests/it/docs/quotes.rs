@@ -1,13 +1,13 @@
-//! What the documentation quotes and names is real: messages, log lines, options.
+//! Checks the messages, log lines and options that the documentation quotes.
 
 use super::{QUEUE, name, pages, programs, root};
 use std::fs;
 use testbed::{Broker, Program, owner::temp_folder};
 
-/// The README is for five minutes.
+/// As much as a reader reads in five minutes.
 const README_LINES_MAX: usize = 120;
 
-/// Options of other programs that the pages name by themselves, and those of amqp-tools that our help leaves out.
+/// Options of other programs in the pages, and options of amqp-tools that the help doesn't mention.
 const OPTIONS_OF_OTHERS: [&str; 7] =
     ["--fail", "--init", "--no-default-cert-paths", "--persistent", "--prefetch-count", "--stop-timeout", "--usage"];
 
@@ -18,7 +18,7 @@ fn the_readme_is_for_five_minutes() {
     assert!(lines <= README_LINES_MAX, "README.md has {lines} lines");
 }
 
-/// An option that a page names is one of ours: none that has gone.
+/// The options that the pages name exist.
 #[test]
 fn options_that_the_pages_name_are_there() {
     let help = |program| Program::new(programs().join(program)).arg("--help").run().stdout_text();
@@ -39,7 +39,7 @@ fn options_that_the_pages_name_are_there() {
     }
 }
 
-/// The messages in the first column of troubleshooting.md are in the sources, in this wording.
+/// The messages in the first column of troubleshooting.md are in src/, word for word.
 #[test]
 fn messages_that_troubleshooting_quotes_are_ours() {
     let mut sources = Vec::new();
@@ -57,7 +57,7 @@ fn messages_that_troubleshooting_quotes_are_ours() {
     let page = root().join("docs/troubleshooting.md");
     let text = fs::read_to_string(page).expect("the page can be read");
     let messages: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
-    assert!(messages.len() > 40, "the tables are not found any more");
+    assert!(messages.len() > 40, "only {} messages were found in the tables", messages.len());
     for message in messages {
         let has_it = |line: &str| {
             let mut rest = Some(line);
@@ -66,11 +66,11 @@ fn messages_that_troubleshooting_quotes_are_ours() {
             }
             rest.is_some()
         };
-        assert!(sources.iter().any(|source| source.lines().any(has_it)), "nothing says {message:?}");
+        assert!(sources.iter().any(|source| source.lines().any(has_it)), "no source file has {message:?}");
     }
 }
 
-/// The log lines in logs.md are those of a real run, but for the time that it took.
+/// The log lines in logs.md are those of a real run, except for its duration.
 #[test]
 fn log_lines_that_logs_quotes_are_real() {
     let page = fs::read_to_string(root().join("docs/logs.md")).expect("there is a page");

@@ -1,24 +1,24 @@
-//! The terminal recording in README.md: what its check lets pass, and what it doesn't. That it shows a real run of the demo
-//! is for `make check-recording`.
+//! Tests the check of the terminal recording in README.md. `make check-recording` itself compares the recording with a run
+//! of the demo.
 
 use super::root;
 use testbed::{Finished, Program};
 
-/// `make recording`, whose message names the remedy.
+/// A failed check must name this command.
 const REMEDY: &str = "make recording";
 
 fn python(args: &[&str], stdin: &str) -> Finished {
     Program::new("/usr/bin/env").args(["python3", "-B"]).args(args).stdin(stdin).current_dir(root()).run()
 }
 
-/// What the demo printed when the picture was drawn, read from the picture.
+/// The demo's output, read from the picture.
 fn recorded() -> String {
     let script = "import sys; sys.path.insert(0, 'tests'); import recording
 print('\\n'.join(line for _, line in recording.drawn(open('docs/demo.svg').read())))";
     python(&["-c", script], "").assert_status(0).stdout_text()
 }
 
-/// Compares the picture with a run that prints this.
+/// Compares the picture with a run that has this output.
 fn check(printed: &str) -> Finished {
     python(&["tests/recording.py", "--check", "--run", "cat"], printed)
 }

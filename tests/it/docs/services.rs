@@ -1,5 +1,5 @@
-//! The recipes for systemd, Compose, plain Docker, HTTP and a retry queue are run as they stand there, except for the names
-//! of programs, images, queues and the broker.
+//! Runs the recipes for systemd, Compose, plain Docker, HTTP and a retry queue as they are in the documentation, except for
+//! the names of programs, images, queues and the broker.
 
 use super::{HTTP_SERVER, LIMIT, QUEUE, http_server, is_installed, programs, root, sandbox};
 use std::{fs, path::PathBuf, time::Duration};
@@ -7,13 +7,13 @@ use testbed::{
     Broker, PATIENCE, Program, Queue, Signal, docker, docker_works, image_present, missing, owner::docker_label,
 };
 
-/// An image in which the programs that the tests build can run.
+/// An image with a C library for the programs that the tests build.
 const BASE: &str = "debian:bookworm-slim";
 
-/// What eight containers may take to start and end on a busy machine.
+/// For eight containers to start and end, on a busy machine.
 const COMPOSE_LIMIT: Duration = Duration::from_secs(900);
 
-/// The recipe's fence of this kind that has this text in it.
+/// The block with this fence in recipes.md that contains this text.
 fn recipe(fence: &str, text: &str) -> String {
     block_of("docs/recipes.md", fence, text)
 }
@@ -28,14 +28,14 @@ fn block_of(page: &str, fence: &str, text: &str) -> String {
         .to_owned()
 }
 
-/// What a unit file sets.
+/// The value of a setting in a unit file.
 fn setting<'a>(unit: &'a str, name: &str) -> &'a str {
     unit.lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
         .unwrap_or_else(|| panic!("the unit doesn't set {name}"))
 }
 
-/// What the unit starts, with this shell script as the worker.
+/// The command that the unit starts, with this shell script as the worker.
 fn service(unit: &str, worker: &str, queue: &Queue) -> Program {
     let mut words = setting(unit, "ExecStart").split(' ');
     let program = words.next().unwrap_or_default();
@@ -48,7 +48,7 @@ fn service(unit: &str, worker: &str, queue: &Queue) -> Program {
         .queue(queue.name())
 }
 
-/// Whether a setting that is a list has this status in it.
+/// Whether a setting that is a list contains this status.
 fn lists(unit: &str, name: &str, status: i32) -> bool {
     setting(unit, name).split(' ').any(|word| word == status.to_string())
 }
@@ -66,7 +66,7 @@ fn the_systemd_unit_consumes_until_it_is_stopped() {
     assert!(lists(&unit, "SuccessExitStatus", status), "{status}");
 }
 
-/// A worker's own 77 is neither qconsume's 77, which ends the service, nor is a worker that is stopped a failed service.
+/// A worker's 77 must not end the service, unlike qconsume's 77. A worker that systemd stops is no failure.
 #[test]
 fn the_systemd_unit_starts_again_whatever_the_worker_exits_with() {
     let unit = recipe("ini", "[Service]");
@@ -84,7 +84,7 @@ fn the_systemd_unit_starts_again_whatever_the_worker_exits_with() {
 }
 
 #[test]
-fn the_systemd_unit_is_not_restarted_where_a_retry_does_not_help() {
+fn the_systemd_unit_is_not_restarted_if_a_retry_does_not_help() {
     let permanent: Vec<_> = qconsume::exit::table(qconsume::Program::Qconsume)
         .into_iter()
         .filter(|(_, _, retry)| *retry == "no")
@@ -94,7 +94,7 @@ fn the_systemd_unit_is_not_restarted_where_a_retry_does_not_help() {
     assert_eq!(setting(&unit, "RestartPreventExitStatus"), permanent.join(" "));
 }
 
-/// Runs a recipe's commands, of which the last is the one whose status counts.
+/// Runs a recipe's commands; the status is that of the last one.
 fn run(commands: &str, queue: &Queue) -> testbed::Finished {
     let path = std::env::var("PATH").unwrap_or_default();
     Program::new("/bin/sh")
@@ -165,11 +165,11 @@ fn the_retry_queue_ends_at_the_third_failure() {
     }
 }
 
-/// The image `worker` of the recipes, with `cat` as its worker; removed when dropped.
+/// The recipes' image `worker`, with `cat` as the worker; removed when dropped.
 struct Image(String);
 
 impl Image {
-    /// None where there is no Docker, or no image to start from.
+    /// None if Docker or the base image is missing.
     fn build(name: &str) -> Option<Self> {
         if !docker_works() || !image_present(BASE) {
             missing(&format!("Docker and the image {BASE}"));
@@ -255,7 +255,7 @@ fn the_compose_recipe_takes_one_message_with_each_of_its_containers() {
         );
         Program::new("/bin/sh")
             .args(["-c", &script])
-            // Of docker-compose 1: its 60 s are too few on a busy machine.
+            // The default of docker-compose 1, 60 s, is too short on a busy machine.
             .env("COMPOSE_HTTP_TIMEOUT", "600")
             .spawn()
             .wait(COMPOSE_LIMIT)

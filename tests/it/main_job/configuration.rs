@@ -1,11 +1,11 @@
-//! Flag over environment over default, secrets in files, and no password in any message.
+//! Configuration: precedence of flags, variables and defaults; secrets in files; no password in any message.
 
 use super::{assert_gone, worker};
 use crate::common::{qconsume, qconsume_path};
 use std::{fs, path::PathBuf};
 use testbed::{Broker, Finished, Program, emulator_lacks, owner::temp_folder};
 
-/// What must never be read anywhere.
+/// No message may contain this.
 const PASSWORD: &str = "s3cr3t-hunter2";
 
 fn file(text: impl AsRef<[u8]>) -> PathBuf {
@@ -14,7 +14,7 @@ fn file(text: impl AsRef<[u8]>) -> PathBuf {
     path
 }
 
-/// A usage error at once, which says this.
+/// Checks that the program ends with a usage error that says this, and doesn't show the password.
 #[track_caller]
 fn refuses(program: Program, says: &str) -> Finished {
     let done = program.run();
@@ -61,7 +61,7 @@ fn a_queue_must_be_given() {
 }
 
 #[test]
-fn a_switch_is_told_in_the_usual_ways_and_nothing_else_is_taken_for_one() {
+fn a_switch_takes_the_usual_values_and_refuses_all_others() {
     let start = |variable, value| {
         let program = qconsume().url("amqp://127.0.0.1:1").queue("q");
         let program = program.args(["--connect-timeout", "10ms"]);
@@ -138,7 +138,7 @@ fn a_backtrace_that_somebody_asks_for_changes_nothing() {
         &["--bogus"][..],
         &["--url", "x", "cat"],
         &["--url", url, "no-such-command"],
-        // Over before the first attempt is: no line says that there will be another.
+        // The time is up before the first attempt ends, so no line announces another one.
         &["--url", url, "--connect-timeout", "1ns", "cat"],
     ] {
         let plain = qconsume().queue("q").args(arguments).run();
@@ -172,7 +172,7 @@ fn a_shortage_of_descriptors_is_71_and_no_defect() {
             .assert_stderr("another try may help");
         limit += 1;
     }
-    assert!(limit > 6, "there was no shortage with {limit}");
+    assert!(limit > 6, "{limit} descriptors were enough");
 }
 
 #[test]
@@ -262,20 +262,20 @@ fn a_wrong_option_is_64_and_the_right_one_is_suggested() {
 }
 
 #[test]
-fn a_flag_goes_over_the_environment_and_that_over_the_default() {
+fn a_flag_takes_precedence_over_its_variable_and_that_over_the_default() {
     let broker = Broker::shared();
     let queue = broker.queue("precedence");
     let dead = "amqp://127.0.0.1:1";
     let start = || qconsume().args(["--wait", "0"]);
     let empty = |program: Program| program.args(["--", "cat"]).run().assert_status(66).clone();
 
-    // The flag for the address, over either variable.
+    // The flag for the address takes precedence over either variable.
     empty(start().url(dead).queue(queue.name()).args(["--url", &broker.url()]));
     empty(start().env("BROKER_URL_FILE", file(dead)).queue(queue.name()).args(["-u", &broker.url()]));
     empty(start().url(dead).queue(queue.name()).arg("--url-file").arg(file(broker.url())));
     // The queue.
     empty(start().url(&broker.url()).queue("no-such-queue").args(["--queue", queue.name()]));
-    // A number, and a duration.
+    // Numbers and durations.
     let numbered = |program: Program, status| {
         let done = program.url(&broker.url()).queue(queue.name()).args(["--", "cat"]).run();
         done.assert_status(status);
@@ -287,7 +287,7 @@ fn a_flag_goes_over_the_environment_and_that_over_the_default() {
 }
 
 #[test]
-fn a_secret_file_may_end_with_a_newline_as_may_the_variable() {
+fn a_secret_file_and_its_variable_may_end_with_a_newline() {
     let queue = Broker::shared().queue("newline");
     let url = Broker::shared().url();
     for end in ["", "\n", "\r\n"] {

@@ -1,4 +1,5 @@
-//! What exit 0 promises, against a scripted broker that breaks it: no real one can be made to do these at the right moment.
+//! Exit 0 means that the message is acknowledged. A scripted broker tries to break that promise, as a real one can't be made
+//! to do these things at the right moment.
 
 use crate::common::qconsume;
 use std::time::Instant;
@@ -7,17 +8,17 @@ use testbed::{
     peer::{self, Answer, Peer, Request},
 };
 
-/// The peer's queue; the first message is `lemon`.
+/// qconsume with the peer's queue; its first message is `lemon`.
 fn work_on(peer: &Peer) -> Program {
     qconsume().url(&peer.url()).queue("q").args(["--connect-timeout", "10s"])
 }
 
-/// Answers basic.consume, and delivers the first message.
+/// Answers basic.consume and delivers the first message.
 fn first_message(request: &Request) -> Answer {
     Answer::Bytes([peer::usual(request), peer::message(request.channel, 1, false, b"lemon")].concat())
 }
 
-/// Answers basic.consume, begins to deliver the first message, and ends the connection.
+/// Answers basic.consume, delivers a part of the first message, and ends the connection.
 fn half_a_message(request: &Request) -> Answer {
     let message = peer::message(request.channel, 1, false, b"lemon");
     Answer::Last([peer::usual(request), message[..message.len() - 3].to_vec()].concat())
@@ -37,7 +38,7 @@ fn delivers_before_the_reply(redelivered: bool, body: &'static [u8]) -> Peer {
 
 #[test]
 fn a_redelivery_before_the_barriers_reply_is_75() {
-    // Not cancelled as the next message is wanted, so only the same message means that it was requeued.
+    // With --count and --drain the consumer isn't cancelled, so only the same message means that it was requeued.
     for several in [&[][..], &["--count", "2"], &["--drain"]] {
         let peer = delivers_before_the_reply(true, b"lemon");
         let done = work_on(&peer).args(several).args(["--", "true"]).run();
@@ -62,7 +63,7 @@ fn a_failure_whose_message_is_delivered_again_is_75() {
 
 #[test]
 fn the_next_message_may_come_before_the_barriers_reply() {
-    // Redelivered, too: another worker has failed with it before.
+    // It may be a redelivery, if another worker failed with it.
     for redelivered in [false, true] {
         let peer = delivers_before_the_reply(redelivered, b"melon");
         let done = work_on(&peer).args(["--count", "2", "--", "cat"]).run();
@@ -72,8 +73,8 @@ fn the_next_message_may_come_before_the_barriers_reply() {
     }
 }
 
-/// How a broker of 4.3 tells, tens of milliseconds after the barrier's reply, that the acknowledgement timeout came first; or what
-/// looks like it.
+/// RabbitMQ 4.3 may report an acknowledgement timeout tens of milliseconds after the barrier's reply. These are its ways, and
+/// others that look alike.
 fn after_the_reply(channel: u16) -> [(&'static str, Answer); 4] {
     [
         ("reset", Answer::Last(Vec::new())),
@@ -130,7 +131,7 @@ fn a_message_that_two_connections_in_succession_have_begun_to_deliver_is_70() {
         .assert_stderr("the next message in queue \"q\" can't be read: two connections were lost while it arrived");
     assert_eq!(peer.count(Method::PROTOCOL_HEADER), 2, "{}", done.stderr);
 
-    // Once is no more than a lost connection.
+    // If it happens only once, it is just a lost connection.
     let peer = Peer::new(move |request| match (request.method, request.connection) {
         (Method::BASIC_CONSUME, 1) => half_a_message(request),
         (Method::BASIC_CONSUME, _) => first_message(request),
@@ -143,7 +144,7 @@ fn a_message_that_two_connections_in_succession_have_begun_to_deliver_is_70() {
 fn a_creation_that_is_refused_is_tried_once_more_and_then_78() {
     let peer = Peer::new(|request| match request.method {
         Method::QUEUE_DECLARE => {
-            // Behind a reserved number and the name: passive is the first flag.
+            // The arguments are a reserved number, the name, and the flags, of which `passive` is the first.
             let passive = request.arguments[3 + usize::from(request.arguments[2])] & 1 == 1;
             let (code, text) = match passive {
                 true => (404, "NOT_FOUND - no queue 'q' in vhost '/'"),
@@ -182,7 +183,7 @@ fn a_subscription_that_is_never_answered_ends_with_a_goodbye() {
 
 #[test]
 fn a_queue_that_does_not_say_how_full_it_is_may_still_deliver() {
-    // Neither is the first question answered, nor is the message a reply to it.
+    // The peer doesn't answer the first queue.declare, and delivers a message instead of answering the second one.
     let peer = Peer::new(|request| match (request.method, request.nth) {
         (Method::QUEUE_DECLARE, 1) => Answer::Bytes(Vec::new()),
         (Method::QUEUE_DECLARE, 2) => Answer::Bytes(peer::message(request.channel, 1, false, b"lemon")),
@@ -196,7 +197,7 @@ fn a_queue_that_does_not_say_how_full_it_is_may_still_deliver() {
 
 #[test]
 fn a_channel_that_the_broker_does_not_close_holds_up_no_subscription_and_no_signal() {
-    // The second consumer comes on the same connection, when the first one's channel is closed.
+    // The second consumer is on the same connection, after the first one's channel is closed.
     let silent = || {
         Peer::new(|request| match request.method {
             Method::BASIC_CONSUME => first_message(request),
@@ -224,7 +225,7 @@ fn a_channel_that_the_broker_does_not_close_holds_up_no_subscription_and_no_sign
 
 #[test]
 fn a_refusal_between_two_broken_deliveries_changes_nothing() {
-    // As from a broker that dies of the message each time, and whose queues are not up yet when it comes back.
+    // Like a broker that the message crashes each time, and whose queues aren't up yet when it accepts connections again.
     let peer = Peer::new(|request| match (request.method, request.connection % 2) {
         (Method::BASIC_CONSUME, 1) => half_a_message(request),
         (Method::BASIC_CONSUME, _) => {
@@ -238,7 +239,7 @@ fn a_refusal_between_two_broken_deliveries_changes_nothing() {
     assert_eq!(peer.count(Method::PROTOCOL_HEADER), 3, "{}", done.stderr);
 }
 
-/// queue.declare-ok: no message is ready, and there is a consumer.
+/// queue.declare-ok: no ready messages, and one consumer.
 fn empty(request: &Request) -> Answer {
     let name = &request.arguments[2..3 + usize::from(request.arguments[2])];
     let counts = [0, 0, 0, 0, 0, 0, 0, 1];
@@ -247,7 +248,7 @@ fn empty(request: &Request) -> Answer {
 
 #[test]
 fn a_queue_that_looks_empty_when_a_delivery_was_lost_is_not_drained() {
-    // The old connection's end of the broker may hold the message for a while.
+    // The broker may not have noticed the first connection's end, and still hold the message for it.
     let peer = Peer::new(|request| match (request.method, request.connection) {
         (Method::BASIC_CONSUME, 1) => half_a_message(request),
         (Method::QUEUE_DECLARE, _) => empty(request),
@@ -266,7 +267,7 @@ fn a_message_that_comes_instead_of_the_reply_to_the_cancel_is_run() {
             (Method::BASIC_CANCEL, 1) => Answer::Bytes(peer::message(request.channel, 1, false, b"lemon")),
             _ => Answer::Usual,
         });
-        // With --drain the next consumer finds nothing.
+        // With --drain, the next consumer finds the queue empty.
         let done = work_on(&peer).args(until).args(["--", "cat"]).run();
         done.assert_status(0);
         assert_eq!(done.stdout_text(), "lemon");
@@ -276,7 +277,7 @@ fn a_message_that_comes_instead_of_the_reply_to_the_cancel_is_run() {
 
 #[test]
 fn a_message_whose_body_takes_longer_than_the_cancel_is_run() {
-    // The reply to the cancel stands behind the body.
+    // The reply to the cancel comes after the body.
     let parts = |channel| {
         let message = peer::message(channel, 1, false, b"lemon");
         let body = frames::frame(3, channel, b"lemon");

@@ -1,4 +1,4 @@
-//! The command's standard input: a pipe up to a mebibyte, a file above, and all of the message in either.
+//! The command's standard input: a pipe for bodies up to a mebibyte, a file for larger ones; each holds the whole body.
 
 use super::{MEBIBYTE, assert_gone, assert_returned, binary, worker};
 use crate::common::qconsume_path;
@@ -8,10 +8,10 @@ use testbed::{
     owner::{self, temp_folder},
 };
 
-/// Says what standard input is, and copies it.
+/// Prints the kind of standard input, then copies it.
 const KIND: &str = "if [ -p /dev/stdin ]; then echo pipe; else echo file; fi; exec cat";
 
-/// Refuses memfd_create(2) by a seccomp filter, with the error that is the first argument; the rest is the program.
+/// Makes memfd_create(2) fail, by a seccomp filter, with the error number in the first argument; runs the other arguments.
 const WITHOUT_MEMFD: &str = r#"
 import ctypes, os, sys
 class Instruction(ctypes.Structure):
@@ -19,7 +19,7 @@ class Instruction(ctypes.Structure):
 class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(Instruction))]
 number = {"x86_64": 319, "aarch64": 279}[os.uname().machine]
-# Load the call's number; if it is this one, the next instruction, otherwise the last one; an error; go on.
+# Load the call's number; if it is this one, go on, otherwise skip one instruction; return the error; allow the call.
 instructions = (Instruction * 4)(
     (0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | int(sys.argv[1])), (0x06, 0, 0, 0x7FFF0000))
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
@@ -29,7 +29,7 @@ assert prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(Filter(4, instruc
 os.execv(sys.argv[2], sys.argv[2:])
 "#;
 
-/// Becomes the user that is the first argument, and takes all of the user's share of pipes; the rest is the program.
+/// Becomes the user in the first argument, uses up this user's pipe buffers, and runs the other arguments.
 const WITHOUT_PIPES: &str = r#"
 import fcntl, os, sys
 F_SETPIPE_SZ = 1031
@@ -72,7 +72,7 @@ fn standard_input_is_a_pipe_up_to_a_mebibyte_and_a_file_above() {
 }
 
 #[test]
-fn what_was_read_of_a_pipe_is_not_there_again() {
+fn what_was_read_from_the_pipe_is_not_read_again() {
     let queue = Broker::shared().queue("read-once");
     for size in [100, 65_537, MEBIBYTE] {
         queue.publish([b"head\n", &binary(size - 5)[..]].concat());
@@ -113,11 +113,11 @@ fn a_user_without_room_for_pipes_gets_a_file() {
     }
     let broker = Broker::shared();
     let queue = broker.queue("no-pipes");
-    // A user of our own, whose pipes are counted; and a program that the user can reach.
+    // The kernel counts pipes for each user, so the test needs an unused one, and a copy of the program that it can reach.
     let user = (2_000_000 + process::id()).to_string();
     let program = temp_folder("no-pipes").join("qconsume");
     fs::copy(qconsume_path(), &program).unwrap();
-    // A new pipe has two pages then, or on older kernels one.
+    // A new pipe then has two pages, or one on older kernels.
     for (size, kind) in [(1000, "pipe"), (20_000, "file"), (100_000, "file")] {
         let body = binary(size);
         queue.publish(&body);
@@ -140,7 +140,7 @@ fn without_memfd_a_large_message_is_in_a_deleted_file_or_71_says_why() {
     let queue = Broker::shared().queue("no-memfd");
     let without_memfd = |error: &str| worker(&queue).through(["python3", "-c", WITHOUT_MEMFD, error]);
     let body = binary(2 * MEBIBYTE);
-    // EPERM and ENOSYS
+    // EPERM and ENOSYS.
     for error in ["1", "38"] {
         let folder = temp_folder("no-memfd");
         queue.publish(&body);
@@ -235,7 +235,7 @@ fn memory_that_runs_out_is_71_and_said() {
     for limit in (1..).map(|n| n * 10_000) {
         assert!(limit < 1_000_000, "it never has enough");
         let line = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
-        // So little that no program starts.
+        // With the smallest limits, no program starts at all.
         let done = worker(&queue).arg("true").through(["sh", "-c", &line]).run();
         if done.status() == 0 {
             break;

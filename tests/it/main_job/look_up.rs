@@ -1,4 +1,4 @@
-//! Where the command is looked up, and what becomes of a run that doesn't find it: no message is taken.
+//! The look-up of the command: if it fails, no message is taken.
 
 use crate::common::worker;
 use nix::libc;
@@ -9,8 +9,8 @@ use std::{
 };
 use testbed::{Broker, Program, missing, owner, owner::temp_folder};
 
-/// Mounts a FUSE file system of its own, on which every look-up fails with an error's number, or, without one, whose server
-/// has died; then becomes the program.
+/// Mounts a FUSE file system on which every look-up fails with this error number, or, if it is 0, whose server has died; then
+/// runs the program.
 const FUSE: &str = r#"
 import ctypes, os, struct, sys
 error, where, program = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -32,7 +32,7 @@ os.close(device)
 os.execvp(program[0], program)
 "#;
 
-/// Runs a program in a mount namespace of its own, with such a file system.
+/// Runs a program in a mount namespace with such a file system.
 fn with_fuse(program: Program, error: i32, mount: &Path) -> Program {
     let program = program.through(["unshare", "--mount", "--propagation", "private", "python3", "-c", FUSE]);
     program.through([error.to_string().as_ref(), mount.as_os_str()])
@@ -59,7 +59,7 @@ fn a_mount_that_does_not_answer_is_71_and_no_message_is_taken() {
     let queue = Broker::shared().queue("mount");
     queue.publish("apple");
     for (error, said) in [
-        // 0 is a server that has died: ENOTCONN.
+        // 0: the server has died.
         (0, libc::ENOTCONN),
         (libc::EIO, libc::EIO),
         (libc::ETIMEDOUT, libc::ETIMEDOUT),
@@ -72,13 +72,13 @@ fn a_mount_that_does_not_answer_is_71_and_no_message_is_taken() {
                 .run()
                 .assert_status(71)
                 .assert_stderr("can't be opened: ")
-                // glibc and musl have words of their own.
+                // The error's text differs between glibc and musl.
                 .assert_stderr(&format!("(os error {said}); its mount"))
                 .assert_stderr("its mount doesn't answer on this node, another try may help");
         }
         let got = queue.get().expect("the message is still there");
         assert!(!got.redelivered, "the message was taken");
-        // A later folder of PATH that has it is enough.
+        // A later folder in PATH has it.
         queue.publish("apple");
         let start = worker(&queue).env("PATH", &path).args(["--", "cat"]);
         let done = with_fuse(start, error, &mount).run();
@@ -86,7 +86,7 @@ fn a_mount_that_does_not_answer_is_71_and_no_message_is_taken() {
         assert_eq!(done.stdout_text(), "apple");
         queue.publish("apple");
     }
-    // Like a file that isn't there.
+    // Error 2 (ENOENT) is an ordinary missing file.
     let start = worker(&queue).env("PATH", &path).args(["--", "worker"]);
     with_fuse(start, 2, &mount).run().assert_status(127).assert_stderr("worker is in none of the folders of PATH");
 }
@@ -118,7 +118,7 @@ fn what_forbids_execution_is_named() {
         assert!(!done.stderr.contains("execute bit"), "{}", done.stderr);
     }
 
-    // Another user's, or in another user's folder: each bit is set that chmod +x sets for its owner.
+    // The file or its folder belongs to another user, and only the owner may execute or enter it.
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o711)).unwrap();
     let program = folder.join("qconsume");
     fs::copy(crate::common::qconsume_path(), &program).unwrap();

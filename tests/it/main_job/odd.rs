@@ -1,4 +1,4 @@
-//! Odd circumstances that a worker may be started in, and odd commands.
+//! Unusual environments of a worker, and unusual commands.
 
 use super::{assert_gone, assert_returned, queues, worker};
 use crate::common::{qconsume, qconsume_path};
@@ -28,7 +28,7 @@ fn closed_standard_streams_change_nothing() {
         start().run().assert_status(0);
         assert_eq!(fs::read(&own).unwrap(), b"apple", "{close}");
     }
-    // Nobody reads what it says.
+    // Nobody reads its standard error.
     queue.publish("banana");
     let script = "{ \"$0\" sh -c 'cat >/dev/null; exit 4'; echo $? >\"$1\"; } 2>&1 | true";
     let status = temp_folder("pipe").join("status");
@@ -57,7 +57,7 @@ fn without_path_commands_are_found_where_execvp_looks() {
 }
 
 #[test]
-fn blocked_and_ignored_signals_are_not_the_end_of_it() {
+fn blocked_and_ignored_signals_are_not_passed_on_to_the_command() {
     if emulator_lacks("signals in /proc/self/status as they are") {
         return;
     }
@@ -83,8 +83,8 @@ fn blocked_and_ignored_signals_are_not_the_end_of_it() {
 }
 
 #[test]
-fn what_the_kernel_cannot_execute_gives_its_message_back() {
-    // glibc's execvp(3) runs it by sh, as for env(1) and timeout(1); musl's, which the shipped program has, doesn't.
+fn a_file_that_the_kernel_cannot_execute_releases_the_message() {
+    // glibc's execvp(3) runs such a file with sh, as env(1) and timeout(1) do; musl's, in the released program, doesn't.
     let has_glibc = fs::read(qconsume_path()).unwrap().windows(13).any(|bytes| bytes == b"GNU C Library");
     let folder = temp_folder("formats");
     let file = |name: &str, bytes: &[u8]| {
@@ -93,7 +93,7 @@ fn what_the_kernel_cannot_execute_gives_its_message_back() {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
     };
-    // The header of a program for AArch64; of a script without its first line; and nothing at all.
+    // The header of a program for AArch64, a script without a #! line, and an empty file.
     let foreign = file("foreign", b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xfd\xff\x01\0\0\0");
     let bare = file("bare", b"cat\nexit 0\n");
     let empty = file("empty", b"");
@@ -114,13 +114,13 @@ fn what_the_kernel_cannot_execute_gives_its_message_back() {
 }
 
 #[test]
-fn too_long_an_argument_list_gives_the_message_back() {
+fn too_long_an_argument_list_releases_the_message() {
     let queue = Broker::shared().queue("too-long");
     let mut headers = FieldTable::default();
     headers.insert("long".into(), AMQPValue::LongString("h".repeat(100_000).into()));
     let properties = BasicProperties::default().with_headers(headers);
     queue.publish_with(properties, "grape");
-    // A quarter of the stack is for arguments and environment: 256 KiB, of which the arguments take 200 already.
+    // Arguments and environment may take a quarter of the stack: 256 KiB, of which the arguments take about 200.
     let long = "a".repeat(100_000);
     worker(&queue)
         .through(["sh", "-c", "ulimit -s 1024; exec \"$0\" \"$@\""])
@@ -139,13 +139,13 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     let queue = Broker::shared().queue("background");
     let body = super::binary(4 * super::MEBIBYTE);
     queue.publish(&body);
-    // What the command leaves behind holds the pipe open without reading it. Behind another number, as the shell gives
-    // what it starts in the background /dev/null to read.
+    // A process that the command leaves behind holds the pipe open without reading it: as descriptor 3, since the shell
+    // redirects a background process's standard input from /dev/null.
     let running = worker(&queue).args(["--kill-after", "100ms"]).shell("exec 3<&0; sleep 1000 & exit 0").spawn();
     running.finish(PATIENCE).assert_status(0);
     running.wait_no_leftovers(PATIENCE);
-    // Out of the group it doesn't, either; nor does qconsume keep the rest of the body, and
-    // its pipe, when it goes on with the next message.
+    // The same with a process in another session. Nor does qconsume keep the body, or descriptors of it, when it goes on
+    // with the next message.
     queue.publish_all([&body, &body, &body]);
     let away = temp_folder("away");
     let script = "exec 3<&0; setsid sh -c 'echo >away; exec sleep 1000' &

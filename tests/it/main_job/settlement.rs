@@ -1,4 +1,4 @@
-//! The end of a message: what goes over the wire, the acknowledgement that can't be confirmed, the delivery that is lost.
+//! Settlement: what goes over the wire, acknowledgements that can't be confirmed, and deliveries that are lost.
 
 use crate::common::{
     Vhost, assert_gone, assert_in_one_place, assert_returned, behind, in_time, private_broker, queues, worker,
@@ -50,25 +50,24 @@ fn a_second_message_is_never_pushed_however_late_the_answers_are() {
     }
 }
 
-/// Where the message is after a fault at the moment of its settlement.
+/// Where the message is after a fault during its settlement.
 #[derive(Clone, Copy, PartialEq)]
 enum Then {
-    /// The broker has never heard of the settlement.
+    /// The broker never received the settlement.
     Back,
-    /// The broker has answered the barrier, though the worker couldn't know.
+    /// The broker has processed it and answered the barrier, but the worker can't know.
     Settled,
-    /// It may have heard of it; a quorum queue often forgets what it was told just before its channel ended.
+    /// The broker may have processed it; a quorum queue often drops a settlement that comes just before its channel ends.
     Either,
 }
 
-/// Something that happens to the settlement or to its answers.
 struct Fault {
     what: &'static str,
     rules: Vec<(Direction, Method, Action)>,
     then: Then,
 }
 
-/// What can happen to the settlement, which is `method`, and to the broker's answers.
+/// The faults that can happen to the settlement, which is `method`, and to the broker's answers.
 fn faults(method: Method) -> Vec<Fault> {
     let up = |method, action| (ToBroker, method, action);
     let down = |method, action| (ToClient, method, action);
@@ -78,7 +77,7 @@ fn faults(method: Method) -> Vec<Fault> {
     let forced = || frames::connection_close(320, "CONNECTION_FORCED - Closed via management plugin");
     let cancelled = || frames::basic_cancel(1, "qconsume");
     let unknown = Action::Replace(Arc::new(frames::unknown_ack));
-    // After an error the broker takes no notice of anything, so there is no answer to the barrier.
+    // After an error a broker ignores everything, so it doesn't answer the barrier.
     let unheard = || up(qos, Action::SwallowFrame);
     let fault = |what, rules: &[_], then| Fault { what, rules: rules.to_vec(), then };
     vec![
@@ -123,13 +122,13 @@ fn faults(method: Method) -> Vec<Fault> {
     ]
 }
 
-/// Longer than a broker takes to notice that a connection is cut.
+/// A broker notices within this time that a connection was cut.
 const NOTICED_BY_THEN: Duration = Duration::from_secs(2);
 
-/// Longer than a settlement may take.
+/// A settlement ends within this time.
 const SETTLED_BY_THEN: Duration = Duration::from_secs(120);
 
-/// Starts a command, puts the fault into its settlement's way, and lets it end.
+/// Starts a command, prepares the fault, and lets the command end.
 fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     let Fault { what, rules, then } = fault;
     queue.publish("orange");
@@ -148,26 +147,26 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     assert_eq!(done.status(), status, "{what}:\n{}", done.stderr);
     let says = if status == 75 { "acknowledgement not confirmed" } else { "the broker has not confirmed it" };
     assert!(done.stderr.contains(says), "{what}:\n{}", done.stderr);
-    // What is still there of the connection, the broker has to notice now.
+    // If the connection is still open, the broker notices its end now.
     proxy.cut();
     match then {
         Then::Settled if status == 75 => {
-            // What the broker still kept for the connection would come back when it notices, at some later moment.
+            // If the broker still held the message for the connection, it would requeue it when it notices the end.
             let back = || queue.ready() > 0;
-            assert!(!eventually(NOTICED_BY_THEN, back), "{what}: it came back");
+            assert!(!eventually(NOTICED_BY_THEN, back), "{what}: the message was requeued");
             assert_gone(queue);
         }
-        // It is acknowledged, or it is requeued, once; nobody holds it.
+        // It is acknowledged, or requeued once.
         Then::Either if status == 75 => assert_in_one_place(queue, "orange"),
-        // Also where the broker has been told of a failure.
+        // A failure's message is requeued in any case.
         Then::Back | Then::Settled | Then::Either => assert_returned(queue, "orange"),
     }
 }
 
-/// All faults at once: most of them take until the 90 seconds that a settlement may take.
+/// Runs all faults at the same time, as most take the 90 seconds that a settlement may take.
 fn all_faults(method: Method, script: &str, status: i32) {
     for kind in QueueKind::ALL {
-        // One after the other: many quorum queues at the same time are too much for a small node.
+        // One kind after the other: declaring many quorum queues at the same time is too much for a small node.
         let declare = |_: &Fault| Broker::shared().declare("unconfirmed").kind(kind).create();
         let faults = faults(method);
         let queues: Vec<Queue> = faults.iter().map(declare).collect();
@@ -209,7 +208,7 @@ fn a_rejection_that_cannot_be_confirmed_is_no_success_though_a_confirmed_one_wou
     }
 }
 
-/// A command that says when it starts, and when it is told to end. It ends with success, which must not count.
+/// Prints when it starts, and when it gets SIGTERM; then it succeeds, which must not count.
 const LONG: &str = "trap 'echo terminated; exit 0' TERM; echo started; while :; do sleep 0.05; done";
 
 fn long_command(program: Program) -> Running {
@@ -266,7 +265,7 @@ fn a_channel_or_connection_closed_while_the_command_runs_ends_it_with_75() {
         let queue = Broker::shared().queue("closed");
         queue.publish("pear");
         let proxy = Proxy::of(Broker::shared());
-        // The next heartbeat carries it in; a broker that is short of processor time isn't lost before.
+        // Injected with the next heartbeat. On a busy machine, 4 s are enough to not lose the broker before that.
         let running = long_command(behind(&proxy, &queue).args(["--heartbeat", "4"]));
         proxy.once(ToClient, Method::HEARTBEAT, Action::Inject(frame));
         assert_lost(running, why);
@@ -289,7 +288,7 @@ fn a_delivery_lost_after_its_consumer_was_cancelled_ends_the_command_with_75() {
         let (running, queue, proxy) = in_time(|| {
             let queue = Broker::shared().queue("cancelled-first");
             let proxy = Proxy::of(Broker::shared());
-            // The message comes when `--wait` has given up already: only the connection is left to tell of a loss.
+            // The message comes after `--wait` has cancelled the consumer, so no basic.cancel can report a loss.
             queue.publish("raisin");
             proxy.once(ToClient, Method::BASIC_DELIVER, Action::Hold);
             let running = behind(&proxy, &queue).args(["--heartbeat", "4", "--wait", "200ms"]).shell(LONG).spawn();
@@ -319,7 +318,7 @@ fn a_queue_deleted_while_the_command_runs_ends_it_with_75() {
 #[test]
 fn a_connection_closed_by_an_operator_while_the_command_runs_ends_it_with_75() {
     let broker = private_broker();
-    // In a virtual host of its own, so that no other test's connection is closed.
+    // A separate virtual host, so that no other test's connection is closed.
     let vhost = Vhost::new(&broker, "operator").of("guest");
     let url = broker.url_for("guest", "guest", vhost.name);
     let client = testbed::Client::new(&url);

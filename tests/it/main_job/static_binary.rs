@@ -1,9 +1,9 @@
-//! The static binary: it needs no library, and it looks names up where the image's C library is newer than its own.
+//! The static binary: it needs no library, and it looks up names even if the image has a newer C library.
 
 use std::{fs, process};
 use testbed::{Finished, Program, docker_works, emulator_lacks, image_present, missing, owner};
 
-/// The image with the newest C library among those of the tests: Debian's unstable one.
+/// Of the tests' images, the one with the newest C library.
 const IMAGE: &str = "rabbitmq:4.3-management";
 
 /// The program header that names a dynamic loader (`PT_INTERP` of elf(5)).
@@ -28,7 +28,7 @@ fn the_binary_asks_for_no_dynamic_loader() {
     assert!(!types.clone().any(|kind| kind == INTERPRETER), "it is dynamic");
 }
 
-/// A network of Docker's whose name server is Docker's own.
+/// A Docker network, in which Docker runs a name server; removed when dropped.
 struct Network(String);
 
 impl Network {
@@ -63,7 +63,7 @@ fn names_are_looked_up_in_an_image_with_a_newer_c_library() {
     let folder = owner::temp_folder("names");
     let nsswitch = folder.join("nsswitch.conf");
     fs::write(&nsswitch, "hosts: files myhostname resolve dns\n").unwrap();
-    // Nothing listens there: that the right address refuses the connection shows that the name was found.
+    // Nothing listens on these addresses: a refused connection to the right one shows that the name was found.
     let names = [
         ("broker.test", "127.9.8.7:5672: Connection refused"),
         ("by-dns", ":5672: Connection refused"),
@@ -72,7 +72,7 @@ fn names_are_looked_up_in_an_image_with_a_newer_c_library() {
         ("own-name", ":5672: Connection refused"),
         ("no-such-name", "\"no-such-name\" can't be looked up"),
     ];
-    // All at once, as each takes until its limit, which is long enough for an attempt on a busy machine.
+    // All at the same time, as each run takes until its limit.
     let script = "cd /tmp; for name; do {
             /qconsume --url amqp://$name --queue q --connect-timeout 10s true
             echo \"$name: $?\"
@@ -94,7 +94,7 @@ fn names_are_looked_up_in_an_image_with_a_newer_c_library() {
     create.extend([IMAGE, "-c", script, "sh"]);
     create.extend(names.map(|(name, _)| name));
     docker(&create).assert_status(0);
-    // Copied rather than mounted: the daemon may be on another machine.
+    // Copied, not mounted: the daemon may be on another machine.
     for (file, to) in [(crate::common::qconsume_path(), "/qconsume"), (nsswitch, "/etc/nsswitch.conf")] {
         let file = file.to_str().unwrap();
         docker(&["cp", file, &format!("{name}:{to}")]).assert_status(0);

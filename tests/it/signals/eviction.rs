@@ -1,19 +1,19 @@
-//! A signal while the command runs.
+//! Stop signals while the command runs.
 
 use super::*;
 use testbed::{docker_works, eventually, image_present, missing};
 
-/// The image that tells failures from evictions.
+/// An image whose queues count failures, but not evictions.
 const COUNTING: &str = "rabbitmq:4.3-management";
 
 #[test]
-fn a_command_that_ends_on_the_signal_is_evicted_and_its_message_given_back() {
+fn a_command_that_ends_on_the_signal_is_evicted_and_its_message_released() {
     for kind in QueueKind::ALL {
         for (signal, status) in
             [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129), (Signal::SIGQUIT, 131)]
         {
             let (queue, proxy) = one_message("evicted", kind);
-            // No core file of a command that QUIT ends.
+            // SIGQUIT would leave a core file.
             let running = running(behind(&proxy, &queue).shell(&format!("ulimit -c 0; {WAITS}")));
             stop(&running, signal)
                 .assert_status(status)
@@ -42,7 +42,7 @@ fn a_command_that_succeeds_after_the_signal_is_acked() {
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("evicted-success", kind);
         let script = "trap 'exit 0' TERM; echo running; sleep 1000 & wait";
-        // A shell's child that is about to become its program misses a signal to the group; it is left behind then.
+        // A forked child that hasn't executed sleep yet can miss the signal to the group; then it is left behind.
         let worker = behind(&proxy, &queue).args(["--kill-after", "1s"]);
         let running = running(worker.shell(script));
         stop(&running, Signal::SIGTERM).assert_status(0);
@@ -52,7 +52,7 @@ fn a_command_that_succeeds_after_the_signal_is_acked() {
 }
 
 #[test]
-fn an_eviction_is_given_back_whatever_the_options_say_of_failures() {
+fn an_eviction_is_released_whatever_the_options_say_about_failures() {
     let (queue, proxy) = one_message("evicted-options", QueueKind::Quorum);
     let running = running(
         behind(&proxy, &queue)
@@ -69,14 +69,14 @@ fn every_signal_is_passed_on_and_without_grace_only_the_platform_kills() {
     let (queue, proxy) = one_message("deaf", QueueKind::Classic);
     let script = "trap 'echo got TERM' TERM; trap 'echo got INT' INT; echo running
         while :; do sleep 0.05; done";
-    // Neither limit has anything to do with a signal from outside.
+    // --kill-after doesn't apply to a signal from outside.
     let running = running(behind(&proxy, &queue).args(["--kill-after", "0s"]).shell(script));
     for (signal, text) in [(Signal::SIGTERM, "got TERM"), (Signal::SIGINT, "got INT")] {
         running.signal(signal);
         running.wait_for_stdout(text, PATIENCE);
     }
     assert!(!running.has_ended());
-    // What the platform does in the end.
+    // The platform's SIGKILL.
     stop(&running, Signal::SIGKILL).assert_status(137);
     assert_back(&queue);
 }
@@ -84,7 +84,7 @@ fn every_signal_is_passed_on_and_without_grace_only_the_platform_kills() {
 #[test]
 fn a_second_message_is_not_taken_after_the_signal() {
     for (script, status) in [
-        // The message is done, the run isn't: no completion.
+        // The message is done, but the run isn't, so it isn't a success.
         ("trap 'exit 0' TERM; echo running; sleep 1000 & wait", 143),
         ("trap 'exit 9' TERM; echo running; sleep 1000 & wait", 9),
     ] {
@@ -103,7 +103,7 @@ fn a_failure_raises_the_delivery_count_and_an_eviction_does_not() {
     let broker = if Broker::shared().version() >= (4, 3, 0) {
         Broker::shared()
     } else {
-        // A pipeline may fetch the image.
+        // In CI the image may be pulled.
         let fetch = std::env::var("CI").as_deref() == Ok("true") && docker_works();
         if !fetch && !image_present(COUNTING) {
             return missing(COUNTING);
@@ -120,7 +120,7 @@ fn a_failure_raises_the_delivery_count_and_an_eviction_does_not() {
             got = queue.peek();
             got.is_some()
         });
-        got.expect("it is back")
+        got.expect("the message was requeued")
     };
 
     for _ in 0..2 {

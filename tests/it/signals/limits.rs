@@ -1,8 +1,8 @@
-//! Time limits, a lost delivery, and the signals that end nothing.
+//! Time limits, lost deliveries, and signals that are only forwarded.
 
 use super::*;
 
-/// Runs it into its time limit, which passes once the command has said `running`: on a busy machine that takes a longer one.
+/// Runs the script into its time limit; tries longer limits if the command didn't get to print `running`.
 #[track_caller]
 fn over_limit((name, kind): (&str, QueueKind), options: &[&str], script: &str) -> (Queue, Proxy, Running, Duration) {
     for limit in [300, 2_000, 10_000].map(Duration::from_millis) {
@@ -13,7 +13,7 @@ fn over_limit((name, kind): (&str, QueueKind), options: &[&str], script: &str) -
             return (queue, proxy, running, limit);
         }
     }
-    panic!("the command is ended before it says anything");
+    panic!("the command was ended before it printed anything");
 }
 
 #[test]
@@ -21,9 +21,9 @@ fn a_command_over_its_time_limit_is_terminated_and_counts_as_a_failure() {
     for kind in QueueKind::ALL {
         for script in [
             "echo running; exec sleep 1000",
-            // Its word comes too late.
+            // It succeeds, but only after the limit.
             "trap 'exit 0' TERM; echo running; sleep 1000 & wait",
-            // Stopped, as by a debugger, it sees no signal before it goes on.
+            // A stopped process sees no signal until it is continued.
             "echo running; kill -STOP $$; exec sleep 1000",
         ] {
             let (queue, proxy, running, limit) = over_limit(("limit", kind), &[], script);
@@ -53,7 +53,7 @@ fn a_command_that_ignores_the_time_limit_is_killed_with_its_group() {
 }
 
 #[test]
-fn a_time_limit_dead_letters_where_failures_do() {
+fn a_time_limit_dead_letters_if_its_status_is_in_reject_on() {
     let broker = Broker::shared();
     let dead = broker.queue("limit-dead");
     let queue = broker.declare("limit-reject").dead_letter_to(&dead).create();
@@ -65,7 +65,7 @@ fn a_time_limit_dead_letters_where_failures_do() {
 
 #[test]
 fn the_first_of_a_signal_and_the_time_limit_decides() {
-    // The signal first: an eviction, though the limit is what ends the command.
+    // The signal comes first: an eviction, although the time limit ends the command.
     let (queue, proxy) = one_message("signal-first", QueueKind::Classic);
     let script = "trap 'echo got TERM' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
     let running = behind(&proxy, &queue).args(["--timeout", "5s", "--kill-after", "0s"]).shell(script).spawn();
@@ -76,7 +76,7 @@ fn the_first_of_a_signal_and_the_time_limit_decides() {
     assert_settled(&proxy, Method::BASIC_NACK);
     assert_back(&queue);
 
-    // The limit first: a failure, though a signal comes on top.
+    // The limit comes first: a failure, although a signal follows.
     let (queue, proxy) = one_message("limit-first", QueueKind::Classic);
     let running = behind(&proxy, &queue)
         .args(["--timeout", "5s", "--kill-after", "600s"])
@@ -125,7 +125,7 @@ fn a_lost_delivery_terminates_the_command() {
 }
 
 #[test]
-fn a_lost_delivery_lets_the_command_finish_where_told_so() {
+fn with_on_lost_finish_a_lost_delivery_lets_the_command_finish() {
     let (queue, proxy) = one_message("lost-finish", QueueKind::Quorum);
     let finish = testbed::owner::temp_folder("lost-finish").join("finish");
     let running = running(
@@ -157,7 +157,7 @@ fn a_signal_still_reaches_a_command_whose_delivery_is_lost() {
 fn user_signals_go_to_the_command_alone_and_end_nothing() {
     for (signal, name) in [(Signal::SIGUSR1, "USR1"), (Signal::SIGUSR2, "USR2"), (Signal::SIGWINCH, "WINCH")] {
         let (queue, proxy) = one_message("user-signal", QueueKind::Classic);
-        // Were the child to get it, too, it would have the time to say so.
+        // If the child got the signal, too, it would have time to say so.
         let script = format!(
             "trap 'got=1; echo got it' {name}
             sh -c 'trap \"echo child got it\" {name}; echo running; while :; do sleep 0.02; done' & child=$!
@@ -181,7 +181,7 @@ fn user_signals_end_nothing_while_there_is_no_command() {
     let running = worker(&queue).shell("exit 4").spawn();
     queue.wait_consumers(1);
     for signal in [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH] {
-        // One that is still pending when the command runs would be for the command.
+        // A signal that is still pending when the command starts would be forwarded to it.
         signal_and_wait(&running, signal);
     }
     queue.publish("the message");

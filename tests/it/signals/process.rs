@@ -1,4 +1,4 @@
-//! The process that a command starts as, and what becomes of what it leaves behind.
+//! The command's process, and the processes that it leaves behind.
 
 use super::*;
 use nix::{errno::Errno, sys::signal::killpg, unistd::Pid};
@@ -11,7 +11,7 @@ fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
         return;
     }
     let (queue, proxy) = one_message("dispositions", QueueKind::Classic);
-    // With CHLD blocked a careless qconsume would never hear of its command's end.
+    // If SIGCHLD stayed blocked, qconsume wouldn't notice the command's end.
     let finished = behind(&proxy, &queue)
         .args(["--", "grep", "-E", "^Sig(Blk|Ign):", "/proc/self/status"])
         .through(["env"])
@@ -24,12 +24,12 @@ fn a_command_starts_with_default_dispositions_and_nothing_blocked() {
 }
 
 #[test]
-fn a_command_inherits_what_qconsume_was_started_with_and_nothing_of_qconsumes() {
+fn a_command_inherits_the_descriptors_that_qconsume_was_started_with_and_none_of_its_own() {
     let (queue, proxy) = one_message("descriptors", QueueKind::Classic);
     let opens = ["sh", "-c", "exec 7</dev/null 9>&2; exec \"$0\" \"$@\""];
     let finished = behind(&proxy, &queue).args(["--", "ls", "/proc/self/fd"]).through(opens).run();
     finished.assert_status(0);
-    // What whoever runs the tests has open is inherited, too.
+    // Descriptors of the tests themselves may be inherited, too.
     let without = Program::new("ls").arg("/proc/self/fd").through(opens).run();
     assert_eq!(finished.stdout_text(), without.stdout_text());
     assert!(finished.stdout_text().contains("\n7\n"));
@@ -43,7 +43,6 @@ fn a_shells_process_substitution_reaches_the_command() {
     assert_eq!(finished.stdout_text(), "of the shell\n");
 }
 
-/// What is short, and what to raise.
 const NO_PROCESS: &str = "no more processes or threads may be started (pids limit, ulimit -u)";
 
 #[test]
@@ -54,11 +53,11 @@ fn a_shortage_of_processes_is_no_broken_command() {
     let broker = Broker::shared();
     let queue = broker.queue("shortage");
     queue.publish("the message");
-    // A user of our own, whose processes and threads are counted; and a program that the user can reach.
+    // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can reach.
     let user = 1_000_000 + std::process::id();
     let program = owner::temp_folder("shortage").join("qconsume");
     std::fs::copy(crate::common::qconsume_path(), &program).unwrap();
-    // lapin's thread is the first that is refused, then the command.
+    // With the lowest limit lapin's thread is refused, with the next one the command.
     let mut refused = BTreeSet::new();
     for limit in 1.. {
         let finished = Program::new(&program)
@@ -127,7 +126,7 @@ fn a_command_dies_with_a_killed_qconsume() {
     }
 }
 
-/// Ways to leave a process behind that is in no group of the command's.
+/// Ways to leave a process behind that isn't in the command's process group.
 pub(super) const AWAY: [&str; 4] = [
     "setsid sh -c \"$LATER\" &",
     "timeout 1000 sh -c \"$LATER\" &",
@@ -194,7 +193,7 @@ fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
         let finished = running.finish(PATIENCE);
         finished
             .assert_status(0)
-            // How many they are depends on how far they have come.
+            // Their number depends on timing.
             .assert_stderr(" left by the command still there ")
             .assert_stderr("--kill-after");
         running.wait_no_leftovers(PROMPT);
@@ -208,12 +207,12 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
     if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
         return;
     }
-    // The leader's death by a signal is an end like any other.
+    // Also if a signal ends the command.
     for (end, status) in [("exit 5", 5), ("kill -KILL $$", 137)] {
         for away in AWAY.iter().chain(&["sh -c \"$LATER\" &"]) {
             let (queue, proxy) = one_message("background", QueueKind::Classic);
             proxy.once(Direction::ToBroker, Method::BASIC_REJECT, Action::Hold);
-            // A pipe is the classic way to wait for ever.
+            // Processes that hold a pipe open are a classic reason to wait for ever.
             let running = behind(&proxy, &queue)
                 .env("LATER", "trap '' TERM; echo left; sleep 1000 | sleep 1000")
                 .args(["--kill-after", "600s"])
@@ -221,7 +220,7 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
                 .current_dir(owner::temp_folder("background"))
                 .spawn();
             proxy.wait_for(Direction::ToBroker, Method::BASIC_REJECT);
-            // Nothing is settled yet, and qconsume itself is still there.
+            // Before the settlement, while qconsume still runs.
             running.wait_no_leftovers(PROMPT);
             assert!(!running.has_ended());
             proxy.release();
@@ -230,9 +229,9 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
     }
 }
 
-/// A chain without an end: each process starts its successor and exits, within milliseconds. It ends with its folder, should
-/// it escape the testbed as well. A new program each time: forks alone are so fast that their zombies use up all process
-/// numbers that there are.
+/// An endless chain: each process starts its successor and exits, within milliseconds. If it escaped even the testbed, it
+/// would end when its folder is deleted. Each link executes a new program, as mere forks are so fast that their zombies use
+/// up all process ids.
 const CHAIN: &str = "echo left; [ -e out ] && sh -c \"$CHAIN\" &";
 
 #[test]
@@ -240,8 +239,8 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
     if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
         return;
     }
-    // A thousand others make /proc long, and qconsume has to share one processor with the chain: to look through /proc
-    // takes longer than a process of the chain lives.
+    // With a thousand other processes in /proc, and one processor for qconsume and the chain, reading /proc takes longer
+    // than a process of the chain lives.
     let crowd = "for i in $(seq 1000); do sleep 1000 & done; echo running; wait";
     let _crowd = running(Program::new("sh").args(["-c", crowd]));
     let own_status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -260,11 +259,11 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
             .spawn();
         let finished = running.finish(PATIENCE);
         finished.assert_status(status);
-        // Not by /proc, which the test can't read fast enough either.
+        // The test can't read /proc fast enough either, so it asks the kernel for the process group.
         let group = std::fs::read_to_string(folder.join("group")).unwrap();
         let group = Pid::from_raw(group.trim().parse().unwrap());
         let is_gone = || killpg(group, None) == Err(Errno::ESRCH);
-        assert!(eventually(PROMPT, is_gone), "one has escaped");
+        assert!(eventually(PROMPT, is_gone), "a process of the chain has escaped");
         if status == 0 {
             finished.assert_stderr("--kill-after");
             assert_gone(&queue);
@@ -278,7 +277,7 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
 fn orphans_are_reaped_however_many_end_at_once() {
     let (queue, proxy) = one_message("orphans", QueueKind::Classic);
     let crowd = "for i in $(seq 1000); do sleep 1000 & done; kill -KILL 0";
-    // The command's parent is qconsume, and so is theirs, now: alive or not, only the command itself is to remain.
+    // qconsume is the parent of the command and of the orphans; in the end, the command must be its only child.
     let children = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c \") . $PPID \"";
     behind(&proxy, &queue)
         .env("CROWD", crowd)
@@ -288,7 +287,8 @@ fn orphans_are_reaped_however_many_end_at_once() {
     assert_gone(&queue);
 }
 
-/// With a command that succeeds at once, and has left this behind in a session of its own, which goes on when it is gone.
+/// A worker whose command succeeds at once, and leaves this script behind in another session; it starts after the command
+/// has ended.
 fn left(worker: Program, script: &str) -> Program {
     let left = format!("while [ -e /proc/$LEADER ]; do sleep 0.02; done; {script}");
     worker.args(["--kill-after", "600s"]).env("LEFT", left).shell("LEADER=$$ setsid sh -c \"$LEFT\" & exit 0")
@@ -310,7 +310,7 @@ fn a_stop_ends_what_a_success_has_left() {
 }
 
 #[test]
-fn a_delivery_lost_while_something_is_left_is_no_success() {
+fn a_delivery_lost_while_a_process_is_left_is_no_success() {
     if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
         return;
     }
@@ -323,8 +323,8 @@ fn a_delivery_lost_while_something_is_left_is_no_success() {
 }
 
 #[test]
-fn what_was_there_before_the_command_is_none_of_its_own() {
-    // As PID 1's other children: a shell starts something, and then becomes qconsume.
+fn children_from_before_the_command_are_left_alone() {
+    // A shell starts a process and then becomes qconsume, which so has a child already; as PID 1 it may have others, too.
     let (queue, proxy) = one_message("stranger", QueueKind::Classic);
     let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
     let running = behind(&proxy, &queue).shell("sleep 1000 & exit 3").through(["sh", "-c", script]).spawn();
@@ -333,7 +333,7 @@ fn what_was_there_before_the_command_is_none_of_its_own() {
     let both = || running.leftovers().len() == 2;
     assert!(eventually(PATIENCE, both), "{:?}", running.leftovers());
     assert_back(&queue);
-    // Nor does a success wait for it.
+    // A success doesn't wait for it either.
     queue.publish("the message");
     let running =
         behind(&proxy, &queue).args(["--kill-after", "600s"]).shell("exit 0").through(["sh", "-c", script]).spawn();
@@ -345,8 +345,8 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
     if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
         return;
     }
-    // More than the pipe takes, so that there is something left to write when the command has ended. The child holds it
-    // behind another number: the shell gives what it starts in the background /dev/null to read.
+    // The body is in a file. The child holds it as descriptor 3, as the shell redirects a background process's standard
+    // input from /dev/null.
     let broker = Broker::shared();
     for detach in ["", "setsid "] {
         let queue = broker.queue("stdin-held");
@@ -368,7 +368,7 @@ fn a_child_that_holds_stdin_open_holds_nothing_up() {
 }
 
 #[test]
-fn the_termination_message_is_not_for_programs_that_the_command_calls() {
+fn the_command_gets_an_empty_termination_log_variable() {
     let (queue, proxy) = one_message("termination", QueueKind::Classic);
     let finished = behind(&proxy, &queue)
         .env("QCONSUME_TERMINATION_LOG", "/dev/null")
@@ -394,7 +394,7 @@ fn nohup_keeps_a_hangup_from_qconsume() {
 }
 
 #[test]
-fn what_was_ignored_at_the_start_stays_ignored() {
+fn signals_that_are_ignored_at_the_start_stay_ignored() {
     if emulator_lacks("signals in /proc/self/status as they are") {
         return;
     }

@@ -6,13 +6,13 @@ use testbed::block_on;
 
 const RUNS: usize = 100;
 
-/// As many workers at a time.
+/// Workers at a time.
 const LANES: usize = 4;
 
-/// Another seed is another hundred moments.
+/// The variable with the seed of the random moments.
 const SEED: &str = "QCONSUME_TEST_SEED";
 
-/// What the workers run, by turns: ended by the signal, ended with success, ended with a failure of its own.
+/// The workers' commands, in turns. After the signal the first dies of it, the second succeeds, and the third fails.
 const COMMANDS: [&str; 3] = [
     "cat >/dev/null; exec sleep 0.1",
     "trap 'exit 0' TERM; cat >/dev/null; sleep 0.1 & wait; exit 0",
@@ -31,17 +31,17 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
                 let kind = QueueKind::ALL[lane % 2];
                 let queue = broker.declare("random").kind(kind).create();
                 let mut random = fastrand::Rng::with_seed(seed + lane as u64);
-                // Undisturbed, but side by side as the others, to know how long a run takes here and now.
+                // How long a run takes without a signal, while the other lanes are running.
                 let calm = (0..2).map(|_| calm(&queue)).max().unwrap();
                 eprintln!("lane {lane}: a run takes {calm:?}");
                 for run in (lane..RUNS).step_by(LANES) {
-                    // Some long after its end, however slow the machine is just then.
+                    // Every eighth signal may come long after a normal run's end, in case the machine is slow just then.
                     let reach = if run % 8 == 0 { 4.0 } else { 1.1 };
                     let moment = calm.mul_f64(random.f64() * reach);
                     let entry = run_once(&queue, run, moment);
                     *table.lock().unwrap().entry(entry).or_default() += 1;
                 }
-                // What had ended with 0 hasn't come back.
+                // No message of a successful run was requeued.
                 queue.wait_consumers(0);
                 queue.wait_ready(0);
                 assert!(queue.get().is_none());
@@ -53,9 +53,9 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
     for ((status, message), runs) in &table {
         eprintln!("status {status:3}, message {message}: {runs}");
     }
-    // Both ends were met, or the moments say nothing.
+    // The moments prove something only if both ends occurred.
     for met in [0, 143] {
-        assert!(table.keys().any(|(status, _)| *status == met), "never {met}");
+        assert!(table.keys().any(|(status, _)| *status == met), "no run ended with {met}");
     }
 }
 
@@ -67,7 +67,7 @@ fn calm(queue: &Queue) -> Duration {
     finished.wall
 }
 
-/// One run with a signal at that moment: its status, and where the message is.
+/// One run with a signal at this moment; returns its status, and where the message is.
 fn run_once(queue: &Queue, run: usize, moment: Duration) -> (i32, &'static str) {
     let body = format!("message {run}");
     queue.publish(&body);
@@ -76,7 +76,7 @@ fn run_once(queue: &Queue, run: usize, moment: Duration) -> (i32, &'static str) 
     let finished = stop(&running, Signal::SIGTERM);
     match finished.status() {
         0 => {
-            assert!(queue.get().is_none(), "run {run}: success, and still there");
+            assert!(queue.get().is_none(), "run {run}: exit 0, but the message is still in the queue");
             (0, "gone")
         }
         status @ (3 | 143) => {

@@ -1,4 +1,4 @@
-//! A signal in each state of a run without a command, each state held by something that doesn't answer.
+//! A signal in each state of a run in which no command is running. A peer that doesn't answer holds the run in that state.
 
 use super::*;
 use crate::common::in_time;
@@ -21,11 +21,11 @@ use testbed::{
     reserve_port,
 };
 
-/// All that ask for the end, with the status that they lead to.
+/// The stop signals, with the statuses that they lead to.
 const STOPS: [(Signal, i32); 4] =
     [(Signal::SIGTERM, 143), (Signal::SIGINT, 130), (Signal::SIGHUP, 129), (Signal::SIGQUIT, 131)];
 
-/// Would leave a trace if it ever ran.
+/// With a command that would leave output if it ran.
 fn never_runs(program: Program) -> Program {
     program.shell("echo ran")
 }
@@ -39,13 +39,13 @@ fn stop_idle(running: &Running, signal: Signal, status: i32) {
 #[track_caller]
 fn assert_stopped(finished: &Finished, status: i32) {
     finished.assert_status(status).assert_stderr("before a command was started");
-    // By its own exit: a default disposition would do nothing as PID 1.
+    // qconsume exited by itself: as PID 1 it would ignore a signal's default action.
     assert_eq!(finished.code, Some(status));
     assert_eq!(finished.stdout_text(), "");
 }
 
-/// Whether a worker that was told to log this has had its answers within the two seconds; `--wait` finds nothing where its
-/// cancel has none.
+/// Whether the broker answered the (talkative) worker within the two seconds. With `--wait`, the status is 66 if basic.cancel
+/// wasn't answered.
 fn answered(finished: &Finished) -> bool {
     finished.status() != 66 && !finished.stderr.contains("no answer within 2s")
 }
@@ -59,7 +59,7 @@ fn a_signal_from_before_the_start_is_not_lost() {
     let (queue, proxy) = one_message("before-start", QueueKind::Classic);
     for (signal, status) in STOPS {
         let name = &signal.as_str()[3..];
-        // Pending since before the program was executed: nothing can be earlier.
+        // The signal is pending before the program is executed; it can't come earlier.
         let finished = never_runs(behind(&proxy, &queue))
             .through(["env", &format!("--block-signal={name}"), "sh", "-c"])
             .through([&format!("kill -s {name} $$; exec \"$0\" \"$@\"")])
@@ -73,12 +73,12 @@ fn a_signal_from_before_the_start_is_not_lost() {
 }
 
 #[test]
-fn a_signal_from_before_the_handlers_is_held_for_them() {
+fn a_signal_before_the_runtime_starts_is_not_lost() {
     let (queue, proxy) = one_message("before-handlers", QueueKind::Classic);
     let file = owner::temp_folder("url").join("url");
     nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
     for (signal, status) in STOPS {
-        // The options are read before the runtime is there that handles signals, and this one comes late.
+        // qconsume reads its options before it starts the runtime that handles signals. This option comes late.
         let running = never_runs(qconsume().queue(queue.name())).env("BROKER_URL_FILE", &file).spawn();
         let mut url = None;
         let reads = || {
@@ -86,12 +86,12 @@ fn a_signal_from_before_the_handlers_is_held_for_them() {
             url = how.write(true).custom_flags(O_NONBLOCK).open(&file).ok();
             url.is_some()
         };
-        assert!(eventually(PATIENCE, reads), "it doesn't read its options");
+        assert!(eventually(PATIENCE, reads), "qconsume doesn't read its options");
         running.signal(signal);
         url.unwrap().write_all(proxy.url().as_bytes()).unwrap();
         let finished = running.finish(PROMPT);
         finished.assert_status(status);
-        // By its own exit: as PID 1 it would never have heard of the signal.
+        // qconsume exited by itself: as PID 1 it would ignore a signal's default action.
         assert_eq!(finished.code, Some(status));
         assert_eq!(finished.stdout_text(), "");
     }
@@ -101,7 +101,7 @@ fn a_signal_from_before_the_handlers_is_held_for_them() {
 
 #[test]
 fn a_signal_ends_a_name_look_up() {
-    // Its own resolv.conf, with a name server that hears everything and says nothing.
+    // A resolv.conf with a name server that never answers.
     let Some(server) = (owner::is_root() && owner::find_in_path("unshare").is_some())
         .then(|| UdpSocket::bind("127.213.53.53:53"))
         .and_then(Result::ok)
@@ -126,7 +126,7 @@ fn a_signal_ends_a_name_look_up() {
             panic!("no name was looked up; standard error:\n{stderr}");
         }
         stop_idle(&running, signal, status);
-        // What it has asked besides, so that the next round waits for its own.
+        // Drop its other queries, so that the next round waits for its own.
         server.set_nonblocking(true).unwrap();
         while server.recv(&mut query).is_ok() {}
         server.set_nonblocking(false).unwrap();
@@ -139,12 +139,12 @@ fn a_signal_ends_a_dial() {
     for (signal, status) in STOPS {
         let running = never_runs(qconsume().url(&hole.url()).queue("any")).spawn();
         let dials = || dials(running.pid(), hole.addr().port());
-        assert!(eventually(PATIENCE, dials), "it doesn't dial");
+        assert!(eventually(PATIENCE, dials), "qconsume doesn't dial");
         stop_idle(&running, signal, status);
     }
 }
 
-/// Whether this process has asked that port of 127.0.0.1 for a connection and has had no answer (SYN_SENT).
+/// Whether this process has an unanswered connection attempt to this port of 127.0.0.1 (SYN_SENT).
 fn dials(pid: i32, port: u16) -> bool {
     let waiting: Vec<String> = std::fs::read_to_string("/proc/net/tcp")
         .unwrap()
@@ -182,7 +182,7 @@ fn a_signal_ends_an_amqp_handshake() {
         silent.wait_accepted(1);
         stop_idle(&running, signal, status);
     }
-    // At each later step of it, too.
+    // Each later step of the handshake.
     for step in [Method::CONNECTION_START_OK, Method::CONNECTION_TUNE_OK, Method::CONNECTION_OPEN, Method::CHANNEL_OPEN]
     {
         let (queue, proxy) = one_message("handshake", QueueKind::Classic);
@@ -203,7 +203,7 @@ fn a_signal_ends_a_pause_between_attempts() {
         running.wait_for_stderr("trying again", PATIENCE);
         stop_idle(&running, signal, status);
     }
-    // A queue that isn't there yet is waited for on an open connection.
+    // qconsume waits for a missing queue on an open connection.
     let broker = Broker::shared();
     let absent = broker.declare("absent").absent();
     let proxy = Proxy::of(broker);
@@ -214,7 +214,7 @@ fn a_signal_ends_a_pause_between_attempts() {
 }
 
 #[test]
-fn a_signal_ends_a_registration_that_is_not_answered() {
+fn a_signal_ends_a_subscription_that_is_not_answered() {
     for kind in QueueKind::ALL {
         let (queue, proxy) = one_message("consume-stalled", kind);
         proxy.once(Direction::ToBroker, Method::BASIC_CONSUME, Action::Stall);
@@ -227,11 +227,11 @@ fn a_signal_ends_a_registration_that_is_not_answered() {
 }
 
 #[test]
-fn a_message_that_arrives_while_the_registration_is_given_up_is_given_back() {
+fn a_message_that_arrives_while_the_subscription_is_given_up_is_released() {
     for kind in QueueKind::ALL {
         let (finished, queue, proxy) = in_time(|| {
             let (queue, proxy) = one_message("consume-late", kind);
-            // The broker has registered the consumer and pushed the message; neither is here yet.
+            // The broker has sent basic.consume-ok and the message, but neither has arrived yet.
             proxy.once(Direction::ToClient, Method::BASIC_CONSUME_OK, Action::Hold);
             let running = never_runs(talkative(behind(&proxy, &queue))).spawn();
             proxy.wait_for(Direction::ToClient, Method::BASIC_CONSUME_OK);
@@ -262,7 +262,7 @@ fn a_signal_ends_the_wait_for_a_message() {
                 answered(&finished).then_some((finished, proxy))
             });
             assert_stopped(&finished, status);
-            // It has said goodbye rather than merely gone.
+            // It ended with a goodbye.
             assert_eq!(proxy.count(Direction::ToBroker, Method::BASIC_CANCEL), 1);
             assert_eq!(proxy.count(Direction::ToClient, Method::CONNECTION_CLOSE_OK), 1);
             queue.wait_consumers(0);
@@ -280,7 +280,7 @@ fn a_signal_ends_the_wait_for_a_message_from_a_broker_that_answers_nothing() {
     proxy.stall();
     stop_idle(&running, Signal::SIGTERM, 143);
 
-    // And while it comes back to one that accepts and stays silent.
+    // And while it reconnects to a broker that accepts the connection and stays silent.
     proxy.pass();
     let running = never_runs(behind(&proxy, &queue)).spawn();
     queue.wait_consumers(1);
@@ -292,7 +292,7 @@ fn a_signal_ends_the_wait_for_a_message_from_a_broker_that_answers_nothing() {
 }
 
 #[test]
-fn a_message_half_way_is_given_back_when_a_signal_comes() {
+fn a_partly_received_message_is_released_when_a_signal_comes() {
     for kind in QueueKind::ALL {
         for completes in [true, false] {
             let broker = Broker::shared();
@@ -300,7 +300,7 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
             let (finished, queue, proxy) = in_time(|| {
                 let queue = broker.declare("half-way").kind(kind).create();
                 let proxy = Proxy::of(broker);
-                // The first of three frames passes, the second doesn't.
+                // The first of three frames passes, the second is held.
                 proxy.once(Direction::ToClient, Method::BODY, Action::Pass);
                 proxy.once(Direction::ToClient, Method::BODY, Action::Hold);
                 queue.publish(&body);
@@ -326,13 +326,13 @@ fn a_message_half_way_is_given_back_when_a_signal_comes() {
 }
 
 #[test]
-fn a_message_that_comes_while_an_empty_queue_is_given_up_is_given_back() {
+fn a_message_that_comes_while_the_wait_is_given_up_is_released() {
     for kind in QueueKind::ALL {
         let (finished, queue, proxy) = in_time(|| {
             let broker = Broker::shared();
             let queue = broker.declare("last-moment").kind(kind).create();
             let proxy = Proxy::of(broker);
-            // The cancel of `--wait` is on its way when the message and then the signal come.
+            // basic.cancel of `--wait` is sent, but held, when first the message and then the signal come.
             proxy.once(Direction::ToBroker, Method::BASIC_CANCEL, Action::Hold);
             let worker = talkative(behind(&proxy, &queue)).args(["--wait", "200ms"]);
             let running = never_runs(worker).spawn();
@@ -404,10 +404,10 @@ fn a_signal_cuts_the_goodbye_short() {
     }
 }
 
-/// The signal after the time limit ends the run, although the time limit decides what becomes of the message at hand.
+/// The time limit decides the message's settlement, but the signal after it still ends the run.
 #[test]
 fn a_signal_after_the_time_limit_ends_the_run() {
-    let queue = Broker::shared().declare("behind-the-limit").quorum().create();
+    let queue = Broker::shared().declare("after-the-limit").quorum().create();
     queue.publish_all(["one", "two", "three"]);
     let running = worker(&queue)
         .args(["--drain", "--max-attempts", "1", "--reject-exit-code", "0", "--timeout", "500ms", "--kill-after", "4s"])
@@ -417,11 +417,11 @@ fn a_signal_after_the_time_limit_ends_the_run() {
     signal_and_wait(&running, Signal::SIGTERM);
     let finished = running.finish(PATIENCE);
     finished.assert_status(143).assert_stderr("stopped by a signal before everything was done");
-    assert_eq!(finished.stdout_text(), "started\n", "one command, and no other after the signal");
+    assert_eq!(finished.stdout_text(), "started\n", "another command was started after the signal");
     queue.wait_ready(2);
 }
 
-/// A peer that delivers a message, and answers its acknowledgement only when it is told to.
+/// A peer that delivers a message, and confirms its acknowledgement once the flag is set.
 pub(super) fn late_confirmation() -> (Peer, Arc<AtomicBool>) {
     let answer = Arc::new(AtomicBool::new(false));
     let may_answer = Arc::clone(&answer);
@@ -444,7 +444,7 @@ pub(super) fn late_confirmation() -> (Peer, Arc<AtomicBool>) {
 fn a_signal_between_the_message_and_the_command_starts_none() {
     for (signal, status) in STOPS {
         let (peer, answer) = late_confirmation();
-        // Acknowledged before it is run.
+        // With --no-ack the message is acknowledged before the command starts.
         let running = never_runs(qconsume().url(&peer.url()).queue("q").args(["--no-ack"])).spawn();
         assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
         running.signal(signal);
@@ -458,7 +458,7 @@ fn a_signal_between_the_message_and_the_command_starts_none() {
     }
 }
 
-/// A peer that delivers a message, and leaves it to the test to answer its acknowledgement, on channel 1 of connection 1.
+/// A peer that delivers a message; the test itself confirms the acknowledgement, on channel 1 of connection 1.
 fn open_confirmation() -> Peer {
     Peer::new(move |request| match (request.method, request.nth) {
         (Method::BASIC_CONSUME, _) => {
@@ -480,7 +480,7 @@ fn a_message_that_comes_while_a_stopped_run_settles_is_released() {
     let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
     peer.send(1, &[peer::message(1, 2, false, b"the next"), reply].concat());
     running.finish(PATIENCE).assert_status(143).assert_stderr("stopped by a signal before everything was done");
-    // By closing alone it would count as a failure.
+    // If qconsume only closed the connection, the delivery would count as a failure.
     assert_eq!(peer.count(Method::BASIC_NACK), 1, "{}", running.stderr());
     assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", running.stderr());
 }

@@ -1,33 +1,32 @@
-//! Processes that are none of the command's, beside those that are.
+//! Strangers: processes of qconsume's that the command didn't start, beside those that it did.
 
 use super::{process::AWAY, *};
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 use testbed::{missing, owner};
 
-/// What a shell may have started before it became qconsume: in qconsume's own group, in another, in another session. It
-/// leaves a process behind while the command runs.
+/// Ways in which a shell may start a stranger before it becomes qconsume: in its own group, in another, in another session.
 const STRANGERS: [&str; 3] = [
     "sh -c \"$STRANGER\" & exec \"$0\" \"$@\"",
-    // A shell with job control gives it a group of its own.
+    // With job control, the shell starts it in another group.
     "set -m; sh -c \"$STRANGER\" & set +m; exec \"$0\" \"$@\"",
     "setsid sh -c \"$STRANGER\" & exec \"$0\" \"$@\"",
 ];
 
-/// In two pieces, as the shell in between has to end before.
+/// Leaves an orphan behind when the file `go` appears. The inner shell exits, so the orphan's parent is gone.
 const STRANGER: &str = "echo >before; until [ -e go ]; do sleep 0.02; done; sh -c 'sleep 1000 & echo $! >orphan'";
 
-/// Has the stranger leave its process behind now.
+/// Makes the stranger leave its orphan behind, and waits for it.
 const LEAVE: &str = "touch go; until [ -s orphan ]; do sleep 0.02; done";
 
-/// Waits until that is a child of qconsume's, which is the shell's parent.
+/// Waits until qconsume, the parent of this shell, has adopted the orphan.
 const ADOPTED: &str = "until grep -q \") . $PPID \" /proc/$(cat orphan)/stat; do sleep 0.02; done";
 
-/// Starts it through a shell that has such a stranger, which is there before.
+/// Starts the program through a shell that starts a stranger before.
 fn beside_stranger(program: Program, how: &str, folder: &Path) -> Program {
     program.through(["bash", "-c", how]).env("STRANGER", STRANGER).current_dir(folder)
 }
 
-/// Whether the process whose number is in this file is still there. A zombie has no command line.
+/// Whether the process whose id is in this file still runs. A zombie has no command line.
 fn is_there(number: &Path) -> bool {
     let pid = fs::read_to_string(number).unwrap();
     fs::read(format!("/proc/{}/cmdline", pid.trim())).is_ok_and(|line| !line.is_empty())
@@ -38,7 +37,7 @@ fn wait_for_stranger(folder: &Path) {
 }
 
 #[test]
-fn what_others_leave_during_the_command_is_none_of_its_own() {
+fn a_strangers_orphan_is_not_killed_with_the_command() {
     let broker = Broker::shared();
     for how in STRANGERS {
         for (end, status) in [("exit 0", 0), ("exit 3", 3)] {
@@ -51,7 +50,7 @@ fn what_others_leave_during_the_command_is_none_of_its_own() {
             queue.publish(MESSAGE);
             let finished = running.finish(PATIENCE);
             finished.assert_status(status);
-            assert!(is_there(&folder.join("orphan")), "{how}: it is gone:\n{}", finished.stderr);
+            assert!(is_there(&folder.join("orphan")), "{how}: the orphan was killed:\n{}", finished.stderr);
             if status == 0 {
                 assert_gone(&queue);
             } else {
@@ -62,7 +61,7 @@ fn what_others_leave_during_the_command_is_none_of_its_own() {
 }
 
 #[test]
-fn what_others_leave_outlives_tini_and_amqp_consume_too() {
+fn a_strangers_orphan_outlives_tini_and_amqp_consume_too() {
     let broker = Broker::shared();
     for (name, program) in [
         ("tini", Program::new("tini").args(["-s", "--"])),
@@ -75,7 +74,7 @@ fn what_others_leave_outlives_tini_and_amqp_consume_too() {
         for how in STRANGERS {
             let queue = broker.queue("strangers-of-others");
             let folder = owner::temp_folder("strangers-of-others");
-            // It has no options, which amqp-consume would take for its own.
+            // amqp-consume parses a command's options as its own, so this command has none.
             let script = folder.join("script");
             fs::write(&script, format!("#!/bin/sh\n{LEAVE}\n")).unwrap();
             fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
@@ -90,10 +89,10 @@ fn what_others_leave_outlives_tini_and_amqp_consume_too() {
 }
 
 #[test]
-fn what_the_command_leaves_is_found_beside_what_others_leave() {
+fn the_commands_orphans_are_told_from_strangers_orphans() {
     let broker = Broker::shared();
     for how in STRANGERS {
-        // Beside what goes away by itself, a double fork: its parents are gone before.
+        // The last two are double forks, whose parents are gone already.
         for away in AWAY.iter().chain(&["(setsid sh -c \"$LATER\" &)", "setsid sh -c '(sh -c \"$LATER\" &)'"]) {
             for (end, status) in [("exit 5", 5), ("exit 0", 0)] {
                 let queue = broker.queue("found");
@@ -111,8 +110,8 @@ fn what_the_command_leaves_is_found_beside_what_others_leave() {
                 if status == 0 {
                     finished.assert_stderr("--kill-after");
                 }
-                assert!(!is_there(&folder.join("left")), "{how}, {away}: it has escaped");
-                assert!(is_there(&folder.join("orphan")), "{how}, {away}: the stranger's is gone");
+                assert!(!is_there(&folder.join("left")), "{how}, {away}: the command's process has escaped");
+                assert!(is_there(&folder.join("orphan")), "{how}, {away}: the stranger's orphan was killed");
             }
         }
     }

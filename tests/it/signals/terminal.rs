@@ -1,4 +1,4 @@
-//! On a terminal.
+//! qconsume on a terminal.
 
 use super::{states::late_confirmation, *};
 use crate::common::terminal::Terminal;
@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 const CTRL_C: &str = "\x03";
 const CTRL_Z: &str = "\x1a";
 
-/// Starts the worker as the session's leader, or what `through` names and is given the program as its last argument.
+/// Starts the worker as the session's leader, or `through` with the worker's command line as its last arguments.
 fn start(queue: &Queue, proxy: &Proxy, through: &[&str], arguments: &[&str]) -> Terminal {
     start_at(&proxy.url(), queue.name(), through, arguments)
 }
@@ -18,12 +18,12 @@ fn start_at(url: &str, queue: &str, through: &[&str], arguments: &[&str]) -> Ter
     Terminal::start(&words, &[("BROKER_URL", url), ("QUEUE", queue)])
 }
 
-/// Counts its interrupts for a while after the first.
+/// Counts its interrupts, for half a second after the first.
 const COUNTS: &str = "n=0; trap 'n=$((n+1))' INT; echo run''ning; while [ $n = 0 ]; do sleep 0.05; done
     for i in 1 2 3 4 5; do sleep 0.1; done; echo interrupted $n time; exit 5";
 
 #[test]
-fn ctrl_c_ends_both_once() {
+fn ctrl_c_interrupts_the_command_only_once() {
     for (script, status) in [("echo run''ning; exec sleep 1000", 130), (COUNTS, 5)] {
         let (queue, proxy) = one_message("terminal", QueueKind::Classic);
         let mut terminal = start(&queue, &proxy, &[], &["sh", "-c", script]);
@@ -54,7 +54,7 @@ fn a_command_can_read_from_the_terminal() {
 fn a_signal_that_is_not_the_terminals_is_forwarded() {
     for signal in [Signal::SIGTERM, Signal::SIGHUP] {
         let (queue, proxy) = one_message("terminal-kill", QueueKind::Classic);
-        // What the command has started gets it, too, as it would in a group of its own.
+        // The command's child gets the signal, too, as it would in a process group of the command.
         let script = "trap 'wait; exit 9' TERM HUP
             sh -c 'trap \"echo chi\"\"ld got it; exit\" TERM HUP; echo run\"\"ning
             while :; do sleep 0.02; done' & wait";
@@ -69,7 +69,7 @@ fn a_signal_that_is_not_the_terminals_is_forwarded() {
 #[test]
 fn ctrl_z_stops_both_and_fg_continues_both() {
     let (queue, proxy) = one_message("terminal-stop", QueueKind::Classic);
-    // A shell with job control, which runs the worker as it would any other.
+    // A shell with job control.
     let shell = ["bash", "--norc", "-ic", "\"$0\" \"$@\"; echo stop''ped; fg; echo status $?"];
     let script = "trap 'echo con''tinued; exit 4' CONT; echo run''ning; while :; do sleep 0.05; done";
     let mut terminal = start(&queue, &proxy, &shell, &["sh", "-c", script]);

@@ -1,5 +1,5 @@
-//! The model's runs are played against the real binary by a scripted peer. The program must write the same to the broker, and exit with
-//! the same status, so that neither can drift from the other.
+//! A scripted peer plays the model's runs against the real binary. The program must write the same to the broker and exit with
+//! the same status, so that program and model can't drift apart.
 
 mod play;
 mod run;
@@ -20,19 +20,19 @@ use std::{
     thread,
 };
 
-/// Draws the same runs again, as in `QCONSUME_TEST_SEED=1234`; `1234/5` plays only number 5 of them.
+/// The variable with the seed: `QCONSUME_TEST_SEED=1234` draws the same runs again, and `1234/5` plays only number 5 of them.
 const SEED: &str = "QCONSUME_TEST_SEED";
 
-/// How many runs of each system are played.
+/// Runs to play of each system, at most.
 const RUNS: usize = 30;
 
-/// How many ways through each system they are drawn from.
+/// Random walks through each system from which the runs are drawn.
 const WALKS: usize = 300;
 
-/// As many runs at a time: they mostly wait.
+/// Runs at a time; they mostly wait.
 const LANES: usize = 8;
 
-/// What the runs are drawn from.
+/// The systems from which runs are drawn.
 fn systems() -> Vec<System> {
     use Kind::{Classic, Quorum, Quorum43};
     let several = |kind| System { count: Some(2), messages: 4, ..System::new(kind) };
@@ -59,7 +59,7 @@ fn systems() -> Vec<System> {
     ]
 }
 
-/// Runs of a system: as many as there are kinds of them, or so many kinds drawn from all.
+/// Up to [`RUNS`] random runs of a system, no two of which have the same signature.
 fn drawn(system: &System, random: &mut fastrand::Rng) -> Vec<Run> {
     let mut kinds = BTreeMap::new();
     for _ in 0..WALKS {
@@ -75,7 +75,7 @@ fn drawn(system: &System, random: &mut fastrand::Rng) -> Vec<Run> {
     runs
 }
 
-/// Any step, but faults and failures not too often: they should come at any point, not all at the beginning.
+/// A random step. Faults and failures are rare, so that they come at any point and not all at the beginning.
 fn next(walk: &Walk, random: &mut fastrand::Rng) -> Option<Action> {
     let actions = walk.actions();
     let is_rare = |action: &Action| action.is_fault() || action.is_failure();
@@ -84,10 +84,10 @@ fn next(walk: &Walk, random: &mut fastrand::Rng) -> Option<Action> {
     wanted.into_iter().find(|actions| !actions.is_empty()).and_then(|actions| random.choice(actions))
 }
 
-/// The runs of the sound model in which a seeded bug would show: the steps that break the broken one, as far as they are there, and
-/// then any.
+/// Runs of the correct model in which a seeded bug would show: the bug's counterexample, without the steps that aren't possible,
+/// and then random steps.
 fn counterexample(system: &System, property: &'static str, random: &mut fastrand::Rng) -> Vec<Run> {
-    let path = shortest(system, property).expect("another test looks for it");
+    let path = shortest(system, property).expect("seeded_bugs_are_found checks it");
     let system = System { bug: None, ..system.clone() };
     let mut walk = Walk::new(&system);
     for action in path.into_actions() {

@@ -1,5 +1,5 @@
-//! Plays one run against the program: the broker, the signals and the command do what the model says, when it says so. Each step waits
-//! for what the program has written, or for what its command has said, never for a time to pass.
+//! Plays one run against the program: the broker, the signals and the command do what the model says, in its order. Each step
+//! waits until the program has written something or its command has printed something, and never just for some time.
 
 use super::run::{Run, Step, What};
 use crate::{
@@ -20,14 +20,14 @@ use testbed::{
     peer::{self, Answer, Peer, Request as Seen},
 };
 
-/// How long the program may take for anything; only one that differs takes as long.
+/// How long to wait for the program; only one that differs from the model takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `--wait` and `--timeout`, if they pass in this run. It is played again, with the next ones, if that may have been too early
-/// ([`Run::is_timed`]).
+/// `--wait` and `--timeout`, if they pass in this run. If they may have passed too early ([`Run::is_timed`]), a run that differs
+/// is played again with the next one.
 const LIMITS: [&str; 3] = ["500ms", "2s", "10s"];
 
-/// A run is long from 80 % of it on: [`System::long`](crate::system::System::long).
+/// From 80 % of this time on, a run is long ([`System::long`](crate::system::System::long)).
 const ACK_TIMEOUT: &str = "100ms";
 const LONG: Duration = Duration::from_millis(85);
 
@@ -35,7 +35,7 @@ const LONG: Duration = Duration::from_millis(85);
 const TIMED_OUT: &str =
     "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used: 1800000 ms.";
 
-/// Says what happens to it, and ends as the pipe tells it, whose path replaces `PIPE`.
+/// Prints when it starts and gets SIGTERM, and ends as a line from the pipe says; the pipe's path replaces `PIPE`.
 const COMMAND: &str = r#"
 trap 'echo term' TERM
 read -r body
@@ -46,13 +46,13 @@ if [ "$how" = term ]; then trap - TERM; kill -TERM $$; fi
 exit "$how"
 "#;
 
-/// What the program has done differently.
+/// How the program differs from the model.
 pub type Difference = String;
 
 /// Plays a run.
 ///
 /// # Errors
-/// What the program has done differently, and the run.
+/// How the program differs, and the run.
 pub fn play(run: &Run, seed: u64) -> Result<(), Difference> {
     let limits = if run.is_timed() { &LIMITS[..] } else { &LIMITS[..1] };
     let mut result = Ok(());
@@ -69,33 +69,33 @@ struct Player<'a> {
     run: &'a Run,
     peer: Peer,
     program: Running,
-    /// Tells commands how to end, one after the other.
+    /// Tells one command after the other how to end.
     ends: PipeWriter,
-    /// Commands open it by its path.
+    /// Kept open, as commands open it by its path.
     _reader: PipeReader,
     random: fastrand::Rng,
-    /// The connection at hand, counted from 1; there is none before the first.
+    /// The number of the current connection, from 1; 0 before the first.
     connection: usize,
     /// What the program should have written, for each connection.
     expected: Vec<Vec<Request>>,
-    /// What it may have written already, as it does so by itself: after a pause, for example.
+    /// What it may have written already, as it does that by itself: after a pause, for example.
     ahead: Vec<Request>,
     log: Arc<Mutex<Log>>,
-    /// What is to be sent with the next thing that is.
+    /// Bytes to send together with the next ones.
     unsent: Vec<u8>,
-    /// The program is known to have read all that was sent.
+    /// The program has certainly read everything that was sent.
     is_read: bool,
-    /// How many messages were delivered on this channel.
+    /// Messages delivered on this channel.
     delivered: u64,
-    /// The model's program asks whether the queue is empty.
+    /// In the model, the program has asked whether the queue is empty, and has no answer yet.
     asks: bool,
-    /// A signal and a message have met: the program may cancel its consumer in either way, and wait for the reply or not.
+    /// A signal and a message came at the same time, so the program may cancel its consumer with or without a reply.
     may_cancel: bool,
-    /// How many commands were told to end.
+    /// Commands that were told to end.
     told: usize,
-    /// When the last command said that it has started.
+    /// When the last command started.
     started: Instant,
-    /// How often commands have said that they got SIGTERM.
+    /// How often commands got SIGTERM.
     terms: usize,
 }
 
@@ -150,7 +150,7 @@ impl<'a> Player<'a> {
         let end = match ended {
             Some(status) if status == i32::from(self.run.status) => "the same status".to_owned(),
             Some(status) => format!("status {status} instead of {}", self.run.status),
-            None => "it hung".to_owned(),
+            None => "the program hung".to_owned(),
         };
         if difference.is_none() && self.run.status != KILLED {
             difference = self.compare(true).err();
@@ -164,7 +164,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Lets one thing happen, and waits until the program has done what it does then. Whether that was the next step, too.
+    /// Makes one step happen, and waits until the program has reacted. Returns whether it included the next step.
     fn step(&mut self, step: &Step, later: &[Step]) -> Result<bool, Difference> {
         let next = later.first();
         let ends = matches!(step.after, Phase::Ended(_));
@@ -181,7 +181,7 @@ impl<'a> Player<'a> {
                 if with_signal {
                     self.meet()?;
                 } else if next.is_some_and(|next| matches!(next.what, What::Receive(..))) && step.writes.is_empty() {
-                    // The next one comes right behind it.
+                    // It is sent together with the next reply.
                     return Ok(false);
                 }
                 self.flush(ends);
@@ -217,7 +217,7 @@ impl<'a> Player<'a> {
         Ok(with_signal)
     }
 
-    /// Takes note of what the model's program writes in this step.
+    /// Records what the program writes in this step of the model.
     fn expect(&mut self, step: &Step, later: &[Step]) {
         if step.what == What::Connect {
             self.expected.push(Vec::new());
@@ -244,17 +244,17 @@ impl<'a> Player<'a> {
         self.wait("basic.consume", |player| Ok(player.with_log(|connection| connection.channel.is_some())))
     }
 
-    /// Looks at the log of the connection at hand.
+    /// Accesses the log of the current connection.
     fn with_log<T>(&self, look: impl FnOnce(&mut Connection) -> T) -> T {
         look(self.log.lock().unwrap().connection(self.connection))
     }
 
-    /// How many connections there were.
+    /// The number of connections so far.
     fn connections(&self) -> usize {
         self.log.lock().unwrap().0.iter().filter(|connection| connection.is_made).count()
     }
 
-    /// Waits for the connection at hand, and answers its first bytes.
+    /// Waits for the current connection, and answers its protocol header.
     fn greet(&mut self) -> Result<(), Difference> {
         let connection = self.connection;
         self.wait("a connection", |player| Ok(player.connections() >= connection))?;
@@ -282,13 +282,13 @@ impl<'a> Player<'a> {
         self.unsent.extend(bytes);
     }
 
-    /// Nothing that was asked before is answered any more.
+    /// Earlier requests get no answer any more.
     fn drop_open(&mut self) {
         self.asks = false;
         self.with_log(|connection| connection.open.clear());
     }
 
-    /// A message whose body tells which one it is.
+    /// A delivery whose body is the message's id.
     fn message(&mut self, delivery: Delivery, before: u8) -> Vec<u8> {
         self.delivered += 1;
         let failures = delivery.failures.unwrap_or_default();
@@ -305,7 +305,7 @@ impl<'a> Player<'a> {
         peer::counted_message(self.channel(), self.delivered, before > 0, &counts, body.as_bytes())
     }
 
-    /// The answer to the first request of this method that is open, if there is one, with so many messages ready.
+    /// The answer to the first open request of this method, or nothing; `ready` is the number of ready messages.
     fn answer(&self, method: Method, ready: u32) -> Vec<u8> {
         self.with_log(|connection| {
             let at = connection.open.iter().position(|seen| seen.method == method);
@@ -318,8 +318,8 @@ impl<'a> Player<'a> {
         self.with_log(|connection| connection.channel.unwrap_or_default())
     }
 
-    /// Sends what is to be sent. At the end of the run, the answers to everything that is open follow it: a program that goes on where
-    /// the model's has ended would take them for a success.
+    /// Sends the unsent bytes. At the run's end, `with_answers`, also the answers to all open requests: if the program goes on
+    /// after the model's end, these let it succeed, which shows.
     fn flush(&mut self, with_answers: bool) {
         if with_answers {
             self.answer_all();
@@ -336,7 +336,7 @@ impl<'a> Player<'a> {
         self.unsent.extend(open.iter().flat_map(|seen| usual(seen, 0)));
     }
 
-    /// The end of the connection, in one way or the other. Only what is read already survives a reset.
+    /// Ends the connection in a random way. A reset may destroy data that the program hasn't read.
     fn lose(&mut self) {
         self.flush(false);
         self.drop_open();
@@ -347,7 +347,7 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// A message and SIGTERM meet before the command starts: the program looks at neither before both are there.
+    /// Sends a message and SIGTERM at the same time: the program is stopped until both have arrived.
     fn meet(&mut self) -> Result<(), Difference> {
         self.program.signal(Signal::SIGSTOP);
         let threads = format!("/proc/{}/task", self.program.pid());
@@ -365,7 +365,7 @@ impl<'a> Player<'a> {
         Ok(())
     }
 
-    /// Nothing can be started any more: EMFILE.
+    /// Makes starting a command fail with EMFILE.
     fn leave_no_descriptor(&self) -> Result<(), Difference> {
         let folder = format!("/proc/{}/fd", self.program.pid());
         let free = (0..).find(|fd| fs::symlink_metadata(format!("{folder}/{fd}")).is_err()).unwrap_or(0);
@@ -376,7 +376,7 @@ impl<'a> Player<'a> {
 
     fn stop(&mut self, step: &Step) -> Result<(), Difference> {
         if step.before == Phase::Connecting {
-            // Its signals are held back by now.
+            // Once it connects, it handles signals.
             let connection = self.connection + 1;
             self.wait("a connection", |player| Ok(player.connections() >= connection))?;
         }
@@ -426,7 +426,7 @@ impl<'a> Player<'a> {
         self.out().lines().filter(|line| line.starts_with(word)).count()
     }
 
-    /// Waits until the condition holds. Meanwhile what the program asks beyond the model is answered with what changes nothing.
+    /// Waits until the condition holds. Meanwhile answers requests that the model doesn't have, so that nothing changes.
     fn wait(
         &mut self,
         what: &str,
@@ -439,7 +439,7 @@ impl<'a> Player<'a> {
                 return Ok(());
             }
             if self.program.has_ended() && !condition(self)? {
-                return Err(format!("it has ended before {what}"));
+                return Err(format!("the program has ended before {what}"));
             }
             if Instant::now() >= end {
                 return Err(format!("{what} didn't come"));
@@ -463,10 +463,10 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Whether the program has written what the model's has.
+    /// Whether the program has written everything that it writes in the model; an error if it has written something else.
     fn compare(&self, at_end: bool) -> Result<bool, Difference> {
         for (expected, n) in self.expected.iter().zip(1..) {
-            // The order of two that are released is of no matter.
+            // The order of two releases doesn't matter.
             let several = expected.iter().filter(|request| matches!(request, Request::Nack(_))).count() > 1;
             let comparable = |request: &Request| match request {
                 Request::Cancel { .. } if self.may_cancel => None,
@@ -479,7 +479,7 @@ impl<'a> Player<'a> {
             let ahead = self.ahead.iter().filter(|_| n == self.expected.len());
             let expected: Vec<_> = expected.iter().chain(ahead).filter_map(comparable).collect();
             if !expected.starts_with(&written) || at_end && written.len() < due {
-                return Err(format!("on connection {n} it wrote {written:?} instead of {expected:?}"));
+                return Err(format!("on connection {n} the program wrote {written:?} instead of {expected:?}"));
             }
             if written.len() < due {
                 return Ok(false);
@@ -490,7 +490,8 @@ impl<'a> Player<'a> {
         Ok(at_end || !self.asks || self.with_log(is_asked))
     }
 
-    /// After the run's end in the model: whatever the program still waits for it gets, until it has ended, too. Its exit status.
+    /// After the run's end in the model: gives the program whatever it still waits for, until it ends, too. Returns its exit
+    /// status, or `None` if it hangs.
     fn end(&mut self) -> Option<i32> {
         let end = Instant::now() + PATIENCE;
         self.asks = false;
@@ -520,7 +521,7 @@ impl<'a> Player<'a> {
     }
 }
 
-/// What a broker would say, with so many messages ready.
+/// A broker's usual answer; `ready` is the number of ready messages.
 fn usual(seen: &Seen, ready: u32) -> Vec<u8> {
     match seen.method {
         Method::QUEUE_DECLARE => peer::declared(seen, ready, 1),
@@ -528,7 +529,7 @@ fn usual(seen: &Seen, ready: u32) -> Vec<u8> {
     }
 }
 
-/// The program, with the options of the system, and these times if it meets them.
+/// The program with the system's options, and with `--timeout` or `--wait` if they pass in this run.
 fn program(run: &Run, limit: &str) -> Program {
     let system = &run.system;
     let named = std::env::var_os("QCONSUME_BIN");
@@ -568,31 +569,31 @@ fn program(run: &Run, limit: &str) -> Program {
     program
 }
 
-/// What the program has written, without what opens and closes connections and channels.
+/// What the program has written, for each connection, without methods that open and close connections and channels.
 #[derive(Default)]
 struct Log(Vec<Connection>);
 
 #[derive(Default)]
 struct Connection {
-    /// The program has sent its first bytes.
+    /// The program has sent its protocol header.
     is_made: bool,
     written: Vec<Request>,
-    /// What only the model's steps answer, and isn't answered.
+    /// Requests without an answer so far, which only steps of the model answer.
     open: Vec<Seen>,
-    /// The last consumer's.
+    /// The last consumer's channel.
     channel: Option<u16>,
-    /// A channel was opened, and its prefetch isn't set.
+    /// A channel was opened, and its prefetch isn't set yet.
     is_new: bool,
 }
 
 impl Log {
-    /// By its number, counted from 1.
+    /// A connection by its number, from 1.
     fn connection(&mut self, n: usize) -> &mut Connection {
         self.0.resize_with(n.max(self.0.len()), Connection::default);
         &mut self.0[n - 1]
     }
 
-    /// Takes note of a request, and says what a broker would, unless it is the player's to say when.
+    /// Records a request. Returns a broker's usual answer, or nothing if the player decides when to answer.
     fn take(&mut self, seen: &Seen) -> Answer {
         let connection = self.connection(seen.connection);
         let tag = || {
@@ -609,7 +610,7 @@ impl Log {
                 connection.is_new = true;
                 return Answer::Usual;
             }
-            // The others are barriers.
+            // The first one on a channel sets the prefetch; the others are barriers.
             Method::BASIC_QOS if std::mem::take(&mut connection.is_new) => return Answer::Usual,
             Method::BASIC_CONSUME => {
                 if connection.channel.replace(seen.channel).is_none() {
@@ -626,7 +627,7 @@ impl Log {
             Method::CONNECTION_CLOSE => Request::Close,
             _ => return Answer::Usual,
         };
-        // How often it asks is a matter of time.
+        // How often the program asks depends on timing.
         if request != Request::Declare {
             connection.written.push(request);
         }

@@ -1,4 +1,4 @@
-//! One run of the program, as the model has it: what happens to it, in its order, and what it writes to the broker.
+//! A run of the program in the model: what happens, in order, and what the program writes to the broker.
 
 use crate::{
     broker::{Id, Kind, Reply, Request},
@@ -8,22 +8,22 @@ use crate::{
 use stateright::Model;
 use std::collections::HashMap;
 
-/// What happens to the program, or what it does by itself.
+/// Something that happens to the program, or that it does by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum What {
     Connect,
-    /// The command of the message that was taken starts, unless the run was stopped.
+    /// The taken message's command starts, unless the run was stopped.
     Start,
     /// `--timeout` passes.
     TimeLimit,
     CommandEnds(Ending),
-    /// The broker's next method arrives. A message may have been delivered so often before, as far as its headers tell.
+    /// The broker's next method arrives; for a delivery, the number of earlier deliveries that its headers show.
     Receive(Reply, u8),
     /// The connection ends.
     Notice,
     /// The pause before the second barrier is over.
     LookAgain,
-    /// `--drain`: the queue is asked again whether it is empty.
+    /// `--drain`: the program asks again whether the queue is empty.
     Ask,
     /// `--wait` is over.
     WaitOver,
@@ -42,7 +42,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// Whether the program does it by itself: nobody tells it when.
+    /// Whether the program does it by itself, at a time that the peer can't choose.
     pub fn is_programs_own(&self) -> bool {
         match self.what {
             What::Start | What::LookAgain | What::Ask | What::WaitOver => true,
@@ -60,7 +60,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// The kinds of its steps: two runs with the same differ in nothing but messages and counts.
+    /// The kinds of its steps. Runs with the same signature differ only in messages and counts.
     pub fn signature(&self) -> Vec<String> {
         let kind = |step: &Step| match step.what {
             What::Receive(Reply::Deliver(_), before) => format!("Deliver {} {:?}", before > 0, phase(&step.before)),
@@ -69,8 +69,8 @@ impl Run {
         self.steps.iter().map(kind).collect()
     }
 
-    /// Whether a busy machine may be too slow for it, as a time that the program keeps passes too early: `--wait`, `--timeout`, the
-    /// pause before the second barrier, and the two seconds in which a cancel has to be answered.
+    /// Whether one of the program's own times may pass too early on a busy machine: `--wait`, `--timeout`, the pause before the
+    /// second barrier, or the two seconds in which a cancel has to be answered.
     pub fn is_timed(&self) -> bool {
         self.steps.iter().any(|step| match step.what {
             What::TimeLimit | What::WaitOver => true,
@@ -80,8 +80,8 @@ impl Run {
         })
     }
 
-    /// Whether the peer can make all of this happen. What is lost between a message and its command's start may have been lost before
-    /// the message, as far as the program is concerned, and a signal may have come before it.
+    /// Whether the peer can make all of this happen. It can't place a loss between a message and its command's start, as the
+    /// program may see the loss before the message; nor there a signal together with a method.
     fn is_playable(&self) -> bool {
         let taken = |step: &&Step| matches!(step.before, Phase::Taken(_));
         let mut taken = self.steps.iter().filter(taken).map(|step| step.what);
@@ -90,13 +90,13 @@ impl Run {
     }
 }
 
-/// A phase's name.
+/// The phase's name, without its fields.
 fn phase(phase: &Phase) -> String {
     let name = format!("{phase:?}");
     name.split([' ', '(']).next().unwrap_or_default().to_owned()
 }
 
-/// The worker that a step is of, and what it is for the program.
+/// The worker that an action concerns, and what it means for the program.
 fn happens(action: &Action, state: &State) -> Option<(usize, What)> {
     Some(match *action {
         Action::Connect(w) => (w, What::Connect),
@@ -117,7 +117,7 @@ fn happens(action: &Action, state: &State) -> Option<(usize, What)> {
     })
 }
 
-/// What the worker writes in this step. Whether the network carries it is nothing that it knows.
+/// What the worker writes in this step, whether or not the network carries it.
 fn writes(system: &System, state: &State, action: &Action, w: usize) -> Vec<Request> {
     let (mut queue, mut worker) = (state.queue.clone(), state.workers[w].clone());
     if let Some(link) = &mut worker.link {
@@ -129,13 +129,13 @@ fn writes(system: &System, state: &State, action: &Action, w: usize) -> Vec<Requ
     link.to_broker
 }
 
-/// A way through the model, and the runs that it consists of.
+/// A path through the model, and the runs in it.
 pub struct Walk<'a> {
     system: &'a System,
     pub state: State,
     /// How often each message was delivered.
     delivered: HashMap<Id, u8>,
-    /// What has happened to each worker that hasn't ended.
+    /// The steps so far of each worker that hasn't ended.
     open: Vec<Vec<Step>>,
     pub runs: Vec<Run>,
 }
@@ -147,7 +147,7 @@ impl<'a> Walk<'a> {
         Self { system, state, delivered: HashMap::new(), open, runs: Vec::new() }
     }
 
-    /// The steps that there are.
+    /// The possible actions.
     pub fn actions(&self) -> Vec<Action> {
         let mut actions = Vec::new();
         self.system.actions(&self.state, &mut actions);
@@ -173,7 +173,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// A quorum queue of 4.3 says how often a message was acquired. Others say of a message that comes again that it failed.
+    /// Adds the number of earlier deliveries: a quorum queue of 4.3 tells how often a message was acquired, others only its
+    /// failures.
     fn with_count(&self, what: What) -> What {
         let What::Receive(Reply::Deliver(delivery), _) = what else {
             return what;

@@ -7,15 +7,13 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 /// The smallest limit on a frame that AMQP 0-9-1 allows (its `frame-min-size`), in bytes.
 const FRAME_MIN_SIZE: u32 = 4096;
 
-/// The longest name of an unknown query parameter that a message repeats, in bytes.
 const QUOTED_KEY_MAX: usize = 40;
 
-/// What an unknown query parameter is answered with.
 const UNKNOWN: &str = "is unknown (known: heartbeat, connection_timeout, channel_max, frame_max, auth_mechanism, \
                        cacertfile, certfile, keyfile, server_name_indication, verify)";
 
-/// What other clients read from the query and doesn't concern qconsume: pika 1.4 (`URLParameters`) and before, kombu 5.7
-/// (`Connection`) with py-amqp 5.4. amqp091-go's are RabbitMQ's own.
+/// Query parameters of other clients, without a meaning here: pika up to 1.4 (`URLParameters`), kombu 5.7 (`Connection`)
+/// with py-amqp 5.4. amqp091-go has no more than RabbitMQ's own.
 #[rustfmt::skip]
 const IGNORED: [&str; 20] = [
     "backpressure_detection", "blocked_connection_timeout", "client_properties", "connection_attempts",
@@ -24,8 +22,7 @@ const IGNORED: [&str; 20] = [
     "transport_options", "uri_prefix", "write_timeout",
 ];
 
-/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` is: not in
-/// the URL.
+/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` means that the URL doesn't have it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
     /// Seconds between heartbeats; 0 asks for none.
@@ -38,20 +35,20 @@ pub struct Parameters {
     pub frame_max: Option<u32>,
     /// How to log in.
     pub auth_mechanism: Option<SASLMechanism>,
-    /// Certificates to trust (PEM). Only with TLS, as are the next three.
+    /// The file with the CAs to trust (PEM). This and the next three need TLS.
     pub cacertfile: Option<PathBuf>,
-    /// The client's certificate (PEM).
+    /// The file with the client certificate (PEM).
     pub certfile: Option<PathBuf>,
-    /// The key of the client's certificate (PEM).
+    /// The file with the client certificate's key (PEM).
     pub keyfile: Option<PathBuf>,
-    /// The name that the broker's certificate must bear, where it isn't the host.
+    /// The name to expect in the broker's certificate, instead of the host.
     pub server_name_indication: Option<String>,
-    /// The names of those that are for other clients.
+    /// The names of parameters for other clients.
     pub ignored: Vec<String>,
 }
 
 impl Parameters {
-    /// What follows the `?`. Empty pairs (`?`, `a=1&`) are nothing.
+    /// Parses what follows the `?`. Empty pairs (`?`, `a=1&`) are ignored.
     pub(in crate::broker) fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
         let mut parameters = Self::default();
         let mut seen = Vec::new();
@@ -62,7 +59,7 @@ impl Parameters {
                 return error(format!("{name} is there twice"));
             }
             seen.push(key);
-            // With amqp://, `ssl=true` or `ssl_options` asks pika and kombu for TLS: that must not become plain text.
+            // `ssl=true` and `ssl_options` ask pika and kombu for TLS, even with amqp://: no plain text for those.
             let asks_for_tls = key.starts_with("ssl") && !matches!(value, "false" | "False" | "0" | "");
             if asks_for_tls && !tls {
                 return error(format!("{name} needs TLS: an amqps:// URL"));
@@ -78,7 +75,6 @@ impl Parameters {
         Ok(parameters)
     }
 
-    /// Takes one parameter, or says what is wrong with it.
     fn set(&mut self, key: &str, value: String, tls: bool) -> Result<(), &'static str> {
         match key {
             "heartbeat" => match number(&value) {
@@ -117,7 +113,7 @@ impl Parameters {
             "cacertfile" => self.cacertfile = Some(value.into()),
             "certfile" => self.certfile = Some(value.into()),
             "keyfile" => self.keyfile = Some(value.into()),
-            // In RabbitMQ's Erlang client `disable` turns the check of the name off.
+            // `disable` turns the check of the name off in RabbitMQ's Erlang client.
             "server_name_indication" if value.is_empty() || value == "disable" => {
                 return Err("must be a name: the broker's certificate is always checked");
             }
@@ -132,7 +128,7 @@ impl Parameters {
     }
 }
 
-/// What a message calls a query parameter: by its name only if it looks like one.
+/// What messages call a query parameter: by name, unless that could be a piece of something else.
 fn parameter_name(key: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
     if (1..=QUOTED_KEY_MAX).contains(&key.len()) && key.bytes().all(is_plain) {
@@ -142,7 +138,7 @@ fn parameter_name(key: &str) -> String {
     }
 }
 
-/// A whole number in digits alone: `FromStr` would take a `+` too.
+/// A whole number of digits only: `FromStr` takes a `+`, too.
 pub(super) fn number<T: FromStr>(text: &str) -> Option<T> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     digits.then(|| text.parse().ok()).flatten()

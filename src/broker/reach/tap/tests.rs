@@ -1,4 +1,4 @@
-//! What is noted of the broker's frames, and what lapin isn't given to read.
+//! What the tap notes of the broker's frames, and what it keeps from lapin.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Headers as AMQP 0-9-1 and RabbitMQ have them: what they are on the wire, and what they are in JSON.
+//! Header values of AMQP 0-9-1 and RabbitMQ: their encoding, and the JSON that qconsume must make of them.
 
 use arbitrary::Arbitrary;
 use serde_json::Value;
@@ -10,7 +10,7 @@ pub enum Name {
     Text(String),
 }
 
-/// Names that mean something to qconsume, or to whoever would take them for variables.
+/// Names with a meaning to qconsume, or, as environment variables, to other programs.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub enum Known {
     Acquired,
@@ -42,7 +42,7 @@ impl Name {
     }
 }
 
-/// Bytes that need not be text, perhaps many.
+/// Arbitrary bytes, perhaps many.
 #[derive(Arbitrary, Clone, Debug)]
 pub struct Bytes {
     bytes: Vec<u8>,
@@ -77,7 +77,7 @@ pub enum Field {
     Void,
 }
 
-/// In which a later field of the same name counts.
+/// A table. If it has several fields of one name, the last one counts.
 #[derive(Arbitrary, Clone, Debug)]
 pub struct Table(pub Vec<(Name, Field)>);
 
@@ -97,7 +97,7 @@ impl Table {
         sized(fields.flat_map(|(name, field)| [name.encoded(), field.encoded()].concat()).collect())
     }
 
-    /// Whether that is what JSON has of it.
+    /// Whether the JSON value is this table.
     pub fn is(&self, json: &Value) -> bool {
         let Value::Object(found) = json else {
             return false;
@@ -109,7 +109,7 @@ impl Table {
 }
 
 impl Field {
-    /// A count, if it is one: a whole number from 0, of any type.
+    /// The value, if it is a whole number from 0, of any type.
     pub fn count(&self) -> Option<u64> {
         match *self {
             Self::I8(n) => n.try_into().ok(),
@@ -156,7 +156,7 @@ impl Field {
     }
 
     fn is(&self, json: &Value) -> bool {
-        // JSON has no infinity; and its numbers are read to the last digit but one.
+        // JSON has no infinity (it is null), and serde_json may be wrong in a number's last digit.
         let near = |value: f64| match json.as_f64() {
             Some(found) => (found - value).abs() <= value.abs() * 1e-15,
             None => json.is_null() && !value.is_finite(),
@@ -189,7 +189,7 @@ impl Field {
     }
 }
 
-/// What has its size in front.
+/// Puts the size before the bytes.
 fn sized(bytes: Vec<u8>) -> Vec<u8> {
     [&(bytes.len() as u32).to_be_bytes()[..], &bytes].concat()
 }

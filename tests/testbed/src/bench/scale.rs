@@ -69,8 +69,9 @@ impl Bench {
         let enough = self.enough();
         format!(
             "For one message a process, a round has {enough} messages, or two for each worker if that is more. For `--drain`, \
-             it has {DRAINED} for each worker, so that as many share a start in all rows; where that is less than {enough}, \
-             the same number of workers starts anew with another such queue, until it is {enough} or more.\n"
+             it has {DRAINED} for each worker, so that in every row {DRAINED} messages share a start. If a round has less \
+             than {enough}, the same number of workers starts again with another such queue, until it has {enough} or \
+             more.\n"
         )
     }
 

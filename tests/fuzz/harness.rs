@@ -1,9 +1,15 @@
-//! The way of what a broker sends, from the frame on the wire to what qconsume makes of it.
+//! Takes what a broker sends from the frame on the wire to what qconsume makes of it. src/broker/mod.rs includes this file
+//! if `--cfg fuzzing` is set.
 
 use super::{
     consume::message::Message,
     errors::{Asked, ConnectError},
-    reach::{address::Address, observed::Observed, tap::Tap, token::Credentials},
+    reach::{
+        address::Address,
+        observed::Observed,
+        tap::{FRAME_MAX, Tap},
+        token::Credentials,
+    },
 };
 use lapin::{
     ConnectionState, ErrorKind,
@@ -15,9 +21,6 @@ use std::{
     num::NonZeroUsize,
     sync::{Arc, Mutex},
 };
-
-/// The largest frame that is agreed on, in bytes.
-const FRAME_MAX: u32 = 131_072;
 
 /// A `basic.deliver`, and the content header behind it. Names have 255 bytes at most.
 #[derive(Clone, Copy, Debug)]
