@@ -978,3 +978,21 @@ fn a_run_that_ends_by_its_count_does_not_call_the_queue_empty() {
     run.assert_status(0).assert_stderr("processed all messages that --count asked for");
     queue.wait_ready(1);
 }
+
+#[test]
+fn the_last_line_says_that_the_delivery_limit_may_drop_a_requeued_message() {
+    const MAY_DROP: &str = "message requeued; the queue's delivery-limit may drop it (20 unless set)";
+    let broker = Broker::shared();
+    // Before 4.0 a queue has no limit unless it is set.
+    let limited = broker.version() >= (4, 0, 0);
+    let queue = broker.declare("default-limit").quorum().create();
+    queue.publish("fails");
+    for failures in 0..=20 {
+        let done = worker(&queue).arg("false").run();
+        done.assert_status(1).assert_stderr("message requeued");
+        let said = done.stderr_text().contains(MAY_DROP);
+        assert_eq!(said, limited && failures == 20, "{failures} {done:?}");
+    }
+    // With a broker that has the limit, the message is gone by now.
+    worker(&queue).args(["--wait", "1s", "true"]).run().assert_status(if limited { 66 } else { 0 });
+}
