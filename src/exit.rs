@@ -25,7 +25,7 @@ pub enum Exit {
     NotFound = 127,
 }
 
-/// What an exit status means, in a few words and, behind the colon, in more; and whether a retry helps.
+/// An exit status; its meaning, with a short form before the colon; whether a retry helps.
 type Row = (Exit, &'static str, &'static str);
 
 const USAGE: Row = (Exit::Usage, "usage: wrong options, or a malformed or empty BROKER_URL or QUEUE", "no");
@@ -106,18 +106,18 @@ pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
 
 /// The status of something that ended on a signal, as shells report it.
 pub const fn status_of_signal(signal: i32) -> u8 {
-    // Real-time signals end at 64 on Linux, so this can't overflow.
+    // Signals end at 64 on Linux, so this can't overflow.
     128 + signal as u8
 }
 
-/// What is said if memory runs out: what is short, and what to raise.
+/// The words for a lack of memory.
 pub const NO_MEMORY: &str = "memory has run out (on this node, or ulimit -v)";
 
-/// What the system answers if it has nothing left to give for now: what is short, and what to raise.
+/// Errors that mean a temporary shortage: what is short, and what to raise.
 const SHORTAGES: [(i32, &str); 8] = [
     (
         libc::EAGAIN,
-        // A thread whose stack finds no memory is EAGAIN, too, with glibc 2.36 as with musl 1.2.
+        // Also if there is no memory for a thread's stack, with glibc 2.36 and musl 1.2.
         "no more processes or threads may be started (pids limit, ulimit -u), or there is no memory for one (ulimit -v)",
     ),
     (libc::ENOMEM, NO_MEMORY),
@@ -129,19 +129,18 @@ const SHORTAGES: [(i32, &str); 8] = [
     (libc::ETXTBSY, "the program's file is being written"),
 ];
 
-/// What the system is short of, in words, and what to raise; or that a program's file is being written. `None` for any
-/// other error.
+/// What the system is short of, and what to raise; `None` if the error means no temporary shortage.
 pub fn shortage(error: &io::Error) -> Option<&'static str> {
     let code = error.raw_os_error()?;
     SHORTAGES.into_iter().find_map(|(short, words)| (short == code).then_some(words))
 }
 
-/// Whether the system is short of something for now.
+/// Whether the error means a temporary shortage.
 pub fn is_shortage(error: &io::Error) -> bool {
     shortage(error).is_some()
 }
 
-/// The shortage that a panic's message tells of: tokio and std panic where they get no thread or descriptor.
+/// The shortage behind a panic, by its message: tokio and std panic if they get no thread or descriptor.
 pub fn shortage_behind(panic: &str) -> Option<io::Error> {
     let shown = |code| [format!("(os error {code})"), format!("Os {{ code: {code},")];
     let is_named = |code: &i32| shown(*code).iter().any(|text| panic.contains(text));

@@ -18,6 +18,7 @@ pub mod publish;
 pub mod report;
 pub mod settlement;
 pub mod signals;
+pub mod variable;
 pub mod verdict;
 pub mod worker;
 

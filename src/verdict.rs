@@ -1,12 +1,12 @@
-//! What becomes of the message, and what qconsume exits with: pure, so that every case can be tested.
+//! Decides what becomes of the message, and the exit status: without I/O, so that every case can be tested.
 
 use crate::{
     exit::{Exit, status_of_signal},
-    settlement::Outcome,
+    settlement::Settled,
 };
 use std::{ops::RangeInclusive, str::FromStr};
 
-/// How the command ended.
+/// The command's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// It exited with this status.
@@ -51,10 +51,10 @@ pub enum Settlement {
     Ack,
     /// `basic.reject(requeue=true)`: the command failed; counts towards the queue's `delivery-limit`.
     Requeue,
-    /// `basic.reject(requeue=false)`: dead-lettered, or dropped where the queue has no dead-letter exchange.
+    /// `basic.reject(requeue=false)`: dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLetter,
-    /// `basic.nack(requeue=true)`: the message's command was stopped from outside, or never ran; on quorum queues of
-    /// RabbitMQ 4.3 and newer that doesn't count towards `delivery-limit`.
+    /// `basic.nack(requeue=true)`: the command was stopped from outside, or never ran. Quorum queues since RabbitMQ 4.3
+    /// don't count that towards `delivery-limit`.
     Release,
 }
 
@@ -67,15 +67,15 @@ impl FromStr for Statuses {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| match text.trim().parse::<u8>() {
-            Ok(0) => Err("0 is no failure".to_owned()),
+            Ok(0) => Err("0 is not a failure".to_owned()),
             Ok(number) => Ok(number),
-            Err(_) => Err(format!("{text:?} is no status from 1 to 255")),
+            Err(_) => Err(format!("{text:?} is not a status from 1 to 255")),
         };
         let range = |part: &str| {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
             let range = number(first)?..=number(last)?;
             if range.is_empty() {
-                return Err(format!("{part:?} is no range: its end comes before its start"));
+                return Err(format!("{part:?} is not a range: its end comes before its start"));
             }
             Ok(range)
         };
@@ -83,13 +83,14 @@ impl FromStr for Statuses {
     }
 }
 
-/// The options that decide about failures.
+/// The options about failures.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Settling")]
 pub struct Policy {
     /// Dead-letter the message when the command exits with one of these
     ///
-    /// Separate statuses and ranges by commas, as in 65,100-120. A queue without a dead-letter exchange drops the message.
+    /// Separate statuses and ranges by commas, as in 65,100-120. A queue without a dead-letter exchange drops the
+    /// message.
     #[arg(long, value_name = "CODES", env = "QCONSUME_REJECT_ON")]
     pub reject_on: Option<Statuses>,
 
@@ -112,59 +113,60 @@ pub struct Policy {
     pub failure_exit_code: Option<u8>,
 }
 
-/// Everything about one run of the command that the decision depends on.
+/// What the decision depends on, besides the options.
 #[derive(Clone, Copy, Debug)]
 pub struct CommandResult {
     /// How the command ended.
     pub ended: Ended,
-    /// What stopped it, if anything did: the first of a signal and the time limit.
+    /// What made qconsume stop it, if anything did: a signal or the time limit, whichever came first.
     pub stop: Option<StopReason>,
     /// Whether this connection still owned the delivery when the command had ended.
     pub still_owned: bool,
-    /// How many failures the broker has counted before this run; `None` where the queue doesn't count.
+    /// How many failures the broker has counted before this run; `None` if the queue doesn't count.
     pub failures_before: Option<u64>,
 }
 
-/// The decision.
+/// What [`decide`] has decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// What to tell the broker; `None` when the delivery was lost.
+    /// What to tell the broker; `None` if the delivery was lost.
     pub settlement: Option<Settlement>,
-    /// The exit status when the broker has confirmed the settlement.
+    /// The exit status if the broker confirms the settlement.
     pub exit_code: u8,
-    /// The exit status when it has not.
+    /// The exit status if it doesn't.
     pub exit_code_if_unconfirmed: u8,
 }
 
 impl Verdict {
-    /// The exit status for this message, once its settlement has ended like this.
-    pub const fn status(self, outcome: Outcome) -> u8 {
-        match outcome {
-            Outcome::Confirmed => self.exit_code,
-            Outcome::Unconfirmed => self.exit_code_if_unconfirmed,
-            Outcome::Lost => Exit::Unconfirmed.status(),
+    /// The exit status after this end of the settlement.
+    pub const fn status(self, settled: Settled) -> u8 {
+        match settled {
+            Settled::Confirmed => self.exit_code,
+            Settled::Unconfirmed => self.exit_code_if_unconfirmed,
+            Settled::Lost => Exit::Unconfirmed.status(),
         }
     }
 }
 
-/// Decides. Lost beats everything; otherwise the first of a signal and the time limit decides.
+/// The order of the cases is the contract: a loss beats everything, then comes success within the time limit, then a
+/// stop signal, then the options.
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     use Settlement::{Ack, DeadLetter, Release, Requeue};
-    let lost = Exit::Unconfirmed.status();
+    let unconfirmed = Exit::Unconfirmed.status();
     let timed_out = result.stop == Some(StopReason::TimeLimit);
-    // 124 is qconsume's own status, so `--failure-exit-code` doesn't hide it.
-    let (raw, mapped) =
+    // 124 is qconsume's own status, so `--failure-exit-code` doesn't replace it.
+    let (own, replaced_by) =
         if timed_out { (Exit::TimedOut.status(), None) } else { (result.ended.status(), policy.failure_exit_code) };
-    // An unconfirmed message may be requeued: a failure like any other, and never a `--reject-exit-code`, which a
-    // Job takes for the end of this message.
-    let failed = mapped.unwrap_or(raw);
+    let failed = replaced_by.unwrap_or(own);
     let (settlement, exit_code, exit_code_if_unconfirmed) = if !result.still_owned {
-        (None, lost, lost)
+        (None, unconfirmed, unconfirmed)
     } else if result.ended == Ended::Exited(0) && !timed_out {
-        (Some(Ack), 0, lost)
+        (Some(Ack), 0, unconfirmed)
     } else if matches!(result.stop, Some(StopReason::Signal(_))) {
         (Some(Release), failed, failed)
-    } else if rejects(raw, result.failures_before, policy) {
+    } else if rejects(own, result.failures_before, policy) {
+        // Only if it is confirmed: --reject-exit-code tells a Job that this message is done, and otherwise it may be
+        // requeued.
         let exit_code = policy.reject_exit_code.unwrap_or(failed);
         (Some(DeadLetter), exit_code, failed)
     } else {
@@ -173,10 +175,10 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     Verdict { settlement, exit_code, exit_code_if_unconfirmed }
 }
 
-/// How far a run is, and what it may still do.
+/// How far a run is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Course {
-    /// How many messages are still to be done, the one at hand included; `None` without a limit.
+pub struct RunState {
+    /// How many messages are still to be done, including this one; `None` without a limit.
     pub to_do: Option<u64>,
     /// `--keep-going`.
     pub keep_going: bool,
@@ -191,21 +193,24 @@ pub enum Next {
     Message,
     /// The end of the run, with this message's status.
     End,
-    /// The end of the run, as everything that `--count` asked for is done; only with `--keep-going`, which counts failures in.
+    /// The end of the run, as everything that `--count` asked for is done. Only with `--keep-going`, where
+    /// dead-lettered messages count as done.
     AllDone,
-    /// The end of the run by this signal, before everything that the run was asked for is done: never with 0.
+    /// The end of the run by this signal, before everything is done: never with 0.
     Stopped(i32),
 }
 
-impl Course {
-    /// What comes after a message whose settlement is confirmed. Before that, it says what would come: the consumer is
-    /// cancelled before a settlement that is known to be the last one.
+impl RunState {
+    /// What comes after a message whose settlement is confirmed. Also called before the settlement, to know whether it
+    /// is the last one: then the consumer is cancelled first.
     pub fn next(self, verdict: Verdict, failures_before: Option<u64>) -> Next {
         let done = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
         let all_done = self.to_do.is_some_and(|to_do| to_do <= u64::from(done));
-        let goes_on = verdict.exit_code == 0 || self.keep_going && !repeats(verdict, failures_before);
+        let goes_on = verdict.exit_code == 0 || self.keep_going && !repeats_forever(verdict, failures_before);
+        if !goes_on {
+            return Next::End;
+        }
         match self.stopped_by {
-            _ if !goes_on => Next::End,
             Some(_) if all_done || verdict.exit_code != 0 => Next::End,
             Some(signal) => Next::Stopped(signal),
             None if all_done && self.keep_going => Next::AllDone,
@@ -215,9 +220,9 @@ impl Course {
     }
 }
 
-/// Whether the queue would deliver the same message again and again: a classic queue puts a requeued message back to the front, and
-/// doesn't count its failures.
-pub fn repeats(verdict: Verdict, failures_before: Option<u64>) -> bool {
+/// Whether the queue delivers the same message again and again: a classic queue puts a requeued message back to the
+/// front, and doesn't count its failures.
+pub fn repeats_forever(verdict: Verdict, failures_before: Option<u64>) -> bool {
     verdict.settlement == Some(Settlement::Requeue) && failures_before.is_none()
 }
 
@@ -225,8 +230,8 @@ fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
     let is_listed = |Statuses(ranges): &Statuses| ranges.iter().any(|range| range.contains(&status));
     let is_last_attempt = |max| match failures_before {
         Some(before) => before.saturating_add(1) >= max,
-        // The first failure is the last whatever the queue counts. Otherwise guessing from the redelivered flag would
-        // dead-letter healthy messages after a restart of the broker.
+        // With 1 the first failure is the last, even if the queue doesn't count. Don't guess a count from the
+        // redelivered flag: after a restart of the broker healthy messages have it, too.
         None => max <= 1,
     };
     policy.reject_on.as_ref().is_some_and(is_listed) || policy.max_attempts.is_some_and(is_last_attempt)

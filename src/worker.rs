@@ -1,4 +1,4 @@
-//! The story, top to bottom: find the command, connect, take, run, decide, settle.
+//! One run of qconsume, from top to bottom: find the command, connect, take a message, run the command, decide, settle.
 
 mod summary;
 mod take;
@@ -6,25 +6,26 @@ mod take;
 use crate::{
     broker::{Consumer, ConsumerOptions, DeliveryLost},
     cli::QconsumeOptions,
-    command::{Command, Reaper, Variable, find, holding, supervise},
+    command::{Command, Reaper, find, holding, supervise},
     exit::{Exit, Failure, status_of_signal},
     report::{HumanDuration, Outcome, RunSummary, Subject, program},
-    settlement,
+    settlement::Settled,
     signals::{Signals, unless_stopped},
-    verdict::{CommandResult, Course, Next, Settlement, StopReason, Verdict, decide, repeats},
+    variable::Variable,
+    verdict::{CommandResult, Next, RunState, Settlement, StopReason, Verdict, decide, repeats_forever},
 };
 use nix::sys::signal::Signal;
 use std::{future::pending, path::PathBuf};
 use summary::{Tally, describe_end, describe_settlement, log_taken, summary};
 use tokio::time::timeout;
 
-/// The share of `--ack-timeout` after which a command that still runs is mentioned.
+/// The share of `--ack-timeout` after which a warning says that the command still runs.
 const ACK_WARNING: f64 = 0.8;
 
 /// Works as the options say, and returns the exit status.
 ///
 /// # Errors
-/// A [`Failure`] when qconsume itself, not the command, is what failed.
+/// qconsume itself can't start. Any later failure is reported here, and its status returned.
 pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, Failure> {
     let executable = find(&options.command[0], std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start().map_err(|error| Failure::system("can't watch for ended processes", &error))?;
@@ -38,17 +39,16 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     );
     let mut worker = Worker { options, executable, reaper, consumer, tally: Tally::default() };
     let summary = loop {
-        match worker.one(&mut signals).await {
+        match worker.one_message(&mut signals).await {
             Ok(None) => {}
             Ok(Some(summary)) => break summary,
-            Err(Failure { exit, message }) => {
-                break RunSummary::without_message(exit.status(), message);
-            }
+            Err(Failure { exit, message }) => break RunSummary::without_message(exit.status(), message),
         }
     };
     let summary = worker.of_queue(worker.with_tally(summary));
     summary.report();
-    // All is settled: a signal only cuts the polite close short. Not even that if it came earlier.
+    // Everything is settled, so a new signal only shortens the closing. Signals that came before don't: this reads
+    // them.
     let _ = signals.stopped_by();
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
     Ok(summary.status)
@@ -64,8 +64,8 @@ struct Worker {
 }
 
 impl Worker {
-    /// One message, from the wait for it until it is settled; how the run ends, if it does.
-    async fn one(&mut self, signals: &mut Signals) -> Result<Option<RunSummary>, Failure> {
+    /// Handles one message, from waiting to settling. Returns the summary if the run ends.
+    async fn one_message(&mut self, signals: &mut Signals) -> Result<Option<RunSummary>, Failure> {
         let taken = match unless_stopped(signals, take::take(&mut self.consumer, &self.options)).await {
             Ok(taken) => taken?,
             Err(signal) => return Ok(Some(self.stopped(signal).await)),
@@ -80,7 +80,7 @@ impl Worker {
         {
             return Ok(Some(summary));
         }
-        // Before the last look for a signal or a loss: a large body takes a while.
+        // Copying a large body takes time, so a signal or a loss is checked for after it.
         let input = match holding(message.body) {
             Ok(input) => input,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
@@ -99,14 +99,14 @@ impl Worker {
         };
         signals.command_started();
         let limits = self.options.limits.clone();
-        let outcome = supervise(&mut command, &limits, signals, self.lost()).await;
-        let lost = match outcome.lost {
-            None if !self.options.no_ack => self.consumer.is_lost().await,
+        let supervised = supervise(&mut command, &limits, signals, self.wait_until_lost()).await;
+        let lost = match supervised.lost {
+            None if !self.options.no_ack => self.consumer.known_loss().await,
             lost => lost,
         };
         let result = CommandResult {
-            ended: outcome.ended,
-            stop: outcome.stop,
+            ended: supervised.ended,
+            stop: supervised.stop,
             still_owned: lost.is_none(),
             failures_before: message.failures,
         };
@@ -117,17 +117,17 @@ impl Worker {
             let text = format!("delivery lost while the command ran, another worker may have it: {why}; {end}");
             return Ok(Some(summary(&subject, verdict.exit_code, Outcome::Lost, text)));
         };
-        Ok(self.settle(signals, &subject, result, verdict, settlement).await)
+        Ok(self.settle(signals, &subject, result, verdict, settlement, message.at_delivery_limit).await)
     }
 
-    /// Waits until the delivery is lost; warns when the broker is about to requeue the message.
-    async fn lost(&mut self) -> DeliveryLost {
+    /// Waits until the delivery is lost. Warns when the broker is about to requeue the message.
+    async fn wait_until_lost(&mut self) -> DeliveryLost {
         if self.options.no_ack {
-            // There is nothing left to lose.
+            // It is acknowledged already.
             return pending().await;
         }
         if let Some(limit) = self.options.ack_timeout {
-            match timeout(limit.mul_f64(ACK_WARNING), self.consumer.lost()).await {
+            match timeout(limit.mul_f64(ACK_WARNING), self.consumer.wait_until_lost()).await {
                 Ok(lost) => return lost,
                 Err(_) => tracing::warn!(
                     "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker requeues the message",
@@ -135,10 +135,10 @@ impl Worker {
                 ),
             }
         }
-        self.consumer.lost().await
+        self.consumer.wait_until_lost().await
     }
 
-    /// Settles the message as the verdict says; how the run ends, if it does.
+    /// Settles the message as the verdict says. Returns the summary if the run ends.
     async fn settle(
         &mut self,
         signals: &mut Signals,
@@ -146,18 +146,22 @@ impl Worker {
         result: CommandResult,
         verdict: Verdict,
         settlement: Settlement,
+        at_delivery_limit: bool,
     ) -> Option<RunSummary> {
-        if repeats(verdict, result.failures_before) {
+        if repeats_forever(verdict, result.failures_before) {
             self.warn_of_uncounted();
         }
-        let is_last = self.course(signals).next(verdict, result.failures_before) != Next::Message;
-        // A quorum queue applies a requeue some time after the broker has confirmed it, and until then it is not among the
-        // ready messages: `--drain` would find an empty queue (seen with RabbitMQ 3.10 under load). Subscribing again is ordered
-        // after the requeue, so the new consumer sees the message.
+        let is_last = self.state(signals).next(verdict, result.failures_before) != Next::Message;
+        // Subscribe again after a requeue, so that the new consumer sees the message. A quorum queue counts it among
+        // the ready messages only some time after the broker has confirmed, so `--drain` would find an empty queue
+        // (seen with RabbitMQ 3.10 under load).
         let cancels = is_last || settlement == Settlement::Requeue;
-        let (settled, outcome, description) = self.tell(settlement, cancels).await;
-        // It may have come meanwhile.
-        let next = self.course(signals).next(verdict, result.failures_before);
+        let (settled, outcome, mut description) = self.settle_unless_no_ack(settlement, cancels).await;
+        if at_delivery_limit && outcome == Outcome::Requeued {
+            description += "; the queue's delivery-limit may drop it (20 unless set)";
+        }
+        // A stop signal may have come during the settlement.
+        let next = self.state(signals).next(verdict, result.failures_before);
         match outcome {
             Outcome::Acknowledged => self.tally.acknowledged += 1,
             Outcome::Requeued => self.tally.requeued += 1,
@@ -167,19 +171,21 @@ impl Worker {
 
         let text = format!("{}; {description}", describe_end(result));
         let mut summary = summary(subject, verdict.status(settled), outcome, text);
-        let is_commands = match settled {
-            settlement::Outcome::Confirmed => true,
-            settlement::Outcome::Unconfirmed => settlement != Settlement::Ack,
-            settlement::Outcome::Lost => false,
+        let status_is_commands = match settled {
+            Settled::Confirmed => true,
+            // A failure stays one, whether or not the broker has confirmed; see `Verdict`.
+            Settled::Unconfirmed => settlement != Settlement::Ack,
+            Settled::Lost => false,
         };
-        if is_commands && result.stop != Some(StopReason::TimeLimit) {
+        if status_is_commands && result.stop != Some(StopReason::TimeLimit) {
             summary.source = "command";
         }
-        if settled != settlement::Outcome::Confirmed {
+        if settled != Settled::Confirmed {
             return Some(summary);
         }
         if next != Next::Message && self.consumer.is_subscribed() {
-            // A stop signal came while it was settled. So may have the next message, which nobody will run here.
+            // A stop signal came during the settlement. The next message may have come, too, and no command will run
+            // for it.
             self.consumer.release().await;
         }
         match next {
@@ -201,9 +207,9 @@ impl Worker {
         }
     }
 
-    /// How far the run is, before the message at hand is counted.
-    fn course(&self, signals: &mut Signals) -> Course {
-        Course {
+    /// How far the run is, before this message is counted.
+    fn state(&self, signals: &mut Signals) -> RunState {
+        RunState {
             to_do: self.options.count().map(|count| count.saturating_sub(self.tally.done())),
             keep_going: self.options.keep_going,
             stopped_by: signals.stopped_by().map(|signal| signal as i32),
@@ -211,17 +217,17 @@ impl Worker {
     }
 
     /// Settles the message (with --no-ack it already is). Returns how that ended, the outcome and its description.
-    async fn tell(&mut self, settlement: Settlement, cancels: bool) -> (settlement::Outcome, Outcome, String) {
+    async fn settle_unless_no_ack(&mut self, settlement: Settlement, cancels: bool) -> (Settled, Outcome, String) {
         if self.options.no_ack {
             let before = "message was acknowledged before the command (--no-ack)";
-            return (settlement::Outcome::Confirmed, Outcome::Acknowledged, before.to_owned());
+            return (Settled::Confirmed, Outcome::Acknowledged, before.to_owned());
         }
         let (settled, why) = self.consumer.settle(settlement, cancels).await;
         let (outcome, description) = describe_settlement(settlement, settled, why);
         (settled, outcome, description)
     }
 
-    /// A classic queue doesn't count, so `--max-attempts` can't end anything there, and `--keep-going` can't go on.
+    /// Warns that a queue which doesn't count failures makes `--max-attempts` and `--keep-going` useless.
     fn warn_of_uncounted(&self) {
         if let Some(max) = self.options.policy.max_attempts {
             tracing::warn!(
@@ -235,13 +241,12 @@ impl Worker {
         }
     }
 
-    /// `--no-ack`: the message is settled before the command starts.
-    ///
-    /// Returns how the run ends, if the acknowledgement isn't confirmed: then the command mustn't start.
+    /// `--no-ack`: acknowledges the message before the command starts. Returns the summary if that isn't confirmed, as
+    /// the command mustn't start then.
     async fn acknowledge_beforehand(&mut self, subject: &Subject) -> Option<RunSummary> {
         // Cancel too: don't prefetch the next message while this command runs.
         let (settled, why) = self.consumer.settle(Settlement::Ack, true).await;
-        if settled == settlement::Outcome::Confirmed {
+        if settled == Settled::Confirmed {
             return None;
         }
         let why = why.map_or(String::new(), |why| why.to_string());
@@ -252,25 +257,26 @@ impl Worker {
         Some(summary(subject, status, Outcome::Unconfirmed, text))
     }
 
-    /// How the run ends if the command mustn't start, as the run was stopped or the message was lost since it was taken.
+    /// Returns the summary if the command mustn't start: the run was stopped, or the message was lost since it was
+    /// taken.
     async fn must_not_start(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
         if let Some(signal) = signals.stopped_by() {
-            let (_, outcome, description) = self.tell(Settlement::Release, true).await;
+            let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
             let text = format!("stopped by {signal} before the command was started; {description}");
             return Some(summary(subject, status_of_signal(signal as i32), outcome, text));
         }
         if self.options.no_ack {
             return None;
         }
-        let lost = self.consumer.is_lost().await?;
+        let lost = self.consumer.known_loss().await?;
         let text = format!("delivery lost before the command was started, another worker may have it: {lost}");
         Some(summary(subject, Exit::Unconfirmed.status(), Outcome::Lost, text))
     }
 
-    /// The end of a run that found nothing more to do.
+    /// The summary of a run that found nothing more to do.
     fn nothing_left(&self) -> RunSummary {
         let queue = self.consumer.queue();
-        if self.options.drain && self.consumer.was_cut_short() {
+        if self.options.drain && self.consumer.was_lost_mid_delivery() {
             let text = format!(
                 "queue {queue:?} looks empty, but a connection was lost while a message arrived, which may be delivered again"
             );
@@ -284,15 +290,15 @@ impl Worker {
         RunSummary::without_message(self.options.empty_exit_code, text)
     }
 
-    /// The end of a run that has done as many messages as it was asked for.
+    /// The summary of a run that has done as many messages as it was asked for.
     fn count_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
         let text = format!("processed all messages that --count asked for, from queue {queue:?}");
         RunSummary::without_message(0, text)
     }
 
-    /// With `--keep-going` a message that was dead-lettered on the way decides the status, however the run ends: the next
-    /// worker would find an empty queue, and nobody would hear of it.
+    /// With `--keep-going`, a message that was dead-lettered during the run decides the status, however the run ends:
+    /// the next worker finds an empty queue, so nobody else would report it.
     fn with_tally(&self, mut summary: RunSummary) -> RunSummary {
         if self.options.keep_going {
             summary.text = self.tally.describe(&summary.text);
@@ -304,13 +310,13 @@ impl Worker {
         summary
     }
 
-    /// With the queue's name; the broker has not given it one yet if it was to do so.
+    /// Adds the queue's name, unless the broker is to choose it and hasn't yet.
     fn of_queue(&self, summary: RunSummary) -> RunSummary {
         let queue = self.consumer.queue();
         RunSummary { queue: (!queue.is_empty()).then(|| queue.to_owned()), ..summary }
     }
 
-    /// The end of a run that was told to stop while no command ran.
+    /// The summary of a run that was told to stop before a command was started.
     async fn stopped(&mut self, signal: Signal) -> RunSummary {
         let released = self.consumer.release().await;
         let mut text = format!("stopped by {signal} before a command was started");
@@ -320,14 +326,15 @@ impl Worker {
         RunSummary::without_message(status_of_signal(signal as i32), text)
     }
 
-    /// Nobody has run the message, so it is released, which RabbitMQ 4.3 doesn't count.
+    /// The summary of a run whose command can't be started. The message is released, which RabbitMQ 4.3 doesn't count
+    /// as a failure.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
-        let (_, outcome, description) = self.tell(Settlement::Release, true).await;
+        let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
         summary(subject, failure.exit.status(), outcome, format!("{failure}; {description}"))
     }
 }
 
-/// For RabbitMQ's management page: which pod, which queue.
+/// The connection's name on RabbitMQ's management page: which pod, which queue.
 fn connection_name(queue: &str) -> String {
     let host = std::env::var_os("HOSTNAME")
         .filter(|host| !host.is_empty())

@@ -52,6 +52,8 @@ pub(super) enum Meaning {
     AckTimeout,
     /// A message is larger than the broker takes.
     TooLarge,
+    /// The queue is a stream: it takes no consumer priority.
+    Stream,
     /// What was asked for contradicts what is there.
     Precondition,
     /// The broker doesn't do what was asked for.
@@ -114,6 +116,8 @@ impl Refusal {
             406 if starts("delivery acknowledgement on channel ") => M::AckTimeout,
             406 if starts("consumer timeout") || ends("consumer timeout") => M::AckTimeout,
             406 if starts("message size ") => M::TooLarge,
+            406 if starts("invalid arg 'x-priority' for queue '") => M::Stream,
+            406 if starts("x-priority not supported on stream") => M::Stream,
             406 => M::Precondition,
             320 if text == "credential expired" => M::TokenExpired,
             311 => M::TooLarge,
@@ -330,6 +334,10 @@ impl ConnectError {
                 config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
             }
             (_, M::NotPermitted) => not_permitted(format!("user {user:?} may not {action} queue {queue:?}")),
+            (_, M::Stream) => config(
+                format!("queue {queue:?} is a stream, which keeps its messages"),
+                "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
+            ),
             (_, M::QueueLimit) => {
                 config(format!("can't {action} queue {queue:?}"), "raise the limit, or delete queues")
             }

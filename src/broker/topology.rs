@@ -1,4 +1,4 @@
-//! What is declared and bound before a subscription.
+//! The queue and the bindings that are declared before a subscription.
 
 use super::{
     errors::{Asked, ConnectError, Meaning},
@@ -20,13 +20,14 @@ pub struct Topology {
     pub routing_keys: Vec<String>,
 }
 
-/// Which queue is declared.
+/// Which queue to declare.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
-    /// None: it has to be there.
+    /// None: it must exist.
     #[default]
     No,
-    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
+    /// A durable queue. It is created if it doesn't exist; an existing one is used as it is. Not a transient one:
+    /// RabbitMQ 4.3 refuses those unless they are exclusive.
     Durable,
     /// An exclusive one, which is deleted with the connection.
     Exclusive,
@@ -71,7 +72,7 @@ impl From<ConnectError> for NotSubscribed {
 }
 
 impl Topology {
-    /// Declares and binds, and returns the queue's name, which the broker chooses if `queue` is empty.
+    /// Declares the queue and binds it. Returns its name, which the broker chooses if `queue` is empty.
     pub(super) async fn set_up(
         &self,
         connection: &mut OpenConnection,

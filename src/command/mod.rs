@@ -9,8 +9,8 @@ mod supervise;
 
 pub use find::find;
 pub use reap::Reaper;
+pub use spawn::Command;
 #[cfg(fuzzing)]
 pub use spawn::environment;
-pub use spawn::{Command, Variable};
 pub use stdin::holding;
 pub use supervise::{Limits, OnLost, Process, Supervised, Target, supervise};

@@ -10,6 +10,7 @@ use crate::{
     allocator,
     exit::{Exit, Failure, is_shortage},
     report::TERMINATION_LOG_VARIABLE,
+    variable::Variable,
     verdict::Ended,
 };
 use nix::{
@@ -38,15 +39,6 @@ const DEFAULT: [u64; 8] = [0; 8];
 
 /// The size of the kernel's signal set: a bit for each of 64 signals, in bytes.
 const SIGSET: usize = 8;
-
-/// An environment variable to set, or, without a value, to remove.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Variable {
-    /// Its name.
-    pub name: &'static str,
-    /// Its value.
-    pub value: Option<OsString>,
-}
 
 /// A command that runs, and what it has started.
 #[derive(Debug)]

@@ -1,9 +1,9 @@
 use super::*;
-use Outcome::{Confirmed, Lost, Unconfirmed};
+use Settled::{Confirmed, Lost, Unconfirmed};
 
 /// Where these events lead, from the start.
-fn after(cancels: bool, asks_twice: bool, events: &[Event]) -> Step {
-    let mut settling = Settling::new(cancels, asks_twice);
+fn after(cancels: bool, second_barrier: bool, events: &[Event]) -> Step {
+    let mut settling = Settling::new(cancels, second_barrier);
     for event in events {
         settling.happened(*event);
     }
@@ -11,21 +11,21 @@ fn after(cancels: bool, asks_twice: bool, events: &[Event]) -> Step {
 }
 
 /// The events that lead to each step in turn, and the step.
-fn way(cancels: bool, asks_twice: bool) -> Vec<(Vec<Event>, Step)> {
+fn way(cancels: bool, second_barrier: bool) -> Vec<(Vec<Event>, Step)> {
     use Event::{Elapsed, Reply, Written};
     let mut events = Vec::new();
-    let mut way = vec![(events.clone(), after(cancels, asks_twice, &events))];
+    let mut way = vec![(events.clone(), after(cancels, second_barrier, &events))];
     let written = if cancels { 2 } else { 1 };
-    let rest = if asks_twice { &[Reply, Elapsed, Reply][..] } else { &[Reply] };
+    let rest = if second_barrier { &[Reply, Elapsed, Reply][..] } else { &[Reply] };
     for event in [Written].repeat(written).into_iter().chain(rest.iter().copied()) {
         events.push(event);
-        way.push((events.clone(), after(cancels, asks_twice, &events)));
+        way.push((events.clone(), after(cancels, second_barrier, &events)));
     }
     way
 }
 
-fn steps(cancels: bool, asks_twice: bool) -> Vec<Step> {
-    way(cancels, asks_twice).into_iter().map(|(_, step)| step).collect()
+fn steps(cancels: bool, second_barrier: bool) -> Vec<Step> {
+    way(cancels, second_barrier).into_iter().map(|(_, step)| step).collect()
 }
 
 #[test]
@@ -40,10 +40,12 @@ fn cancel_settlement_and_barrier_in_this_order() {
 /// Every step of every way, before its end, and what `event` makes of it.
 fn everywhere(event: Event) -> impl Iterator<Item = (bool, Step, Step)> {
     let kinds = [(false, false), (false, true), (true, false), (true, true)];
-    kinds.into_iter().flat_map(move |(cancels, asks_twice)| {
-        let way = way(cancels, asks_twice).into_iter();
+    kinds.into_iter().flat_map(move |(cancels, second_barrier)| {
+        let way = way(cancels, second_barrier).into_iter();
         let open = way.filter(|(_, step)| !matches!(step, Step::Done(_)));
-        open.map(move |(events, step)| (cancels, step, after(cancels, asks_twice, &[&events[..], &[event]].concat())))
+        open.map(move |(events, step)| {
+            (cancels, step, after(cancels, second_barrier, &[&events[..], &[event]].concat()))
+        })
     })
 }
 
@@ -101,7 +103,7 @@ fn what_happens_after_the_end_changes_nothing() {
 fn long_runs_that_remove_their_message_are_asked_twice() {
     let asks = |settlement, ran, ack_timeout: Option<f64>| {
         let timeout = ack_timeout.map(Duration::from_secs_f64);
-        Settling::asks_twice(settlement, Duration::from_secs_f64(ran), timeout)
+        Settling::needs_second_barrier(settlement, Duration::from_secs_f64(ran), timeout)
     };
     for settlement in [Settlement::Ack, Settlement::DeadLetter] {
         assert!(!asks(settlement, 4.9, None));

@@ -142,22 +142,22 @@ fn no_false_success() {
 fn what_comes_after_a_message() {
     use Next::{AllDone, End, Message, Stopped};
     use Settlement::{Ack, DeadLetter, Release, Requeue};
-    let course = |to_do| Course { to_do, keep_going: false, stopped_by: None };
-    let keep_going = |to_do| Course { keep_going: true, ..course(to_do) };
-    let stopped = |course| Course { stopped_by: Some(15), ..course };
+    let state = |to_do| RunState { to_do, keep_going: false, stopped_by: None };
+    let keep_going = |to_do| RunState { keep_going: true, ..state(to_do) };
+    let stopped = |state| RunState { stopped_by: Some(15), ..state };
     let (success, failure) = ((Ack, 0), (Requeue, 3));
     let (dead, dead_is_done) = ((DeadLetter, 3), (DeadLetter, 0));
     let rows = [
         // one message
-        (course(Some(1)), success, End),
-        (course(Some(1)), failure, End),
-        (course(Some(1)), dead, End),
+        (state(Some(1)), success, End),
+        (state(Some(1)), failure, End),
+        (state(Some(1)), dead, End),
         // several, or all
-        (course(Some(2)), success, Message),
-        (course(Some(2)), dead_is_done, Message),
-        (course(Some(2)), dead, End),
-        (course(None), success, Message),
-        (course(None), failure, End),
+        (state(Some(2)), success, Message),
+        (state(Some(2)), dead_is_done, Message),
+        (state(Some(2)), dead, End),
+        (state(None), success, Message),
+        (state(None), failure, End),
         // --keep-going
         (keep_going(Some(1)), success, AllDone),
         (keep_going(Some(1)), dead, AllDone),
@@ -165,23 +165,23 @@ fn what_comes_after_a_message() {
         (keep_going(Some(2)), dead, Message),
         (keep_going(None), failure, Message),
         // a stop signal, whenever it came, ends the run, and with 0 only if everything is done
-        (stopped(course(Some(1))), success, End),
-        (stopped(course(Some(1))), dead_is_done, End),
-        (stopped(course(Some(2))), success, Stopped(15)),
-        (stopped(course(Some(2))), dead_is_done, Stopped(15)),
-        (stopped(course(None)), dead_is_done, Stopped(15)),
-        (stopped(course(None)), (Release, 143), End),
+        (stopped(state(Some(1))), success, End),
+        (stopped(state(Some(1))), dead_is_done, End),
+        (stopped(state(Some(2))), success, Stopped(15)),
+        (stopped(state(Some(2))), dead_is_done, Stopped(15)),
+        (stopped(state(None)), dead_is_done, Stopped(15)),
+        (stopped(state(None)), (Release, 143), End),
         (stopped(keep_going(Some(1))), success, End),
         (stopped(keep_going(Some(2))), success, Stopped(15)),
         (stopped(keep_going(None)), failure, End),
         (stopped(keep_going(None)), dead, End),
     ];
-    for (course, (settlement, status), expected) in rows {
+    for (state, (settlement, status), expected) in rows {
         let verdict = verdict(Some(settlement), status, 75);
-        assert_eq!(course.next(verdict, Some(0)), expected, "{course:?} {verdict:?}");
+        assert_eq!(state.next(verdict, Some(0)), expected, "{state:?} {verdict:?}");
         // Whatever the options, a stopped run that goes on to 0 has done everything.
-        if course.stopped_by.is_some() && expected == End && status == 0 {
-            assert_eq!(course.to_do, Some(1));
+        if state.stopped_by.is_some() && expected == End && status == 0 {
+            assert_eq!(state.to_do, Some(1));
         }
     }
     let uncounted = verdict(Some(Requeue), 3, 3);
@@ -192,5 +192,5 @@ fn what_comes_after_a_message() {
 #[test]
 fn what_was_lost_while_it_was_settled_is_75() {
     let verdict = verdict(Some(Settlement::Requeue), 3, 4);
-    assert_eq!([Outcome::Confirmed, Outcome::Unconfirmed, Outcome::Lost].map(|it| verdict.status(it)), [3, 4, 75]);
+    assert_eq!([Settled::Confirmed, Settled::Unconfirmed, Settled::Lost].map(|it| verdict.status(it)), [3, 4, 75]);
 }

@@ -1,15 +1,15 @@
-//! What log lines and the summary say of a message, and of all of them.
+//! The texts of log lines and summaries.
 
 use crate::{
     broker::{DeliveryLost, Message},
     report::{Outcome, RunSummary, Subject, counted},
-    settlement,
+    settlement::Settled,
     verdict::{CommandResult, Ended, Settlement, StopReason},
 };
 use nix::sys::signal::Signal;
 use std::time::Instant;
 
-/// What became of the messages of a run, in numbers.
+/// How many messages of a run ended how.
 #[derive(Default)]
 pub(super) struct Tally {
     pub(super) acknowledged: u64,
@@ -22,7 +22,7 @@ impl Tally {
         self.acknowledged + self.dead_lettered
     }
 
-    /// What a run with `--keep-going` says at its end: the reason of its status first.
+    /// The text of a run with `--keep-going` that ends so: the reason of its status first.
     pub(super) fn describe(&self, end: &str) -> String {
         let reason = match self.dead_lettered {
             0 => String::new(),
@@ -32,26 +32,26 @@ impl Tally {
     }
 }
 
-/// Logs that a message was taken; what later lines and the summary say of it.
+/// Logs that a message was taken. Returns what later lines say about it.
 pub(super) fn log_taken(message: &Message, queue: &str) -> Subject {
     let (id, attempt, size) = (&message.id, message.attempt, message.body.len());
     tracing::info!(queue, id, attempt, size, "message taken");
     Subject { id: id.clone(), attempt, size, since: Instant::now() }
 }
 
-/// How the run ends with a message, if it ends with it; the status is qconsume's own.
+/// The summary of a run that ends with this message. Its status is qconsume's own.
 pub(super) fn summary(subject: &Subject, status: u8, outcome: Outcome, text: String) -> RunSummary {
     RunSummary { outcome: Some(outcome), subject: Some(subject.clone()), ..RunSummary::without_message(status, text) }
 }
 
-/// What became of the message, for machines and for people; `why` it is not confirmed.
+/// What became of the message, for machines and for people. `why`: the reason if the settlement isn't confirmed.
 pub(super) fn describe_settlement(
     settlement: Settlement,
-    settled: settlement::Outcome,
+    settled: Settled,
     why: Option<DeliveryLost>,
 ) -> (Outcome, String) {
     let why = why.map_or(String::new(), |why| why.to_string());
-    let requeued = "message is requeued, though the broker has not confirmed it";
+    let requeue_unconfirmed = "message is requeued, though the broker has not confirmed it";
     let (outcome, confirmed, unconfirmed) = match settlement {
         Settlement::Ack => (
             Outcome::Acknowledged,
@@ -63,17 +63,16 @@ pub(super) fn describe_settlement(
             "message dead-lettered, or dropped where the queue has no dead-letter exchange",
             "rejection not confirmed, so the message may be delivered again",
         ),
-        Settlement::Requeue => (Outcome::Requeued, "message requeued", requeued),
-        Settlement::Release => (Outcome::Released, "message released", requeued),
+        Settlement::Requeue => (Outcome::Requeued, "message requeued", requeue_unconfirmed),
+        Settlement::Release => (Outcome::Released, "message released", requeue_unconfirmed),
     };
     match settled {
-        settlement::Outcome::Confirmed => (outcome, confirmed.to_owned()),
-        settlement::Outcome::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
-        settlement::Outcome::Lost => (Outcome::Lost, format!("the delivery was lost before that: {why}")),
+        Settled::Confirmed => (outcome, confirmed.to_owned()),
+        Settled::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
+        Settled::Lost => (Outcome::Lost, format!("the delivery was lost before that: {why}")),
     }
 }
 
-/// How the command ended.
 pub(super) fn describe_end(result: CommandResult) -> String {
     let ended = match result.ended {
         Ended::Exited(0) => "command succeeded".to_owned(),
@@ -81,7 +80,7 @@ pub(super) fn describe_end(result: CommandResult) -> String {
         Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
     };
     match result.stop {
-        // qconsume sends SIGKILL only after a signal, after --timeout, and when the delivery is lost.
+        // Not sent by qconsume: that happens only after a signal, after --timeout, and when the delivery is lost.
         None if result.ended == Ended::Killed(Signal::SIGKILL as i32) && result.still_owned => {
             format!("{ended} (often: out of memory)")
         }

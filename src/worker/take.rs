@@ -1,4 +1,4 @@
-//! Waits for a message, over as many connections as it takes.
+//! The wait for a message, with `--wait`, `--drain` and new connections.
 
 use crate::{
     broker::{Consumer, DeliveryLost, Message},
@@ -10,28 +10,29 @@ use crate::{
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// How soon an empty-looking queue is looked at again; it grows to the longest, for a queue that somebody else works on.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-const LOOK_AGAIN_LONGEST: Duration = Duration::from_secs(1);
+/// First pause before an empty-looking queue is checked again, or before another connection. It doubles up to the
+/// longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How soon a wait is mentioned.
+/// How soon a log line mentions the wait.
 const MENTION_WAIT: Duration = Duration::from_secs(30);
 
-/// Waits for a message, over as many connections as it takes. Dropping the future loses none.
+/// Waits for a message, over as many connections as needed. Dropping the future loses none.
 ///
-/// `None` when --wait has passed or, with --drain, the queue is empty.
+/// `None` if --wait has passed or, with --drain, the queue is empty.
 pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> Result<Option<Message>, Failure> {
-    // `--drain` without `--wait` asks at once how full the queue is.
+    // `--drain` without `--wait` asks at once whether the queue is empty.
     let at_once = options.drain.then_some(Duration::ZERO);
     let limit = options.wait.or(at_once);
     let mut waited = Duration::ZERO;
-    let (mut pause, mut failing_since) = (LOOK_AGAIN, Instant::now());
+    let (mut pause, mut failing_since) = (FIRST_PAUSE, Instant::now());
     loop {
         if !consumer.is_subscribed() {
             consumer.subscribe().await?;
             tracing::debug!("waiting for a message in queue {:?}", consumer.queue());
         }
-        // Only time in which a message could have come counts.
+        // Time spent connecting doesn't count.
         let subscribed = Instant::now();
         let left = limit.map(|limit| limit.saturating_sub(waited));
         match wait(consumer, left, options.drain).await {
@@ -39,9 +40,9 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
             Err(lost) if lost.unreadable => return Err(lost.unreadable_in(consumer.queue())),
             Err(lost) => {
                 consumer.check_queue_survives(&lost.to_string())?;
-                // Lost as soon as it is there, again and again: no storm, and not for ever.
-                if subscribed.elapsed() > LOOK_AGAIN_LONGEST {
-                    (pause, failing_since) = (LOOK_AGAIN, Instant::now());
+                // If every new connection is lost at once, slow down, and give up after --connect-timeout.
+                if subscribed.elapsed() > LONGEST_PAUSE {
+                    (pause, failing_since) = (FIRST_PAUSE, Instant::now());
                 } else if failing_since.elapsed() > options.broker.connect_timeout {
                     let limit = HumanDuration(options.broker.connect_timeout);
                     return Err(Failure::new(
@@ -56,21 +57,22 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
         }
         waited += subscribed.elapsed();
         sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
-        pause = (pause * 2).min(LOOK_AGAIN_LONGEST);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-/// Waits on one connection: for a message, until `limit` has passed, or with `drain` until the queue is empty then.
+/// Waits for a message on one connection, until `limit` has passed. With `drain`, goes on after that until the queue is
+/// empty.
 async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> Result<Option<Message>, DeliveryLost> {
-    let mut look = limit.map(|limit| Instant::now() + limit);
-    let mut pause = LOOK_AGAIN;
+    let mut look_at = limit.map(|limit| Instant::now() + limit);
+    let mut pause = FIRST_PAUSE;
     let mut mention = Reminder::new(MENTION_WAIT);
-    let mut held_up = Reminder::default();
+    let mut blocked = Reminder::default();
     loop {
         tokio::select! {
             biased;
             message = consumer.next() => return message.map(Some),
-            () = sleep_until_or_never(look) => {}
+            () = sleep_until_or_never(look_at) => {}
             waited = mention.due() => {
                 tracing::info!("still waiting for a message in queue {:?}, for {} now", consumer.queue(), HumanDuration(waited));
                 continue;
@@ -81,17 +83,17 @@ async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> 
         }
         match consumer.depth().await? {
             Some(0) => return consumer.cancel().await,
-            Some(ready) if held_up.is_due() => tracing::info!(
+            Some(ready) if blocked.is_due() => tracing::info!(
                 "queue {:?} has {ready} ready messages, but the broker delivers none of them here: another consumer is the active one (single active consumer), or the queue is moving to another node",
                 consumer.queue()
             ),
-            None if held_up.is_due() => tracing::info!(
+            None if blocked.is_due() => tracing::info!(
                 "the broker can't say whether queue {:?} is empty: its leader doesn't answer",
                 consumer.queue()
             ),
             _ => {}
         }
-        look = Some(Instant::now() + pause);
-        pause = (pause * 2).min(LOOK_AGAIN_LONGEST);
+        look_at = Some(Instant::now() + pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

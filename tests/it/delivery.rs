@@ -931,11 +931,23 @@ fn a_wait_is_a_bound_whatever_the_queue_says_of_itself() {
     let _active = standby.consume(false);
     standby.publish_all(["held by the active consumer", "ready"]);
     standby.wait_ready(1);
-    let stream = broker.declare("stream").arg("x-queue-type", LongString::from("stream"));
-    let stream = stream.create();
-    stream.publish("kept");
-    for queue in [&standby, &stream] {
-        worker(queue).args(["--wait", "1s", "cat"]).run().assert_status(66).assert_stderr("within 1s (--wait)");
+    worker(&standby).args(["--wait", "1s", "cat"]).run().assert_status(66).assert_stderr("within 1s (--wait)");
+}
+
+#[test]
+fn a_stream_is_refused_before_anything_is_taken() {
+    let broker = Broker::shared();
+    // RabbitMQ cuts its refusal short after 255 bytes.
+    for name in ["stream", &"long".repeat(50)] {
+        let stream = broker.declare(name).arg("x-queue-type", LongString::from("stream")).create();
+        stream.publish("kept");
+        let ways = [&[][..], &["--drain"], &["--wait", "1s"], &["--declare"], &["--ack-timeout", "1m"], &["--no-ack"]];
+        for options in ways {
+            let done = worker(&stream).args(options).args(["echo", "started"]).run();
+            done.assert_status(78).assert_stderr("is a stream").assert_stderr("quorum queue");
+            assert_eq!(done.stdout_text(), "", "{options:?}");
+        }
+        assert_eq!(stream.ready(), 1);
     }
 }
 
@@ -965,4 +977,22 @@ fn a_run_that_ends_by_its_count_does_not_call_the_queue_empty() {
     let run = worker(&queue).args(options).run();
     run.assert_status(0).assert_stderr("processed all messages that --count asked for");
     queue.wait_ready(1);
+}
+
+#[test]
+fn the_last_line_says_that_the_delivery_limit_may_drop_a_requeued_message() {
+    const MAY_DROP: &str = "message requeued; the queue's delivery-limit may drop it (20 unless set)";
+    let broker = Broker::shared();
+    // Before 4.0 a queue has no limit unless it is set.
+    let limited = broker.version() >= (4, 0, 0);
+    let queue = broker.declare("default-limit").quorum().create();
+    queue.publish("fails");
+    for failures in 0..=20 {
+        let done = worker(&queue).arg("false").run();
+        done.assert_status(1).assert_stderr("message requeued");
+        let said = done.stderr().contains(MAY_DROP);
+        assert_eq!(said, limited && failures == 20, "{failures} {done:?}");
+    }
+    // With a broker that has the limit, the message is gone by now.
+    worker(&queue).args(["--wait", "1s", "true"]).run().assert_status(if limited { 66 } else { 0 });
 }

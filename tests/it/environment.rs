@@ -148,6 +148,15 @@ fn properties_that_are_not_set_are_no_variables_not_even_inherited_ones() {
 }
 
 #[test]
+fn a_time_before_1970_is_negative() {
+    let queue = Broker::shared().queue("environment-1969");
+    let moon_landing = (-14_256_000_i64).cast_unsigned();
+    queue.publish_with(BasicProperties::default().with_timestamp(moon_landing), "");
+    let environment = environment_of(&queue);
+    assert_eq!(message_variables(&environment)["MESSAGE_TIMESTAMP"], "-14256000");
+}
+
+#[test]
 fn an_empty_property_is_an_empty_variable() {
     let queue = Broker::shared().queue("environment-empty");
     let properties = BasicProperties::default()
@@ -214,11 +223,13 @@ fn every_type_of_header_is_in_the_json() {
             ("float", AMQPValue::Float(1.5)),
             ("double", AMQPValue::Double(-0.1)),
             ("decimal", AMQPValue::DecimalValue(DecimalValue { scale: 4, value: 12345 })),
+            ("negative", AMQPValue::DecimalValue(DecimalValue { scale: 2, value: (-51_i32).cast_unsigned() })),
             ("string", long("grüße \"quoted\"\n")),
             ("empty", long("")),
             ("not-utf8", long(vec![b'a', 0xff, b'b'])),
             ("list", AMQPValue::FieldArray(FieldArray::from(list))),
             ("time", AMQPValue::Timestamp(1_700_000_000)),
+            ("before-1970", AMQPValue::Timestamp((-14_256_000_i64).cast_unsigned())),
             ("table", AMQPValue::FieldTable(inner)),
             ("bytes", AMQPValue::ByteArray(ByteArray::from(vec![b'h', b'i', 0xfe]))),
             ("void", AMQPValue::Void),
@@ -239,11 +250,13 @@ fn every_type_of_header_is_in_the_json() {
             "float": 1.5,
             "double": -0.1,
             "decimal": "1.2345",
+            "negative": "-0.51",
             "string": "grüße \"quoted\"\n",
             "empty": "",
             "not-utf8": "a\u{fffd}b",
             "list": [false, "x", null],
             "time": 1_700_000_000,
+            "before-1970": -14_256_000,
             "table": {"deep": -1},
             "bytes": "hi\u{fffd}",
             "void": null,

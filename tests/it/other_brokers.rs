@@ -302,6 +302,14 @@ fn what_a_load_balancer_does_is_named() {
 }
 
 #[test]
+fn lavinmqs_streams_are_refused() {
+    let peer = refuses(Method::BASIC_CONSUME, 406, "PRECONDITION_FAILED - x-priority not supported on stream queues");
+    let done = worker(&peer).args(["--drain", "cat"]).run();
+    done.assert_status(78).assert_stderr("queue \"x\" is a stream, which keeps its messages");
+    assert_eq!(peer.count(Method::BASIC_CONSUME), 1);
+}
+
+#[test]
 fn an_unknown_reply_code_keeps_its_text() {
     for code in [500, 0] {
         let refusing = refuses(Method::BASIC_CONSUME, code, "UPSTREAM_ERROR: it is gone");

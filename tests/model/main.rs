@@ -3,7 +3,7 @@
 //!
 //! # What is modelled
 //!
-//! - **The worker** ([`worker`]) makes its decisions with the code in src/: `verdict::decide`, `verdict::Course` and
+//! - **The worker** ([`worker`]) makes its decisions with the code in src/: `verdict::decide`, `verdict::RunState` and
 //!   `settlement::Settling`. It takes one message in a run, or as many as `--count` or `--drain` says, perhaps with
 //!   `--keep-going` or `--no-ack`. A command succeeds, fails, fails permanently (65), runs into `--timeout`, dies of
 //!   the forwarded SIGTERM, or can't be started.

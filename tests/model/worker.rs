@@ -1,4 +1,4 @@
-//! A worker: qconsume itself. The code in src/ makes the decisions: `verdict::decide`, `verdict::Course` and
+//! A worker: qconsume itself. The code in src/ makes the decisions: `verdict::decide`, `verdict::RunState` and
 //! `settlement::Settling`. This file only carries them out, as src/worker.rs and src/broker/consume/settle.rs do;
 //! [`crate::replay`] compares the two.
 
@@ -7,8 +7,8 @@ use crate::{
     system::{Action, Bug, System},
 };
 use qconsume::{
-    settlement::{Event, Outcome, Settling, Step},
-    verdict::{CommandResult, Course, Ended, Next, Settlement, StopReason, Verdict, decide},
+    settlement::{Event, Settled, Settling, Step},
+    verdict::{CommandResult, Ended, Next, RunState, Settlement, StopReason, Verdict, decide},
 };
 
 const SIGTERM: i32 = 15;
@@ -128,7 +128,7 @@ pub struct Worker {
     pub link: Option<Link>,
     /// The pod was sent SIGTERM.
     pub told: bool,
-    course: Course,
+    state: RunState,
     /// It has a consumer that it hasn't cancelled.
     subscribed: bool,
     dead_lettered: bool,
@@ -146,7 +146,7 @@ impl Worker {
             phase: Phase::Connecting,
             link: None,
             told: false,
-            course: Course { to_do: system.count.map(u64::from), keep_going: system.keep_going, stopped_by: None },
+            state: RunState { to_do: system.count.map(u64::from), keep_going: system.keep_going, stopped_by: None },
             subscribed: false,
             dead_lettered: false,
             cut_short: false,
@@ -256,7 +256,7 @@ impl Worker {
             _ => true,
         };
         if is_heard {
-            self.course.stopped_by = Some(SIGTERM);
+            self.state.stopped_by = Some(SIGTERM);
         }
         match (&mut self.phase, system.bug) {
             (Phase::Connecting, _) => self.end(system, TERMINATED, false),
@@ -302,7 +302,7 @@ impl Worker {
     fn exit(&mut self, status: u8, politely: bool) {
         self.say_goodbye(politely);
         let link = self.link.as_ref();
-        let all_done = match self.course.to_do {
+        let all_done = match self.state.to_do {
             Some(to_do) => to_do == 0,
             // With --drain: the queue was empty, and then the consumer was cancelled.
             None => matches!(self.phase, Phase::Cancelling(_)) && !self.told,
@@ -347,7 +347,7 @@ impl Worker {
             Phase::Settling(_) => self.happened(system, Event::Closed, politely),
             Phase::Releasing { status, .. } => self.end(system, status, politely),
             Phase::Taken(_) => {
-                let status = if self.course.stopped_by.is_some() { TERMINATED } else { UNCONFIRMED };
+                let status = if self.state.stopped_by.is_some() { TERMINATED } else { UNCONFIRMED };
                 self.end(system, status, politely);
             }
             phase => unreachable!("a loss in {phase:?}"),
@@ -369,7 +369,7 @@ impl Worker {
             unreachable!("only called when a message was taken");
         };
         let run = Run { delivery, stop: None };
-        match self.course.stopped_by {
+        match self.state.stopped_by {
             Some(_) => self.settle(system, run, Some(Ending::NotStarted(TERMINATED)), Settlement::Release, true),
             None if system.no_ack => self.settle(system, run, None, Settlement::Ack, true),
             None => self.run(system, run),
@@ -413,14 +413,15 @@ impl Worker {
     }
 
     fn next(&self, verdict: Verdict, run: Run) -> Next {
-        self.course.next(verdict, run.delivery.failures.map(u64::from))
+        self.state.next(verdict, run.delivery.failures.map(u64::from))
     }
 
     fn settle(&mut self, system: &System, run: Run, ending: Option<Ending>, settlement: Settlement, cancels: bool) {
         // An already cancelled consumer gets no further message either.
         let cancels = cancels || !self.subscribed;
-        let asks_twice = Settling::asks_twice(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce);
-        let settling = Settling::new(cancels, asks_twice);
+        let second_barrier =
+            Settling::needs_second_barrier(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce);
+        let settling = Settling::new(cancels, second_barrier);
         self.phase = Phase::Settling(UnderWay { run, ending, settling, asked: false, next: None });
         self.carry_out(system, true);
     }
@@ -465,7 +466,7 @@ impl Worker {
                     return;
                 }
                 Step::Pause => return,
-                Step::Done(Outcome::Confirmed) => {
+                Step::Done(Settled::Confirmed) => {
                     return self.settled(system, it.run, it.ending, it.next);
                 }
                 Step::Done(outcome) => {
@@ -500,13 +501,13 @@ impl Worker {
     /// The settlement is confirmed.
     fn settled(&mut self, system: &System, run: Run, ending: Option<Ending>, next_one: Option<Arrived>) {
         let Some(ending) = ending else {
-            return match self.course.stopped_by {
+            return match self.state.stopped_by {
                 Some(_) => self.end(system, TERMINATED, true),
                 None => self.run(system, run),
             };
         };
         let verdict = verdict(system, run, ending, true);
-        let status = verdict.status(Outcome::Confirmed);
+        let status = verdict.status(Settled::Confirmed);
         if matches!(ending, Ending::NotStarted(_)) {
             return self.end(system, status, true);
         }
@@ -516,7 +517,7 @@ impl Worker {
         if done {
             self.mistaken |= self.link().removed != Some(run.delivery.id);
             self.dead_lettered |= verdict.settlement == Some(Settlement::DeadLetter);
-            self.course.to_do = self.course.to_do.map(|to_do| to_do - 1);
+            self.state.to_do = self.state.to_do.map(|to_do| to_do - 1);
         }
         let status = match next {
             Next::Message => return self.go_on(system, next_one),
@@ -604,7 +605,7 @@ impl Worker {
 fn after_first_reply(settling: Settling) -> bool {
     let mut then = settling;
     then.happened(Event::Reply);
-    settling.step() == Step::Pause || then.step() == Step::Done(Outcome::Confirmed)
+    settling.step() == Step::Pause || then.step() == Step::Done(Settled::Confirmed)
 }
 
 /// The decision of src/verdict.rs. If the command wasn't started, there is none to make.

@@ -11,11 +11,12 @@ use crate::{
         reach::{
             connect::{Attempts, Connector},
             connection::OpenConnection,
+            observed::Version,
         },
         topology::{Declare, NotSubscribed, Request},
     },
     exit::{Exit, Failure},
-    settlement::Outcome,
+    settlement::Settled,
     verdict::Settlement,
 };
 use lapin::{message::Delivery, types::DeliveryTag};
@@ -26,26 +27,30 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// Longest time that releasing messages may take when nothing answers. What isn't released by then is requeued when the
-/// connection ends.
+/// Longest wait for the broker to confirm a release. Otherwise it requeues the messages when the connection ends.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The `delivery-limit` of a quorum queue unless it is set, since RabbitMQ 4.0.
+const DEFAULT_DELIVERY_LIMIT: u64 = 20;
+const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
 
 /// Takes messages from one queue, one after the other, over as many connections as it needs.
 pub struct Consumer {
     broker: Connector,
     options: ConsumerOptions,
-    /// What the queue is called, once it was consumed from.
-    known_as: Option<String>,
+    /// The queue's name, known after the first subscription.
+    queue_name: Option<String>,
     state: State,
-    /// A connection was lost before a message was whole, and no message was taken since.
-    cut_short: bool,
+    /// A connection was lost while a message arrived, and no message was taken since.
+    lost_mid_delivery: bool,
 }
 
 /// What the consumer is doing.
 enum State {
-    /// No subscription. The connection of one that has ended may be left.
+    /// No subscription. The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
-    /// `basic.consume` is under way: a task of its own, as the broker may deliver a message before its reply is here.
+    /// A task subscribes. It goes on if the future that waits for it is dropped: the broker may already have delivered
+    /// a message, which is to be released.
     Subscribing(JoinHandle<Result<Subscription, (OpenConnection, NotSubscribed)>>, oneshot::Sender<()>),
     /// The broker may deliver.
     Ready(Subscription),
@@ -56,7 +61,7 @@ enum State {
 /// A delivery that isn't settled.
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
-    /// When the broker began to deliver it: from then on it counts towards an acknowledgement timeout.
+    /// When the broker began to deliver it: an acknowledgement timeout starts there.
     pub(super) since: Instant,
     pub(super) fingerprint: Fingerprint,
 }
@@ -65,21 +70,21 @@ impl Consumer {
     /// A consumer without a subscription.
     #[must_use]
     pub fn new(broker: Connector, options: ConsumerOptions) -> Self {
-        Self { broker, options, known_as: None, state: State::Idle(None), cut_short: false }
+        Self { broker, options, queue_name: None, state: State::Idle(None), lost_mid_delivery: false }
     }
 
-    /// The queue's name; empty before the broker has chosen it.
+    /// The queue's name; empty if the broker is to choose it and hasn't yet.
     #[must_use]
     pub fn queue(&self) -> &str {
-        self.known_as.as_deref().unwrap_or(&self.options.queue)
+        self.queue_name.as_deref().unwrap_or(&self.options.queue)
     }
 
-    /// An exclusive queue is deleted with its connection: then the run ends.
+    /// Fails if the queue was exclusive, because it was deleted with the lost connection.
     ///
     /// # Errors
-    /// 69 when the queue was the lost connection's own.
+    /// 69, with `why` the connection was lost.
     pub fn check_queue_survives(&self, why: &str) -> Result<(), Failure> {
-        match &self.known_as {
+        match &self.queue_name {
             Some(queue) if self.options.topology.declare == Declare::Exclusive => Err(Failure::new(
                 Exit::Unavailable,
                 format!("queue {queue:?} is gone with its messages: it belonged to the lost connection ({why})"),
@@ -94,19 +99,19 @@ impl Consumer {
         matches!(self.state, State::Ready(_))
     }
 
-    /// Whether a connection was lost while a message arrived, and none was taken since: the broker may hold that message for
-    /// a while, and the queue looks empty.
+    /// Whether a connection was lost while a message arrived, and no message was taken since: the queue looks empty
+    /// until the broker has requeued that message.
     #[must_use]
-    pub fn was_cut_short(&self) -> bool {
-        self.cut_short
+    pub fn was_lost_mid_delivery(&self) -> bool {
+        self.lost_mid_delivery
     }
 
-    /// Connects as often as it needs and subscribes, within `--connect-timeout`.
+    /// Connects and subscribes, with as many attempts as `--connect-timeout` allows.
     ///
     /// Dropping the future loses no message: see [`Consumer::release`].
     ///
     /// # Errors
-    /// The permanent failure, or when time is up the last transient one.
+    /// The first permanent failure, or the last transient one when the time is up.
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
         let mut attempts = Attempts::new(self.broker.options.timeout);
         let mut request = Request::default();
@@ -125,36 +130,36 @@ impl Consumer {
         }
     }
 
-    /// One attempt, on the connection that is left if there is one.
+    /// One attempt, on the connection that was kept, if there is one.
     async fn try_to_subscribe(&mut self, request: Request, deadline: Instant) -> Result<(), NotSubscribed> {
         let (connection, declared) = match mem::replace(&mut self.state, State::Idle(None)) {
-            // What was declared on it is still there.
-            State::Idle(Some(kept)) if kept.is_connected() => (kept, self.known_as.clone()),
+            // The queue was declared on it before.
+            State::Idle(Some(kept)) if kept.is_connected() => (kept, self.queue_name.clone()),
             _ => (self.broker.attempt(deadline).await?, None),
         };
         let (give_up, given_up) = oneshot::channel();
         let open = Subscription::open(connection, self.options.clone(), request, declared, deadline, given_up);
         self.state = State::Subscribing(tokio::spawn(open), give_up);
-        let subscribed = self.subscribed().await;
+        let subscribed = self.finish_subscribing().await;
         if subscribed.is_err() {
-            // A refusal ends its channel, and lapin tells of that again at some later time: the next attempt takes a new
-            // connection.
+            // A refusal closes the channel, and lapin 4.12 reports that a second time later, so the next attempt takes
+            // a new connection.
             self.close().await;
         }
         subscribed
     }
 
-    /// Waits for the subscription that is under way. Dropping the future leaves it there. The connection of a refused one is
-    /// kept, to be closed.
-    async fn subscribed(&mut self) -> Result<(), NotSubscribed> {
+    /// Waits for the task that subscribes, if there is one. Dropping the future leaves the task running. If the
+    /// subscription is refused, its connection is kept, to be closed.
+    async fn finish_subscribing(&mut self) -> Result<(), NotSubscribed> {
         let State::Subscribing(task, _) = &mut self.state else {
             return Ok(());
         };
         let subscription = match task.await.expect("subscribing doesn't panic") {
             Ok(subscription) => subscription,
             Err((connection, why)) => {
-                let cut_short = connection.observed().deliveries > 0;
-                let again = self.note_cut_short(cut_short);
+                let mid_delivery = connection.observed().deliveries > 0;
+                let again = self.note_lost_mid_delivery(mid_delivery);
                 self.state = State::Idle(Some(connection));
                 return Err(match why {
                     NotSubscribed::Failed(error) if again => {
@@ -165,10 +170,10 @@ impl Consumer {
                 });
             }
         };
-        if self.known_as.is_none() && self.options.queue.is_empty() {
+        if self.queue_name.is_none() && self.options.queue.is_empty() {
             tracing::info!("server provided queue name: {}", subscription.queue);
         }
-        self.known_as = Some(subscription.queue.clone());
+        self.queue_name = Some(subscription.queue.clone());
         self.state = State::Ready(subscription);
         Ok(())
     }
@@ -178,64 +183,65 @@ impl Consumer {
     /// # Errors
     /// Why the subscription has ended; nothing was taken.
     pub async fn next(&mut self) -> Result<Message, DeliveryLost> {
-        match self.subscription().step().await {
+        match self.subscription().next_delivery().await {
             Ok(delivery) => Ok(self.hold(delivery)),
-            Err(lost) => Err(self.end(lost).await),
+            Err(lost) => Err(self.close_after(lost).await),
         }
     }
 
     /// Waits until the message that is held is lost.
-    pub async fn lost(&mut self) -> DeliveryLost {
-        match self.subscription().step().await {
+    pub async fn wait_until_lost(&mut self) -> DeliveryLost {
+        match self.subscription().next_delivery().await {
             Err(lost) => lost,
             Ok(_) => DeliveryLost::delivered_again(),
         }
     }
 
-    /// Whether the message that is held is known to be lost: the broker may have said so while nobody waited for that.
-    pub async fn is_lost(&mut self) -> Option<DeliveryLost> {
+    /// Why the message that is held is lost, if the broker has already said so.
+    pub async fn known_loss(&mut self) -> Option<DeliveryLost> {
         tokio::select! {
             biased;
-            lost = self.lost() => Some(lost),
+            lost = self.wait_until_lost() => Some(lost),
             () = ready(()) => self.subscription().has_another().then(DeliveryLost::delivered_again),
         }
     }
 
-    /// How many messages are ready; `None` if the broker can't say.
+    /// How many messages are ready; `None` if the broker can't tell.
     ///
     /// # Errors
     /// Why the subscription has ended.
     pub async fn depth(&mut self) -> Result<Option<u32>, DeliveryLost> {
         match self.subscription().depth().await {
-            Err(lost) => Err(self.end(lost).await),
+            Err(lost) => Err(self.close_after(lost).await),
             depth => depth,
         }
     }
 
-    /// Cancels the consumer; a message that came before the reply is still taken. So is one that has begun to arrive within
-    /// two seconds: the reply stands behind all of its body. A queue that does neither by then delivers nothing.
+    /// Cancels the consumer. Returns the message that arrived before the reply, or that began to arrive within two
+    /// seconds if there is no reply: the reply comes after the whole body. If neither begins by then, nothing is
+    /// delivered.
     ///
     /// # Errors
-    /// Why the subscription had ended before; nothing was taken.
+    /// Why the subscription had already ended; nothing was taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
         match self.subscription().cancel().await {
             Ok(Some(delivery)) => Ok(Some(self.hold(delivery))),
             Ok(None) => {
-                self.idle();
+                self.end_subscription();
                 Ok(None)
             }
-            Err(lost) => Err(self.end(lost).await),
+            Err(lost) => Err(self.close_after(lost).await),
         }
     }
 
-    /// Settles the message that is held; with `cancels`, the consumer is cancelled first, so that no message is delivered
-    /// that nobody here would run. Says why if the settlement isn't confirmed.
-    pub async fn settle(&mut self, settlement: Settlement, cancels: bool) -> (Outcome, Option<DeliveryLost>) {
+    /// Settles the message that is held. With `cancels`, the consumer is cancelled first, so that no further message is
+    /// delivered. Returns the reason, too, if the settlement isn't confirmed.
+    pub async fn settle(&mut self, settlement: Settlement, cancels: bool) -> (Settled, Option<DeliveryLost>) {
         let State::Holding(mut subscription, held) = mem::replace(&mut self.state, State::Idle(None)) else {
             unreachable!("only called while a message is held")
         };
         let settled = settle::carry_out(&mut subscription, &held, settlement, cancels).await;
-        self.state = if settled.0 == Outcome::Confirmed && subscription.consumer.is_some() {
+        self.state = if settled.0 == Settled::Confirmed && subscription.consumer.is_some() {
             State::Ready(subscription)
         } else {
             State::Idle(Some(subscription.end()))
@@ -243,16 +249,16 @@ impl Consumer {
         settled
     }
 
-    /// Releases whatever may have arrived, before an end without a command; takes four seconds at most. Whether the broker has
-    /// confirmed that.
+    /// Releases every message that may have arrived while none is held, before the run ends. Returns whether the broker
+    /// has confirmed that; waits for it for two seconds at most.
     pub async fn release(&mut self) -> bool {
         let work = async {
-            // It may be refused, or it was there already.
-            let _ = self.subscribed().await;
+            // Without a subscription there is nothing to release.
+            let _ = self.finish_subscribing().await;
             match &mut self.state {
-                State::Ready(subscription) => subscription.release(None).await,
-                State::Holding(subscription, held) => subscription.release(Some(held.tag)).await,
-                State::Idle(_) | State::Subscribing(..) => Ok(()),
+                State::Ready(subscription) => subscription.release().await,
+                // A held message is settled, see `settle`.
+                State::Idle(_) | State::Subscribing(..) | State::Holding(..) => Ok(()),
             }
         };
         match timeout(RELEASE_TIMEOUT, work).await {
@@ -270,16 +276,16 @@ impl Consumer {
         false
     }
 
-    /// Closes the connection politely, within two seconds.
+    /// Closes the connection, within two seconds.
     pub async fn close(&mut self) {
-        self.idle();
+        self.end_subscription();
         if let State::Idle(Some(connection)) = mem::replace(&mut self.state, State::Idle(None)) {
             connection.close().await;
         }
     }
 
     /// Ends the subscription, if there is one, and keeps its connection.
-    fn idle(&mut self) {
+    fn end_subscription(&mut self) {
         self.state = State::Idle(match mem::replace(&mut self.state, State::Idle(None)) {
             State::Idle(connection) => connection,
             State::Subscribing(task, _) => {
@@ -290,33 +296,39 @@ impl Consumer {
         });
     }
 
-    /// Ends a subscription that was lost. Its connection may be good; another attempt takes a new one.
-    async fn end(&mut self, lost: DeliveryLost) -> DeliveryLost {
-        let cut_short = self.subscription().has_another();
+    /// Closes the connection after its subscription was lost, even if the connection is still good. Returns why it was
+    /// lost.
+    async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
+        let mid_delivery = self.subscription().has_another();
         self.close().await;
-        if self.note_cut_short(cut_short) && !lost.unreadable { lost.cut_short_again() } else { lost }
+        if self.note_lost_mid_delivery(mid_delivery) && !lost.unreadable { lost.cut_short_again() } else { lost }
     }
 
-    /// Takes note of whether a connection ended after the broker began to deliver a message and before that was here, and
-    /// tells whether an earlier one did, too. Nobody would get such a message, and every try counts towards the queue's
-    /// `delivery-limit`, at which the broker destroys it. Connections in between on which nothing was delivered, as they were
-    /// refused for example, change nothing.
-    fn note_cut_short(&mut self, cut_short: bool) -> bool {
-        let before = self.cut_short;
-        self.cut_short |= cut_short;
-        before && cut_short
+    /// Notes whether a connection was lost while a message arrived, and returns whether that is the second time.
+    /// Connections without a delivery don't count. The run ends at the second time: every try counts towards the
+    /// queue's `delivery-limit`, at which the broker dead-letters or drops the message.
+    fn note_lost_mid_delivery(&mut self, lost: bool) -> bool {
+        let again = self.lost_mid_delivery && lost;
+        self.lost_mid_delivery |= lost;
+        again
     }
 
     fn hold(&mut self, delivery: Delivery) -> Message {
-        self.cut_short = false;
-        let delivered = self.subscription().connection.observed().delivered;
+        self.lost_mid_delivery = false;
+        let (delivered, version) = {
+            let observed = self.subscription().connection.observed();
+            (observed.delivered, observed.version)
+        };
         let since = delivered.map_or_else(Instant::now, Instant::from_std);
         let held = Held { tag: delivery.delivery_tag, since, fingerprint: Fingerprint::of(&delivery) };
         self.state = match mem::replace(&mut self.state, State::Idle(None)) {
             State::Ready(subscription) => State::Holding(subscription, held),
             other => other,
         };
-        Message::new(delivery, self.queue())
+        let mut message = Message::new(delivery, self.queue());
+        message.at_delivery_limit =
+            version >= Some(DEFAULT_DELIVERY_LIMIT_SINCE) && message.failures >= Some(DEFAULT_DELIVERY_LIMIT);
+        message
     }
 
     fn subscription(&mut self) -> &mut Subscription {

@@ -1,6 +1,6 @@
-//! A message as the worker sees it, and as the command's environment tells it.
+//! A message as the worker sees it, and the variables that describe it to the command.
 
-use crate::command::Variable;
+use crate::variable::Variable;
 use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
@@ -17,13 +17,15 @@ use std::{
 pub struct Message {
     /// The body, byte for byte.
     pub body: Vec<u8>,
-    /// The `message-id` property, for messages to people.
+    /// The `message-id` property, for log lines.
     pub id: Option<String>,
-    /// Which attempt this is, the first being 1; `None` when the queue doesn't tell.
+    /// Which attempt this is, the first being 1; `None` if the queue doesn't tell.
     pub attempt: Option<u64>,
-    /// How many failures the queue has counted; `None` when the queue doesn't count.
+    /// How many failures the queue has counted; `None` if the queue doesn't count.
     pub failures: Option<u64>,
-    /// What the command is told.
+    /// Another failure exceeds the `delivery-limit` of a quorum queue that has the default one.
+    pub at_delivery_limit: bool,
+    /// Environment variables for the command.
     pub variables: Vec<Variable>,
 }
 
@@ -35,14 +37,13 @@ pub(super) struct Fingerprint {
     hash: u64,
 }
 
-/// How much of a body its fingerprint looks at, in bytes: a large one isn't read for it.
-const FINGERPRINT: usize = 4096;
+/// How many bytes of a body are hashed at its start and at its end, so that a large body isn't read whole.
+const HASHED: usize = 4096;
 
 impl Fingerprint {
     pub(super) fn of(delivery: &Delivery) -> Self {
         let (size, mut hasher) = (delivery.data.len(), DefaultHasher::new());
-        let (begin, end) =
-            (&delivery.data[..size.min(FINGERPRINT)], &delivery.data[size.saturating_sub(FINGERPRINT)..]);
+        let (begin, end) = (&delivery.data[..size.min(HASHED)], &delivery.data[size.saturating_sub(HASHED)..]);
         (delivery.exchange.as_str(), delivery.routing_key.as_str(), begin, end).hash(&mut hasher);
         let id = delivery.properties.message_id().as_ref().map(ToString::to_string);
         Self { id, size, hash: hasher.finish() }
@@ -58,6 +59,7 @@ impl Message {
             id: id.map(ToString::to_string),
             attempt,
             failures,
+            at_delivery_limit: false,
             variables: variables(&delivery, &headers, attempt, queue),
             body: delivery.data,
         }
@@ -66,30 +68,29 @@ impl Message {
 
 /// Which attempt this is, and how many failures the queue has counted.
 ///
-/// Quorum queues set `x-delivery-count` from the second delivery on, those of RabbitMQ 4.3 and newer
-/// `x-acquired-count` too, which rises with evictions as well. Classic queues only have the redelivered flag.
+/// Quorum queues set `x-delivery-count` from the second delivery on. Since RabbitMQ 4.3 they also set
+/// `x-acquired-count`, which counts evictions, too. Classic queues only have the redelivered flag.
 fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
     if !redelivered {
-        // A count on a first delivery is not this queue's: it was published along with a copied message, by a
-        // shovel for example.
+        // A count on a first delivery was published with the message, for example by a shovel.
         return (Some(1), Some(0));
     }
-    // It may have any of AMQP's integer types.
+    // A count may have any of AMQP's integer types.
     let count = |name: &str| headers.inner().get(name).and_then(|n| json(n).as_u64());
     let (acquired, delivered) = (count("x-acquired-count"), count("x-delivery-count"));
     let attempt = acquired.or(delivered).map(|n| n.saturating_add(1));
     let failures = match acquired {
-        // A queue that counts acquisitions counts deliveries too, and says nothing of zero; a count of more
-        // failures than acquisitions is one that was published along.
+        // x-delivery-count is missing if it is 0. If it is greater than x-acquired-count, it was published with the
+        // message.
         Some(acquired) => Some(delivered.filter(|n| *n <= acquired).unwrap_or(0)),
         None => delivered,
     };
     (attempt, failures)
 }
 
-/// Every variable is named, so that one inherited from outside never passes for the message's own.
+/// Lists every variable, even without a value, so that one inherited from outside never passes for the message's own.
 fn variables(delivery: &Delivery, headers: &FieldTable, attempt: Option<u64>, queue: &str) -> Vec<Variable> {
-    let message = &delivery.properties;
+    let properties = &delivery.properties;
     let text = |value: &Option<ShortString>| Some(value.as_ref()?.as_str().into());
     let header = |name: &str| match headers.inner().get(name)? {
         AMQPValue::LongString(value) => Some(OsString::from_vec(value.as_bytes().to_vec())),
@@ -97,41 +98,37 @@ fn variables(delivery: &Delivery, headers: &FieldTable, attempt: Option<u64>, qu
         _ => None,
     };
     let number = |value: Option<u64>| Some(value?.to_string().into());
-    let json = message.headers().as_ref().map(table);
-    let list = [
-        ("MESSAGE_ID", text(message.message_id())),
-        ("MESSAGE_CORRELATION_ID", text(message.correlation_id())),
-        ("MESSAGE_REPLY_TO", text(message.reply_to())),
-        ("MESSAGE_TYPE", text(message.kind())),
-        ("MESSAGE_APP_ID", text(message.app_id())),
-        ("MESSAGE_USER_ID", text(message.user_id())),
-        ("MESSAGE_CONTENT_TYPE", text(message.content_type())),
-        ("MESSAGE_CONTENT_ENCODING", text(message.content_encoding())),
-        ("MESSAGE_TIMESTAMP", number(*message.timestamp())),
-        ("MESSAGE_PRIORITY", number(message.priority().map(u64::from))),
-        ("MESSAGE_EXPIRATION", text(message.expiration())),
+    let variables = [
+        ("MESSAGE_ID", text(properties.message_id())),
+        ("MESSAGE_CORRELATION_ID", text(properties.correlation_id())),
+        ("MESSAGE_REPLY_TO", text(properties.reply_to())),
+        ("MESSAGE_TYPE", text(properties.kind())),
+        ("MESSAGE_APP_ID", text(properties.app_id())),
+        ("MESSAGE_USER_ID", text(properties.user_id())),
+        ("MESSAGE_CONTENT_TYPE", text(properties.content_type())),
+        ("MESSAGE_CONTENT_ENCODING", text(properties.content_encoding())),
+        ("MESSAGE_TIMESTAMP", properties.timestamp().map(|seconds| signed(seconds).to_string().into())),
+        ("MESSAGE_PRIORITY", number(properties.priority().map(u64::from))),
+        ("MESSAGE_EXPIRATION", text(properties.expiration())),
         ("MESSAGE_EXCHANGE", Some(delivery.exchange.as_str().into())),
         ("MESSAGE_ROUTING_KEY", Some(delivery.routing_key.as_str().into())),
         ("MESSAGE_QUEUE", Some(queue.into())),
         ("MESSAGE_REDELIVERED", Some(delivery.redelivered.to_string().into())),
         ("MESSAGE_ATTEMPT", number(attempt)),
-        ("MESSAGE_HEADERS", json.map(|json| json.to_string().into())),
+        ("MESSAGE_HEADERS", properties.headers().as_ref().map(|headers| table(headers).to_string().into())),
         // OpenTelemetry's environment carriers.
         ("TRACEPARENT", header("traceparent")),
         ("TRACESTATE", header("tracestate")),
         ("BAGGAGE", header("baggage")),
     ];
-    let named = list.into_iter().map(|(name, value)| Variable { name, value });
-    named.collect()
+    variables.into_iter().map(|(name, value)| Variable { name, value }).collect()
 }
 
 fn table(table: &FieldTable) -> Value {
-    let members = table.inner().iter();
-    let members = members.map(|(name, value)| (name.to_string(), json(value)));
-    Value::Object(members.collect())
+    Value::Object(table.inner().iter().map(|(name, value)| (name.to_string(), json(value))).collect())
 }
 
-/// JSON has no bytes, no decimals and no times: text, exact text and seconds stand for them.
+/// JSON has no bytes, no decimals and no times: they become text, exact text and seconds.
 fn json(value: &AMQPValue) -> Value {
     match value {
         AMQPValue::Boolean(value) => json!(value),
@@ -148,19 +145,28 @@ fn json(value: &AMQPValue) -> Value {
         AMQPValue::ShortString(value) => json!(value.as_str()),
         AMQPValue::LongString(value) => json!(String::from_utf8_lossy(value.as_bytes())),
         AMQPValue::FieldArray(values) => values.as_slice().iter().map(json).collect(),
-        AMQPValue::Timestamp(value) => json!(value),
+        AMQPValue::Timestamp(value) => json!(signed(*value)),
         AMQPValue::FieldTable(value) => table(value),
         AMQPValue::ByteArray(value) => json!(String::from_utf8_lossy(value.as_slice())),
         AMQPValue::Void => Value::Null,
     }
 }
 
-/// A decimal as AMQP has it, an integer and the number of its digits behind the point, as exact text.
+/// Seconds since 1970. AMQP 0-9-1 says unsigned, but clients pack earlier times as negative numbers.
+fn signed(seconds: u64) -> i64 {
+    seconds.cast_signed()
+}
+
+/// A decimal as exact text: an integer and how many of its digits come after the point. AMQP 0-9-1 says unsigned, but
+/// clients pack negative ones.
 fn decimal(value: u32, scale: u8) -> String {
-    let scale = usize::from(scale);
-    let mut digits = format!("{value:0>width$}", width = scale + 1);
+    let (value, scale) = (value.cast_signed(), usize::from(scale));
+    let mut text = format!("{:0>width$}", value.unsigned_abs(), width = scale + 1);
     if scale > 0 {
-        digits.insert(digits.len() - scale, '.');
+        text.insert(text.len() - scale, '.');
     }
-    digits
+    if value < 0 {
+        text.insert(0, '-');
+    }
+    text
 }

@@ -8,53 +8,56 @@ use super::{
 use crate::{
     broker::errors::DeliveryLost,
     report::{HumanDuration, with_reminders},
-    settlement::{Event, Outcome, Settling, Step},
+    settlement::{Event, Settled, Settling, Step},
     verdict::Settlement,
 };
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicRejectOptions};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// Longest wait for the broker to confirm a settlement: nodes of a cluster notice a frozen leader after 45 to 75 seconds
-/// (Erlang's net_ticktime of 60), and only then elect another one, which confirms.
+/// Longest wait for the broker to confirm a settlement. A cluster notices a frozen leader after 45 to 75 seconds
+/// (Erlang's net_ticktime of 60), and only then elects another one, which confirms.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// How long the queue is given to say that its timeout came first: some tens of milliseconds under load.
+/// Pause before the second barrier. If the acknowledgement timeout came first, the queue reports it within some tens of
+/// milliseconds under load; see [`Settling::needs_second_barrier`].
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Settles a delivery, and makes sure that the broker has processed that; says why if that isn't so.
+/// Settles a delivery, and waits until the broker has confirmed that. Returns the reason if it doesn't.
 pub(super) async fn carry_out(
     subscription: &mut Subscription,
     held: &Held,
     settlement: Settlement,
     cancels: bool,
-) -> (Outcome, Option<DeliveryLost>) {
-    let asks_twice = Settling::asks_twice(settlement, held.since.elapsed(), subscription.ack_timeout);
-    let mut machine = Machine { settling: Settling::new(cancels, asks_twice), why: None };
+) -> (Settled, Option<DeliveryLost>) {
+    let twice = Settling::needs_second_barrier(settlement, held.since.elapsed(), subscription.ack_timeout);
+    let mut machine = Machine { settling: Settling::new(cancels, twice), why: None };
     let deadline = Instant::now() + SETTLE_TIMEOUT;
     let mut barriers = 0;
     let steps = async {
         loop {
             let step = machine.settling.step();
-            if let Step::Done(outcome) = step {
-                return outcome;
+            if let Step::Done(settled) = step {
+                return settled;
             }
-            machine.look(subscription, held, step, deadline).await;
+            // What the broker sent until now may change the step.
+            machine.note_arrivals(subscription, held, step, deadline).await;
             if machine.settling.step() != step {
                 continue;
             }
             barriers += u8::from(step == Step::Barrier);
             let done = timeout_at(deadline, perform(subscription, held, settlement, step)).await;
             if matches!(step, Step::Barrier | Step::Pause) {
-                // What the broker has sent before its reply.
-                machine.look(subscription, held, step, deadline).await;
+                // The broker sent this before its reply, so it counts first.
+                machine.note_arrivals(subscription, held, step, deadline).await;
             }
             match done {
                 Ok(Ok(event)) => machine.happened(event, None),
                 Ok(Err(error)) => {
-                    let why = match barriers {
-                        2 => subscription.unconfirmed_again(&error),
-                        _ => subscription.delivery_lost(&error),
+                    let why = if barriers == 2 {
+                        subscription.second_barrier_failed(&error)
+                    } else {
+                        subscription.delivery_lost(&error)
                     };
                     machine.happened(Event::Closed, Some(why));
                 }
@@ -65,19 +68,19 @@ pub(super) async fn carry_out(
             }
         }
     };
-    let outcome = with_reminders("waiting for the broker to confirm the settlement", steps).await;
-    (outcome, machine.why)
+    let settled = with_reminders("waiting for the broker to confirm the settlement", steps).await;
+    (settled, machine.why)
 }
 
-/// The machine, and what its end is due to.
+/// The state machine, and the reason if it doesn't end with a confirmation.
 struct Machine {
     settling: Settling,
     why: Option<DeliveryLost>,
 }
 
 impl Machine {
-    /// Takes note of what the broker has sent until now.
-    async fn look(&mut self, subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) {
+    /// Tells the machine what the broker has sent until now.
+    async fn note_arrivals(&mut self, subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) {
         if subscription.connection.observed().cancelled {
             let why = DeliveryLost::ended(&subscription.connection.observed());
             self.happened(Event::Cancelled, Some(why));
@@ -95,7 +98,7 @@ impl Machine {
     }
 }
 
-/// Does what the step says, and tells what that is for the machine when it is done.
+/// Performs a step, and returns the event that follows for the machine.
 async fn perform(
     subscription: &mut Subscription,
     held: &Held,
@@ -105,12 +108,12 @@ async fn perform(
     let channel = &subscription.channel;
     match step {
         Step::Cancel => {
-            // It is cancelled already if the message came when --wait had passed.
+            // If --wait had passed when the message came, the consumer is cancelled already.
             if let Some(consumer) = subscription.consumer.take() {
                 channel.basic_cancel(consumer.tag(), BasicCancelOptions { nowait: true }).await?;
             }
         }
-        // By the channel, not by lapin's acker, which says Ok(false) when the message is lost.
+        // Not by lapin's acker: it returns Ok(false) if the message is lost.
         Step::Settle => match settlement {
             Settlement::Ack => channel.basic_ack(held.tag, BasicAckOptions::default()).await?,
             Settlement::Requeue => channel.basic_reject(held.tag, BasicRejectOptions { requeue: true }).await?,
@@ -130,10 +133,10 @@ async fn perform(
     Ok(Event::Written)
 }
 
-/// Whether the broker has delivered another message, and if so, whether it is the one that is being settled.
+/// `None` if the broker has delivered no other message; otherwise whether it is the one that is being settled.
 ///
-/// Without a cancel, the next message may come as soon as the broker has processed the acknowledgement, and only its content tells
-/// it from the same one. It is looked at, and stays the next one.
+/// Without a cancel, the next message may come as soon as the broker has processed the acknowledgement. Only its
+/// content tells it apart from the message that is being settled. It is read ahead, and put back.
 async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) -> Option<bool> {
     if !subscription.has_another() {
         return None;
@@ -142,8 +145,8 @@ async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadl
     if !expected || !subscription.connection.observed().redelivered {
         return Some(false);
     }
-    // If it doesn't arrive, the loss that keeps it away shows at the next step, or when it is waited for.
-    let delivery = timeout_at(deadline, subscription.step()).await.ok()?.ok()?;
+    // If it doesn't arrive, the connection is lost, and the next step reports that.
+    let delivery = timeout_at(deadline, subscription.next_delivery()).await.ok()?.ok()?;
     let same = Fingerprint::of(&delivery) == held.fingerprint;
     subscription.put_back(delivery);
     Some(same)

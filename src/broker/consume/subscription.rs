@@ -1,4 +1,4 @@
-//! A consumer on a channel of its own: how it is made, what comes of it, how it is cancelled.
+//! A subscription: a consumer on a channel of its own, what it delivers, and how it ends.
 
 use crate::{
     broker::{
@@ -12,7 +12,7 @@ use lapin::{
     Channel, Event,
     message::Delivery,
     options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions},
-    types::{AMQPValue, DeliveryTag, FieldTable},
+    types::{AMQPValue, FieldTable},
 };
 use std::{future::pending, time::Duration};
 use tokio::{
@@ -21,13 +21,13 @@ use tokio::{
 };
 use tokio_stream::StreamExt;
 
-/// The consumer tag; one channel has one consumer.
+/// The consumer tag. Each channel has one consumer.
 const TAG: &str = "qconsume";
 
-/// Longest wait for a queue to say how many messages it has: its leader may be gone.
+/// Longest wait for the number of ready messages: the queue's leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest wait for the reply to a cancel when nothing was delivered.
+/// Longest wait for the reply to a cancel if nothing was delivered.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
@@ -48,21 +48,21 @@ pub struct ConsumerOptions {
 pub(super) struct Subscription {
     pub(super) connection: OpenConnection,
     pub(super) channel: Channel,
-    /// `None` once it is cancelled by us.
+    /// `None` once we have cancelled it.
     pub(super) consumer: Option<lapin::Consumer>,
-    /// A message that `settle` has looked at, and that is the next one.
-    next: Option<Delivery>,
+    /// Read ahead by `settle`; the next one to be handed out.
+    read_ahead: Option<Delivery>,
     /// How many deliveries have been handed out, or dropped.
     taken: u64,
-    /// `--ack-timeout`, whether or not the queue knows of it.
+    /// `--ack-timeout`, even if the queue takes none.
     pub(super) ack_timeout: Option<Duration>,
     pub(super) queue: String,
 }
 
 impl Subscription {
-    /// Subscribes until `deadline`, or until `give_up` is dropped or sent.
+    /// Subscribes. Gives up at `deadline`, or when `give_up` is sent or dropped.
     ///
-    /// `declared`: the name of the queue that was declared on this connection before.
+    /// `declared`: the name of the queue, if it was declared on this connection before.
     pub(super) async fn open(
         mut connection: OpenConnection,
         options: ConsumerOptions,
@@ -73,14 +73,14 @@ impl Subscription {
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
         const STAGE: &str = "waiting for the reply to basic.consume";
         {
-            // Those of an earlier consumer are not ours.
+            // Forget what an earlier consumer got on this connection.
             let mut observed = connection.observed();
             (observed.cancelled, observed.deliveries) = (false, 0);
         }
         let last_channel = connection.last_channel.take();
         let reply = async {
             if let Some(channel) = last_channel {
-                // Should that fail, so does the next channel.
+                // If that fails, opening the next channel fails, too.
                 let _ = channel.close(200, "OK".into()).await;
             }
             subscribe(&mut connection, &options, request, declared).await
@@ -94,7 +94,15 @@ impl Subscription {
         match subscribed {
             Some(Ok((queue, channel, consumer))) => {
                 let ack_timeout = options.ack_timeout;
-                Ok(Self { connection, channel, consumer: Some(consumer), next: None, taken: 0, ack_timeout, queue })
+                Ok(Self {
+                    connection,
+                    channel,
+                    consumer: Some(consumer),
+                    read_ahead: None,
+                    taken: 0,
+                    ack_timeout,
+                    queue,
+                })
             }
             Some(Err(why)) => Err((connection, why)),
             None => Err((connection, ConnectError::no_answer(STAGE).into())),
@@ -108,10 +116,10 @@ impl Subscription {
         connection
     }
 
-    /// The next thing that happens: a delivery, or the end. A loss may show in either stream, or in both. Dropping the future
-    /// loses nothing.
-    pub(super) async fn step(&mut self) -> Result<Delivery, DeliveryLost> {
-        if let Some(delivery) = self.next.take() {
+    /// The next delivery, or why the subscription has ended. The end may show among the consumer's deliveries, among
+    /// the connection's events, or in both. Dropping the future loses nothing.
+    pub(super) async fn next_delivery(&mut self) -> Result<Delivery, DeliveryLost> {
+        if let Some(delivery) = self.read_ahead.take() {
             return Ok(delivery);
         }
         let delivery = async {
@@ -143,13 +151,13 @@ impl Subscription {
         }
     }
 
-    /// Puts a delivery back, to be the next one.
+    /// Puts a delivery back, to be handed out next.
     pub(super) fn put_back(&mut self, delivery: Delivery) {
-        self.next = Some(delivery);
+        self.read_ahead = Some(delivery);
     }
 
-    /// Whether the broker has delivered more than was taken. By the tap: lapin knows nothing of what comes to a consumer that it
-    /// has cancelled without waiting.
+    /// Whether the broker has delivered more than was taken. The tap counts, because lapin 4.12 drops deliveries to a
+    /// consumer that was cancelled without waiting for the reply.
     pub(super) fn has_another(&self) -> bool {
         self.connection.observed().deliveries > self.taken
     }
@@ -158,17 +166,17 @@ impl Subscription {
         DeliveryLost::new(error, &self.connection)
     }
 
-    /// Why a second barrier has got no answer. If only the channel is gone, or lapin can't read why, it is the acknowledgement
-    /// timeout, see `Settling::asks_twice`.
-    pub(super) fn unconfirmed_again(&self, error: &lapin::Error) -> DeliveryLost {
+    /// Why the second barrier got no reply. If the connection is still there, or lapin couldn't read why it was closed,
+    /// the reason is the acknowledgement timeout, see `Settling::needs_second_barrier`.
+    pub(super) fn second_barrier_failed(&self, error: &lapin::Error) -> DeliveryLost {
         if self.connection.is_connected() || self.connection.observed().closed_unreadably {
             return DeliveryLost::timed_out(&self.connection.observed());
         }
         self.delivery_lost(error)
     }
 
-    /// How many messages are ready, by a passive declare. `None` if the reply lists no consumers although we are one, or if
-    /// there is no reply: the queue's leader doesn't answer, so the count means nothing.
+    /// How many messages are ready, by a passive declare. `None` if there is no reply, or if the reply counts no
+    /// consumers although we are one: the queue's leader didn't answer, so the number means nothing.
     pub(super) async fn depth(&self) -> Result<Option<u32>, DeliveryLost> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let declare = self.channel.queue_declare(self.queue.as_str().into(), passive, FieldTable::default());
@@ -179,22 +187,22 @@ impl Subscription {
         }
     }
 
-    /// Cancels the consumer, and returns the message that has arrived before the reply, or has begun to.
+    /// Cancels the consumer. Returns the message that arrived before the reply, or that has begun to.
     pub(super) async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {
-        if let Some(delivery) = self.next.take() {
+        if let Some(delivery) = self.read_ahead.take() {
             return Ok(Some(delivery));
         }
-        // Kept until its stream has ended: should this future be dropped, releasing goes on from here.
+        // `self.consumer` stays until its stream has ended, so that `release` can go on if this future is dropped.
         let Some(consumer) = &mut self.consumer else {
             return Ok(None);
         };
         let cancel = BasicCancelOptions::default();
         let last = match timeout(CANCEL_TIMEOUT, self.channel.basic_cancel(TAG.into(), cancel)).await {
-            Ok(Ok(())) => last_of(consumer).await,
+            Ok(Ok(())) => message_before_cancel_ok(consumer).await,
             Ok(Err(error)) => Err(error),
             Err(_) if self.has_another() => {
-                // The reply stands behind the rest of its body, and ends the stream that is read no further.
-                let delivery = self.step().await?;
+                // The reply comes after the rest of the body. Take the message, and don't wait for the reply.
+                let delivery = self.next_delivery().await?;
                 self.consumer = None;
                 return Ok(Some(delivery));
             }
@@ -210,7 +218,8 @@ impl Subscription {
         Ok(last)
     }
 
-    pub(super) async fn release(&mut self, held: Option<DeliveryTag>) -> lapin::Result<()> {
+    /// Cancels the consumer, and releases every message that was delivered.
+    pub(super) async fn release(&mut self) -> lapin::Result<()> {
         if let Some(mut consumer) = self.consumer.take() {
             let cancel = BasicCancelOptions::default();
             self.channel.basic_cancel(TAG.into(), cancel).await?;
@@ -219,25 +228,25 @@ impl Subscription {
                 self.channel.basic_nack(tag, RELEASE).await?;
             }
         }
-        let put_back = self.next.take().map(|delivery| delivery.delivery_tag);
-        for tag in held.into_iter().chain(put_back) {
-            self.channel.basic_nack(tag, RELEASE).await?;
+        if let Some(delivery) = self.read_ahead.take() {
+            self.channel.basic_nack(delivery.delivery_tag, RELEASE).await?;
         }
         self.barrier().await
     }
 
-    /// Confirms all that was sent before on this channel: a channel processes its methods in order, and unlike channel.close and
-    /// connection.close, which are answered even in a race with a channel error, qos is answered only when all went well before.
+    /// Confirms everything sent before on this channel: a channel processes its methods in order, and replies to
+    /// basic.qos only if they all went well. channel.close and connection.close may be answered in spite of a channel
+    /// error.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
 }
 
-/// What has come to a consumer before the reply to its cancel, which ends its stream.
+/// The message that arrived before the reply to the consumer's cancel, if one did.
 ///
-/// All of it is here when the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel or of the
-/// connection for a reply, too: then the stream ends with the error, and what came is requeued.
-async fn last_of(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
+/// It is here once the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel or of
+/// the connection for a reply, too: then the stream ends with the error, and the broker requeues the message.
+async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
     let mut last = None;
     while let Some(next) = consumer.next().await {
         last.get_or_insert(next?);
@@ -259,14 +268,15 @@ async fn subscribe(
         Some(queue) => queue,
         None => options.topology.set_up(connection, &options.queue, request).await?,
     };
-    // An exclusive queue is a classic one and refuses the argument. A refusal costs the connection, and with it the queue.
+    // Not for an exclusive queue: it is classic and refuses, and the refusal costs the connection and with it the
+    // queue.
     let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
         && connection.observed().may_know_ack_timeout();
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
     match consume(connection, &queue, ack_timeout).await {
         Ok((channel, consumer)) => Ok((queue, channel, consumer)),
-        // A classic queue has no acknowledgement timeout, and refuses to be asked for one.
+        // A classic queue refuses the argument.
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
             // The queue exists now, so it is declared passively.
@@ -279,7 +289,7 @@ async fn subscribe(
     }
 }
 
-/// A channel with a consumer: prefetch and consume in one flight, which saves a round trip.
+/// Opens a channel with a consumer. Sends qos and consume without waiting in between, which saves a round trip.
 async fn consume(
     connection: &OpenConnection,
     queue: &str,
@@ -287,6 +297,9 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
+    // 0 is the default. Only streams refuse the argument: their messages can't be settled, and an idle one looks like
+    // any queue (seen with RabbitMQ 3.10 and 4.3; LavinMQ's refuse it too).
+    arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     if let Some(limit) = ack_timeout {
         let milliseconds = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
         let limit = AMQPValue::LongLongInt(milliseconds);
@@ -298,7 +311,7 @@ async fn consume(
         channel.basic_qos(1, BasicQosOptions::default()),
         channel.basic_consume(queue.into(), TAG.into(), options, arguments),
     );
-    // The consumer's error says more: the channel's end answers both.
+    // If the channel is closed, both fail; the consumer's error says more.
     let consumer = consumer?;
     prefetch?;
     Ok((channel, consumer))

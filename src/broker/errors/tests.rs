@@ -58,6 +58,12 @@ fn texts_of_rabbitmq_and_lavinmq() {
             "ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'u', backend rabbit_auth_backend_oauth2 returned an error: \"Provided JWT token has...",
             Meaning::NotPermitted,
         ),
+        (
+            406,
+            "PRECONDITION_FAILED - invalid arg 'x-priority' for queue 'q' in vhost '/' of queue type rabbit_stream_queue",
+            Meaning::Stream,
+        ),
+        (406, "PRECONDITION_FAILED - x-priority not supported on streams", Meaning::Stream),
         (320, "CONNECTION_FORCED - credential expired", Meaning::TokenExpired),
         (530, "NOT_ALLOWED - New secret was refused by one of the backends", Meaning::NewTokenRefused),
         (
@@ -212,7 +218,9 @@ fn a_text_that_is_cut_means_what_is_left_of_it() {
 }
 
 fn frame_sizes(version: Option<(u32, u32)>, theirs: u32, ours: Option<u32>) -> Option<String> {
-    let observed = Observed { version, frame_max: Some(theirs), ..Observed::default() };
+    let mut observed = Observed::default();
+    observed.version = version;
+    observed.frame_max = Some(theirs);
     let mut address = Address::parse("amqp://h").unwrap();
     address.parameters.frame_max = ours;
     frame_max_problem(&observed, &address)
@@ -233,7 +241,9 @@ fn a_frame_max_that_cannot_be_agreed_on_is_named() {
     assert!(frame_sizes(Some((4, 0)), 131_072, Some(4096)).unwrap().contains("the URL asks for 4096"));
     // Before the broker has proposed anything, that isn't why.
     let address = Address::parse("amqp://h?frame_max=4096").unwrap();
-    assert_eq!(frame_max_problem(&Observed { version: Some((4, 3)), ..Observed::default() }, &address), None);
+    let mut observed = Observed::default();
+    observed.version = Some((4, 3));
+    assert_eq!(frame_max_problem(&observed, &address), None);
 }
 
 #[test]

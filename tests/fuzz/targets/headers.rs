@@ -149,7 +149,7 @@ fn check(mut properties: Properties) {
     };
     for (name, expected) in [
         ("MESSAGE_PRIORITY", number(properties.priority.map(u64::from))),
-        ("MESSAGE_TIMESTAMP", number(properties.timestamp)),
+        ("MESSAGE_TIMESTAMP", properties.timestamp.map(|seconds| seconds.cast_signed().to_string().into_bytes())),
         ("MESSAGE_ATTEMPT", number(attempt(&properties))),
         ("MESSAGE_QUEUE", Some(b"q".to_vec())),
         ("MESSAGE_EXCHANGE", Some(exchange.as_bytes().to_vec())),

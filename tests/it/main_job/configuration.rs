@@ -254,7 +254,7 @@ fn a_wrong_option_is_64_and_the_right_one_is_suggested() {
     refuses(start().args(["--weit", "1s", "cat"]), "--wait");
     refuses(start().args(["--wait", "soon", "cat"]), "such as 500ms, 10s, 5m, 1h30m");
     refuses(start().args(["--timeout", "0", "cat"]), "--timeout");
-    refuses(start().args(["--reject-on", "0", "cat"]), "0 is no failure");
+    refuses(start().args(["--reject-on", "0", "cat"]), "0 is not a failure");
     refuses(start().args(["--empty-exit-code", "256", "cat"]), "--empty-exit-code");
     refuses(start().args(["--failure-exit-code", "0", "cat"]), "--failure-exit-code");
     let done = refuses(start().args(["--on-lost", "explode", "cat"]), "terminate, finish");

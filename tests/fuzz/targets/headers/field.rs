@@ -170,13 +170,13 @@ impl Field {
             Self::I32(value) => json == value,
             Self::U32(value) => json == value,
             Self::I64(value) => json == value,
-            Self::Time(value) => json == value,
+            Self::Time(value) => *json == value.cast_signed(),
             Self::F32(value) => near((*value).into()),
             Self::F64(value) => near(*value),
             Self::Decimal(scale, value) => {
                 let digits = json.as_str().map(|text| text.replacen('.', "", 1));
                 let point = json.as_str().and_then(|text| Some(text.len() - 1 - text.find('.')?));
-                digits.and_then(|digits| digits.parse().ok()) == Some(*value)
+                digits.and_then(|digits| digits.parse().ok()) == Some(value.cast_signed())
                     && point.unwrap_or(0) == usize::from(*scale)
             }
             Self::Text(bytes) | Self::Bytes(bytes) => json == String::from_utf8_lossy(&bytes.bytes()).as_ref(),
