@@ -132,8 +132,7 @@ impl Options for QconsumeOptions {
     const EXAMPLES: &'static str = "
 
 Examples:
-  export BROKER_URL=amqp://user:password@rabbitmq QUEUE=job1
-  qconsume -- ./task.sh
+  qconsume -u amqp://rabbitmq -q job1 -- ./task.sh
   qconsume --wait 30s --timeout 10m -- python3 task.py
   qconsume --drain --keep-going --max-attempts 3 -- ./task.sh
   qconsume --hide-url -- sh -c 'echo message $MESSAGE_ID; cat'";

@@ -176,8 +176,7 @@ impl RunSummary {
     }
 }
 
-/// Writes the termination message. The file must exist and be empty: otherwise nobody waits for it, or the command has written
-/// its own.
+/// Writes the termination message if the file exists and is empty: the command may have written its own.
 fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Result<()> {
     if path.as_os_str().is_empty() {
         return Ok(());
@@ -195,8 +194,7 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// Reports a failure that no [`RunSummary`] has reported, or a panic, and returns its status. Starts the log unless it is
-/// started.
+/// Reports a failure or a panic, and returns its status. Starts the log unless it is started.
 pub fn report_failure(failure: Failure) -> u8 {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
     let status = failure.exit.status();
@@ -253,7 +251,6 @@ pub(crate) mod tests {
 
         std::fs::write(&path, "").unwrap();
         write_termination_message(&path, &format!("x{}", "ä".repeat(TERMINATION_MESSAGE_MAX)), " (status 75)").unwrap();
-        // No character is cut in two.
         assert!((TERMINATION_MESSAGE_MAX - 1..=TERMINATION_MESSAGE_MAX).contains(&read().len()));
         assert!(read().ends_with("ä (status 75)\n"));
         std::fs::remove_file(&path).unwrap();

@@ -10,7 +10,6 @@ use nix::{
 use std::{collections::VecDeque, future::pending, io};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// The signals that ask qconsume to stop.
 const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 
 /// The signals that are only forwarded to the command.
@@ -93,7 +92,6 @@ impl Signals {
         }
     }
 
-    /// Signals that a test sends.
     #[cfg(test)]
     pub fn injected(receiver: tokio::sync::mpsc::UnboundedReceiver<Received>) -> Self {
         Self::from(Source::Injected(receiver))
@@ -124,7 +122,6 @@ impl Source {
         }
     }
 
-    /// The next signal if one is pending.
     fn pending(&mut self) -> Option<Received> {
         match self {
             // Read directly: tokio asks the kernel only when no task is ready.

@@ -9,7 +9,6 @@ use std::{
 /// The first process of a PID namespace. It becomes the parent of every orphan in it.
 const INIT: Pid = Pid::from_raw(1);
 
-/// What we need to know about a process from `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) pid: Pid,
@@ -58,7 +57,6 @@ fn read(folder: &str) -> Option<Stat> {
     Stat::parse(&String::from_utf8_lossy(&text))
 }
 
-/// All processes that can be read.
 fn read_all() -> Vec<Stat> {
     // List the folder first: processes that fork meanwhile could make reading it endless.
     let names: Vec<String> = fs::read_dir("/proc")
@@ -133,7 +131,6 @@ impl Strangers {
     }
 }
 
-/// Our descendants.
 #[derive(Debug, Default)]
 pub(super) struct Descendants {
     /// Parents before their children, without zombies that their own parents have to reap.
@@ -143,8 +140,7 @@ pub(super) struct Descendants {
 }
 
 impl Descendants {
-    /// Those of our children that `is_commands` accepts, and their descendants. Empty if /proc is missing or belongs to another PID
-    /// namespace.
+    /// Children of ours that `is_commands` accepts, and their descendants; none without a /proc of our PID namespace.
     pub(super) fn find(is_commands: impl Fn(&Stat) -> bool) -> Self {
         match Stat::own() {
             Some(own) => Self::among(&read_all(), own.pid, is_commands),
@@ -241,7 +237,6 @@ mod tests {
             (6, "S", 1, 6, 6),     // somebody's who is no child of ours
         ]
         .map(stat);
-        // Processes that they have started since then.
         let after = [
             (13, "S", 10, 13, 13),
             (14, "S", 13, 14, 13),
@@ -257,7 +252,6 @@ mod tests {
         assert!(found(own, false, &before, &after).is_empty());
         // If the command is in our group, other children in it may be the command's.
         assert_eq!(found(own, true, &before, &after), [111]);
-        // Even if nobody was in it before.
         assert!(found(own, false, &[], &after[3..4]).is_empty());
         assert_eq!(found(own, true, &[], &after[3..4]), [111]);
     }

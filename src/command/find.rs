@@ -122,7 +122,6 @@ impl Problem {
     }
 }
 
-/// What a `#!` line asks for, in messages.
 const INTERPRETER: &str = "asks for the interpreter";
 const ENV: &str = "asks env for";
 
@@ -130,7 +129,6 @@ const ENV: &str = "asks env for";
 #[derive(Debug, PartialEq, Eq)]
 struct EnvCommand {
     name: OsString,
-    /// The `PATH` in which env(1) looks for it.
     path: Option<OsString>,
 }
 
@@ -425,7 +423,6 @@ mod tests {
             "#!/usr/bin/env -S PATH=${HOME}/bin no-such-program\n",
             "#!/usr/bin/env -S #no-such-program\n",
             "#!/bin/sh no-such-program\n",
-            // It names itself.
             "#!/usr/bin/env script\n",
             &format!("#!/usr/bin/env {}", "n".repeat(300)),
         ] {
@@ -446,7 +443,6 @@ mod tests {
             ),
             ("#!/usr/bin/env /no/such/python\n", Exit::NotFound, "/no/such/python, which isn't there"),
             ("#!/usr/bin/env plain\n", Exit::NotExecutable, "plain, which can't be executed: set its execute bit"),
-            // The program that it starts may be such a script itself.
             ("#!/usr/bin/env shim\n", Exit::NotFound, nowhere),
             ("#!/no/such/env python\n", Exit::NotFound, "interpreter /no/such/env, which isn't there"),
         ] {
@@ -454,7 +450,6 @@ mod tests {
             assert_eq!(failure.exit, exit, "{line}");
             assert!(failure.message.contains(says), "{line}: {failure}");
         }
-        // The interpreter of a script may be a script, too, whose own interpreter is env.
         let runner = folder.file("runner", b"#!/usr/bin/env no-such-program\n", 0o755);
         let failure = run(&format!("#!{}\n", runner.display())).unwrap_err();
         assert!(failure.message.contains(nowhere), "{failure}");

@@ -26,7 +26,6 @@ const SWEEP: usize = 100;
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
     state: Arc<Mutex<State>>,
-    /// A child was reaped.
     reaped: Arc<Notify>,
 }
 
@@ -64,8 +63,7 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the end of this child when it has ended. Call this before the first await after starting the child: otherwise
-    /// it could be reaped as an orphan.
+    /// Returns a receiver for the end of this child. Call it before the first await: an orphan's status is dropped.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
         self.state().watched = Some((child, sender));
@@ -97,12 +95,9 @@ impl Reaper {
     }
 }
 
-/// The children that remain after a sweep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Children {
-    /// None.
     None,
-    /// Some, and all of them are running.
     Running,
     /// Perhaps some that have ended: there were too many for one sweep.
     MoreEnded,
@@ -118,8 +113,7 @@ enum Peek {
 #[allow(unsafe_code)]
 fn peek() -> Peek {
     let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: siginfo_t is plain data for which zeroes are valid, and it outlives the call. waitid(2) sets the fields that are
-    // read, or leaves them zero if no child has ended.
+    // SAFETY: siginfo_t is plain data, may be zero, and outlives the call. waitid(2) sets the fields or leaves them zero.
     let (result, code, pid, status) = unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let result = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);

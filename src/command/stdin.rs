@@ -13,8 +13,7 @@ use std::{
     os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
-/// The largest body to pass in a pipe, in bytes: Linux's default for the largest pipe of a user
-/// (/proc/sys/fs/pipe-max-size).
+/// The largest body to pass in a pipe, in bytes: Linux's default for /proc/sys/fs/pipe-max-size.
 const PIPE_MAX: usize = 1 << 20;
 
 /// Chunk size for moving a body into the file, in bytes. Memory is freed chunk by chunk, so the body is never in memory twice.
@@ -22,9 +21,8 @@ const CHUNK: usize = 1 << 20;
 
 /// A standard input that contains the whole body: a pipe, or a file if the body is larger than a pipe can be.
 ///
-/// The body is written before the command starts. Otherwise, if qconsume were killed, the command could take a part for the
-/// whole body: the kernel closes our end of a pipe before it sends the parent-death signal (seen in 10 of 300 runs on a busy
-/// machine).
+/// The body is written before the command starts. If qconsume were killed while writing, the command could take a part for
+/// all of it: the pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
 ///
 /// # Errors
 /// 71, whatever the system refuses: the command is not to blame.

@@ -100,7 +100,6 @@ pub async fn supervise<L: std::fmt::Display>(
     let mut time_limit = limits.timeout.map(|timeout| Instant::now() + timeout);
     // When to send SIGKILL, and the option that says so.
     let mut kill_at: Option<(Instant, &'static str)> = None;
-    // Since it was asked to stop.
     let mut stop_reminder: Option<Reminder> = None;
 
     let ended = loop {
@@ -266,7 +265,6 @@ fn sooner(
     Some(planned.map_or(new, |planned| planned.min(new)))
 }
 
-/// Waits until it is time to mention that the command was told to stop and still runs.
 async fn due(stop_reminder: &mut Option<Reminder>) -> Duration {
     match stop_reminder {
         Some(reminder) => reminder.due().await,

@@ -37,7 +37,6 @@ const JSON_ONLY: &str = "json.";
 
 static WRITER: OnceLock<Writer<Stderr>> = OnceLock::new();
 
-/// Starts to write lines of this level and above.
 pub(super) fn start(level: Level, format: LogFormat) {
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let lines = Lines { format, colour };
@@ -49,7 +48,6 @@ pub(super) fn start(level: Level, format: LogFormat) {
     let _ = tracing::subscriber::set_global_default(Events { level, write });
 }
 
-/// Clears the terminal's last line.
 const CLEAR_LINE: &str = "\r\x1b[K";
 
 /// Whether the terminal's last line was written by [`show_progress`].
@@ -63,7 +61,6 @@ pub fn show_progress(text: &str) {
     }
 }
 
-/// Waits for the last lines to be written, for a second at most.
 pub(super) fn finish() {
     if let Some(writer) = WRITER.get() {
         writer.finish();
@@ -166,7 +163,6 @@ impl Lines {
     }
 }
 
-/// One object a line: `time`, `level`, `message`, and the fields that apply.
 fn json(level: Level, line: Line) -> String {
     let mut object = Map::new();
     let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();

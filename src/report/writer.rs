@@ -48,7 +48,6 @@ struct Backlog {
     waiting: VecDeque<Vec<u8>>,
     /// How many lines were dropped before the first one that waits, and not mentioned yet.
     dropped: u64,
-    /// The thread is writing a line.
     writing: bool,
     has_thread: bool,
 }
@@ -144,7 +143,6 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         }
     }
 
-    /// The next bytes to write.
     fn next(&self, backlog: &mut Backlog) -> Option<Vec<u8>> {
         if !backlog.rest.is_empty() {
             return Some(std::mem::take(&mut backlog.rest));
@@ -210,7 +208,6 @@ mod tests {
         (Box::leak(Box::new(Writer::new(file, Lines::default()))), reader)
     }
 
-    /// Reads up to this line.
     fn read_to(reader: &mut PipeReader, last: &str) -> String {
         let (mut text, mut chunk) = (String::new(), [0; 1000]);
         while !text.ends_with(last) {
@@ -241,7 +238,6 @@ mod tests {
         let (writer, mut reader) = writer();
         let full = "x".repeat(200_000) + "\n";
         writer.write(full.clone());
-        // The next ones must not overtake it.
         let lines: Vec<String> = (1..=WAITING_MAX + 3).map(|number| format!("{number}\n")).collect();
         for line in &lines {
             writer.write(line.clone());
@@ -249,7 +245,6 @@ mod tests {
         let told = "qconsume: warning: 3 lines were dropped here: nobody was reading standard error\n";
         let text = read_to(&mut reader, &format!("\n{}\n", lines.len()));
         assert_eq!(text.strip_prefix(&full).unwrap(), told.to_owned() + &lines[3..].concat());
-        // Once is enough.
         writer.write("end\n".to_owned());
         assert_eq!(read_to(&mut reader, "end\n"), "end\n");
     }
