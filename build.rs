@@ -1,5 +1,6 @@
-//! The commit that `--version` shows: QCONSUME_COMMIT if it is set, for builds without a repository (containers, packages).
-//! Otherwise git is asked, for release builds only: a debug build would be compiled again after every commit.
+//! The commit that `--version` shows: QCONSUME_COMMIT if it is set, for builds without a repository (containers,
+//! packages). Otherwise git is asked, for release builds only: a debug build would be compiled again after every
+//! commit.
 
 use std::{env, path::Path, process::Command};
 
@@ -18,7 +19,8 @@ fn from_git() -> Option<String> {
     if !Path::new(".git").exists() {
         return None;
     }
-    // Every move of HEAD adds a line to this file. The branch's own file may be missing, which cargo takes for a change.
+    // Every move of HEAD adds a line to this file. The branch's own file may be missing, which cargo takes for a
+    // change.
     let log = git(&["rev-parse", "--git-path", "logs/HEAD"])?;
     if Path::new(&log).exists() {
         println!("cargo::rerun-if-changed={log}");

@@ -1,10 +1,10 @@
 //! The allocator of both programs. If memory runs out, it logs that and ends the process with a documented status; the
 //! standard library would abort.
 //!
-//! In the musl build, which is the shipped one, dlmalloc saves 7 percent of one message's time and 10 of its processor time,
-//! and costs no memory: musl maps and unmaps a page or two for a handful of small allocations, dozens of times before the
-//! first message arrives. Large allocations stay with musl, as dlmalloc would fill lapin's two buffers of 4 MiB with zeroes,
-//! while the kernel provides only the pages that are used.
+//! In the musl build, which is the shipped one, dlmalloc saves 7 percent of one message's time and 10 of its processor
+//! time, and costs no memory: musl maps and unmaps a page or two for a handful of small allocations, dozens of times
+//! before the first message arrives. Large allocations stay with musl, as dlmalloc would fill lapin's two buffers of 4
+//! MiB with zeroes, while the kernel provides only the pages that are used.
 
 #![allow(unsafe_code)]
 
@@ -42,7 +42,8 @@ pub fn note_command_started() {
     COMMAND_STARTED.store(true, Ordering::Relaxed);
 }
 
-/// Remembers that a message was dead-lettered with `--keep-going`, which gives the run this status, also if memory runs out.
+/// Remembers that a message was dead-lettered with `--keep-going`, which gives the run this status, also if memory runs
+/// out.
 pub fn note_dead_lettered(status: u8) {
     DEAD_LETTERED.store(status, Ordering::Relaxed);
 }
@@ -77,7 +78,8 @@ fn end() -> ! {
     unsafe { libc::_exit(status.into()) }
 }
 
-// SAFETY: every call goes to the allocator that made the allocation. Its size, which callers must know, decides which one.
+// SAFETY: every call goes to the allocator that made the allocation. Its size, which callers must know, decides which
+// one.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: here and below, the caller has promised what the allocator requires.
@@ -96,8 +98,8 @@ unsafe impl GlobalAlloc for Allocator {
         if (layout.size() < LARGE) == (size < LARGE) {
             return or_end(unsafe { Self::of(size).realloc(start, layout, size) });
         }
-        // SAFETY: the caller has promised that the size can be aligned. The two places don't overlap, and each has room for
-        // the smaller size.
+        // SAFETY: the caller has promised that the size can be aligned. The two places don't overlap, and each has room
+        // for the smaller size.
         unsafe {
             let moved = self.alloc(Layout::from_size_align_unchecked(size, layout.align()));
             copy_nonoverlapping(start, moved, layout.size().min(size));

@@ -1,5 +1,5 @@
-//! Options and their environment. A flag takes precedence over its variable, and the variable over the default. The only I/O
-//! is reading secret files.
+//! Options and their environment. A flag takes precedence over its variable, and the variable over the default. The
+//! only I/O is reading secret files.
 
 mod broker;
 mod output;
@@ -38,7 +38,8 @@ pub struct QconsumeOptions {
 
     /// Wait this long for a message, such as 30s or 5m
     ///
-    /// If none arrives, exit with --empty-exit-code. Time spent connecting doesn't count. Without this option, qconsume waits for ever.
+    /// If none arrives, exit with --empty-exit-code. Time spent connecting doesn't count. Without this option, qconsume
+    /// waits for ever.
     #[arg(short, long, value_name = "DURATION", env = "QCONSUME_WAIT", value_parser = duration, help_heading = "Taking")]
     pub wait: Option<Duration>,
 
@@ -54,7 +55,8 @@ pub struct QconsumeOptions {
 
     /// Consume until the queue is empty
     ///
-    /// Then exit with 0, even if there was no message. With --wait, consume until the queue has been empty for that long.
+    /// Then exit with 0, even if there was no message. With --wait, consume until the queue has been empty for that
+    /// long.
     #[arg(long, env = "QCONSUME_DRAIN", value_parser = switch, help_heading = "Taking")]
     pub drain: bool,
 

@@ -79,8 +79,8 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     }
 }
 
-/// Runs `worker::work` or `publish::publish` on the main thread. The command must be started on a thread that outlives it: its
-/// parent-death signal comes when that thread ends.
+/// Runs `worker::work` or `publish::publish` on the main thread. The command must be started on a thread that outlives
+/// it: its parent-death signal comes when that thread ends.
 fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -95,8 +95,8 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
     status
 }
 
-/// Makes a panic on any thread end the process, so that no work goes on half done. A panic is a defect, unless tokio or the
-/// standard library panicked because the system had no thread or descriptor left.
+/// Makes a panic on any thread end the process, so that no work goes on half done. A panic is a defect, unless tokio or
+/// the standard library panicked because the system had no thread or descriptor left.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         let failure = match exit::shortage_behind(&panic.to_string()) {

@@ -32,8 +32,8 @@ const TERMINATION_MESSAGE_MAX: usize = 4096;
 
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
-/// Starts the log, with lines of this level and above, and sets the file for the termination message; an empty path means
-/// none.
+/// Starts the log, with lines of this level and above, and sets the file for the termination message; an empty path
+/// means none.
 pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     let _ = TERMINATION_LOG_PATH.set(termination_log.to_owned());
     log::start(level, format);

@@ -26,7 +26,8 @@ fn handled() -> SigSet {
 
 /// Blocks the signals until [`install`].
 ///
-/// The kernel drops a signal to PID 1 that has no handler, unless it is blocked (`sig_ignored` in Linux's kernel/signal.c).
+/// The kernel drops a signal to PID 1 that has no handler, unless it is blocked (`sig_ignored` in Linux's
+/// kernel/signal.c).
 ///
 /// # Errors
 /// If the kernel refuses, for which there is no known reason.
@@ -78,8 +79,8 @@ impl Signals {
         self.stopped_by
     }
 
-    /// Call this after starting a command. A signal that is pending now may be older than the command, so the command hasn't got
-    /// it, even if a terminal sent it to our whole process group.
+    /// Call this after starting a command. A signal that is pending now may be older than the command, so the command
+    /// hasn't got it, even if a terminal sent it to our whole process group.
     pub fn command_started(&mut self) {
         while let Some(received) = self.source.pending() {
             self.read_ahead.push_back(Received { from_terminal: false, ..received });
@@ -140,8 +141,9 @@ fn read(fd: &SignalFd) -> io::Result<Received> {
 
 /// Starts to read signals, beginning with those that came since [`hold`].
 ///
-/// They stay blocked and are read from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were ignored
-/// at the start stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background jobs.
+/// They stay blocked and are read from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were
+/// ignored at the start stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background
+/// jobs.
 ///
 /// # Errors
 /// If the system has no descriptor left.
@@ -158,7 +160,8 @@ pub fn install() -> io::Result<Signals> {
     // Its successor `register` is unsafe, because of types whose descriptor may change. That of a `SignalFd` doesn't.
     #[allow(deprecated)]
     let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
-    // With SIGXFSZ blocked, write(2) fails if a file would grow beyond its limit (ulimit -f); otherwise we would be killed.
+    // With SIGXFSZ blocked, write(2) fails if a file would grow beyond its limit (ulimit -f); otherwise we would be
+    // killed.
     let mut blocked = taken;
     blocked.add(Signal::SIGXFSZ);
     // Unblock all others that a parent may have blocked: without SIGCHLD we would never notice the command's end.

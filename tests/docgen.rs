@@ -1,5 +1,5 @@
-//! Writes the files that are generated from the programs' command lines: `docs/options.md` and the tables of exit statuses.
-//! With a folder as its argument, it writes the man pages and the shell completions to that folder instead.
+//! Writes the files that are generated from the programs' command lines: `docs/options.md` and the tables of exit
+//! statuses. With a folder as its argument, it writes the man pages and the shell completions to that folder instead.
 
 use anyhow::{Context, Result};
 use clap::{Arg, ArgAction, Command};
@@ -99,7 +99,8 @@ fn manuals(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The man page. Exit statuses and examples get sections of their own, as the help has broken their lines for a terminal.
+/// The man page. Exit statuses and examples get sections of their own, as the help has broken their lines for a
+/// terminal.
 fn manual(command: Command) -> Result<Vec<u8>> {
     let after = command.get_after_long_help().map(ToString::to_string);
     let after = after.unwrap_or_default();
@@ -133,8 +134,8 @@ fn roff_text(text: &str) -> String {
     lines.join("\n")
 }
 
-/// Hides the values that variables have on this machine, and shows the text of every option: clap_mangen 0.3 leaves it out if
-/// the short help hides the option and the text is a single paragraph.
+/// Hides the values that variables have on this machine, and shows the text of every option: clap_mangen 0.3 leaves it
+/// out if the short help hides the option and the text is a single paragraph.
 fn for_everybody(command: Command) -> Command {
     command.mut_args(|arg| arg.hide_env_values(true).hide_short_help(false))
 }

@@ -78,8 +78,8 @@ impl Given<'_> {
         }
     }
 
-    /// Refuses addresses as values of other options. A message about such a value would show the password, and no name of a file
-    /// or of something on the broker looks like an address.
+    /// Refuses addresses as values of other options. A message about such a value would show the password, and no name
+    /// of a file or of something on the broker looks like an address.
     fn refuse_misplaced_addresses(&self) -> Result<(), Failure> {
         const ALLOWED: [&str; 9] =
             ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
@@ -149,7 +149,8 @@ pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> 
     Ok(Request::Run(Box::new(options)))
 }
 
-/// clap's message in one line for the log: without the usage, and with its tips and the variable that has the wrong value.
+/// clap's message in one line for the log: without the usage, and with its tips and the variable that has the wrong
+/// value.
 fn usage_error(error: &clap::Error, command: &clap::Command) -> Failure {
     let mut text = error.render().to_string();
     if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)

@@ -17,7 +17,8 @@ pub(crate) fn queue_name(text: &str) -> Result<String, String> {
     name(line.unwrap_or(text))
 }
 
-/// An empty variable counts as unset, except BROKER_URL and QUEUE (an error) and QCONSUME_TERMINATION_LOG (turns it off).
+/// An empty variable counts as unset, except BROKER_URL and QUEUE (an error) and QCONSUME_TERMINATION_LOG (turns it
+/// off).
 pub(super) fn without_empty_variables(command: clap::Command) -> clap::Command {
     const MAY_BE_EMPTY: [&str; 3] = ["BROKER_URL", "QUEUE", "QCONSUME_TERMINATION_LOG"];
     let mut empty: Vec<_> = std::env::vars_os().filter(|(_, value)| value.is_empty()).map(|(name, _)| name).collect();

@@ -68,20 +68,22 @@ fn read_all() -> Vec<Stat> {
     names.iter().filter_map(|name| read(name)).collect()
 }
 
-/// Children of ours that the command hasn't started: those of a shell that became qconsume by exec and, if we are PID 1, those
-/// of a `docker exec`. Processes that become our children when their parents end are included.
+/// Children of ours that the command hasn't started: those of a shell that became qconsume by exec and, if we are PID
+/// 1, those of a `docker exec`. Processes that become our children when their parents end are included.
 ///
 /// A child is a stranger if it
 /// - existed before the command, or
 /// - is in our own process group while the command has another one, or
-/// - is in a process group or a session that existed before the command, except our own session, which the command is in.
+/// - is in a process group or a session that existed before the command, except our own session, which the command is
+///   in.
 ///
-/// All other children belong to the command, and so do their descendants. The command's processes can't join an older session,
-/// as setsid(2) only makes new ones. They can join an older group only by its number (setpgid(2)), and only in our session.
+/// All other children belong to the command, and so do their descendants. The command's processes can't join an older
+/// session, as setsid(2) only makes new ones. They can join an older group only by its number (setpgid(2)), and only in
+/// our session.
 ///
-/// The kernel says no more about a process whose parent is gone. So two kinds of strangers count as the command's: processes
-/// that a stranger starts in a new session while the command runs, and leaves behind; and processes left behind by a
-/// `docker exec` that began while the command ran.
+/// The kernel says no more about a process whose parent is gone. So two kinds of strangers count as the command's:
+/// processes that a stranger starts in a new session while the command runs, and leaves behind; and processes left
+/// behind by a `docker exec` that began while the command ran.
 #[derive(Debug, Default)]
 pub(super) struct Strangers {
     /// Their process ids and start times.

@@ -30,8 +30,8 @@ const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 /// Finds the program that a command's first word names: in the folders of `path`, unless the word has a slash.
 ///
 /// # Errors
-/// 127 if the file, its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; 126 if one of them can't
-/// be executed; 71 if one of them can't be checked on this node now.
+/// 127 if the file, its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; 126 if one of
+/// them can't be executed; 71 if one of them can't be checked on this node now.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     find_with_env(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
         let message = match exit {
@@ -44,8 +44,8 @@ pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     })
 }
 
-/// The status for a program that can't be looked up or executed. env(1), timeout(1) and bash exit with 126 for every error
-/// except ENOENT. Some of these errors are temporary problems of the node: those are 71.
+/// The status for a program that can't be looked up or executed. env(1), timeout(1) and bash exit with 126 for every
+/// error except ENOENT. Some of these errors are temporary problems of the node: those are 71.
 pub(super) fn exit_of(error: &io::Error) -> Exit {
     match error.raw_os_error() {
         _ if shortage(error).is_some() || is_dead_mount(error) => Exit::OsError,
@@ -159,8 +159,8 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
         match check_interpreters(&file, path, 0) {
             Ok(command) => return Ok((file, command)),
             Err(problem) if problem.is_absence => {}
-            // A later folder may have one that works: execvp(3) goes on after EACCES, bash after every error. If none has,
-            // report 71 (a mount that doesn't answer may have it) before 126, and 126 before 127.
+            // A later folder may have one that works: execvp(3) goes on after EACCES, bash after every error. If none
+            // has, report 71 (a mount that doesn't answer may have it) before 126, and 126 before 127.
             Err(problem) if first.as_ref().is_none_or(|first| problem.exit.status() < first.exit.status()) => {
                 first = Some(problem);
             }
@@ -171,8 +171,8 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     Err(first.unwrap_or_else(nowhere))
 }
 
-/// Checks that the kernel would execute the file and its interpreters, as far as we can tell. Returns the command that env(1)
-/// would start for it.
+/// Checks that the kernel would execute the file and its interpreters, as far as we can tell. Returns the command that
+/// env(1) would start for it.
 fn check_interpreters(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
     check_executable(file)?;
     let line = match first_line(file) {
@@ -241,7 +241,8 @@ fn trim_blanks(text: &[u8]) -> &[u8] {
     text.get(start..text.len() - end).unwrap_or_default()
 }
 
-/// The command that env(1) starts for this one argument (as in GNU coreutils 9.1). `None` if there is none or we can't tell.
+/// The command that env(1) starts for this one argument (as in GNU coreutils 9.1). `None` if there is none or we can't
+/// tell.
 fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
     let split_options: [&[u8]; 3] = [b"-S", b"-vS", b"--split-string="];
     let text = split_options.into_iter().find_map(|option| argument.strip_prefix(option));

@@ -19,7 +19,8 @@ use tokio::{
     task::yield_now,
 };
 
-/// How many children to reap, in about a millisecond, before other tasks get a turn: some may fork faster than they are reaped.
+/// How many children to reap, in about a millisecond, before other tasks get a turn: some may fork faster than they are
+/// reaped.
 const SWEEP: usize = 100;
 
 /// Reaps children in the background while the runtime runs.
@@ -113,7 +114,8 @@ enum Peek {
 #[allow(unsafe_code)]
 fn peek() -> Peek {
     let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: siginfo_t is plain data, may be zero, and outlives the call. waitid(2) sets the fields or leaves them zero.
+    // SAFETY: siginfo_t is plain data, may be zero, and outlives the call. waitid(2) sets the fields or leaves them
+    // zero.
     let (result, code, pid, status) = unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let result = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);

@@ -62,14 +62,14 @@ pub struct RunningCommand {
 impl RunningCommand {
     /// Starts the program at `path` with this standard input. The first word is its `argv[0]`.
     ///
-    /// It gets a process group of its own, unless we are in the foreground group of a terminal: only that group may read from
-    /// the terminal.
+    /// It gets a process group of its own, unless we are in the foreground group of a terminal: only that group may
+    /// read from the terminal.
     ///
     /// Call this on the main thread: the parent-death signal comes when the thread that started the command ends.
     ///
     /// # Errors
-    /// 71 if the system is short of something, 127 if the kernel doesn't find the program, its interpreter or its loader, 126
-    /// for anything else.
+    /// 71 if the system is short of something, 127 if the kernel doesn't find the program, its interpreter or its
+    /// loader, 126 for anything else.
     pub fn start(
         path: &Path,
         words: &[OsString],
@@ -115,9 +115,9 @@ impl RunningCommand {
 
 /// Signals all of them, and warns about the first signal that is refused. `false` if there is none, or all refused.
 ///
-/// Signals go to groups if possible. A chain of processes that fork and exit could escape signals to processes, but no fork
-/// escapes a signal to its group (Linux's kernel/fork.c delivers pending signals first). In a group that includes others, such
-/// a chain may escape.
+/// Signals go to groups if possible. A chain of processes that fork and exit could escape signals to processes, but no
+/// fork escapes a signal to its group (Linux's kernel/fork.c delivers pending signals first). In a group that includes
+/// others, such a chain may escape.
 fn signal_all(descendants: &Descendants, signal: Signal) -> bool {
     let target = |process: &Stat| match process.group.as_raw() {
         // kill(2) takes 0 for our own group and -1 for all processes.
@@ -212,7 +212,8 @@ impl Process for RunningCommand {
                 Children::Running => self.reaper.reaped().await,
                 Children::MoreEnded => {}
             }
-            // If children end faster than they are reaped, nothing above ever waits. Give timers, signals and heartbeats a turn.
+            // If children end faster than they are reaped, nothing above ever waits. Give timers, signals and
+            // heartbeats a turn.
             yield_now().await;
         }
     }

@@ -16,13 +16,14 @@ use std::{
 /// The largest body to pass in a pipe, in bytes: Linux's default for /proc/sys/fs/pipe-max-size.
 const PIPE_MAX: usize = 1 << 20;
 
-/// Chunk size for moving a body into the file, in bytes. Memory is freed chunk by chunk, so the body is never in memory twice.
+/// Chunk size for moving a body into the file, in bytes. Memory is freed chunk by chunk, so the body is never in memory
+/// twice.
 const CHUNK: usize = 1 << 20;
 
 /// A standard input that contains the whole body: a pipe, or a file if the body is larger than a pipe can be.
 ///
-/// The body is written before the command starts. If qconsume were killed while writing, the command could take a part for
-/// all of it: the pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
+/// The body is written before the command starts. If qconsume were killed while writing, the command could take a part
+/// for all of it: the pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
 ///
 /// # Errors
 /// 71, whatever the system refuses: the command is not to blame.
@@ -84,7 +85,8 @@ fn temporary_file(refusal: &io::Error) -> io::Result<File> {
 
 fn fill(file: &File, mut body: Vec<u8>) -> io::Result<()> {
     while !body.is_empty() {
-        // The last chunk first, as a vector can only shrink at its end. The file's offset stays 0, where the command begins to read.
+        // The last chunk first, as a vector can only shrink at its end. The file's offset stays 0, where the command
+        // begins to read.
         let start = body.len().saturating_sub(CHUNK);
         file.write_all_at(&body[start..], start as u64)?;
         body.truncate(start);

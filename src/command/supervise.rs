@@ -162,7 +162,8 @@ pub async fn supervise<L: std::fmt::Display>(
         }
     };
     if ended != Ended::Exited(0) {
-        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction, too.
+        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction,
+        // too.
         stop = stop.or(signals.stopped_by().map(|signal| StopReason::Signal(signal as i32)));
     }
     let succeeded = ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit);
@@ -177,7 +178,8 @@ pub async fn supervise<L: std::fmt::Display>(
     (ended, stop, lost)
 }
 
-/// Lets processes that a successful command left behind finish, until the deadline, which comes with the option that set it.
+/// Lets processes that a successful command left behind finish, until the deadline, which comes with the option that
+/// set it.
 ///
 /// The command stays successful, unless the delivery is lost: the time limit and signals no longer change that.
 async fn let_finish<L: std::fmt::Display>(
@@ -250,7 +252,8 @@ async fn kill_all_descendants(process: &mut impl Process) {
     }
 }
 
-/// Sends the signal, then SIGCONT as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after that.
+/// Sends the signal, then SIGCONT as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after
+/// that.
 fn terminate(process: &impl Process, target: Target, signal: Signal) {
     process.signal(target, signal);
     process.signal(target, Signal::SIGCONT);

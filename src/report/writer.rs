@@ -15,15 +15,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How many lines may wait for a reader: five seconds of a worker that takes a hundred messages a second, in addition to what
-/// fits into the pipe. They take about 300 KiB.
+/// How many lines may wait for a reader: five seconds of a worker that takes a hundred messages a second, in addition
+/// to what fits into the pipe. They take about 300 KiB.
 const WAITING_MAX: usize = 1000;
 
 /// How long the end of a run waits for its last lines.
 pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a line waits for the thread, so that it stands before what the command writes next. If nobody reads, only the first
-/// line waits.
+/// How long a line waits for the thread, so that it stands before what the command writes next. If nobody reads, only
+/// the first line waits.
 const ORDER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The thread's stack, in bytes: it does little more than write(2).
@@ -63,8 +63,8 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         Self { file, lines, backlog: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Writes a line, or leaves it to the thread. If too many wait, the oldest is dropped, as the last line of a run is the most
-    /// important one.
+    /// Writes a line, or leaves it to the thread. If too many wait, the oldest is dropped, as the last line of a run is
+    /// the most important one.
     pub(super) fn write(&'static self, line: String) {
         let mut line = line.into_bytes();
         let mut backlog = self.backlog();
@@ -158,18 +158,18 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
     }
 }
 
-/// Writes what can be written without waiting, and returns its length. Linux can do this with pipes (since 6.4), sockets and
-/// /dev/null, but not with terminals, FIFOs and most file systems (seen with 6.18).
+/// Writes what can be written without waiting, and returns its length. Linux can do this with pipes (since 6.4),
+/// sockets and /dev/null, but not with terminals, FIFOs and most file systems (seen with 6.18).
 fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     let position = u64::MAX; // the file's own
     pwritev2(file, &[IoSlice::new(bytes)], position, ReadWriteFlags::NOWAIT)
 }
 
-/// Writes a part of the bytes as soon as there is room, and returns its length. Fails with EAGAIN if there is none within
-/// `patience`.
+/// Writes a part of the bytes as soon as there is room, and returns its length. Fails with EAGAIN if there is none
+/// within `patience`.
 ///
-/// If Linux can't do [`write_now`] with the file, this may wait after all: when another process takes the room between poll(2) and
-/// write(2).
+/// If Linux can't do [`write_now`] with the file, this may wait after all: when another process takes the room between
+/// poll(2) and write(2).
 pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duration) -> rustix::io::Result<usize> {
     let patience = Timespec::try_from(patience).ok();
     if poll(&mut [PollFd::new(file, PollFlags::OUT)], patience.as_ref())? == 0 {
@@ -181,7 +181,8 @@ pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duratio
     }
 }
 
-/// Writes all of it, however long that takes, even if the command has set O_NONBLOCK on the file that it has in common with us.
+/// Writes all of it, however long that takes, even if the command has set O_NONBLOCK on the file that it has in common
+/// with us.
 fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
     while !bytes.is_empty() {
         match write(file, bytes) {
