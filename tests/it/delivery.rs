@@ -990,7 +990,7 @@ fn the_last_line_says_that_the_delivery_limit_may_drop_a_requeued_message() {
     for failures in 0..=20 {
         let done = worker(&queue).arg("false").run();
         done.assert_status(1).assert_stderr("message requeued");
-        let said = done.stderr().contains(MAY_DROP);
+        let said = done.stderr.contains(MAY_DROP);
         assert_eq!(said, limited && failures == 20, "{failures} {done:?}");
     }
     // With a broker that has the limit, the message is gone by now.

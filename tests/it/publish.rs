@@ -629,7 +629,7 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["-q", "a", "-f", "x", "-b", "y"], "cannot be used with"),
         (&["-q", "a", "-H", "none", "x"], "no colon"),
         (&["-q", "a", "-H", "n:1", "-H", "n:2", "x"], "given twice"),
-        (&["-q", "a", "--timeout", "0", "x"], "more than nothing"),
+        (&["-q", "a", "--timeout", "0", "x"], "more than 0"),
         (&["-q", "a", "--expiration", "10s", "x"], "--expiration"),
         (&["-q", "a", "--declare=stream", "x"], "stream"),
     ] {
