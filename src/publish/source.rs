@@ -99,6 +99,9 @@ impl Input {
     }
 }
 
+/// A body, and its permit to be in the window, which is given back once the message is confirmed.
+type BodyWithPermit = (Vec<u8>, OwnedSemaphorePermit);
+
 /// Where messages come from.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
@@ -144,8 +147,8 @@ impl Source {
         matches!(self, Self::Input | Self::Records(_)) && io::stdin().is_terminal()
     }
 
-    /// Starts to read, on a thread: bodies, each with its permit to be in the window. An error is the last item.
-    pub(super) fn start(&self) -> io::Result<mpsc::Receiver<Result<(Vec<u8>, OwnedSemaphorePermit), Failure>>> {
+    /// Starts to read, on a thread. An error is the last item.
+    pub(super) fn start(&self) -> io::Result<mpsc::Receiver<Result<BodyWithPermit, Failure>>> {
         // The window limits what is read, not this capacity.
         let (sender, receiver) = mpsc::channel(1024);
         let window = Arc::new(Semaphore::new(WINDOW));
