@@ -16,7 +16,8 @@ use crate::{
     broker::{NotQueued, Publisher},
     clock::sleep_until_or_never,
     exit::{Exit, Failure, status_of_signal},
-    report::{RunSummary, counted, program},
+    program::Program,
+    report::{RunSummary, counted},
     signals::{Signals, next_stop, unless_stopped},
 };
 use nix::sys::signal::Signal;
@@ -65,7 +66,7 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
                 ),
                 _ => format!("{} confirmed", counted(sent, "message", "messages")),
             };
-            let (status, source) = (0, program());
+            let (status, source) = (0, Program::current().name());
             tracing::info!(
                 json.sent = sent,
                 json.confirmed = confirmed,
