@@ -4,8 +4,8 @@
     tests/options-table.py --check QCONSUME QPUBLISH    checks that the documentation's tables are up to date
     tests/options-table.py --write QCONSUME QPUBLISH    updates them
 
-Reads the help of all four programs. Fails if we lack one of their options, or have another letter for it, or if DIFFERENT
-names an option that they don't have.
+Reads the help of all four programs. Fails if we lack one of their options, or have another letter for it, or if
+DIFFERENT names an option that they don't have.
 """
 
 import re

@@ -4,8 +4,8 @@
     tests/recording.py             runs the demo and writes docs/demo.svg (make recording)
     tests/recording.py --check     runs the demo and compares it with docs/demo.svg (make check-recording)
 
-Runs differ in their times, in the order of the lines, in which worker took which message, and perhaps in the queue's name:
-`comparable` removes these differences. If anything else differs, the picture is out of date.
+Runs differ in their times, in the order of the lines, in which worker took which message, and perhaps in the queue's
+name: `comparable` removes these differences. If anything else differs, the picture is out of date.
 """
 
 import argparse

@@ -4,12 +4,12 @@
 use super::reach::{
     address::Address,
     connection::OpenConnection,
-    observed::{Observed, Version},
+    observed::Observed,
     tls_errors,
     token::{Credentials, Token},
 };
 use crate::exit::{Exit, Failure};
-use lapin::ErrorKind;
+use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE};
 use std::{fmt, io, path::Path};
 
 /// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0. It closes the connection without
@@ -20,28 +20,33 @@ const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 /// What that frame holds besides the credentials, in bytes: the client's properties, at most.
 const START_OK_REST: usize = 1024;
 
-/// What a refusal means, as far as that doesn't depend on what was asked for.
+/// What a refusal means, whatever was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// The broker refused the user and the password.
     LoginRefused,
-    /// A limit of connections or channels is reached.
+    VirtualHostRefused,
+    NoVirtualHost,
+    /// Of connections or channels.
     Limit,
-    /// A limit of queues is reached.
     QueueLimit,
     /// The queue is there, but none of its replicas answers.
     QueueDown,
-    /// There is no such queue, exchange or virtual host.
+    NoExchange,
+    /// There is no such queue, unless something else was asked for.
     Missing,
     /// Another consumer has the queue to itself.
     ExclusiveConsumer,
-    /// The queue is another connection's own.
+    /// The queue is exclusive to another connection.
     ExclusiveQueue,
-    /// The user lacks a permission.
+    /// Only the broker may give this name.
+    ReservedName,
+    InvalidName,
+    /// Only exchanges may publish to this one.
+    InternalExchange,
     NotPermitted,
     /// The token that the user is logged in with has expired.
     TokenExpired,
-    /// The token that was to take its place is refused.
+    /// The broker refused the renewed token.
     NewTokenRefused,
     /// The delivery wasn't acknowledged in time.
     AckTimeout,
@@ -53,7 +58,7 @@ pub(super) enum Meaning {
     Precondition,
     /// The broker doesn't do what was asked for.
     NotImplemented,
-    /// Anything else: the broker's own trouble, which may pass.
+    /// Anything else: a problem of the broker's, which may pass.
     Other,
 }
 
@@ -70,30 +75,44 @@ impl Refusal {
         Self { code, text }
     }
 
-    /// By the reply code (AMQP 0-9-1, 1.2) and the part of the text that no user chooses, as seen from RabbitMQ 3.10, 4.0
-    /// and 4.3, and LavinMQ 2.9: names stand in its middle, in quotes. A beginning is better than an end, as a text has
-    /// 255 bytes at most and long names push the end out of it.
+    /// By the reply code (AMQP 0-9-1, 1.2) and the part of the text that no user chooses: names stand in its middle, in quotes.
+    /// Seen with RabbitMQ 3.10, 4.0 and 4.3, LavinMQ 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ. A beginning is better
+    /// than an end: RabbitMQ cuts a text that has more than 255 bytes, and long names push its end out.
     pub(super) fn meaning(&self) -> Meaning {
         use Meaning as M;
         // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
-        let text = match self.text.split_once(" - ") {
-            Some((name, rest)) if name.bytes().all(|c| c.is_ascii_uppercase() || c == b'_') => rest,
-            _ => &self.text,
+        let (name, text) = match self.text.split_once(" - ") {
+            Some((name, rest)) if name.bytes().all(|c| c.is_ascii_uppercase() || c == b'_') => (name, rest),
+            _ => ("", self.text.as_str()),
         };
         let starts = |with: &str| text.starts_with(with);
         let ends = |with: &str| text.ends_with(with);
-        match self.code {
-            403 if ends("' in exclusive use") => M::ExclusiveConsumer,
+        let is_cut = self.text.len() > 250 && ends("...");
+        // amqproxy hands a refusal of the broker's on with this code, whatever it was.
+        let code = if (self.code, name) == (403, "NOT_ALLOWED") { 530 } else { self.code };
+        match code {
+            402 => M::NoVirtualHost,
+            403 if starts("queue '") || ends("' in exclusive use") => M::ExclusiveConsumer,
+            403 if ends("' as it already has an existing exclusive consumer") => M::ExclusiveConsumer,
+            403 if starts("queue limit in vhost '") => M::QueueLimit,
+            403 if starts("queue name '") || starts("Prefix ") => M::ReservedName,
+            403 if starts("cannot publish to internal exchange '") => M::InternalExchange,
+            403 if starts("Login was refused") => M::LoginRefused,
+            403 if starts("vhost '") => M::VirtualHostRefused,
             403 if token_expired(text) => M::TokenExpired,
             403 => M::NotPermitted,
+            404 if starts("queue '") && ends("' not found") => M::Missing,
             404 if starts("queue '") || starts("home node '") => M::QueueDown,
             404 if starts("failed to perform operation on ") => M::QueueDown,
             404 if ends(" is down or inaccessible") => M::QueueDown,
             404 if ends(" process is stopped by supervisor") => M::QueueDown,
+            404 if starts("no exchange '") || starts("Exchange '") || starts("exchange '") => M::NoExchange,
+            404 if starts("Unknown virtual host: '") => M::NoVirtualHost,
             404 => M::Missing,
             405 => M::ExclusiveQueue,
             406 if starts("cannot declare queue '") => M::QueueLimit,
-            406 if ends("Server low on disk space") => M::Other,
+            406 if starts("Server low on disk space") => M::Other,
+            406 if starts("Queue name isn't valid") => M::InvalidName,
             406 if starts("delivery acknowledgement on channel ") => M::AckTimeout,
             406 if starts("consumer timeout") || ends("consumer timeout") => M::AckTimeout,
             406 if starts("message size ") => M::TooLarge,
@@ -105,17 +124,23 @@ impl Refusal {
             530 if starts("number of channels opened") => M::Limit,
             530 if starts("Connection refused for user '") => M::Limit,
             530 if starts("New secret was refused") => M::NewTokenRefused,
-            530 if starts("vhost ") => M::Missing,
+            // Broker-J, and two versions of GarageMQ.
+            530 if ["Authentication failed", "login failure", "Authorization failed"].contains(&text) => {
+                M::LoginRefused
+            }
+            530 if starts("vhost ") => M::NoVirtualHost,
             530 if ends(") is reached") => M::Limit,
-            530 if ends("not found") || ends("doesn't exist") => M::Missing,
-            530 => M::NotPermitted,
+            530 if ends("not found") || ends("doesn't exist") => M::NoVirtualHost,
+            // A limit or a permission: what is left of the text doesn't tell.
+            530 if is_cut => M::Other,
+            530 => M::VirtualHostRefused,
             540 => M::NotImplemented,
             _ => M::Other,
         }
     }
 }
 
-/// Whether a text ends as the OAuth 2 plugin's does (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT token has expired
+/// Whether a text ends as the OAuth 2 plugin's for an expired token (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT token has expired
 /// at timestamp 1796065016 (validated at 1796065021)"`. Names stand before that.
 fn token_expired(text: &str) -> bool {
     let Some((_, end)) = text.rsplit_once(": \"Provided JWT token has expired at timestamp ") else {
@@ -139,149 +164,40 @@ impl fmt::Display for Refusal {
 /// What the broker was asked for when it refused.
 #[derive(Clone, Copy)]
 pub(super) enum Asked<'a> {
-    /// To let us in, and into the virtual host.
+    /// To log us in and open the virtual host.
     Login(&'a Address),
     /// To do this with a queue, such as "consume from".
     Queue { action: &'a str, queue: &'a str },
+    /// To bind a queue to an exchange.
+    Bind { queue: &'a str, exchange: &'a str },
     /// To declare a queue of a given type.
     Declare(&'a str),
     /// To publish to this exchange.
     Publish(&'a str),
     /// Nothing: it closed the channel or the connection while a message was held or waited for.
-    Delivery { closed: &'a str, version: Option<Version> },
+    Delivery { closed: &'a str, observed: &'a Observed },
 }
 
-/// What follows from a refusal. The message is "what happened: the broker's text; what to do".
-struct Consequence {
-    exit: Exit,
-    /// Whether another attempt may help: always with [`Exit::Unavailable`].
-    retry: bool,
-    what: String,
-    advice: String,
-}
-
-impl Consequence {
-    fn new(exit: Exit, what: impl Into<String>) -> Self {
-        Self { exit, retry: exit == Exit::Unavailable, what: what.into(), advice: String::new() }
-    }
-
-    fn retry_if(self, retry: bool) -> Self {
-        Self { retry, ..self }
-    }
-
-    fn advice(self, advice: impl Into<String>) -> Self {
-        Self { advice: advice.into(), ..self }
-    }
-}
-
-/// The table: what follows from what was asked for, and from what the refusal means.
-fn consequence(asked: Asked<'_>, meaning: Meaning, login: Credentials<'_>) -> Consequence {
-    use {
-        Asked::{Declare, Delivery, Login, Publish, Queue},
-        Exit::{Config, NoPermission, Unavailable, Unconfirmed},
-        Meaning as M,
-    };
-    let row = |exit, what: String| Consequence::new(exit, what);
-    let user = login.user;
-    // The next connection logs in with what the file has then.
-    let renewable = login.file.is_some();
-    let (action, queue) = match asked {
-        Queue { action, queue } => (action, queue),
-        Declare(queue) => ("declare", queue),
-        _ => ("", ""),
-    };
-    match (asked, meaning) {
-        (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => {
-            row(NoPermission, "the broker refused the login by client certificate (EXTERNAL)".into())
-                .advice("create a user of the certificate's name, or give a password")
-        }
-        (_, M::LoginRefused) => {
-            row(NoPermission, format!("the broker refused the login of user {user:?}")).advice(login.advice_on_login())
-        }
-        (Login(address), M::Missing) => {
-            row(Config, format!("the broker has no virtual host {:?}", address.virtual_host))
-                .advice("create it, or correct the URL's path")
-        }
-        (Login(address), M::NotPermitted) => {
-            row(NoPermission, format!("user {user:?} may not use virtual host {:?}", address.virtual_host))
-                .advice(login.how_to_grant())
-        }
-        (Login(_), _) => row(Unavailable, "the broker closed the connection".into()),
-
-        (_, M::TokenExpired | M::NewTokenRefused) => {
-            let exit = if renewable && matches!(asked, Publish(_)) { Unconfirmed } else { NoPermission };
-            let expired = meaning == M::TokenExpired;
-            let what = if expired { "the token has expired" } else { "the broker refused the new token" };
-            row(exit, what.into()).retry_if(renewable).advice(login.how_to_renew())
-        }
-
-        (Delivery { version, .. }, M::AckTimeout) => {
-            row(Unconfirmed, "acknowledgement timeout".into()).advice(what_to_raise(version))
-        }
-        (Delivery { closed, .. }, _) => row(Unconfirmed, format!("the broker closed the {closed}")),
-
-        (Publish(exchange), M::Missing) => {
-            row(Config, format!("there is no exchange {exchange:?} in this virtual host"))
-                .advice("declare it, or check the name")
-        }
-        (Publish(_), M::NotPermitted) => {
-            row(NoPermission, format!("user {user:?} may not publish here")).advice(login.how_to_grant())
-        }
-        (Publish(_), M::TooLarge) => row(Config, "too large for this broker".into())
-            .advice("raise max_message_size in its rabbitmq.conf, or split it"),
-        (Publish(_), M::Precondition | M::NotImplemented) => {
-            row(Config, "the broker doesn't take messages like this".into())
-        }
-        (Publish(_), _) => row(Unconfirmed, "the broker stopped the publishing".into()),
-
-        (Declare(_), M::Precondition) => row(Config, format!("queue {queue:?} exists and is another kind of queue"))
-            .advice("publish to it without --declare, or name another"),
-        // Somebody may declare it yet.
-        (_, M::Missing) => row(Config, format!("there is no queue {queue:?} to {action}"))
-            .retry_if(true)
-            .advice("declare it, or check QUEUE and the virtual host"),
-        (_, M::QueueDown) => row(Unavailable, format!("queue {queue:?} is not available now")),
-        (_, M::ExclusiveConsumer) => {
-            row(Config, format!("queue {queue:?} has an exclusive consumer")).advice("stop it, or use another queue")
-        }
-        (_, M::ExclusiveQueue) => {
-            row(Config, format!("queue {queue:?} is exclusive to another connection")).advice("use another queue")
-        }
-        (_, M::NotPermitted) => {
-            row(NoPermission, format!("user {user:?} may not {action} queue {queue:?}")).advice(login.how_to_grant())
-        }
-        (_, M::Stream) => row(Config, format!("queue {queue:?} is a stream, which keeps its messages")).advice(
-            "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
-        ),
-        (_, M::QueueLimit) => {
-            row(Config, format!("can't {action} queue {queue:?}")).advice("raise the limit, or delete queues")
-        }
-        (_, M::Limit | M::Other) => row(Unavailable, format!("can't {action} queue {queue:?} now")),
-        (_, M::AckTimeout | M::TooLarge | M::Precondition | M::NotImplemented) => {
-            row(Config, format!("can't {action} queue {queue:?} like this"))
-        }
-    }
-}
-
-/// The setting behind the acknowledgement timeout, which has moved with the versions.
-fn what_to_raise(version: Option<Version>) -> &'static str {
-    match version {
-        Some((4, 3..) | (5.., _)) => {
-            "raise --ack-timeout, the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
-        }
-        Some((3, 12..) | (4, _)) => {
+impl Observed {
+    /// The setting behind the acknowledgement timeout, which has moved with RabbitMQ's versions.
+    fn what_to_raise(&self) -> &'static str {
+        if self.may_know_ack_timeout() {
+            "raise --ack-timeout, the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in the \
+             broker's configuration"
+        } else if self.version >= Some((3, 12)) {
             "raise the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
+        } else {
+            "raise consumer_timeout in the broker's rabbitmq.conf"
         }
-        _ => "raise consumer_timeout in the broker's rabbitmq.conf",
     }
 }
 
 /// An attempt that failed: whether another one may help, and how the run ends if none does.
 #[derive(Debug)]
 pub struct ConnectError {
-    /// It may pass by itself.
+    /// Another attempt may succeed.
     pub transient: bool,
-    /// What the run ends with when it doesn't.
+    /// How the run ends if no attempt succeeds.
     pub failure: Failure,
     /// The broker refused the user and the password.
     pub(super) login_refused: bool,
@@ -317,17 +233,117 @@ impl ConnectError {
         }
     }
 
-    /// What a refusal leads to, by the table.
+    /// The table: what follows from what was asked for, and from what the refusal means. The message is "what happened: the
+    /// broker's text; what to do".
     pub(super) fn from_refusal(asked: Asked<'_>, refusal: &Refusal, login: Credentials<'_>) -> Self {
+        use {
+            Asked::{Bind, Declare, Delivery, Login, Publish, Queue},
+            Exit::{Config, NoPermission, Unavailable, Unconfirmed},
+            Meaning as M,
+        };
         let meaning = match asked {
             // Before connection.open-ok a 403 is always the login; for the virtual host it is 530.
-            Asked::Login(_) if refusal.code == 403 => Meaning::LoginRefused,
+            Login(_) if refusal.code == 403 => M::LoginRefused,
             _ => login.meaning_of(refusal),
         };
-        let Consequence { exit, retry, what, advice } = consequence(asked, meaning, login);
-        let separator = if advice.is_empty() { "" } else { "; " };
-        let failure = Failure::new(exit, format!("{what}: {refusal}{separator}{advice}"));
-        Self { transient: retry, failure, login_refused: meaning == Meaning::LoginRefused }
+        let row = |exit, what: String, advice: &str| {
+            let separator = if advice.is_empty() { "" } else { "; " };
+            Self::from(Failure::new(exit, format!("{what}: {refusal}{separator}{advice}")))
+        };
+        let config = |what, advice| row(Config, what, advice);
+        let not_permitted = |what| row(NoPermission, what, login.how_to_grant());
+        let unavailable = |what| row(Unavailable, what, "");
+        let retry_if = |transient, row: Self| Self { transient, ..row };
+        let (action, queue) = match asked {
+            Queue { action, queue } => (action, queue),
+            Bind { queue, .. } => ("bind", queue),
+            Declare(queue) => ("declare", queue),
+            Login(_) | Publish(_) | Delivery { .. } => ("", ""),
+        };
+        let Credentials { user, virtual_host: host, .. } = login;
+        // The next connection uses the password that is in the file then.
+        let renewable = login.file.is_some();
+        match (asked, meaning) {
+            (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => row(
+                NoPermission,
+                "the broker refused the login by client certificate (EXTERNAL)".to_owned(),
+                "create a user of the certificate's name, or give a password",
+            ),
+            (_, M::LoginRefused) => {
+                let what = format!("the broker refused the login of user {user:?}");
+                let row = row(NoPermission, what, &login.advice_on_login());
+                Self { login_refused: true, ..retry_if(renewable, row) }
+            }
+            (Login(_), M::NoVirtualHost | M::Missing) | (_, M::NoVirtualHost) => {
+                config(format!("the broker has no virtual host {host:?}"), "create it, or correct the URL's path")
+            }
+            (_, M::VirtualHostRefused) => not_permitted(format!("user {user:?} may not use virtual host {host:?}")),
+            (Login(_), _) => unavailable("the broker closed the connection".to_owned()),
+
+            (_, M::TokenExpired | M::NewTokenRefused) => {
+                let expired = meaning == M::TokenExpired;
+                let what = if expired { "the token has expired" } else { "the broker refused the new token" };
+                let exit = if renewable && matches!(asked, Publish(_)) { Unconfirmed } else { NoPermission };
+                retry_if(renewable, row(exit, what.to_owned(), &login.how_to_renew()))
+            }
+
+            (Delivery { observed, .. }, M::AckTimeout) => {
+                row(Unconfirmed, "acknowledgement timeout".to_owned(), observed.what_to_raise())
+            }
+            (Delivery { closed, .. }, _) => row(Unconfirmed, format!("the broker closed the {closed}"), ""),
+
+            (Publish(exchange), M::Missing | M::NoExchange) => {
+                let what = format!("there is no exchange {exchange:?} in this virtual host");
+                config(what, "declare it, or check the name")
+            }
+            (Publish(exchange), M::InternalExchange) => {
+                config(format!("exchange {exchange:?} is internal"), "only exchanges publish to it: name another")
+            }
+            (Publish(_), M::NotPermitted) => not_permitted(format!("user {user:?} may not publish here")),
+            (Publish(_), M::TooLarge) => {
+                let advice = "raise max_message_size in its rabbitmq.conf, or split it";
+                config("too large for this broker".to_owned(), advice)
+            }
+            (Publish(_), M::Precondition | M::NotImplemented) => {
+                config("the broker doesn't take messages like this".to_owned(), "")
+            }
+            (Publish(_), _) => row(Unconfirmed, "the broker stopped the publishing".to_owned(), ""),
+
+            // Retried: somebody may still declare it.
+            (Bind { exchange, .. }, M::NoExchange) => {
+                let what = format!("there is no exchange {exchange:?} to bind queue {queue:?} to");
+                retry_if(true, config(what, "declare it, or check the name and the virtual host"))
+            }
+            (_, M::Missing | M::NoExchange) => {
+                let what = format!("there is no queue {queue:?} to {action}");
+                retry_if(true, config(what, "declare it, or check QUEUE and the virtual host"))
+            }
+            (Declare(_), M::Precondition) => {
+                let what = format!("queue {queue:?} exists and is another kind of queue");
+                config(what, "publish to it without --declare, or name another")
+            }
+            (_, M::ReservedName) => {
+                config(format!("can't {action} queue {queue:?}"), "names that begin with amq. are its own")
+            }
+            (_, M::InvalidName) => config(format!("can't {action} queue {queue:?}"), "choose another name"),
+            (_, M::QueueDown) => unavailable(format!("queue {queue:?} is not available now")),
+            (_, M::ExclusiveConsumer) => {
+                config(format!("queue {queue:?} has an exclusive consumer"), "stop it, or use another queue")
+            }
+            (_, M::Stream) => config(
+                format!("queue {queue:?} is a stream, which keeps its messages"),
+                "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
+            ),
+            (_, M::ExclusiveQueue) => {
+                config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
+            }
+            (_, M::NotPermitted) => not_permitted(format!("user {user:?} may not {action} queue {queue:?}")),
+            (_, M::QueueLimit) => {
+                config(format!("can't {action} queue {queue:?}"), "raise the limit, or delete queues")
+            }
+            (_, M::Limit | M::Other) => unavailable(format!("can't {action} queue {queue:?} now")),
+            _ => config(format!("can't {action} queue {queue:?} like this"), ""),
+        }
     }
 
     /// What an error from `channel.open` on means.
@@ -350,7 +366,7 @@ impl ConnectError {
     ) -> Self {
         if let Some(refusal) = observed.refusal(error) {
             let token = Token::parse(address.password.expose());
-            let login = Credentials { user: &address.username, token, file };
+            let login = Credentials { user: &address.username, virtual_host: &address.virtual_host, token, file };
             return Self::from_refusal(Asked::Login(address), &refusal, login);
         }
         let offered = observed.mechanisms.as_deref();
@@ -365,9 +381,14 @@ impl ConnectError {
                 )
             }
             ErrorKind::IOError(error) => Self::lost_in_handshake(error, observed, address),
-            ErrorKind::InvalidProtocolVersion(version) => {
-                Self::config(format!("the broker speaks AMQP {version} here, not 0-9-1"))
-            }
+            ErrorKind::InvalidProtocolVersion(version) => Self::config(match version.to_string().as_str() {
+                "0.9.1" => {
+                    "the broker speaks AMQP 0-9-1, and got something else before: does a load balancer send the PROXY \
+                     protocol (HAProxy: send-proxy), and the broker doesn't expect it?"
+                        .to_owned()
+                }
+                version => format!("the broker speaks AMQP {version} here, not 0-9-1"),
+            }),
             ErrorKind::ParsingError(_) if offered.is_none() => Self::config(if address.tls {
                 "what answers isn't AMQP: check the port"
             } else {
@@ -392,18 +413,44 @@ impl ConnectError {
         let greeted = observed.mechanisms.is_some();
         if greeted && observed.heartbeat.is_none() && credentials + START_OK_REST > limit {
             return Self::config(format!(
-                "the broker closed the connection when it got the credentials: user and password have {credentials} \
-                 bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter token"
+                "the broker closed the connection when it got the credentials: \
+                 user and password have {credentials} bytes, and this RabbitMQ takes {limit} for the whole frame; \
+                 use a shorter token"
             ));
+        }
+        if let Some(problem) = frame_max_problem(observed, address) {
+            return Self::config(format!("the broker closed the connection during the AMQP handshake: {problem}"));
         }
         Self::transient(match (greeted, address.tls) {
             (true, _) => "the broker closed the connection during the AMQP handshake without saying why; its log may",
-            (false, true) => "the connection was closed during the AMQP handshake; is this an AMQP port?",
+            (false, true) => {
+                "the connection was closed during the AMQP handshake; is this an AMQP port, or a load balancer that has no \
+                 backend?"
+            }
             (false, false) => {
-                "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS?"
+                "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS, or a load \
+                 balancer that has no backend?"
             }
         })
     }
+}
+
+/// What is wrong with the size of a frame that was agreed on: RabbitMQ then closes the connection without a reason.
+fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
+    let unless_unlimited = |size: Option<u32>| size.filter(|size| *size > 0).unwrap_or(u32::MAX);
+    let (theirs, ours) = (unless_unlimited(observed.frame_max), unless_unlimited(address.parameters.frame_max));
+    // As lapin does it.
+    let agreed = if theirs < ours { theirs.max(FRAME_MIN_SIZE) } else { ours };
+    if agreed > theirs {
+        return Some(format!(
+            "its frame_max is {theirs} bytes, and qconsume needs {FRAME_MIN_SIZE}: raise frame_max in rabbitmq.conf"
+        ));
+    }
+    (observed.frame_max.is_some() && agreed < FRAME_MIN_SIZE && observed.version >= Some((4, 0))).then(|| {
+        format!(
+            "this RabbitMQ takes no frame_max below {FRAME_MIN_SIZE} bytes, and the URL asks for {ours}: leave it out there"
+        )
+    })
 }
 
 /// Why a delivery, or the consumer that waits for one, was lost. A type of its own, because such a loss has no exit status: the
@@ -440,7 +487,7 @@ impl DeliveryLost {
             ErrorKind::ParsingError(_) => "channel or the connection",
             _ => "connection",
         };
-        let asked = Asked::Delivery { closed, version: observed.version };
+        let asked = Asked::Delivery { closed, observed: &observed };
         Self::because(ConnectError::from_refusal(asked, &refusal, connection.login.credentials()).failure.message)
     }
 
@@ -453,8 +500,8 @@ impl DeliveryLost {
     }
 
     /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.
-    pub(super) fn timed_out(version: Option<Version>) -> Self {
-        Self::because(format!("acknowledgement timeout: {}", what_to_raise(version)))
+    pub(super) fn timed_out(observed: &Observed) -> Self {
+        Self::because(format!("acknowledgement timeout: {}", observed.what_to_raise()))
     }
 
     /// The consumer's messages have ended without an error: it was cancelled, or lapin has dropped a close whose code it
@@ -466,9 +513,9 @@ impl DeliveryLost {
             (None, Some(refusal)) if !observed.cancelled => {
                 Self::because(format!("the broker closed the channel or the connection: {refusal}"))
             }
-            _ if observed.version >= Some((4, 3)) => Self::because(format!(
+            _ if observed.may_know_ack_timeout() => Self::because(format!(
                 "{CANCELLED}, or its acknowledgement timeout has passed ({})",
-                what_to_raise(observed.version)
+                observed.what_to_raise()
             )),
             _ => Self::because(CANCELLED),
         }
@@ -503,12 +550,17 @@ pub(super) fn described(error: &lapin::Error) -> String {
         ErrorKind::MissingHeartbeatError => {
             "the broker has been silent for two heartbeat intervals: frozen, or cut off from here".to_owned()
         }
-        ErrorKind::IOError(error) if closed(error) => "the broker closed the connection without saying why".to_owned(),
+        ErrorKind::IOError(error) if closed(error) => {
+            "the broker closed the connection without saying why; if it does so again, the idle timeout of a load balancer \
+             may be too short for --heartbeat"
+                .to_owned()
+        }
         ErrorKind::IOError(error) if error.kind() == io::ErrorKind::InvalidData => {
             format!("what the broker sent can't be read: {error}")
         }
         ErrorKind::IOError(error) => format!("the connection broke: {error}"),
         ErrorKind::ParsingError(error) => format!("what the broker sent can't be read: {error}"),
+        ErrorKind::ProtocolError(error) => format!("the broker sent what AMQP doesn't allow: {}", error.get_message()),
         ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
             "the connection is closed".to_owned()
         }

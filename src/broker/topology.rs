@@ -1,4 +1,4 @@
-//! The queue and the bindings that are declared before a subscription.
+//! What is declared and bound before a subscription.
 
 use super::{
     errors::{Asked, ConnectError, Meaning},
@@ -20,42 +20,40 @@ pub struct Topology {
     pub routing_keys: Vec<String>,
 }
 
-/// Which queue to declare.
+/// Which queue is declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
-    /// None: it must exist.
+    /// None: it has to be there.
     #[default]
     No,
-    /// A durable queue. It is created if it doesn't exist; an existing one is used as it is. Not a transient one:
-    /// RabbitMQ 4.3 refuses those unless they are exclusive.
+    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
-    /// An exclusive queue, which is deleted with the connection.
+    /// An exclusive one, which is deleted with the connection.
     Exclusive,
 }
 
-/// How to subscribe. The refusal of an earlier attempt may have changed it.
+/// How to declare and subscribe; earlier refusals may have changed it.
 #[derive(Debug)]
 pub(super) struct Request {
-    pub(super) durable: DeclareDurable,
+    pub(super) step: DeclareStep,
     pub(super) ack_timeout: bool,
 }
 
 impl Default for Request {
     fn default() -> Self {
-        Self { durable: DeclareDurable::Passively, ack_timeout: true }
+        Self { step: DeclareStep::Passive, ack_timeout: true }
     }
 }
 
-/// How to declare a durable queue. A refusal costs the connection, so each step is an attempt of its own.
+/// How a durable queue is declared. A refusal costs the connection, so each step is an attempt of its own.
 #[derive(Debug)]
-pub(super) enum DeclareDurable {
-    /// First, check that it exists: with any properties, and without the permission to configure it.
-    Passively,
+pub(super) enum DeclareStep {
+    /// First passively: the queue may exist with any properties, and this needs no permission to configure it.
+    Passive,
     /// It doesn't exist: create it.
     Create,
-    /// The creation was refused with this error: check again, as somebody may have created it with other properties
-    /// meanwhile.
-    PassivelyAgain(ConnectError),
+    /// Creating it was refused with this error: somebody else may have created it meanwhile, with other properties.
+    PassiveAgain(ConnectError),
 }
 
 /// Why there is no subscription.
@@ -73,17 +71,17 @@ impl From<ConnectError> for NotSubscribed {
 }
 
 impl Topology {
-    /// Declares the queue and binds it. Returns its name, which the broker chooses if `queue` is empty.
+    /// Declares and binds, and returns the queue's name, which the broker chooses if `queue` is empty.
     pub(super) async fn set_up(
         &self,
-        connection: &OpenConnection,
+        connection: &mut OpenConnection,
         queue: &str,
         request: Request,
     ) -> Result<String, NotSubscribed> {
-        let Request { durable, ack_timeout } = request;
-        let creates = matches!(durable, DeclareDurable::Create);
+        let Request { step, ack_timeout } = request;
+        let creates = matches!(step, DeclareStep::Create);
         let declared = match self.declare {
-            Declare::No => Ok(queue.to_owned()),
+            Declare::No => Ok(None),
             kind => {
                 let options = QueueDeclareOptions {
                     passive: kind == Declare::Durable && !creates,
@@ -91,33 +89,36 @@ impl Topology {
                     exclusive: kind == Declare::Exclusive,
                     ..QueueDeclareOptions::default()
                 };
-                declare(connection, queue, options, FieldTable::default()).await
+                declare(connection, queue, options).await.map(Some)
             }
         };
-        let name = declared.map_err(|error| {
+        let declared = declared.map_err(|error| {
             let meaning = connection.meaning(&error);
             let refused = || ConnectError::refused(&error, connection, Asked::Queue { action: "declare", queue });
-            let durable = match durable {
-                DeclareDurable::Passively if meaning == Some(Meaning::Missing) && self.declare == Declare::Durable => {
-                    DeclareDurable::Create
+            let step = match (step, meaning) {
+                (DeclareStep::Passive, Some(Meaning::Missing)) if self.declare == Declare::Durable => {
+                    DeclareStep::Create
                 }
-                DeclareDurable::Create if meaning == Some(Meaning::Precondition) => {
-                    DeclareDurable::PassivelyAgain(refused())
-                }
-                DeclareDurable::PassivelyAgain(refusal) if meaning == Some(Meaning::Missing) => return refusal.into(),
+                (DeclareStep::Create, Some(Meaning::Precondition)) => DeclareStep::PassiveAgain(refused()),
+                // Nobody has created it: why we can't says more than that it is missing.
+                (DeclareStep::PassiveAgain(refusal), Some(Meaning::Missing)) => return refusal.into(),
                 _ => return refused().into(),
             };
-            NotSubscribed::RetryWith(Request { durable, ack_timeout })
+            NotSubscribed::RetryWith(Request { step, ack_timeout })
         })?;
+        let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
+        // A proxy's connection to the broker may be shared, and live on: the queue is deleted with ours, unless another user of
+        // that connection had it first.
+        let created = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
+        if self.declare == Declare::Exclusive && created.is_some() && connection.observed().is_another_product {
+            connection.exclusive_queue = Some(name.clone());
+        }
         if creates {
             tracing::info!("declared queue {queue:?}, which was not there");
         }
         if let Some(exchange) = &self.exchange {
             let bound = self.bind(connection, &name, exchange).await;
-            bound.map_err(|error| {
-                let action = format!("bind to exchange {exchange:?}");
-                ConnectError::refused(&error, connection, Asked::Queue { action: &action, queue: &name })
-            })?;
+            bound.map_err(|error| ConnectError::refused(&error, connection, Asked::Bind { queue: &name, exchange }))?;
         }
         Ok(name)
     }
@@ -133,15 +134,14 @@ impl Topology {
     }
 }
 
-/// Declares a queue on a channel of its own, because a refusal closes the channel. Returns the queue's name.
-pub(super) async fn declare(
+/// Declares a queue on a channel of its own, because a refusal closes the channel.
+async fn declare(
     connection: &OpenConnection,
     queue: &str,
     options: QueueDeclareOptions,
-    arguments: FieldTable,
-) -> lapin::Result<String> {
+) -> lapin::Result<lapin::Queue> {
     let channel = connection.lapin.create_channel().await?;
-    let declared = channel.queue_declare(queue.into(), options, arguments).await?;
+    let declared = channel.queue_declare(queue.into(), options, FieldTable::default()).await?;
     channel.close(200, "OK".into()).await?;
-    Ok(declared.name().to_string())
+    Ok(declared)
 }

@@ -95,7 +95,8 @@ pub fn answer(request: Request, address: &Address, name: &str, code: u16, text: 
         Request::Declare => Asked::Declare(name),
         Request::Publish => Asked::Publish(name),
     };
-    Some(ConnectError::from_refusal(asked, &refusal, Credentials { user: &address.username, token: None, file: None }))
+    let login = Credentials { user: &address.username, virtual_host: &address.virtual_host, token: None, file: None };
+    Some(ConnectError::from_refusal(asked, &refusal, login))
 }
 
 fn observe(bytes: &[u8], piece: NonZeroUsize) -> io::Result<Arc<Mutex<Observed>>> {

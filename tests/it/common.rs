@@ -1,4 +1,5 @@
-//! Shared by the tests: the programs under test, queues, users and virtual hosts, and checks of where a message ended up.
+//! Shared by the tests: the programs under test, queues, users and virtual hosts, and checks of where a message ended
+//! up.
 
 pub mod terminal;
 
@@ -41,8 +42,8 @@ pub fn until_there(file: &Path) -> String {
     format!("echo started; while [ ! -e '{}' ]; do sleep 0.05; done", file.display())
 }
 
-/// Repeats a round, up to ten times, until it returns `Some`. A round is `None` if a busy machine made the broker's answer
-/// take longer than the two seconds that a stopped qconsume waits for it.
+/// Repeats a round, up to ten times, until it returns `Some`. A round is `None` if a busy machine made the broker's
+/// answer take longer than the two seconds that a stopped qconsume waits for it.
 #[track_caller]
 pub fn in_time<T>(mut round: impl FnMut() -> Option<T>) -> T {
     let played = (0..10).find_map(|_| round());
@@ -164,7 +165,8 @@ impl Drop for Vhost<'_> {
     }
 }
 
-/// A broker on which a test may create users and virtual hosts: the shared one, if the tests started it, or else a new one.
+/// A broker on which a test may create users and virtual hosts: the shared one, if the tests started it, or else a new
+/// one.
 pub fn private_broker() -> impl Deref<Target = Broker> {
     enum Private {
         Shared(&'static Broker),

@@ -12,7 +12,6 @@ use testbed::{
     owner::{find_in_path, temp_folder},
 };
 
-/// A worker on the shared broker.
 fn worker() -> Program {
     qconsume().url(&Broker::shared().url())
 }

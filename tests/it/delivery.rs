@@ -382,8 +382,8 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
     }
 }
 
-/// Sets the queue's acknowledgement timeout, in seconds, for the next test (default 10). RabbitMQ recommends at least 60, but
-/// the race is the same.
+/// Sets the queue's acknowledgement timeout, in seconds, for the next test (default 10). RabbitMQ recommends at least
+/// 60, but the race is the same.
 const CONSUMER_TIMEOUT: &str = "QCONSUME_TEST_CONSUMER_TIMEOUT";
 
 #[test]
@@ -412,8 +412,8 @@ fn a_hundred_workers_that_end_around_the_acknowledgement_timeout_claim_no_false_
         queue.publish_all(&bodies);
         queue.wait_ready(100);
         let start = |n: u32| {
-            // On an idle machine half of the workers end right at the timeout; on a busy one, those of the other half do,
-            // which end up to three seconds before it.
+            // On an idle machine half of the workers end right at the timeout; on a busy one, those of the other half
+            // do, which end up to three seconds before it.
             let before = if n.is_multiple_of(2) { 0.06 - f64::from(n) * 0.0008 } else { 3.0 - f64::from(n) * 0.03 };
             let ends = seconds - before;
             worker(&queue).url(&url).shell(&format!("cat; sleep {ends:.4}")).spawn()
@@ -666,7 +666,7 @@ fn a_count_without_any_consumer_does_not_mean_an_empty_queue() {
     let run = behind(&proxy, &queue).args(["--drain", "cat"]).run();
     run.assert_status(0);
     let looks = proxy.count(Direction::ToClient, Method::QUEUE_DECLARE_OK);
-    assert_eq!(looks, 2, "it took the first answer for an empty queue");
+    assert_eq!(looks, 2, "the first answer was taken for an empty queue");
 }
 
 #[test]

@@ -35,8 +35,8 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// A fenced block of commands.
 struct Block {
     line: usize,
-    /// If it needs more than a shell and a broker: one of `ELSEWHERE`, `terminal`, or a program (if that isn't installed,
-    /// the block is skipped).
+    /// If it needs more than a shell and a broker: one of `ELSEWHERE`, `terminal`, or a program (if that isn't
+    /// installed, the block is skipped).
     needs: Option<String>,
     commands: String,
 }
@@ -48,7 +48,7 @@ fn root() -> &'static Path {
 fn pages() -> Vec<PathBuf> {
     let mut pages: Vec<_> = fs::read_dir(root().join("docs"))
         .expect("there is documentation")
-        .map(|entry| entry.expect("it can be listed").path())
+        .map(|entry| entry.expect("the folder can be listed").path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
         .collect();
     pages.sort();
@@ -100,9 +100,9 @@ fn blocks(page: &Path) -> Vec<Block> {
 fn sandbox() -> PathBuf {
     let folder = temp_folder("docs");
     for file in ["tasks.txt", "image1.png", "image2.png"] {
-        fs::write(folder.join(file), "one\ntwo\n").expect("it can be written");
+        fs::write(folder.join(file), "one\ntwo\n").expect("the file can be written");
     }
-    std::os::unix::fs::symlink(root().join("examples"), folder.join("examples")).expect("it can be linked");
+    std::os::unix::fs::symlink(root().join("examples"), folder.join("examples")).expect("the folder can be linked");
     folder
 }
 
@@ -125,14 +125,14 @@ fn is_installed(program: &str) -> bool {
     found
 }
 
-/// Starts a server that reads each request with its body, and answers with this status, or with 415 if the body is a form.
-/// Returns its URL.
+/// Starts a server that reads each request with its body, and answers with this status, or with 415 if the body is a
+/// form. Returns its URL.
 fn http_server(status: &'static str) -> String {
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("there is a free port");
-    let address = listener.local_addr().expect("it is bound");
+    let address = listener.local_addr().expect("the listener has an address");
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let mut stream = BufReader::new(stream.expect("it connects"));
+            let mut stream = BufReader::new(stream.expect("the client connects"));
             let (mut line, mut length, mut status) = (String::new(), 0, status);
             while stream.read_line(&mut line).is_ok_and(|read| read > 2) {
                 let lower = line.to_ascii_lowercase();
@@ -147,7 +147,7 @@ fn http_server(status: &'static str) -> String {
             let mut body = vec![0; length];
             stream.read_exact(&mut body).expect("the body is there");
             let answer = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-            stream.get_mut().write_all(answer.as_bytes()).expect("it is read");
+            stream.get_mut().write_all(answer.as_bytes()).expect("the answer can be written");
         }
     });
     format!("http://{address}")
@@ -269,7 +269,7 @@ fn links_between_the_pages_lead_somewhere() {
             if target.is_empty() || target.contains("://") {
                 continue;
             }
-            let file = page.parent().expect("it is in a folder").join(target.replace('\n', " "));
+            let file = page.parent().expect("the page is in a folder").join(target.replace('\n', " "));
             assert!(file.exists(), "{}: {target} doesn't exist", name(&page));
         }
     }

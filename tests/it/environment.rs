@@ -55,7 +55,6 @@ fn environment_of(queue: &Queue) -> Environment {
     run(worker(queue)).0
 }
 
-/// The message's variables, as text.
 fn message_variables(environment: &Environment) -> BTreeMap<&str, String> {
     environment
         .iter()

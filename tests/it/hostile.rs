@@ -1,5 +1,5 @@
-//! A peer that violates AMQP, and messages that can't be read: the run ends with a documented status, and the message stays
-//! in the queue.
+//! A peer that violates AMQP, and messages that can't be read: the run ends with a documented status, and the message
+//! stays in the queue.
 
 use crate::common::{private_broker, qconsume, worker};
 use std::{
@@ -65,8 +65,8 @@ fn whatever_a_peer_sends_the_end_is_a_documented_one() {
         });
     };
     play("500ms", &|| false);
-    // The cases have to lead to each of the common ends; otherwise the peer never got far enough to misbehave. On a busy
-    // machine the limit may be too short for that, so a longer one is tried.
+    // The cases have to lead to each of the common ends; otherwise the peer never got far enough to misbehave. On a
+    // busy machine the limit may be too short for that, so a longer one is tried.
     let all_met = || {
         let statuses = statuses.lock().unwrap();
         [0, 69, 70, 75].iter().all(|status| statuses.contains_key(status))
@@ -323,8 +323,8 @@ fn an_unreadable_basic_return_is_a_lost_connection() {
     assert!(peer.count(Method::PROTOCOL_HEADER) > 1);
 }
 
-/// If a quorum queue's leader loses contact with the consumer's node, it requeues the message and may then deliver again,
-/// although the prefetch is one. It drops an acknowledgement of the first delivery silently.
+/// If a quorum queue's leader loses contact with the consumer's node, it requeues the message and may then deliver
+/// again, although the prefetch is one. It drops an acknowledgement of the first delivery silently.
 #[test]
 fn a_second_delivery_is_no_success() {
     for command in [&["sleep", "60"][..], &["true"]] {
@@ -346,8 +346,9 @@ fn a_second_delivery_is_no_success() {
     }
 }
 
-/// RabbitMQ 4.3 may requeue the delivery and still answer the barrier, so qconsume sends a second one. If RabbitMQ cut the
-/// refusal's text within a character, lapin ends the connection, which must not count as lost after the confirmation.
+/// RabbitMQ 4.3 may requeue the delivery and still answer the barrier, so qconsume sends a second one. If RabbitMQ cut
+/// the refusal's text within a character, lapin ends the connection, which must not count as lost after the
+/// confirmation.
 #[test]
 fn a_refusal_that_cannot_be_read_is_no_confirmation() {
     let asked = AtomicUsize::new(0);

@@ -1,4 +1,5 @@
-//! What LavinMQ and amqproxy answer, played by a scripted peer: their texts, as seen on the wire, and what they mean.
+//! What LavinMQ, amqproxy, Qpid Broker-J and GarageMQ answer, played by a scripted peer: their texts, as seen on the wire, and
+//! what they mean.
 
 use crate::common::{qconsume, qpublish};
 use testbed::{
@@ -58,7 +59,7 @@ fn lavinmqs_missing_queue_is_declared() {
 
 #[test]
 fn lavinmqs_low_disk_space_may_pass() {
-    const TEXT: &str = "PRECONDITION_FAILED - Server low on disk space";
+    const TEXT: &str = "PRECONDITION_FAILED - Server low on disk space, can not create queue";
     let options = ["--declare", "--connect-timeout", "10s"];
     let [peer, publishers] = [(); 2].map(|()| refuses(Method::QUEUE_DECLARE, 406, TEXT));
     let declares = worker(&peer).args(options).arg("cat").spawn();
@@ -73,6 +74,231 @@ fn lavinmqs_low_disk_space_may_pass() {
     let peer = refuses(Method::BODY, 406, TEXT);
     let done = publisher(&peer).run();
     done.assert_status(75).assert_stderr("Server low on disk space");
+}
+
+/// qconsume and qpublish declare a queue, and the broker closes the channel.
+#[track_caller]
+fn declaring(code: u16, text: &'static str, status: i32, says: &str) {
+    let peer = refuses(Method::QUEUE_DECLARE, code, text);
+    for program in [worker(&peer).args(["--declare", "cat"]), publisher(&peer).arg("--declare")] {
+        program.run().assert_status(status).assert_stderr(text).assert_stderr(says);
+    }
+}
+
+#[test]
+fn what_lavinmq_declares_under_no_condition_is_78() {
+    declaring(
+        403,
+        "ACCESS_REFUSED - queue limit in vhost 'lim' (1) is reached",
+        78,
+        "raise the limit, or delete queues",
+    );
+    declaring(406, "PRECONDITION_FAILED - Queue name isn't valid", 78, "choose another name");
+    let reserved = "ACCESS_REFUSED - Prefix [\"amq.\"] forbidden, please choose another name";
+    declaring(403, reserved, 78, "names that begin with amq. are its own");
+}
+
+#[test]
+fn garagemqs_missing_queue_may_be_declared_yet() {
+    let peer = refuses(Method::BASIC_CONSUME, 404, "queue 'x' not found");
+    let done = worker(&peer).args(["--connect-timeout", "3s", "cat"]).run();
+    done.assert_status(78).assert_stderr("there is no queue \"x\" to consume from").assert_stderr("trying again");
+    assert!(peer.count(Method::BASIC_CONSUME) > 1);
+}
+
+/// Closes the connection at this method, each time.
+fn closes(at: Method, code: u16, text: &'static str) -> Peer {
+    Peer::new(move |request| match request.method {
+        method if method == at => Answer::Bytes(frames::connection_close(code, text)),
+        _ => Answer::Usual,
+    })
+}
+
+#[test]
+fn a_login_that_is_refused_is_told_as_such_by_any_broker_and_at_any_time() {
+    const RABBITMQ: &str =
+        "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.";
+    for peer in [
+        // Broker-J, GarageMQ; RabbitMQ behind amqproxy.
+        closes(Method::CONNECTION_START_OK, 530, "Authentication failed"),
+        closes(Method::CONNECTION_START_OK, 530, "login failure"),
+        closes(Method::CHANNEL_OPEN, 403, RABBITMQ),
+        closes(Method::BASIC_CONSUME, 403, RABBITMQ),
+    ] {
+        let done = worker(&peer).args(["--connect-timeout", "20s", "cat"]).run();
+        done.assert_status(77)
+            .assert_stderr("refused the login of user \"guest\"")
+            .assert_stderr("check the user and the password");
+        assert!(!done.stderr.contains("set_permissions"), "{}", done.stderr);
+    }
+    let peer = closes(Method::CHANNEL_OPEN, 403, RABBITMQ);
+    publisher(&peer).run().assert_status(77).assert_stderr("check the user and the password");
+}
+
+#[test]
+fn a_virtual_host_that_is_missing_is_78_and_one_at_its_limit_is_tried_again() {
+    for peer in [
+        // The specification's code, as GarageMQ uses it; Broker-J; RabbitMQ behind amqproxy.
+        closes(Method::CONNECTION_OPEN, 402, "virtualHost 'here' does not exist"),
+        closes(Method::CONNECTION_OPEN, 404, "Unknown virtual host: 'here'"),
+        closes(Method::CHANNEL_OPEN, 403, "NOT_ALLOWED - vhost here not found"),
+    ] {
+        let url = format!("{}/here", peer.url());
+        for program in [worker(&peer).url(&url).arg("cat"), publisher(&peer).url(&url)] {
+            let done = program.run();
+            done.assert_status(78).assert_stderr("no virtual host \"here\"").assert_stderr("correct the URL's path");
+        }
+    }
+    let refused = closes(Method::CHANNEL_OPEN, 403, "NOT_ALLOWED - access to vhost 'here' refused for user 'guest'");
+    worker(&refused).arg("cat").run().assert_status(77).assert_stderr("may not use virtual host");
+    let limited = "NOT_ALLOWED - access to vhost 'here' refused for user 'guest': connection limit (1) is reached";
+    let done = worker(&closes(Method::CHANNEL_OPEN, 403, limited)).args(["--connect-timeout", "3s", "cat"]).run();
+    done.assert_status(69).assert_stderr("trying again");
+}
+
+/// Greets as amqproxy does.
+fn as_amqproxy(request: &Request) -> Option<Answer> {
+    (request.method == Method::PROTOCOL_HEADER)
+        .then(|| Answer::Bytes(peer::greeting_with(&[("product", "AMQProxy"), ("version", "3.1.3")])))
+}
+
+/// Whether a basic.consume asks for an acknowledgement timeout.
+fn asks_for_a_timeout(request: &Request) -> bool {
+    request.arguments.windows(18).any(|bytes| bytes == b"x-consumer-timeout")
+}
+
+#[test]
+fn behind_amqproxy_the_ack_timeout_is_asked_for_and_left_out_if_that_is_refused() {
+    let peer = Peer::new(|request| match request.method {
+        Method::BASIC_CONSUME if asks_for_a_timeout(request) => {
+            let text = "PRECONDITION_FAILED - invalid arg 'x-consumer-timeout' for queue 'x' in vhost '/'";
+            Answer::Bytes(frames::channel_close(request.channel, 406, text))
+        }
+        Method::BASIC_CONSUME => with_a_message(request),
+        _ => as_amqproxy(request).unwrap_or(Answer::Usual),
+    });
+    let done = worker(&peer).args(["--ack-timeout", "2h", "cat"]).run();
+    done.assert_status(0);
+    assert_eq!(done.stdout, b"lemon");
+    assert_eq!(peer.count(Method::BASIC_CONSUME), 2);
+}
+
+#[test]
+fn behind_amqproxy_a_cancelled_consumer_may_have_been_too_slow() {
+    let peer = Peer::new(|request| match request.method {
+        Method::BASIC_CONSUME => {
+            assert!(asks_for_a_timeout(request));
+            let Answer::Bytes(bytes) = with_a_message(request) else {
+                unreachable!("it has bytes");
+            };
+            Answer::Bytes([bytes, frames::basic_cancel(request.channel, "qconsume")].concat())
+        }
+        _ => as_amqproxy(request).unwrap_or(Answer::Usual),
+    });
+    let done = worker(&peer).args(["--ack-timeout", "2h"]).shell("sleep 30").run();
+    done.assert_status(75)
+        .assert_stderr("the queue was deleted or has moved, or its acknowledgement timeout has passed")
+        .assert_stderr("raise --ack-timeout");
+}
+
+/// The queue.delete methods that a run with an exclusive queue sends, to a broker that greets like this and says that the queue
+/// has this many messages when it is declared.
+fn deletes(greeting: &'static [(&str, &str)], ready: u32, options: &[&str]) -> Vec<Request> {
+    let peer = Peer::new(move |request| match request.method {
+        Method::PROTOCOL_HEADER => Answer::Bytes(peer::greeting_with(greeting)),
+        Method::QUEUE_DECLARE => Answer::Bytes(peer::declared(request, ready, 0)),
+        Method::BASIC_CONSUME => with_a_message(request),
+        _ => Answer::Usual,
+    });
+    let done = worker(&peer).args(options).arg("cat").run();
+    done.assert_status(0);
+    assert_eq!(done.stdout, b"lemon");
+    let seen = peer.seen();
+    let at = |method| seen.iter().position(|request| request.method == method);
+    if let Some(deleted) = at(Method::QUEUE_DELETE) {
+        assert!(at(Method::BASIC_ACK).unwrap() < deleted && deleted < at(Method::CONNECTION_CLOSE).unwrap());
+    }
+    seen.into_iter().filter(|request| request.method == Method::QUEUE_DELETE).collect()
+}
+
+#[test]
+fn behind_amqproxy_an_exclusive_queue_is_deleted_at_the_end_and_no_other() {
+    const AMQPROXY: &[(&str, &str)] = &[("product", "AMQProxy"), ("version", "3.1.3")];
+    const RABBITMQ: &[(&str, &str)] = &[("product", "RabbitMQ"), ("version", "4.3.6")];
+    let deleted = deletes(AMQPROXY, 0, &["-x"]);
+    assert_eq!(deleted.len(), 1);
+    // Two reserved bytes, the name, and the flag if-unused.
+    assert_eq!(deleted[0].arguments, *b"\0\0\x01x\x01");
+    // RabbitMQ deletes it with the connection, the queue of a user stays, and one with messages isn't new.
+    assert!(deletes(RABBITMQ, 0, &["-x"]).is_empty());
+    assert!(deletes(AMQPROXY, 0, &["--declare"]).is_empty());
+    assert!(deletes(AMQPROXY, 0, &[]).is_empty());
+    assert!(deletes(AMQPROXY, 1, &["-x"]).is_empty());
+}
+
+#[test]
+fn what_lapin_does_not_expect_is_not_told_as_the_brokers_word() {
+    // GarageMQ answers a cancel that wants no answer.
+    let peer = Peer::new(|request| match request.method {
+        Method::BASIC_CONSUME => with_a_message(request),
+        Method::BASIC_CANCEL => {
+            let ok = frames::method_frame(request.channel, Method::BASIC_CANCEL_OK, b"\x08qconsume");
+            Answer::Bytes(ok)
+        }
+        _ => Answer::Usual,
+    });
+    let done = worker(&peer).arg("cat").run();
+    assert!(!done.stderr.contains("the broker closed"), "{}", done.stderr);
+    done.assert_status(75).assert_stderr("the broker sent what AMQP doesn't allow");
+}
+
+#[test]
+fn a_frame_size_that_cannot_be_agreed_on_is_78() {
+    // As RabbitMQ does it: it hangs up when it has seen connection.tune-ok.
+    let hangs_up = |version: &'static str, frame_max: u32| {
+        Peer::new(move |request| match request.method {
+            Method::PROTOCOL_HEADER => Answer::Bytes(peer::greeting(version)),
+            Method::CONNECTION_START_OK => {
+                let arguments = [&[7, 255][..], &frame_max.to_be_bytes(), &[0, 60]].concat();
+                Answer::Bytes(frames::method_frame(0, Method::CONNECTION_TUNE, &arguments))
+            }
+            Method::CONNECTION_TUNE_OK => Answer::Last(Vec::new()),
+            _ => Answer::Usual,
+        })
+    };
+    let low = hangs_up("3.10.8", 4096);
+    let program = worker(&low).args(["--connect-timeout", "20s", "cat"]);
+    program.run().assert_status(78).assert_stderr("its frame_max is 4096 bytes").assert_stderr("raise frame_max");
+    let usual = hangs_up("4.0.5", 131_072);
+    let program =
+        worker(&usual).url(&format!("{}?frame_max=4096", usual.url())).args(["--connect-timeout", "20s", "cat"]);
+    program.run().assert_status(78).assert_stderr("the URL asks for 4096");
+    let program = worker(&usual).args(["--connect-timeout", "3s", "cat"]);
+    program.run().assert_status(69).assert_stderr("without saying why");
+}
+
+#[test]
+fn what_a_load_balancer_does_is_named() {
+    // It sends a header of its own (PROXY protocol) before ours, which the broker answers with its version.
+    let proxied = Peer::new(|request| match request.method {
+        Method::PROTOCOL_HEADER => Answer::Last(b"AMQP\0\0\x09\x01".to_vec()),
+        _ => Answer::Usual,
+    });
+    worker(&proxied).arg("cat").run().assert_status(78).assert_stderr("send-proxy");
+    let without_backend = Peer::new(|_| Answer::Last(Vec::new()));
+    let done = worker(&without_backend).args(["--connect-timeout", "2s", "cat"]).run();
+    done.assert_status(69).assert_stderr("load balancer that has no backend");
+    let idle = Peer::new(|request| match request.method {
+        Method::BASIC_CONSUME => {
+            let Answer::Bytes(bytes) = with_a_message(request) else {
+                unreachable!("it has bytes");
+            };
+            Answer::Last(bytes)
+        }
+        _ => Answer::Usual,
+    });
+    let done = worker(&idle).shell("sleep 30").run();
+    done.assert_status(75).assert_stderr("idle timeout of a load balancer").assert_stderr("--heartbeat");
 }
 
 #[test]

@@ -48,7 +48,6 @@ enum First {
     Other,
 }
 
-/// A worker in a container.
 struct Worker {
     container: Container,
     running: Running,
@@ -337,7 +336,6 @@ fn statuses_are_those_of_tini() {
     }
 }
 
-/// The one child of a process.
 fn only_child(pid: i32) -> i32 {
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     children.trim().parse().unwrap()

@@ -227,7 +227,7 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     assert_eq!(word["outcome"], "requeued");
     assert_eq!(word["status"], 3);
     assert_eq!(word["source"], "command");
-    let taken = &objects_of_failure.iter().find(|object| object["message"] == "message taken").expect("it is said");
+    let taken = &objects_of_failure.iter().find(|object| object["message"] == "message taken").expect("a line");
     assert_eq!(taken["level"], "info");
     assert_eq!(taken["queue"], queue.name());
 
@@ -374,7 +374,7 @@ fn an_empty_termination_log_turns_it_off() {
 fn a_termination_log_that_does_not_exist_is_not_created() {
     let queue = queue_with_order_7("report-nobody");
     let log = empty_file();
-    fs::remove_file(&log).expect("it was there");
+    fs::remove_file(&log).expect("the file can be removed");
     let run = worker(&queue).arg("--termination-log").arg(&log).shell("exit 3").run();
     run.assert_status(3);
     assert!(!log.exists());

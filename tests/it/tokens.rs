@@ -1,4 +1,5 @@
-//! OAuth 2 tokens instead of passwords, on a RabbitMQ with its OAuth 2 plugin: tokens that are renewed in time, or aren't.
+//! OAuth 2 tokens instead of passwords, on a RabbitMQ with its OAuth 2 plugin: tokens that are renewed in time, or
+//! aren't.
 
 use crate::common::{MESSAGE, assert_back, assert_gone, qconsume, qpublish, until_there};
 use std::{
@@ -22,7 +23,6 @@ use testbed::{
 /// How long a token is valid: longer than qconsume takes to find a new one, even on a busy machine.
 const LIFE: Duration = Duration::from_secs(12);
 
-/// How often a token is renewed.
 const RENEWED_EVERY: Duration = Duration::from_secs(4);
 
 /// Long enough for any test.
@@ -65,7 +65,8 @@ impl Site {
     }
 }
 
-/// A file as Kubernetes mounts a Secret or a projected token: a symbolic link through a second one, which an update replaces.
+/// A file as Kubernetes mounts a Secret or a projected token: a symbolic link through a second one, which an update
+/// replaces.
 struct Mount {
     folder: PathBuf,
     /// All contents so far.
@@ -125,7 +126,8 @@ impl Mount {
         program.env("QCONSUME_LOG", "debug")
     }
 
-    /// Waits for the end, and checks that no message shows a part of any content so far, such as a token's claims or signature.
+    /// Waits for the end, and checks that no message shows a part of any content so far, such as a token's claims or
+    /// signature.
     #[track_caller]
     fn finish(&self, running: &Running) -> Finished {
         let done = running.finish(PATIENCE);

@@ -14,14 +14,13 @@ use testbed::{
     owner::{find_in_path, is_root, temp_folder},
 };
 
-/// Longest time from the reason to end until the end: a second for the last lines, the rest for a busy machine. If a run
-/// blocks on standard error, it does so for ever.
+/// Longest time from the reason to end until the end: a second for the last lines, the rest for a busy machine. If a
+/// run blocks on standard error, it does so for ever.
 const PROMPT: Duration = Duration::from_secs(20);
 
 /// How long a run waits at its end for a reader of its last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// A pipe for standard error.
 struct Pipe {
     reader: PipeReader,
     writer: PipeWriter,
@@ -258,7 +257,8 @@ fn lines_are_there_when_the_system_has_no_thread_left() {
     if !is_root() || find_in_path("setpriv").is_none() {
         return missing("root, and setpriv");
     }
-    // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can reach.
+    // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can
+    // reach.
     let user = 1_500_000 + std::process::id();
     let program = temp_folder("threads").join("qconsume");
     std::fs::copy(qconsume_path(), &program).unwrap();

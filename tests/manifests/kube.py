@@ -1,9 +1,9 @@
-"""A model of the parts of Kubernetes that it takes to run a manifest in Docker: a kubelet that starts a pod's container with the
-manifest's image, command, environment, user and limits; and a Job controller that counts completions and failures and delays
-replacement pods as Kubernetes 1.36 does.
+"""A model of the parts of Kubernetes that it takes to run a manifest in Docker: a kubelet that starts a pod's container
+with the manifest's image, command, environment, user and limits; and a Job controller that counts completions and
+failures and delays replacement pods as Kubernetes 1.36 does.
 
-It is for tests with many runs, with every version of RabbitMQ, or with minutes of back-off. It has no scheduler, no cluster DNS,
-no lost nodes, no admission, and no API server: tests/kubernetes runs the manifests on a real cluster.
+It is for tests with many runs, with every version of RabbitMQ, or with minutes of back-off. It has no scheduler, no
+cluster DNS, no lost nodes, no admission, and no API server: tests/kubernetes runs the manifests on a real cluster.
 """
 
 import atexit
@@ -71,7 +71,7 @@ class Pod:
 
 
 class BackOff:
-    """The pause after failures: each doubles it, and a success ends it. Failures that the podFailurePolicy ignores count, too."""
+    """The pause after failures: each one doubles it, also one that the podFailurePolicy ignores; a success ends it."""
 
     def __init__(self):
         self.failures, self.until = 0, 0.0
@@ -133,8 +133,8 @@ class Cluster:
         # A random IPv6 prefix, as Docker's default one would collide with that of another run.
         prefix = f"fd{time.time_ns() & 0xff:02x}:{time.time_ns() >> 8 & 0xffff:x}:{time.time_ns() >> 24 & 0xffff:x}::/64"
         engine.docker("network", "create", "--internal", "--ipv6", "--subnet", prefix, self.network)
-        # Docker's DNS resolves the containers' names and forwards all other queries to this server, which answers that there is
-        # no such name. So no query leaves the network, and search lists are as fast as with a cluster's DNS.
+        # Docker's DNS resolves the containers' names and forwards all other queries to this server, which answers that
+        # there is no such name. So no query leaves the network, and search lists are as fast as with a cluster's DNS.
         self.dns = f"{engine.RUN}-dns"
         engine.docker("run", "--detach", "--name", self.dns, "--network", self.network, dns_image, "python3", "-c", NO_SUCH_NAME)
         self.dns_address = engine.address(self.dns, self.network)
@@ -165,8 +165,8 @@ class Cluster:
 
     def start(self, spec, *, what="pod", environment=None, args=None, aliases=(), user=None, index=None, hostname=None,
               volumes=None):
-        """Starts a pod's only container; returns its name. `user` replaces the manifest's, if the image lacks that; `volumes` are
-        those of an earlier pod, by their names in the manifest."""
+        """Starts a pod's only container; returns its name. `user` replaces the manifest's, if the image lacks that;
+        `volumes` are those of an earlier pod, by their names in the manifest."""
         [container] = spec["containers"]
         name = self.name(what)
         values = self.environment(container) | (environment or {})
@@ -207,8 +207,8 @@ class Cluster:
 
     @staticmethod
     def missing(indexed, completions, wanted, active, succeeded, failed_indexes):
-        """The indexes of the pods to start, the lowest first; in a Job that isn't indexed, None for each. An index in back-off
-        keeps its slot: no other index is started instead."""
+        """The indexes of the pods to start, the lowest first; in a Job that isn't indexed, None for each. An index in
+        back-off keeps its slot: no other index is started instead."""
         if not indexed:
             return [None] * (wanted - len(active))
         ended = {pod.index for pod in succeeded} | set(failed_indexes)

@@ -41,8 +41,8 @@ def test_the_queue_outlives_the_brokers_pod(start_broker):
         channel.confirm_delivery()
         channel.basic_publish("", "job1", b"apple")
     [volume] = [mount["Name"] for mount in engine.inspect(first.name)["Mounts"] if mount["Type"] == "volume"]
-    # Not by `docker stop`, as not every image forwards SIGTERM. If a node is killed within seconds of the queue's declaration,
-    # it forgets its member of the queue (seen with 4.0.5).
+    # Not by `docker stop`, as not every image forwards SIGTERM. If a node is killed within seconds of the queue's
+    # declaration, it forgets its member of the queue (seen with 4.0.5).
     engine.docker("exec", first.name, "rabbitmqctl", "-q", "stop", check=False)
     engine.wait(first.name)
     engine.docker("rm", first.name)

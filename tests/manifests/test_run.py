@@ -1,4 +1,4 @@
-"""Runs the manifests' containers as their manifests describe them, against a RabbitMQ that runs from its own manifest."""
+"""Runs containers as the manifests describe them, against a RabbitMQ that runs from its own manifest."""
 
 import re
 import threading
@@ -23,7 +23,7 @@ def empty(broker, queue="job1"):
 
 
 def endless(when):
-    """The arguments of a worker that, under this condition, runs until it is stopped, so its pod can't succeed before that."""
+    """The arguments of a worker that, under this condition, runs until it is stopped, so its pod can't succeed before."""
     return ["sh", "-c", f'task=$(cat); if [ {when} ]; then export WORK_SECONDS=1000000; fi; '
                         'printf %s "$task" | /usr/bin/worker.py']
 
@@ -263,7 +263,7 @@ def test_a_broker_that_is_not_there_yet_costs_no_tries(cluster, broker, fill):
 
 
 def test_pods_that_give_up_come_ever_more_slowly(cluster, broker, fill):
-    """Kubernetes delays the pods after ignored failures like all others, so the manifests' QCONSUME_CONNECT_TIMEOUT is long."""
+    """Ignored failures delay the next pod, too; therefore the manifests' QCONSUME_CONNECT_TIMEOUT is long."""
     fill("apple")
     where = {"BROKER_URL": "amqp://jobs:change-me@not-there-yet:5672", "QCONSUME_CONNECT_TIMEOUT": "1s"}
     started = []
@@ -308,7 +308,7 @@ def test_two_drainers_empty_the_queue(cluster, broker, fill):
 
 
 def test_failed_tasks_cost_drainers_no_pause(cluster, broker, fill):
-    """Four of eight tasks fail once. If a failure ended its drainer, the replacements would start after 10, 20, 40 … seconds."""
+    """Four of eight tasks fail once. If failures ended drainers, the next ones would start after 10, 20, 40 … seconds."""
     fill()
     outcome = cluster.run_job(manifest("work-queue/job-drain.yaml"), environment=SOON, args=[
         "sh", "-c", 'task=$(cat); case $task in [a-d]*) [ "$MESSAGE_REDELIVERED" = true ] || exit 9;; esac; '

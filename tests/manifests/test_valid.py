@@ -1,5 +1,5 @@
-"""Validates the manifests without a cluster: against the schemas of every supported version, the API server's rules that
-aren't in the schemas, and what the documentation says about them."""
+"""Validates the manifests without a cluster: against the schemas of every supported version, the API server's rules
+that aren't in the schemas, and what the documentation says about them."""
 
 import functools
 import os
@@ -18,8 +18,8 @@ from conftest import EXAMPLES, FRUITS, ROOT, VERSION
 
 VERSIONS = sorted({kubernetes_validate.utils.major_minor(v) for v in kubernetes_validate.utils.all_versions()} - {"1.25"}, key=Version)
 
-# qconsume's own exit statuses, by whether a retry can help. 65 is hopeless, as the task is dead-lettered. So is 66 if the number
-# of tasks is known; a drainer never exits with it.
+# qconsume's own exit statuses, by whether a retry can help. 65 is hopeless, as the task is dead-lettered. So is 66 if
+# the number of tasks is known; a drainer never exits with it.
 RETRY = {69, 71, 75}
 HOPELESS = {64, 65, 77, 78, 126, 127}
 
@@ -203,8 +203,9 @@ def consumers(everything):
 
 
 def test_no_task_is_dead_lettered_unnoticed(everything):
-    """If the queue's delivery-limit dead-letters a task, no pod's status shows it. So qconsume must do it first; or, if it is
-    killed each time, the Job must fail first. Before RabbitMQ 4.3 evictions count, too: leave room for ten of one task."""
+    """If the queue's delivery-limit dead-letters a task, no pod's status shows it. So qconsume must do it first; or, if it
+    is killed each time, the Job must fail first. Before RabbitMQ 4.3 evictions count, too: leave room for ten of one
+    task."""
     for name, job, values in consumers(everything):
         assert int(values["QCONSUME_MAX_ATTEMPTS"]) + job["spec"]["backoffLimit"] + 10 <= set_up("delivery-limit"), name
 

@@ -12,10 +12,11 @@ pub const TAGS: u8 = 4;
 pub enum Kind {
     /// Knows only whether a message was delivered before.
     Classic,
-    /// Before RabbitMQ 4.3: counts every requeue. The channel enforces the acknowledgement timeout. The leader may lose contact
-    /// with a worker's node.
+    /// Before RabbitMQ 4.3: counts every requeue. The channel enforces the acknowledgement timeout. The leader may lose
+    /// contact with a worker's node.
     Quorum,
-    /// RabbitMQ 4.3: doesn't count `basic.nack`. The queue enforces the acknowledgement timeout and informs the channel later.
+    /// RabbitMQ 4.3: doesn't count `basic.nack`. The queue enforces the acknowledgement timeout and informs the channel
+    /// later.
     Quorum43,
 }
 
@@ -206,8 +207,8 @@ impl Queue {
         link.reply(Reply::Deliver(Delivery { id, tag: link.tag, failures }));
     }
 
-    /// The queue's leader has lost contact with the worker's node: it requeues the message that the worker holds, and then
-    /// delivers `id` to it.
+    /// The queue's leader has lost contact with the worker's node: it requeues the message that the worker holds, and
+    /// then delivers `id` to it.
     pub fn deliver_again(&mut self, kind: Kind, link: &mut Link, id: Id) {
         self.take_back(kind, link, true, true);
         self.deliver(kind, link, id);
@@ -248,7 +249,7 @@ impl Queue {
     fn remove(&mut self, link: &mut Link, to: Place) {
         link.removed = link.unacked.take();
         link.dead_lettered |= to == Place::DeadLettered;
-        self.message(link.removed.expect("it is held")).place = to;
+        self.message(link.removed.expect("the message is held")).place = to;
     }
 
     fn take_back(&mut self, kind: Kind, link: &mut Link, counted: bool, fault: bool) {

@@ -1,56 +1,58 @@
-//! A model of the protocol: workers, a queue, the network and a Job. Stateright visits every state, so the model's steps happen
-//! in every possible order, with faults at every point. It needs no broker and takes a minute of CPU time.
+//! A model of the protocol: workers, a queue, the network and a Job. Stateright visits every state, so the model's
+//! steps happen in every possible order, with faults at every point. It needs no broker and takes a minute of CPU time.
 //!
 //! # What is modelled
 //!
 //! - **The worker** ([`worker`]) makes its decisions with the code in src/: `verdict::decide`, `verdict::RunState` and
 //!   `settlement::Settling`. It takes one message in a run, or as many as `--count` or `--drain` says, perhaps with
-//!   `--keep-going` or `--no-ack`. A command succeeds, fails, fails permanently (65), runs into `--timeout`, dies of the
-//!   forwarded SIGTERM, or can't be started.
-//! - **The broker** ([`broker`]): a classic queue, a quorum queue before 4.3, or one of 4.3; a prefetch of one, redelivery,
-//!   delivery counts, and both kinds of acknowledgement timeout. In 4.3 the queue requeues first, and informs the channel later.
-//! - **The network**: each connection has two directions, each of which keeps the order, and a cut drops everything in transit.
-//!   The two sides notice a cut independently, so the broker may redeliver while the command still runs, or deliver to a worker
-//!   that is gone. A lost frame is the same as a cut before it, as TCP loses nothing else.
+//!   `--keep-going` or `--no-ack`. A command succeeds, fails, fails permanently (65), runs into `--timeout`, dies of
+//!   the forwarded SIGTERM, or can't be started.
+//! - **The broker** ([`broker`]): a classic queue, a quorum queue before 4.3, or one of 4.3; a prefetch of one,
+//!   redelivery, delivery counts, and both kinds of acknowledgement timeout. In 4.3 the queue requeues first, and
+//!   informs the channel later.
+//! - **The network**: each connection has two directions, each of which keeps the order, and a cut drops everything in
+//!   transit. The two sides notice a cut independently, so the broker may redeliver while the command still runs, or
+//!   deliver to a worker that is gone. A lost frame is the same as a cut before it, as TCP loses nothing else.
 //! - **The Job controller** ([`job`]): a completion for each message, or for each `--count` messages, and job.yaml's
 //!   `podFailurePolicy`. It sees a pod's end some time later.
-//! - **Faults**, as many as [`System`] allows: a cut, SIGKILL, an eviction (SIGTERM), an acknowledgement timeout, a crash of the
-//!   broker, in which it may forget an ack, and a queue that requeues a worker's message because its leader has lost contact with
-//!   the worker's node.
-//! - **Time** is modelled only as order, with two assumptions: `--wait` ends only when nothing else can happen, and a queue of
-//!   4.3 informs its channel of a timeout before the pause that precedes the second barrier is over.
+//! - **Faults**, as many as [`System`] allows: a cut, SIGKILL, an eviction (SIGTERM), an acknowledgement timeout, a
+//!   crash of the broker, in which it may forget an ack, and a queue that requeues a worker's message because its
+//!   leader has lost contact with the worker's node.
+//! - **Time** is modelled only as order, with two assumptions: `--wait` ends only when nothing else can happen, and a
+//!   queue of 4.3 informs its channel of a timeout before the pause that precedes the second barrier is over.
 //!
 //! # What no client can know
 //!
-//! A queue that has lost contact with a node silently drops acknowledgements from there (docs/cluster.md). A worker can notice
-//! that only if it gets a delivery while it holds another message. So the model has this fault only if it shows: in the same step
-//! the queue delivers to this worker again, either the same message, or another one while some other worker gets the first. The
-//! model leaves out two cases:
+//! A queue that has lost contact with a node silently drops acknowledgements from there (docs/cluster.md). A worker can
+//! notice that only if it gets a delivery while it holds another message. So the model has this fault only if it shows:
+//! in the same step the queue delivers to this worker again, either the same message, or another one while some other
+//! worker gets the first. The model leaves out two cases:
 //!
 //! - nothing is delivered to this worker, because no message is ready or its consumer is cancelled;
-//! - the worker wants more messages, so its consumer isn't cancelled, and it gets *another* message. If it has written its
-//!   acknowledgement before, this looks like the next message. In that situation only the same message is delivered again.
+//! - the worker wants more messages, so its consumer isn't cancelled, and it gets *another* message. If it has written
+//!   its acknowledgement before, this looks like the next message. In that situation only the same message is delivered
+//!   again.
 //!
 //! # What is not modelled
 //!
-//! `--on-lost finish`; back-off and `--connect-timeout` (a crashed broker is back at once, and subscribing is one step);
-//! refusals; deleted queues; messages that can't be read, or arrive in pieces; single active consumers; `delivery-limit`; signals
-//! other than TERM and KILL. Either all runs are short, or all are long enough for a second barrier ([`System::long`]). The queue
-//! always delivers its first ready message.
+//! `--on-lost finish`; back-off and `--connect-timeout` (a crashed broker is back at once, and subscribing is one
+//! step); refusals; deleted queues; messages that can't be read, or arrive in pieces; single active consumers;
+//! `delivery-limit`; signals other than TERM and KILL. Either all runs are short, or all are long enough for a second
+//! barrier ([`System::long`]). The queue always delivers its first ready message.
 //!
 //! # What is checked
 //!
-//! [`properties`] has the list. [`every_run_ends`] shows that no run is a cycle, so "nobody waits for ever" means that each run
-//! reaches the end of its Job. [`seeded_bugs_are_found`] puts one bug after the other into the worker and checks that each breaks
-//! a property: a property that can't fail proves nothing.
+//! [`properties`] has the list. [`every_run_ends`] shows that no run is a cycle, so "nobody waits for ever" means that
+//! each run reaches the end of its Job. [`seeded_bugs_are_found`] puts one bug after the other into the worker and
+//! checks that each breaks a property: a property that can't fail proves nothing.
 //!
-//! The code that carries out the decisions is a copy of src/worker.rs and src/broker/consume/settle.rs. [`replay`] plays the
-//! model's runs against the real program and fails if the two differ.
+//! The code that carries out the decisions is a copy of src/worker.rs and src/broker/consume/settle.rs. [`replay`]
+//! plays the model's runs against the real program and fails if the two differ.
 //!
 //! # Reading a counterexample
 //!
-//! If a property doesn't hold, the test prints the shortest run that breaks it, with a step in each line, and the last state.
-//! Numbers are workers, from 0; `Left(0)` is the first of the connections whose workers have gone. For example,
+//! If a property doesn't hold, the test prints the shortest run that breaks it, with a step in each line, and the last
+//! state. Numbers are workers, from 0; `Left(0)` is the first of the connections whose workers have gone. For example,
 //!
 //! ```text
 //!   1. Connect(0)                     worker 0 subscribes
@@ -108,8 +110,8 @@ fn sorted(state: &State) -> State {
     state
 }
 
-/// The shortest path that breaks a property, if there is one. The checker's first one isn't always the shortest, so ask for
-/// shorter ones until there is none.
+/// The shortest path that breaks a property, if there is one. The checker's first one isn't always the shortest, so ask
+/// for shorter ones until there is none.
 fn shortest(system: &System, property: &'static str) -> Option<Path<State, Action>> {
     let (mut best, mut depth) = (None, usize::MAX);
     loop {
@@ -127,7 +129,7 @@ fn shortest(system: &System, property: &'static str) -> Option<Path<State, Actio
 
 /// A counterexample as text: its steps, and the state that they lead to.
 fn story(system: &System, property: &'static str) -> String {
-    let path = shortest(system, property).expect("it was found before");
+    let path = shortest(system, property).expect("the checker has found a counterexample");
     let last = path.last_state().clone();
     let steps = path.into_actions().into_iter().zip(1..);
     let steps: String = steps.map(|(it, n)| format!("{n:3}. {it:?}\n")).collect();
@@ -211,7 +213,8 @@ fn every_run_ends() {
     assert!(cycle.is_err());
 }
 
-/// The number of states, or a state that is on a cycle: depth first, one that is reached again before its successors are visited.
+/// The number of states, or a state that is on a cycle: depth first, one that is reached again before its successors
+/// are visited.
 fn without_cycle(system: &System) -> Result<usize, Box<State>> {
     let mut all_visited: HashMap<State, bool> = HashMap::new();
     let first = system.init_states();

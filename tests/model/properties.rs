@@ -1,4 +1,5 @@
-//! The properties that must hold in every state, and the states that must be reachable, so that the properties mean something.
+//! The properties that must hold in every state, and the states that must be reachable, so that the properties mean
+//! something.
 
 use crate::{
     broker::{Id, Message, Place},
@@ -70,9 +71,9 @@ fn unblamed(_: &System, state: &State) -> bool {
     state.queue.0.iter().all(|message| !message.blamed)
 }
 
-/// With `--reject-exit-code 0` a dead letter counts as done. For each forgotten ack, one message may be processed twice instead of
-/// another. Doesn't apply to `--drain` (a pod that finds the queue empty knows nothing about messages that others hold) or
-/// `--no-ack` (a failure loses a message).
+/// With `--reject-exit-code 0` a dead letter counts as done. For each forgotten ack, one message may be processed twice
+/// instead of another. Doesn't apply to `--drain` (a pod that finds the queue empty knows nothing about messages that
+/// others hold) or `--no-ack` (a failure loses a message).
 fn processed(system: &System, state: &State) -> bool {
     let dead_is_done = system.policy.reject_exit_code == Some(0);
     let processed = |message: &&Message| message.done || dead_is_done && message.place == Place::DeadLettered;

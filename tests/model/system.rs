@@ -161,8 +161,8 @@ pub enum Action {
     Evict(usize),
     /// Fault: the acknowledgement timeout passes.
     Expire(usize),
-    /// Fault: the queue's leader has lost contact with the worker's node. It requeues the message that the worker holds, and
-    /// delivers this one to it: the same, or another one while some other worker gets the first.
+    /// Fault: the queue's leader has lost contact with the worker's node. It requeues the message that the worker
+    /// holds, and delivers this one to it: the same, or another one while some other worker gets the first.
     Again(Id, usize),
     /// Fault: the broker crashes and starts again; it may have forgotten an ack.
     Crash(Option<Id>),

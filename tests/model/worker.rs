@@ -80,7 +80,8 @@ pub enum Phase {
     /// No pod.
     Absent,
     Connecting,
-    /// `asking`: with `--drain`, whether it waits for the answer if the queue is empty; and the message that came before that.
+    /// `asking`: with `--drain`, whether it waits for the answer if the queue is empty; and the message that came
+    /// before that.
     Waiting {
         asking: bool,
         arrived: Option<Arrived>,
@@ -112,7 +113,8 @@ impl Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct End {
     pub status: u8,
-    /// For the properties only: it has done everything that it was asked for, and really removed each message that it counted.
+    /// For the properties only: it has done everything that it was asked for, and really removed each message that it
+    /// counted.
     pub fulfilled: bool,
     /// For the properties only: the last message that it has removed from the queue.
     pub removed: Option<Id>,
@@ -129,7 +131,6 @@ pub struct Worker {
     state: RunState,
     /// It has a consumer that it hasn't cancelled.
     subscribed: bool,
-    /// A message was dead-lettered.
     dead_lettered: bool,
     /// A message arrived, but its connection was lost before it was taken; and none was taken since.
     cut_short: bool,
@@ -199,7 +200,6 @@ impl Worker {
         self.phase = Phase::Waiting { asking: false, arrived: None };
     }
 
-    /// A passive declare.
     fn ask(&mut self) {
         self.phase = Phase::Waiting { asking: true, arrived: None };
         self.write(Request::Declare);
@@ -214,7 +214,8 @@ impl Worker {
         self.write(Request::Cancel { nowait: false });
     }
 
-    /// Whether it may notice that its connection is lost: by heartbeats, or by the time limits of settling and releasing.
+    /// Whether it may notice that its connection is lost: by heartbeats, or by the time limits of settling and
+    /// releasing.
     pub fn may_notice(&self, system: &System) -> bool {
         let dead = self.link.as_ref().is_some_and(|it| it.cut || it.gone);
         let heeds = match self.phase {
@@ -287,7 +288,6 @@ impl Worker {
         self.write(Request::Qos);
     }
 
-    /// The process ends.
     fn end(&mut self, system: &System, status: u8, politely: bool) {
         let rejected = system.policy.reject_exit_code.unwrap_or(1);
         let forgets = system.bug == Some(Bug::ForgetsDeadLetters);
@@ -295,7 +295,6 @@ impl Worker {
         self.exit(if overridden { rejected } else { status }, politely);
     }
 
-    /// SIGKILL.
     fn kill(&mut self) {
         self.exit(KILLED, false);
     }
@@ -386,7 +385,6 @@ impl Worker {
         }
     }
 
-    /// `--timeout` passes.
     fn time_limit(&mut self) {
         if let Phase::Running(run) = &mut self.phase {
             run.stop.get_or_insert(Stop::TimeLimit);
@@ -407,7 +405,7 @@ impl Worker {
         if system.no_ack {
             return self.settled(system, run, Some(ending), None);
         }
-        let settlement = verdict.settlement.expect("it is still owned");
+        let settlement = verdict.settlement.expect("the delivery is still ours");
         let is_last = self.next(verdict, run) != Next::Message;
         let not_started = matches!(ending, Ending::NotStarted(_));
         let cancels = settlement == Settlement::Requeue || is_last || not_started;
@@ -428,8 +426,8 @@ impl Worker {
         self.carry_out(system, true);
     }
 
-    /// Performs the steps up to the next one that waits. A cut can lose the methods written here after any of them, so a cut or
-    /// a kill between two of them is the same as one after the last.
+    /// Performs the steps up to the next one that waits. A cut can lose the methods written here after any of them, so
+    /// a cut or a kill between two of them is the same as one after the last.
     fn carry_out(&mut self, system: &System, politely: bool) {
         let mut cancels_late = false;
         while let Phase::Settling(mut it) = self.phase {

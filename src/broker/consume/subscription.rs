@@ -4,7 +4,7 @@ use crate::{
     broker::{
         errors::{Asked, ConnectError, DeliveryLost, Meaning},
         reach::connection::OpenConnection,
-        topology::{Declare, DeclareDurable, NotSubscribed, Request, Topology},
+        topology::{Declare, DeclareStep, NotSubscribed, Request, Topology},
     },
     report::with_reminders,
 };
@@ -23,9 +23,6 @@ use tokio_stream::StreamExt;
 
 /// The consumer tag. Each channel has one consumer.
 const TAG: &str = "qconsume";
-
-/// From this version on a consumer may ask for its own acknowledgement timeout, and the queue watches it.
-const CONSUMER_TIMEOUT_SINCE: (u32, u32) = (4, 3);
 
 /// Longest wait for the number of ready messages: the queue's leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -86,7 +83,7 @@ impl Subscription {
                 // If that fails, opening the next channel fails, too.
                 let _ = channel.close(200, "OK".into()).await;
             }
-            subscribe(&connection, &options, request, declared).await
+            subscribe(&mut connection, &options, request, declared).await
         };
         let reply = with_reminders(STAGE, reply);
         let subscribed = tokio::select! {
@@ -173,7 +170,7 @@ impl Subscription {
     /// the reason is the acknowledgement timeout, see `Settling::needs_second_barrier`.
     pub(super) fn second_barrier_failed(&self, error: &lapin::Error) -> DeliveryLost {
         if self.connection.is_connected() || self.connection.observed().closed_unreadably {
-            return DeliveryLost::timed_out(self.connection.version());
+            return DeliveryLost::timed_out(&self.connection.observed());
         }
         self.delivery_lost(error)
     }
@@ -261,7 +258,7 @@ async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Resu
 type Subscribed = (String, Channel, lapin::Consumer);
 
 async fn subscribe(
-    connection: &OpenConnection,
+    connection: &mut OpenConnection,
     options: &ConsumerOptions,
     request: Request,
     declared: Option<String>,
@@ -271,19 +268,18 @@ async fn subscribe(
         Some(queue) => queue,
         None => options.topology.set_up(connection, &options.queue, request).await?,
     };
-    // Not for an exclusive queue: it is classic and refuses, and the refusal costs the connection and with it the
-    // queue.
+    // An exclusive queue is a classic one and refuses the argument. A refusal costs the connection, and with it the queue.
     let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
-        && connection.version() >= Some(CONSUMER_TIMEOUT_SINCE);
+        && connection.observed().may_know_ack_timeout();
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
     match consume(connection, &queue, ack_timeout).await {
         Ok((channel, consumer)) => Ok((queue, channel, consumer)),
         // A classic queue refuses the argument.
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
-            // The queue exists by now, so it is declared passively.
-            Err(NotSubscribed::RetryWith(Request { durable: DeclareDurable::Passively, ack_timeout: false }))
+            // The queue exists now, so it is declared passively.
+            Err(NotSubscribed::RetryWith(Request { step: DeclareStep::Passive, ack_timeout: false }))
         }
         Err(error) => {
             Err(ConnectError::refused(&error, connection, Asked::Queue { action: "consume from", queue: &queue })

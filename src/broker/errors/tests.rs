@@ -10,8 +10,8 @@ fn meaning(code: u16, text: &str) -> Meaning {
 fn texts_of_rabbitmq_and_lavinmq() {
     for (code, text, expected) in [
         // RabbitMQ 3.10 to 4.3
-        (530, "NOT_ALLOWED - vhost nowhere not found", Meaning::Missing),
-        (530, "NOT_ALLOWED - access to vhost 'limits' refused for user 'guest'", Meaning::NotPermitted),
+        (530, "NOT_ALLOWED - vhost nowhere not found", Meaning::NoVirtualHost),
+        (530, "NOT_ALLOWED - access to vhost 'limits' refused for user 'guest'", Meaning::VirtualHostRefused),
         (
             530,
             "NOT_ALLOWED - access to vhost '/' refused for user 'guest': connection limit (0) is reached",
@@ -35,6 +35,14 @@ fn texts_of_rabbitmq_and_lavinmq() {
         ),
         (404, "NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor", Meaning::QueueDown),
         (404, "NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout", Meaning::QueueDown),
+        (404, "NOT_FOUND - no exchange 'x' in vhost '/'", Meaning::NoExchange),
+        (403, "ACCESS_REFUSED - queue name 'amq.x' contains reserved prefix 'amq.*'", Meaning::ReservedName),
+        (403, "ACCESS_REFUSED - cannot publish to internal exchange 'x' in vhost '/'", Meaning::InternalExchange),
+        (
+            403,
+            "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.",
+            Meaning::LoginRefused,
+        ),
         // A long name pushes the end out of the text.
         (404, "NOT_FOUND - home node 'rabbit@a' of durable queue 'qqqqqqqqqqqqqqqq", Meaning::QueueDown),
         (403, "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use", Meaning::ExclusiveConsumer),
@@ -85,9 +93,34 @@ fn texts_of_rabbitmq_and_lavinmq() {
         // LavinMQ 2.9
         (404, "NOT_FOUND - Queue 'q' doesn't exist", Meaning::Missing),
         (406, "PRECONDITION_FAILED - Server low on disk space", Meaning::Other),
+        (406, "PRECONDITION_FAILED - Server low on disk space, can not create queue", Meaning::Other),
+        (403, "ACCESS_REFUSED - queue limit in vhost 'lim' (1) is reached", Meaning::QueueLimit),
+        (403, "ACCESS_REFUSED - Prefix [\"amq.\"] forbidden, please choose another name", Meaning::ReservedName),
+        (406, "PRECONDITION_FAILED - Queue name isn't valid", Meaning::InvalidName),
         (406, "PRECONDITION_FAILED - consumer timeout", Meaning::AckTimeout),
         // amqproxy 3.1
         (500, "UPSTREAM_ERROR", Meaning::Other),
+        (403, "NOT_ALLOWED - vhost x not found", Meaning::NoVirtualHost),
+        (403, "NOT_ALLOWED - access to vhost 'x' refused for user 'u'", Meaning::VirtualHostRefused),
+        (
+            403,
+            "NOT_ALLOWED - access to vhost 'x' refused for user 'u': connection limit (0) is reached",
+            Meaning::Limit,
+        ),
+        (403, "ACCESS_REFUSED - vhost 'x' not found or access refused", Meaning::VirtualHostRefused),
+        // Qpid Broker-J 9.2
+        (530, "Authentication failed", Meaning::LoginRefused),
+        (404, "Unknown virtual host: 'x'", Meaning::NoVirtualHost),
+        (
+            403,
+            "Cannot subscribe to queue 'q' as it already has an existing exclusive consumer",
+            Meaning::ExclusiveConsumer,
+        ),
+        // GarageMQ
+        (530, "login failure", Meaning::LoginRefused),
+        (402, "virtualHost 'x' does not exist", Meaning::NoVirtualHost),
+        (404, "queue 'q' not found", Meaning::Missing),
+        (404, "exchange 'x' not found", Meaning::NoExchange),
         (0, "", Meaning::Other),
     ] {
         assert_eq!(meaning(code, text), expected, "{code} {text}");
@@ -110,13 +143,33 @@ fn names_do_not_change_what_a_text_means() {
         ": \"Provided JWT token has expired at timestamp 1 (validated at 2)\"",
         "credential expired",
         "New secret was refused",
+        "Login was refused",
+        "Authentication failed",
+        "queue limit in vhost '",
+        "' not found",
+        "...",
         "doesn't exist",
         " - ",
         "NO - x",
     ] {
         for (code, text, expected) in [
-            (530, format!("NOT_ALLOWED - access to vhost '{name}' refused for user '{name}'"), Meaning::NotPermitted),
-            (530, format!("NOT_ALLOWED - vhost {name} not found"), Meaning::Missing),
+            (
+                530,
+                format!("NOT_ALLOWED - access to vhost '{name}' refused for user '{name}'"),
+                Meaning::VirtualHostRefused,
+            ),
+            (530, format!("NOT_ALLOWED - vhost {name} not found"), Meaning::NoVirtualHost),
+            (404, format!("NOT_FOUND - no exchange '{name}' in vhost '{name}'"), Meaning::NoExchange),
+            (
+                404,
+                format!("NOT_FOUND - queue '{name}' in vhost '{name}' process is stopped by supervisor"),
+                Meaning::QueueDown,
+            ),
+            (
+                403,
+                format!("ACCESS_REFUSED - queue '{name}' in vhost '{name}' in exclusive use"),
+                Meaning::ExclusiveConsumer,
+            ),
             (404, format!("NOT_FOUND - no queue '{name}' in vhost '{name}'"), Meaning::Missing),
             (
                 403,
@@ -134,6 +187,59 @@ fn names_do_not_change_what_a_text_means() {
             assert_eq!(meaning(code, &text), expected, "{text}");
         }
     }
+}
+
+/// RabbitMQ's way to shorten a text to 255 bytes.
+fn cut(text: &str) -> String {
+    assert!(text.len() > 255);
+    format!("{}...", &text[..252])
+}
+
+#[test]
+fn a_text_that_is_cut_means_what_is_left_of_it() {
+    let long = "n".repeat(255);
+    for (code, text, expected) in [
+        (403, format!("ACCESS_REFUSED - queue '{long}' in vhost '/' in exclusive use"), Meaning::ExclusiveConsumer),
+        (403, format!("ACCESS_REFUSED - access to queue '{long}' in vhost '/' refused"), Meaning::NotPermitted),
+        (403, format!("ACCESS_REFUSED - queue name 'amq.{long}' contains reserved prefix"), Meaning::ReservedName),
+        (404, format!("NOT_FOUND - no queue '{long}' in vhost '/'"), Meaning::Missing),
+        (404, format!("NOT_FOUND - queue '{long}' in vhost '/' process is stopped by supervisor"), Meaning::QueueDown),
+        (530, format!("NOT_ALLOWED - vhost {long} not found"), Meaning::NoVirtualHost),
+        // A limit, or a permission that is missing.
+        (530, format!("NOT_ALLOWED - access to vhost '{long}' refused for user 'u'"), Meaning::Other),
+    ] {
+        assert_eq!(meaning(code, &cut(&text)), expected, "{text}");
+    }
+    let text = format!(
+        "NOT_ALLOWED - access to vhost '{}' refused for user 'u': connection limit (0) is reached",
+        &long[..190]
+    );
+    assert_eq!(meaning(530, &cut(&text)), Meaning::Other);
+}
+
+fn frame_sizes(version: Option<(u32, u32)>, theirs: u32, ours: Option<u32>) -> Option<String> {
+    let observed = Observed { version, frame_max: Some(theirs), ..Observed::default() };
+    let mut address = Address::parse("amqp://h").unwrap();
+    address.parameters.frame_max = ours;
+    frame_max_problem(&observed, &address)
+}
+
+#[test]
+fn a_frame_max_that_cannot_be_agreed_on_is_named() {
+    for version in [None, Some((3, 10)), Some((4, 3))] {
+        for theirs in [0, 8192, 131_072] {
+            for ours in [None, Some(0), Some(8192), Some(u32::MAX)] {
+                assert_eq!(frame_sizes(version, theirs, ours), None);
+            }
+        }
+        assert!(frame_sizes(version, 4096, None).unwrap().contains("its frame_max is 4096 bytes"));
+    }
+    assert_eq!(frame_sizes(Some((3, 10)), 131_072, Some(4096)), None);
+    assert_eq!(frame_sizes(Some((3, 10)), 4096, Some(4096)), None);
+    assert!(frame_sizes(Some((4, 0)), 131_072, Some(4096)).unwrap().contains("the URL asks for 4096"));
+    // Before the broker has proposed anything, that isn't why.
+    let address = Address::parse("amqp://h?frame_max=4096").unwrap();
+    assert_eq!(frame_max_problem(&Observed { version: Some((4, 3)), ..Observed::default() }, &address), None);
 }
 
 #[test]

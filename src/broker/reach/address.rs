@@ -10,8 +10,8 @@ use parameters::number;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode};
 use std::{fmt, net::Ipv6Addr};
 
-/// Everything except RFC 3986's unreserved characters is encoded when an address is printed.
-const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+/// What is encoded when an address is printed: everything except RFC 3986's unreserved characters.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Longest name in AMQP 0-9-1, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
@@ -65,8 +65,8 @@ pub struct Address {
     pub username: String,
     /// `guest` if the URL has no password. It may be empty (`user:@host`).
     pub password: Secret,
-    /// Whether the URL has a password, even an empty one. Without one (`user@host`) it is `guest`, as in RabbitMQ's Erlang
-    /// client, unless a client certificate logs in.
+    /// Whether the URL has a password, even an empty one. Without one (`user@host`) it is `guest`, as in RabbitMQ's
+    /// Erlang client, unless a client certificate logs in.
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
@@ -79,7 +79,7 @@ pub type AddressError = String;
 
 /// The nodes of one cluster, at least one: URLs separated by commas, with at most one newline at the end.
 ///
-/// A comma separates only if `amqp://` or `amqps://` follows: a password may contain others.
+/// Only a comma before `amqp://` or `amqps://` separates: a password may contain others.
 ///
 /// # Errors
 /// The first mistake, with the number of its URL if there are several.
@@ -107,8 +107,8 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
 impl Address {
     /// One URL: <https://www.rabbitmq.com/docs/uri-spec>.
     ///
-    /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:` in a
-    /// password needs no encoding. Narrower: an `@` in a virtual host or query does.
+    /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:`
+    /// in a password needs no encoding. Narrower: an `@` in a virtual host or query does.
     ///
     /// # Errors
     /// The first mistake, without any text that could be part of the password.
@@ -251,15 +251,16 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     Ok((ipv6(&host).unwrap_or(host), port))
 }
 
-/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form, so that `0::1` equals `::1`.
+/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form, so that `0::1` equals
+/// `::1`.
 fn ipv6(host: &str) -> Option<String> {
     let (address, zone) = host.split_at(host.find('%').unwrap_or(host.len()));
     let address: Ipv6Addr = address.parse().ok()?;
     (zone != "%").then(|| format!("{address}{zone}"))
 }
 
-/// The virtual host that a path means. In the specification `amqp://host/` is the virtual host with an empty name, which
-/// nobody has: here it means `/`, and so does `amqp://host//`, which Celery's documentation has.
+/// The virtual host that a path means. In the specification `amqp://host/` is the virtual host with an empty name,
+/// which nobody has: here it means `/`, and so does `amqp://host//`, which Celery's documentation has.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
     if matches!(name, "" | "/") {
@@ -289,7 +290,7 @@ fn decode(part: &str, name: &str) -> Result<String, AddressError> {
 }
 
 fn encode(text: &str) -> PercentEncode<'_> {
-    utf8_percent_encode(text, RESERVED)
+    utf8_percent_encode(text, ENCODED)
 }
 
 fn error<T>(message: impl Into<String>) -> Result<T, AddressError> {

@@ -2,7 +2,7 @@
 
 use super::{
     address::Address,
-    connection::{Cutter, OpenConnection},
+    connection::{OpenConnection, ShutdownOnDrop},
     nodes::{Nodes, SecretFile},
     resolve::resolve,
     tap::{FRAME_MAX, Tap},
@@ -45,8 +45,8 @@ const HEARTBEAT: u16 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// How long a refused login is tried again if its password comes from a file: a rotated Secret takes up to two minutes to
-/// arrive in a pod (the kubelet's sync period and its cache).
+/// How long a refused login is tried again if its password comes from a file: a rotated Secret takes up to two minutes
+/// to arrive in a pod (the kubelet's sync period and its cache).
 const LOGIN_RETRIED: Duration = Duration::from_secs(120);
 
 /// How to connect.
@@ -114,7 +114,7 @@ impl Connector {
         let nodes = &self.nodes.known;
         let address = nodes[self.attempts % nodes.len()].clone();
         self.attempts += 1;
-        // Half of the time: a node that accepts and doesn't answer leaves the rest to the next one.
+        // Half of the time, at least 5 s: a node that accepts and doesn't answer leaves the rest to the next one.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
@@ -141,13 +141,16 @@ impl Connector {
     /// Reads the files again. If one can't be used (it may be half written), its old content still counts.
     fn read_again(&mut self) {
         let problem = self.nodes.read().err().map(|failure| failure.message);
-        if let Some(problem) = problem.as_ref().filter(|_| problem != self.read_problem) {
+        if problem != self.read_problem
+            && let Some(problem) = &problem
+        {
             tracing::warn!("{problem}; using what it said before");
         }
         self.read_problem = problem;
     }
 
-    /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there yet.
+    /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there
+    /// yet.
     fn retry_login(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
@@ -187,8 +190,8 @@ impl Connector {
         // Addresses that accepted before come last: they gave no connection, or one that was lost.
         found.sort_by_key(|target| self.reached.iter().position(|reached| reached == target));
         let (target, socket) = self.dial(address, found).await?;
-        let cutter =
-            Cutter::new(&socket).map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
+        let shutdown = ShutdownOnDrop::new(&socket)
+            .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
         let socket: Box<dyn Socket> = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {target}");
             let handshake = self.nodes.tls.handshake(socket, address);
@@ -220,7 +223,8 @@ impl Connector {
             lapin,
             observed,
             last_channel: None,
-            _cutter: cutter,
+            exclusive_queue: None,
+            _shutdown: shutdown,
         })
     }
 
@@ -318,6 +322,7 @@ impl Attempts {
                 self.last = Some(failure);
                 return Ok(());
             }
+            // Time ran out during the pause.
         }
         failure.message =
             format!("gave up after {} (--connect-timeout): {}", HumanDuration(self.limit), failure.message);

@@ -1,11 +1,8 @@
 //! An open connection: what the broker has sent on it, and how it is closed.
 
-use super::{
-    observed::{Observed, Version},
-    token::Login,
-};
+use super::{observed::Observed, token::Login};
 use crate::broker::errors::{Meaning, described};
-use lapin::{Channel, Connection, Event};
+use lapin::{Channel, Connection, Event, options::QueueDeleteOptions};
 use std::{
     future::pending,
     io,
@@ -21,6 +18,9 @@ use tokio_stream::{Stream, StreamExt};
 /// Longest wait for the reply to `connection.close`: a broker that is frozen or blocks publishers doesn't send it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Longest time that deleting a queue may take before that.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// An open connection.
 pub struct OpenConnection {
     /// Its credentials. It holds a strong reference to the connection only while it sends a new token.
@@ -32,16 +32,14 @@ pub struct OpenConnection {
     /// The last consumer's channel, kept open until connection.close. If it is dropped, lapin sends channel.close, and
     /// lapin 4.12 ends the connection without a connection.close if the two cross.
     pub(in crate::broker) last_channel: Option<Channel>,
-    pub(super) _cutter: Cutter,
+    /// A queue that has to be deleted with this connection, although the broker may keep it.
+    pub(in crate::broker) exclusive_queue: Option<String>,
+    pub(super) _shutdown: ShutdownOnDrop,
 }
 
 impl OpenConnection {
     pub(in crate::broker) fn observed(&self) -> MutexGuard<'_, Observed> {
         self.observed.lock().expect("nobody panics with it")
-    }
-
-    pub(in crate::broker) fn version(&self) -> Option<Version> {
-        self.observed().version
     }
 
     pub(in crate::broker) fn meaning(&self, error: &lapin::Error) -> Option<Meaning> {
@@ -67,25 +65,43 @@ impl OpenConnection {
         if !self.is_connected() {
             return;
         }
+        if let Some(queue) = &self.exclusive_queue {
+            match timeout(DELETE_TIMEOUT, self.delete(queue)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!("deleting queue {queue:?}: {}", described(&error)),
+                Err(_) => tracing::debug!("deleting queue {queue:?}: no answer within {DELETE_TIMEOUT:?}"),
+            }
+        }
         match timeout(CLOSE_TIMEOUT, self.lapin.close(200, "OK".into())).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!("closing the connection: {}", described(&error)),
             Err(_) => tracing::debug!("closing the connection: no answer within {CLOSE_TIMEOUT:?}"),
         }
     }
+
+    /// Deletes a queue unless it has a consumer: ours has left with its channel.
+    async fn delete(&self, queue: &str) -> lapin::Result<()> {
+        if let Some(channel) = &self.last_channel {
+            channel.close(200, "OK".into()).await?;
+        }
+        let channel = self.lapin.create_channel().await?;
+        let unused = QueueDeleteOptions { if_unused: true, ..QueueDeleteOptions::default() };
+        channel.queue_delete(queue.into(), unused).await?;
+        channel.close(200, "OK".into()).await
+    }
 }
 
 /// Shuts the socket down when the connection is dropped. Without that, lapin's thread would keep an attempt that was
 /// given up, or a connection to a silent broker, beside the new one.
-pub(super) struct Cutter(std::net::TcpStream);
+pub(super) struct ShutdownOnDrop(std::net::TcpStream);
 
-impl Cutter {
+impl ShutdownOnDrop {
     pub(in crate::broker) fn new(socket: &TcpStream) -> io::Result<Self> {
         Ok(Self(socket.as_fd().try_clone_to_owned()?.into()))
     }
 }
 
-impl Drop for Cutter {
+impl Drop for ShutdownOnDrop {
     fn drop(&mut self) {
         let _ = self.0.shutdown(Shutdown::Both);
     }

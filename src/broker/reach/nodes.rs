@@ -105,14 +105,14 @@ impl Nodes {
     /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for a malformed address or one
     /// that contradicts the options.
     pub fn read(&mut self) -> Result<(), Failure> {
-        let addresses = self.addresses()?;
+        let addresses = self.read_addresses()?;
         self.tls = Tls::load(&addresses)?;
         self.known = addresses;
         Ok(())
     }
 
     /// The addresses, with the current content of the files and the options applied.
-    pub(super) fn addresses(&mut self) -> Result<Vec<Address>, Failure> {
+    pub(super) fn read_addresses(&mut self) -> Result<Vec<Address>, Failure> {
         let mut addresses = match &mut self.url_file {
             Some(file) => file.addresses()?,
             None => self.known.clone(),
@@ -215,9 +215,9 @@ mod tests {
         let tls_options = TlsOptions { cert: Some("/no/such.pem".into()), ..TlsOptions::default() };
         let known = parse_list("amqps://u@h").unwrap();
         let mut nodes = Nodes { known, tls_options, ..Nodes::default() };
-        assert!(nodes.addresses().unwrap()[0].logs_in_by_certificate());
+        assert!(nodes.read_addresses().unwrap()[0].logs_in_by_certificate());
         nodes.password_file = Some(passwords);
-        assert!(!nodes.addresses().unwrap()[0].logs_in_by_certificate());
+        assert!(!nodes.read_addresses().unwrap()[0].logs_in_by_certificate());
         fs::remove_file(path).unwrap();
     }
 }

@@ -1,5 +1,5 @@
-//! What the broker has sent on one connection, as far as lapin 4.12 doesn't expose it, and checks for what crashes lapin's
-//! parser. `tap.rs` finds the frames, this reads them.
+//! What the broker has sent on one connection, as far as lapin 4.12 doesn't expose it, and checks for what crashes
+//! lapin's parser. `tap.rs` finds the frames, this reads them.
 
 use crate::broker::errors::Refusal;
 use lapin::{
@@ -14,8 +14,8 @@ const DELIVER: [u8; 4] = [0, 60, 0, 60];
 /// Size of what precedes the properties in a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, body size.
 const BEFORE_PROPERTIES: usize = 12;
 
-/// How deep tables and arrays may be nested. lapin's parser is recursive: a thousand levels overflow its thread's stack of
-/// 2 MiB.
+/// How deep tables and arrays may be nested. lapin's parser is recursive: a thousand levels overflow its thread's stack
+/// of 2 MiB.
 const NESTING_MAX: usize = 100;
 
 /// RabbitMQ's version: major and minor.
@@ -24,14 +24,16 @@ pub(in crate::broker) type Version = (u32, u32);
 /// What one connection's broker has sent so far.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Observed {
-    /// The broker's version, once it has greeted.
+    /// The version in the broker's greeting, if it is RabbitMQ's.
     pub(in crate::broker) version: Option<Version>,
+    /// Whether the greeting is another product's: another broker's, or a proxy's that hides the broker's version.
+    pub(in crate::broker) is_another_product: bool,
     /// The names of its login mechanisms, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
     /// The heartbeat interval that it proposed, in seconds; 0 is none.
     pub(in crate::broker) heartbeat: Option<u16>,
     /// The largest frame that it proposed, in bytes; 0 is no limit.
-    pub(super) frame_max: Option<u32>,
+    pub(in crate::broker) frame_max: Option<u32>,
     /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
     pub(in crate::broker) closed: Option<Refusal>,
     /// Whether lapin can't read that close.
@@ -50,10 +52,19 @@ pub(in crate::broker) struct Observed {
 }
 
 impl Observed {
-    /// The refusal behind an error, if it is one. lapin has no text for a code that it doesn't know.
+    /// Whether the broker may take an acknowledgement timeout from a consumer (`x-consumer-timeout`), as RabbitMQ does since 4.3,
+    /// and watch it in the queue. Behind a proxy any version may be.
+    pub(in crate::broker) fn may_know_ack_timeout(&self) -> bool {
+        self.is_another_product || self.version >= Some((4, 3))
+    }
+
+    /// The refusal behind an error, if it is one. lapin has no text for a code that it doesn't know, and its own complaints
+    /// about what the broker sends are of the same kind.
     pub(in crate::broker) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
-            ErrorKind::ProtocolError(error) => Some(Refusal::new(error.get_id(), error.get_message())),
+            ErrorKind::ProtocolError(error) if self.closed.is_some() => {
+                Some(Refusal::new(error.get_id(), error.get_message()))
+            }
             ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => self.closed.clone(),
             ErrorKind::ParsingError(_) if self.closed_unreadably => self.closed.clone(),
             _ => None,
@@ -109,8 +120,8 @@ impl Observed {
     fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
-        // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in a
-        // character (seen with 3.10), and lapin can't read that.
+        // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in
+        // a character (seen with 3.10), and lapin can't read that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {
@@ -120,7 +131,9 @@ impl Observed {
         }
         match method {
             Ok(AMQPClass::Connection(Co::Start(start))) => {
-                self.version = version(&start);
+                let product = property(&start, "product");
+                self.is_another_product = product.is_some_and(|product| product != "RabbitMQ");
+                self.version = version(&start).filter(|_| !self.is_another_product);
                 self.mechanisms = Some(start.mechanisms.to_string());
             }
             Ok(AMQPClass::Connection(Co::Tune(tune))) => {
@@ -143,15 +156,19 @@ fn redelivered(payload: &[u8]) -> bool {
     payload.get(DELIVER.len() + 1 + usize::from(tag) + 8).is_some_and(|flags| flags & 1 == 1)
 }
 
+/// One of the server's properties.
+fn property(start: &connection::Start, name: &str) -> Option<String> {
+    Some(start.server_properties.inner().get(name)?.as_long_string()?.to_string())
+}
+
 fn version(start: &connection::Start) -> Option<Version> {
-    let version = start.server_properties.inner().get("version")?;
-    let text = version.as_long_string()?.to_string();
+    let text = property(start, "version")?;
     let mut numbers = text.split('.').map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Refuses tables and arrays that may be nested too deep, anywhere in the payload: each begins with its type and its size
-/// (4.2.5.5). A text that looks like one counts, too, if that size would fit.
+/// Refuses tables and arrays that may be nested too deep, anywhere in the payload: each begins with its type and its
+/// size (4.2.5.5). A text that looks like one counts, too, if that size would fit.
 fn check_nesting(payload: &[u8]) -> Result<(), String> {
     let mut ends = Vec::new();
     for (at, field) in payload.windows(5).enumerate() {

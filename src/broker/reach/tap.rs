@@ -1,5 +1,6 @@
-//! A read-only tap on what the broker sends. It finds the frames in it, and gives those that matter to [`Observed`], which
-//! reads them. If lapin must not read a frame, the connection fails there. Otherwise lapin gets every byte, unchanged.
+//! A read-only tap on what the broker sends. It finds the frames in it, and gives those that matter to [`Observed`],
+//! which reads them. If lapin must not read a frame, the connection fails there. Otherwise lapin gets every byte,
+//! unchanged.
 
 use super::observed::Observed;
 use std::{
@@ -7,8 +8,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-/// The largest frame that we propose by default, in bytes: RabbitMQ's own default. Without a proposal lapin 4.12 allocates
-/// and fills two buffers of 4 MiB. It is also the limit for the frames before the limit is agreed on.
+/// The largest frame that we propose by default, in bytes: RabbitMQ's own default. Without a proposal lapin 4.12
+/// allocates and fills two buffers of 4 MiB. It is also the limit for the frames before the limit is agreed on.
 pub(in crate::broker) const FRAME_MAX: u32 = 131_072;
 
 /// Size of a frame's header (AMQP 0-9-1, 2.3.5), in bytes: type, channel (2), size of the payload (4).
@@ -82,8 +83,8 @@ impl Tap {
         read.map_err(refuse)
     }
 
-    /// Notes headers that lapin will refuse because their frame is larger than agreed. RabbitMQ sends a message's headers
-    /// in one frame, whatever the limit (seen with 3.10 and 4.3).
+    /// Notes headers that lapin will refuse because their frame is larger than agreed. RabbitMQ sends a message's
+    /// headers in one frame, whatever the limit (seen with 3.10 and 4.3).
     fn check_size(&self, size: usize) {
         let mut observed = self.observed();
         let theirs = observed.frame_max.filter(|max| *max > 0).map(|max| max as usize);

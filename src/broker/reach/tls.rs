@@ -5,7 +5,7 @@
 use super::{
     address::{Address, Parameters},
     file,
-    tls_errors::{flaw, in_handshake},
+    tls_errors::{flaw, handshake_error},
 };
 use crate::{
     broker::errors::ConnectError,
@@ -62,7 +62,9 @@ impl TlsOptions {
             (self.server_name.is_some(), "--server-name (QCONSUME_SERVER_NAME)"),
         ];
         if let Some((_, option)) = options.iter().find(|(set, _)| *set && !address.tls) {
-            return Err(Failure::usage(format!("{option} needs TLS: an amqps:// URL, or --ssl beside --server")));
+            return Err(Failure::usage(format!(
+                "{option} needs TLS: an amqps:// URL, or --ssl together with --server"
+            )));
         }
         let parameters = &mut address.parameters;
         if self.cert.is_some() {
@@ -105,7 +107,7 @@ impl Tls {
             }
             server_name(address)?;
             if loaded.config(parameters).is_none() {
-                let config = Arc::new(config(parameters)?);
+                let config = Arc::new(load_config(parameters)?);
                 loaded.0.push((parameters.clone(), config));
             }
         }
@@ -126,7 +128,7 @@ impl Tls {
         TlsConnector::from(config)
             .connect(server_name(address)?, socket)
             .await
-            .map_err(|error| in_handshake(&error, &address.parameters))
+            .map_err(|error| handshake_error(&error, &address.parameters))
     }
 }
 
@@ -144,7 +146,7 @@ fn server_name(address: &Address) -> Result<ServerName<'static>, Failure> {
     })
 }
 
-fn config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
+fn load_config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
     let roots = match &parameters.cacertfile {
         Some(file) => roots(file)?,
         None => system_roots()?,
@@ -241,7 +243,7 @@ fn key(file: &Path, own_file: bool) -> Result<PrivateKeyDer<'static>, Failure> {
     let shown = String::from_utf8_lossy(&text);
     if shown.contains("BEGIN ENCRYPTED PRIVATE KEY") || shown.contains("Proc-Type: 4,ENCRYPTED") {
         return Err(Failure::config(format!(
-            "the key in {} is encrypted with a passphrase, which nobody could type in here: take the passphrase away with `openssl pkey`",
+            "the key in {} is encrypted with a passphrase, which nobody can type in here: remove it with `openssl pkey`",
             file.display()
         )));
     }

@@ -43,7 +43,7 @@ const ALGORITHMS: [(&str, &str); 21] = [
 /// How many of [`ALGORITHMS`], from the first on, are keys that rustls with ring can use: [`KEYS`].
 const USABLE_KEYS: usize = 4;
 
-pub(super) fn in_handshake(error: &io::Error, parameters: &Parameters) -> ConnectError {
+pub(super) fn handshake_error(error: &io::Error, parameters: &Parameters) -> ConnectError {
     use PeerIncompatible as P;
     match tls_error(error) {
         Some(rustls::Error::InvalidCertificate(error)) => Failure::config(untrusted(error, parameters)).into(),
@@ -63,8 +63,8 @@ pub(super) fn in_handshake(error: &io::Error, parameters: &Parameters) -> Connec
     }
 }
 
-/// What an error after the TLS handshake means, if it is a TLS alert: with TLS 1.3, the refusal of our certificate comes
-/// only then.
+/// What an error after the TLS handshake means, if it is a TLS alert: with TLS 1.3, the refusal of our certificate
+/// comes only then.
 pub(in crate::broker) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
         rustls::Error::AlertReceived(alert) => Some(alert_meaning(*alert, &address.parameters)),
@@ -100,9 +100,9 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
         E::InvalidPurposeContext { .. } => {
             format!("{NAME} is not one for servers: its extended key usage lacks serverAuth")
         }
-        E::BadSignature => wrong_key(&trusted(parameters)),
+        E::BadSignature => unverified(&trusted(parameters)),
         E::UnsupportedSignatureAlgorithmForPublicKeyContext { public_key_algorithm_id: id, .. } if usable_key(id) => {
-            wrong_key(&trusted(parameters))
+            unverified(&trusted(parameters))
         }
         error if webpki_name(error).as_deref() == Some("CaUsedAsEndEntity") => format!(
             "{NAME} is that of a CA itself (CA:TRUE), which a server must not use: sign one for the broker with it"
@@ -111,10 +111,11 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
     }
 }
 
-/// A signature that its issuer's key hasn't made, or that ring refuses as the key is too short: rustls says the same.
-fn wrong_key(trusted: &str) -> String {
+/// A signature that a CA's or the broker's key hasn't made, or that ring refuses because the key is too short: rustls
+/// doesn't tell them apart.
+fn unverified(trusted: &str) -> String {
     format!(
-        "the broker's certificate bears the name of a CA among {trusted}, but that CA's key didn't sign it: if the CA was created again under the same name, give its current certificate with --cacert (QCONSUME_CACERT); if the broker or the CA has an RSA key below 2048 bits, replace that key"
+        "the broker's certificate can't be verified with {trusted}: if the CA was created again under the same name, give its current certificate with --cacert (QCONSUME_CACERT); if the broker or the CA has an RSA key below 2048 bits, replace that key"
     )
 }
 
@@ -280,7 +281,7 @@ fn date(time: UnixTime) -> impl Display {
 fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectError {
     use AlertDescription as A;
     let cert = parameters.certfile.as_ref();
-    let ours = match (cert, alert) {
+    let what = match (cert, alert) {
         // These concern no certificate of ours.
         (_, A::UnrecognisedName | A::ProtocolVersion) => "TLS".to_owned(),
         (Some(file), _) => format!("the client certificate in {}", file.display()),
@@ -309,7 +310,7 @@ fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectErr
         }
         _ => format!(" ({name}); its log says why"),
     };
-    Failure::config(format!("the broker refused {ours}{why}")).into()
+    Failure::config(format!("the broker refused {what}{why}")).into()
 }
 
 #[cfg(test)]

@@ -77,6 +77,7 @@ fn decode(text: &str) -> Option<Vec<u8>> {
 #[derive(Clone, Copy)]
 pub(in crate::broker) struct Credentials<'a> {
     pub(in crate::broker) user: &'a str,
+    pub(in crate::broker) virtual_host: &'a str,
     /// The password, if it is a token.
     pub(in crate::broker) token: Option<Token>,
     /// The file that a new password may come from.
@@ -84,8 +85,8 @@ pub(in crate::broker) struct Credentials<'a> {
 }
 
 impl Credentials<'_> {
-    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with a
-    /// token that has expired, a 403 is about that.
+    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with
+    /// a token that has expired, a 403 is about that.
     pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
@@ -93,7 +94,7 @@ impl Credentials<'_> {
         }
     }
 
-    /// What to do about a login that is refused.
+    /// What to do if the broker refuses the login.
     pub(in crate::broker) fn advice_on_login(&self) -> String {
         match (self.expired_for(), self.token) {
             (Some(ago), _) => format!("the token expired {} ago; {}", HumanDuration(ago), self.how_to_renew()),
@@ -125,6 +126,7 @@ impl Credentials<'_> {
 /// The login of an open connection. Its token is renewed until this is dropped.
 pub(in crate::broker) struct Login {
     user: String,
+    virtual_host: String,
     token: Arc<Mutex<Option<Token>>>,
     file: Option<PathBuf>,
     renewal: Option<JoinHandle<()>>,
@@ -144,13 +146,13 @@ impl Login {
             };
             tokio::spawn(renewal.run())
         });
-        Self { user: address.username.clone(), token, file, renewal }
+        Self { user: address.username.clone(), virtual_host: address.virtual_host.clone(), token, file, renewal }
     }
 
     /// The credentials, with the newest token.
     pub(in crate::broker) fn credentials(&self) -> Credentials<'_> {
         let token = *self.token.lock().expect("nobody panics with it");
-        Credentials { user: &self.user, token, file: self.file.as_deref() }
+        Credentials { user: &self.user, virtual_host: &self.virtual_host, token, file: self.file.as_deref() }
     }
 }
 
@@ -176,14 +178,14 @@ impl Renewal {
         let mut read = None;
         loop {
             sleep(LOOK_EVERY).await;
-            let state = state(&self.file);
+            let state = file_state(&self.file);
             if state.is_none() || state == read {
                 continue;
             }
             sleep(UNCHANGED_FOR).await;
             let password = self.password();
             // A file that is being written, or can't be used for now, is checked again.
-            let Some(password) = password.filter(|_| self::state(&self.file) == state) else {
+            let Some(password) = password.filter(|_| file_state(&self.file) == state) else {
                 continue;
             };
             read = state;
@@ -213,13 +215,13 @@ impl Renewal {
     fn password(&mut self) -> Option<Secret> {
         // Compared by the printed URL: it has neither password nor parameters.
         let node = self.address.to_string();
-        let nodes = self.nodes.addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
+        let nodes = self.nodes.read_addresses().inspect_err(|failure| tracing::debug!("{failure}")).ok()?;
         nodes.into_iter().find(|other| other.to_string() == node).map(|node| node.password)
     }
 }
 
 /// It differs after the file was written or replaced. Symbolic links are followed: mounted Secrets are links.
-fn state(file: &Path) -> Option<(u64, u64, i64, i64)> {
+fn file_state(file: &Path) -> Option<(u64, u64, i64, i64)> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }

@@ -1,6 +1,8 @@
-//! The stream that lapin reads and writes: a socket that we have connected ourselves, plain or TLS, with a read-only tap.
+//! The stream that lapin reads and writes: a socket that we have connected ourselves, plain or TLS, with a read-only
+//! tap.
 //!
-//! lapin 4.12 connects without a time limit, takes no IPv6 literals and, without its TLS features, `amqps` as plain text.
+//! lapin 4.12 connects without a time limit, takes no IPv6 literals and, without its TLS features, `amqps` as plain
+//! text.
 
 use super::tap::Tap;
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
@@ -29,8 +31,8 @@ impl TappedStream {
         Pin::new(self.socket.as_mut())
     }
 
-    /// Why the peer has closed: a broker that refuses the client's certificate sends a TLS alert and closes, and our next
-    /// write fails before the alert is read.
+    /// Why the peer has closed: a broker that refuses the client's certificate sends a TLS alert and closes, and our
+    /// next write fails before the alert is read.
     fn alert_or(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
         let mut rest = [0; 256];
         match self.socket().poll_read(cx, &mut ReadBuf::new(&mut rest)) {

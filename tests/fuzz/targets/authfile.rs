@@ -34,14 +34,14 @@ fuzz_target!(|content: &[u8]| {
 fn check_authfile(content: &[u8]) {
     let read = run(content, &["--server", "h", "--authfile"]);
     let Some((username, password)) = credentials(content) else {
-        let error = read.expect_err("it isn't an authfile");
+        let error = read.expect_err("the file isn't an authfile");
         let unreadable = std::str::from_utf8(content).is_err();
         let exit = if unreadable { Exit::Config } else { Exit::Usage };
         assert_eq!(error.exit, exit, "{error}");
         check_secret(&error.message, content);
         return;
     };
-    let (addresses, shown) = read.expect("it is an authfile");
+    let (addresses, shown) = read.expect("the file is an authfile");
     let [address] = &addresses[..] else {
         panic!("{addresses:?}");
     };
@@ -50,7 +50,8 @@ fn check_authfile(content: &[u8]) {
     assert!(address.password_given);
 
     let other = format!("username:{username}\npassword:not {password}\n");
-    let (_, shown_of_other) = run(other.as_bytes(), &["--server", "h", "--authfile"]).expect("so is this");
+    let (_, shown_of_other) =
+        run(other.as_bytes(), &["--server", "h", "--authfile"]).expect("the other file is an authfile, too");
     assert_eq!(shown, shown_of_other);
 }
 
@@ -62,15 +63,15 @@ fn check_password_file(content: &[u8]) {
         None => text,
     });
     match password {
-        None | Some("") => assert_eq!(read.expect_err("it is no password").exit, Exit::Config),
-        Some(password) => assert_eq!(read.expect("it is a password").0[0].password.expose(), password),
+        None | Some("") => assert_eq!(read.expect_err("the file has no password").exit, Exit::Config),
+        Some(password) => assert_eq!(read.expect("the file has a password").0[0].password.expose(), password),
     }
 }
 
 fn check_url_file(content: &[u8]) {
     let read = run(content, &["--url-file"]);
     let Ok(text) = std::str::from_utf8(content) else {
-        assert_eq!(read.expect_err("it isn't text").exit, Exit::Config);
+        assert_eq!(read.expect_err("the file isn't text").exit, Exit::Config);
         return;
     };
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -91,7 +92,7 @@ fn check_url_file(content: &[u8]) {
 
 /// Parses a command line that names the file; returns the addresses and the options' `Debug` output.
 fn run(content: &[u8], options: &[&str]) -> Result<(Vec<Address>, String), Failure> {
-    fs::write(&*FILE, content).expect("there is room");
+    fs::write(&*FILE, content).expect("the file can be written");
     let mut words: Vec<OsString> = ["qconsume", "--queue", "q"].map(OsString::from).into();
     words.extend(options.iter().map(OsString::from));
     words.extend([FILE.clone().into(), "true".into()]);
@@ -120,7 +121,8 @@ fn credentials(content: &[u8]) -> Option<(&str, &str)> {
 /// Checks that the message contains no line of the file. Lines of up to 8 bytes could be there by chance.
 fn check_secret(message: &str, content: &[u8]) {
     // The message consists of these words and the file's path.
-    let fixed = "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: it isn't UTF-8";
+    let fixed =
+        "--authfile: has to consist of two lines, username:USER and password:PASSWORD can't be read: it isn't UTF-8";
     for line in String::from_utf8_lossy(content).lines().filter(|line| line.len() > 8) {
         let is_fixed = fixed.contains(line) || FILE.to_string_lossy().contains(line);
         assert!(is_fixed || !message.contains(line), "{message}");

@@ -55,7 +55,7 @@ fn check_address(address: &Address) {
     assert!((1..=255).contains(&address.virtual_host.len()));
     assert!(!address.host.is_empty() && address.port > 0);
 
-    let printed = Address::parse(&address.to_string()).expect("it is a URL");
+    let printed = Address::parse(&address.to_string()).expect("a printed address is a URL");
     assert_eq!(printed, without_password(address));
 }
 

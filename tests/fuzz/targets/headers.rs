@@ -92,14 +92,14 @@ fuzz_target!(
 fn check_any(properties: &[u8]) {
     let delivered = Delivered { exchange: b"", routing_key: b"q", redelivered: properties.len() % 2 == 1, properties };
     let [whole, bytes] = [usize::MAX, 1].map(|piece| {
-        let piece = NonZeroUsize::new(piece).expect("it isn't zero");
+        let piece = NonZeroUsize::new(piece).expect("the size isn't zero");
         message(delivered, piece, "q").map_err(|error| error.to_string())
     });
     assert_eq!(format!("{whole:?}"), format!("{bytes:?}"));
     if let Ok(message) = whole {
         check_environment(&message);
         if let Some(headers) = variable(&message, "MESSAGE_HEADERS") {
-            let headers: serde_json::Value = serde_json::from_slice(headers).expect("it is JSON");
+            let headers: serde_json::Value = serde_json::from_slice(headers).expect("MESSAGE_HEADERS is JSON");
             assert!(headers.is_object());
         }
     }
@@ -164,7 +164,7 @@ fn check(mut properties: Properties) {
     match (variable(&message, "MESSAGE_HEADERS"), headers) {
         (None, None) => {}
         (Some(found), Some(headers)) => {
-            let found = serde_json::from_slice(found).expect("it is JSON");
+            let found = serde_json::from_slice(found).expect("MESSAGE_HEADERS is JSON");
             assert!(headers.is(&found), "{found} of {headers:?}");
         }
         (found, headers) => panic!("{found:?} of {headers:?}"),

@@ -1,8 +1,8 @@
 //! `qpublish --lines` and `--null`: whatever the sizes of the pieces that are read, the records are those that a simple
 //! split of the whole input yields.
 //!
-//! No record is lost, invented or cut: at the end of a piece, after an interrupted system call, by an error in the middle
-//! of a record, or by a record that is too long.
+//! No record is lost, invented or cut: at the end of a piece, after an interrupted system call, by an error in the
+//! middle of a record, or by a record that is too long.
 
 #![no_main]
 

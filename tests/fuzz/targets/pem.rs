@@ -38,10 +38,10 @@ static FILES: LazyLock<Files> = LazyLock::new(|| {
     let path = |name: &str| folder.join(format!("qconsume-fuzz-{}-{name}", std::process::id()));
     let files = Files { ca: path("ca"), cert: path("cert"), key: path("key"), file: path("file") };
     for (path, content) in [(&files.ca, CA), (&files.cert, CERT), (&files.key, KEY)] {
-        fs::write(path, content).expect("there is room");
+        fs::write(path, content).expect("the file can be written");
     }
     // The other files are intact, so a refusal is about the fuzzed one.
-    load(&files.ca, Some(&files.cert), Some(&files.key)).expect("they belong together");
+    load(&files.ca, Some(&files.cert), Some(&files.key)).expect("the intact files belong together");
     files
 });
 
@@ -61,7 +61,7 @@ fuzz_target!(|content: &[u8]| {
 
     if as_ca.is_ok() {
         for bundle in [[content, b"\n", CA].concat(), [CA, content].concat()] {
-            roles(&bundle)[0].as_ref().expect("each is a CA");
+            roles(&bundle)[0].as_ref().expect("a file of two CAs is accepted");
         }
     }
     let shown = |results: &[Result<(), Failure>; 4]| format!("{results:?}");
@@ -78,7 +78,7 @@ fuzz_target!(|content: &[u8]| {
 /// Loads this content as the CA's file, as the client's certificate and key in one, as its certificate, and as its key.
 fn roles(content: &[u8]) -> [Result<(), Failure>; 4] {
     let Files { ca, cert, key, file } = &*FILES;
-    fs::write(file, content).expect("there is room");
+    fs::write(file, content).expect("the file can be written");
     [
         load(file, None, None),
         load(ca, Some(file), None),
@@ -88,7 +88,7 @@ fn roles(content: &[u8]) -> [Result<(), Failure>; 4] {
 }
 
 fn load(ca: &PathBuf, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Result<(), Failure> {
-    let mut address = Address::parse("amqps://h").expect("it is a URL");
+    let mut address = Address::parse("amqps://h").expect("a URL");
     address.parameters.cacertfile = Some(ca.clone());
     address.parameters.certfile = cert.cloned();
     address.parameters.keyfile = key.cloned();
@@ -106,7 +106,8 @@ fn check_error(error: &Failure, content: &[u8]) {
     let mut pieces = message.as_bytes().windows(PIECE);
     let shown = pieces.find(|piece| piece.iter().all(is_base64) && content.windows(PIECE).any(|part| part == *piece));
     assert_eq!(shown, None, "{message}");
-    // Nor does it show a piece as numbers, the values of its bytes; rustls does that for certificates, which aren't secret.
+    // Nor does it show a piece as numbers, the values of its bytes; rustls does that for certificates, which aren't
+    // secret.
     let numbers = |part: &[&str]| part.iter().all(|part| part.parse::<u8>().is_ok());
     let words = message.split(|c: char| !c.is_ascii_alphanumeric());
     let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();

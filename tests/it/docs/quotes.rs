@@ -45,12 +45,12 @@ fn messages_that_troubleshooting_quotes_are_ours() {
     let mut sources = Vec::new();
     let mut folders = vec![root().join("src")];
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).expect("it can be listed") {
-            let path = entry.expect("it can be listed").path();
+        for entry in fs::read_dir(folder).expect("the folder can be listed") {
+            let path = entry.expect("the folder can be listed").path();
             if path.is_dir() {
                 folders.push(path);
             } else {
-                sources.push(fs::read_to_string(path).expect("it can be read"));
+                sources.push(fs::read_to_string(path).expect("the file can be read"));
             }
         }
     }
@@ -97,7 +97,7 @@ fn log_lines_that_logs_quotes_are_real() {
             .queue(queue.name())
             .run();
         finished.assert_status(status);
-        let termination = fs::read_to_string(&log).expect("it is there");
+        let termination = fs::read_to_string(&log).expect("the termination message can be read");
         let said = finished.stderr.replace(queue.name(), QUEUE) + &termination;
         for line in said.lines().map(without_time) {
             assert!(quoted.contains(&line), "docs/logs.md lacks this line:\n{line}");

@@ -1,5 +1,5 @@
-//! Tests the check of the terminal recording in README.md. `make check-recording` itself compares the recording with a run
-//! of the demo.
+//! Tests the check of the terminal recording in README.md. `make check-recording` itself compares the recording with a
+//! run of the demo.
 
 use super::root;
 use testbed::{Finished, Program};
@@ -27,8 +27,8 @@ fn check(printed: &str) -> Finished {
 fn a_recording_may_differ_in_times_and_in_the_order_of_the_workers() {
     let recorded = recorded();
     check(&recorded).assert_status(0);
-    let (head, rest) = recorded.split_once("worker.py\n").expect("it has its runs");
-    let (runs, tail) = rest.split_once("\n\n").expect("it has its summary");
+    let (head, rest) = recorded.split_once("worker.py\n").expect("the demo's output has its runs");
+    let (runs, tail) = rest.split_once("\n\n").expect("the demo's output has its summary");
     let mut runs: Vec<_> = runs.split("\nworker ").collect();
     runs[0] = runs[0].strip_prefix("worker ").expect("a run has its worker");
     runs.reverse();

@@ -1,5 +1,5 @@
-//! Runs the recipes for systemd, Compose, plain Docker, HTTP and a retry queue as they are in the documentation, except for
-//! the names of programs, images, queues and the broker.
+//! Runs the recipes for systemd, Compose, plain Docker, HTTP and a retry queue as they are in the documentation, except
+//! for the names of programs, images, queues and the broker.
 
 use super::{HTTP_SERVER, LIMIT, QUEUE, http_server, is_installed, programs, root, sandbox};
 use std::{fs, path::PathBuf, time::Duration};
@@ -150,7 +150,7 @@ fn the_retry_queue_ends_at_the_third_failure() {
         broker.ctl(&words.lines().collect::<Vec<_>>()).expect("the policy can be set");
     }
     let commands = ours(block_of(page, "sh jq", "x-death"));
-    let (script, _) = commands.split_once("\nEND\n").expect("it has a script");
+    let (script, _) = commands.split_once("\nEND\n").expect("the block has a script");
     queue.publish("fig");
     for status in [1, 1, 0] {
         let command = format!("{script}\nEND\nqconsume --max-attempts 1 -- sh three-attempts.sh");
@@ -161,7 +161,7 @@ fn the_retry_queue_ends_at_the_third_failure() {
     queue.wait_ready(0);
     retry.wait_ready(0);
     for policy in [queue.name(), retry.name()] {
-        broker.ctl(&["clear_policy", policy]).expect("it is set");
+        broker.ctl(&["clear_policy", policy]).expect("the policy can be cleared");
     }
 }
 
@@ -178,13 +178,13 @@ impl Image {
         let image = Self(format!("qconsume-docs-{name}-{}", std::process::id()));
         let folder = image.folder();
         fs::create_dir_all(&folder).expect("the temporary folder can be written to");
-        fs::copy(programs().join("qconsume"), folder.join("qconsume")).expect("it can be copied");
+        fs::copy(programs().join("qconsume"), folder.join("qconsume")).expect("qconsume can be copied");
         let file = format!(
             "FROM {BASE}\nCOPY qconsume /usr/bin/qconsume\nRUN ln -s cat /usr/bin/worker.py\n\
              ENTRYPOINT [\"qconsume\", \"--\"]\nCMD [\"/usr/bin/worker.py\"]\n"
         );
-        fs::write(folder.join("Dockerfile"), file).expect("it can be written");
-        let label = docker_label().expect("it has an owner");
+        fs::write(folder.join("Dockerfile"), file).expect("the file can be written");
+        let label = docker_label().expect("a label");
         let path = folder.display().to_string();
         docker(&["build", "-q", "--label", &label, "-t", &image.0, &path]).unwrap_or_else(|error| panic!("{error:#}"));
         Some(image)
@@ -213,7 +213,7 @@ fn plain_docker_takes_a_message_and_has_its_exit_status() {
     let Some(image) = Image::build("run") else {
         return;
     };
-    let label = docker_label().expect("it has an owner");
+    let label = docker_label().expect("a label");
     let queue = Broker::shared().queue("docs-docker");
     queue.publish("apple");
     let command = recipe("sh docker", "docker run")
@@ -245,7 +245,7 @@ fn the_compose_recipe_takes_one_message_with_each_of_its_containers() {
         .replace("amqp://guest:guest@rabbitmq:5672", &Broker::shared().url())
         .replace(QUEUE, queue.name());
     let path = image.folder().join("compose.yaml");
-    fs::write(&path, file).expect("it can be written");
+    fs::write(&path, file).expect("the file can be written");
     let compose = |words: &str| {
         let script = format!(
             "compose=docker-compose; docker compose version >/dev/null 2>&1 && compose='docker compose'; \

@@ -1,5 +1,5 @@
-//! Exit 0 means that the message is acknowledged. A scripted broker tries to break that promise, as a real one can't be made
-//! to do these things at the right moment.
+//! Exit 0 means that the message is acknowledged. A scripted broker tries to break that promise, as a real one can't be
+//! made to do these things at the right moment.
 
 use crate::common::qconsume;
 use std::time::Instant;
@@ -73,8 +73,8 @@ fn the_next_message_may_come_before_the_barriers_reply() {
     }
 }
 
-/// RabbitMQ 4.3 may report an acknowledgement timeout tens of milliseconds after the barrier's reply. These are its ways, and
-/// others that look alike.
+/// RabbitMQ 4.3 may report an acknowledgement timeout tens of milliseconds after the barrier's reply. These are its
+/// ways, and others that look alike.
 fn after_the_reply(channel: u16) -> [(&'static str, Answer); 4] {
     [
         ("reset", Answer::Last(Vec::new())),
@@ -225,7 +225,8 @@ fn a_channel_that_the_broker_does_not_close_holds_up_no_subscription_and_no_sign
 
 #[test]
 fn a_refusal_between_two_broken_deliveries_changes_nothing() {
-    // Like a broker that the message crashes each time, and whose queues aren't up yet when it accepts connections again.
+    // Like a broker that the message crashes each time, and whose queues aren't up yet when it accepts connections
+    // again.
     let peer = Peer::new(|request| match (request.method, request.connection % 2) {
         (Method::BASIC_CONSUME, 1) => half_a_message(request),
         (Method::BASIC_CONSUME, _) => {

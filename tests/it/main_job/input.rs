@@ -11,7 +11,8 @@ use testbed::{
 /// Prints the kind of standard input, then copies it.
 const KIND: &str = "if [ -p /dev/stdin ]; then echo pipe; else echo file; fi; exec cat";
 
-/// Makes memfd_create(2) fail, by a seccomp filter, with the error number in the first argument; runs the other arguments.
+/// Makes memfd_create(2) fail, by a seccomp filter, with the error number in the first argument; runs the other
+/// arguments.
 const WITHOUT_MEMFD: &str = r#"
 import ctypes, os, sys
 class Instruction(ctypes.Structure):
@@ -113,7 +114,8 @@ fn a_user_without_room_for_pipes_gets_a_file() {
     }
     let broker = Broker::shared();
     let queue = broker.queue("no-pipes");
-    // The kernel counts pipes for each user, so the test needs an unused one, and a copy of the program that it can reach.
+    // The kernel counts pipes for each user, so the test needs an unused one, and a copy of the program that it can
+    // reach.
     let user = (2_000_000 + process::id()).to_string();
     let program = temp_folder("no-pipes").join("qconsume");
     fs::copy(qconsume_path(), &program).unwrap();
@@ -233,7 +235,7 @@ fn memory_that_runs_out_is_71_and_said() {
     queue.publish(binary(12 * MEBIBYTE));
     let mut said = false;
     for limit in (1..).map(|n| n * 10_000) {
-        assert!(limit < 1_000_000, "it never has enough");
+        assert!(limit < 1_000_000, "no limit was enough");
         let line = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
         // With the smallest limits, no program starts at all.
         let done = worker(&queue).arg("true").through(["sh", "-c", &line]).run();

@@ -9,8 +9,8 @@ use std::{
 };
 use testbed::{Broker, Program, missing, owner, owner::temp_folder};
 
-/// Mounts a FUSE file system on which every look-up fails with this error number, or, if it is 0, whose server has died; then
-/// runs the program.
+/// Mounts a FUSE file system on which every look-up fails with this error number, or, if it is 0, whose server has
+/// died; then runs the program.
 const FUSE: &str = r#"
 import ctypes, os, struct, sys
 error, where, program = int(sys.argv[1]), sys.argv[2], sys.argv[3:]

@@ -84,7 +84,8 @@ fn blocked_and_ignored_signals_are_not_passed_on_to_the_command() {
 
 #[test]
 fn a_file_that_the_kernel_cannot_execute_releases_the_message() {
-    // glibc's execvp(3) runs such a file with sh, as env(1) and timeout(1) do; musl's, in the released program, doesn't.
+    // glibc's execvp(3) runs such a file with sh, as env(1) and timeout(1) do; musl's, in the released program,
+    // doesn't.
     let has_glibc = fs::read(qconsume_path()).unwrap().windows(13).any(|bytes| bytes == b"GNU C Library");
     let folder = temp_folder("formats");
     let file = |name: &str, bytes: &[u8]| {
@@ -139,13 +140,13 @@ fn a_large_body_that_nobody_reads_does_not_outlive_its_command() {
     let queue = Broker::shared().queue("background");
     let body = super::binary(4 * super::MEBIBYTE);
     queue.publish(&body);
-    // A process that the command leaves behind holds the pipe open without reading it: as descriptor 3, since the shell
-    // redirects a background process's standard input from /dev/null.
+    // A process that the command leaves behind holds standard input open without reading it: as descriptor 3, since the
+    // shell redirects a background process's standard input from /dev/null.
     let running = worker(&queue).args(["--kill-after", "100ms"]).shell("exec 3<&0; sleep 1000 & exit 0").spawn();
     running.finish(PATIENCE).assert_status(0);
     running.wait_no_leftovers(PATIENCE);
-    // The same with a process in another session. Nor does qconsume keep the body, or descriptors of it, when it goes on
-    // with the next message.
+    // The same with a process in another session. Nor does qconsume keep the body, or descriptors of it, when it goes
+    // on with the next message.
     queue.publish_all([&body, &body, &body]);
     let away = temp_folder("away");
     let script = "exec 3<&0; setsid sh -c 'echo >away; exec sleep 1000' &

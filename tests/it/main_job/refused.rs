@@ -129,6 +129,70 @@ fn a_limit_of_channels_is_69_at_the_connect_timeout_and_named() {
 }
 
 #[test]
+fn a_reserved_name_is_78_at_once() {
+    let url = Broker::shared().url();
+    const ADVICE: &str = "names that begin with amq. are its own";
+    for option in ["--declare", "--exclusive"] {
+        ends_at_once(qconsume().url(&url).queue("amq.mine").arg(option), 78, ADVICE);
+    }
+    let publishes = qpublish().url(&url).args(["-q", "amq.mine", "--declare", "-b", "apple"]);
+    publishes.run().assert_status(78).assert_stderr(ADVICE);
+}
+
+#[test]
+fn an_exchange_that_is_missing_is_told_as_such_and_asked_for_again() {
+    let program = qconsume().url(&Broker::shared().url()).args(["-e", "not-there", "-r", "key"]);
+    let done = gives_up(program, 78, "there is no exchange \"not-there\" to bind queue");
+    assert!(!done.stderr.contains("there is no queue"), "{}", done.stderr);
+}
+
+#[test]
+fn an_internal_exchange_is_78() {
+    let broker = private_broker();
+    let declare = "rabbit_exchange:declare(rabbit_misc:r(<<\"/\">>, exchange, <<\"inside\">>), direct, true, false, true, [], \
+                   <<\"guest\">>).";
+    broker.ctl(&["eval", declare]).unwrap();
+    let publishes = qpublish().url(&broker.url()).args(["-e", "inside", "-r", "key", "-b", "apple"]);
+    publishes.run().assert_status(78).assert_stderr("exchange \"inside\" is internal");
+}
+
+#[test]
+fn a_limit_of_connections_is_69_although_a_long_name_pushes_it_out_of_the_text() {
+    let broker = private_broker();
+    let name = "v".repeat(221);
+    let vhost = Vhost::new(&broker, Box::leak(name.into_boxed_str()));
+    broker.ctl(&["set_permissions", "-p", vhost.name, "guest", ".*", ".*", ".*"]).unwrap();
+    broker.ctl(&["set_vhost_limits", "-p", vhost.name, r#"{"max-connections": 0}"#]).unwrap();
+    let url = broker.url_for("guest", "guest", vhost.name);
+    gives_up(qconsume().queue("q").url(&url), 69, "NOT_ALLOWED - access to vhost 'vvv");
+}
+
+#[test]
+fn an_exclusive_consumer_of_a_queue_with_a_long_name_is_78_at_once() {
+    let name = "n".repeat(242);
+    let queue = Broker::shared().declare("").exact_name(&name).create();
+    let _consumer = queue.consume(true);
+    ends_at_once(worker(&queue), 78, "has an exclusive consumer");
+}
+
+#[test]
+fn a_frame_max_that_the_broker_does_not_take_is_78() {
+    let broker = private_broker();
+    let at = |query: &str| qconsume().url(&format!("{}{query}", broker.url())).queue("q");
+    if broker.version().0 >= 4 {
+        ends_at_once(at("?frame_max=4096"), 78, "the URL asks for 4096");
+    }
+    let set = |bytes: u32| {
+        let set = format!("application:set_env(rabbit, frame_max, {bytes}).");
+        broker.ctl(&["eval", &set]).unwrap();
+    };
+    set(4096);
+    let done = at("").args(["--connect-timeout", "60s", "cat"]).run();
+    set(131_072);
+    done.assert_status(78).assert_stderr("its frame_max is 4096 bytes");
+}
+
+#[test]
 fn missing_permissions_are_77_at_once() {
     let broker = private_broker();
     let queue = broker.queue("unreadable");

@@ -57,7 +57,8 @@ enum Then {
     Back,
     /// The broker has processed it and answered the barrier, but the worker can't know.
     Settled,
-    /// The broker may have processed it; a quorum queue often drops a settlement that comes just before its channel ends.
+    /// The broker may have processed it; a quorum queue often drops a settlement that comes just before its channel
+    /// ends.
     Either,
 }
 
@@ -235,7 +236,7 @@ fn a_connection_cut_while_the_command_runs_ends_it_with_75() {
         proxy.cut();
         assert_lost(running, "the broker closed the connection");
         assert_returned(&queue, "papaya");
-        assert_eq!(proxy.accepted(), 1, "it connected again for a message that isn't its own");
+        assert_eq!(proxy.accepted(), 1, "qconsume connected again for a lost message");
     }
 }
 

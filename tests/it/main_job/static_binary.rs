@@ -24,8 +24,8 @@ fn the_binary_asks_for_no_dynamic_loader() {
     // e_phoff, e_phentsize and e_phnum.
     let (start, size, count) = (number(32, 8), number(54, 2), number(56, 2));
     let types = (0..count).map(|index| number(start + index * size, 4) as u32);
-    assert!(types.clone().any(|kind| kind == 1), "nothing to load");
-    assert!(!types.clone().any(|kind| kind == INTERPRETER), "it is dynamic");
+    assert!(types.clone().any(|kind| kind == 1), "the binary has no segment to load");
+    assert!(!types.clone().any(|kind| kind == INTERPRETER), "the binary needs a dynamic loader");
 }
 
 /// A Docker network, in which Docker runs a name server; removed when dropped.
@@ -46,7 +46,7 @@ impl Drop for Network {
 }
 
 fn docker(arguments: &[&str]) -> Finished {
-    let docker = owner::find_in_path("docker").expect("it works");
+    let docker = owner::find_in_path("docker").expect("docker is in PATH");
     Program::new(docker).args(arguments).run()
 }
 

@@ -127,10 +127,10 @@ fn a_failure_raises_the_delivery_count_and_an_eviction_does_not() {
         stop(&running(worker().shell(WAITS)), Signal::SIGTERM).assert_status(143);
     }
     let got = peek();
-    assert_eq!(got.delivery_count(), None, "an eviction was counted");
+    assert_eq!(got.delivery_count(), None, "the eviction was counted");
     assert_eq!(got.acquired_count(), Some(2));
 
     worker().shell("exit 3").run().assert_status(3);
     let got = peek();
-    assert_eq!(got.delivery_count(), Some(1), "a failure was not counted");
+    assert_eq!(got.delivery_count(), Some(1), "the failure wasn't counted");
 }

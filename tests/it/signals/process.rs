@@ -53,7 +53,8 @@ fn a_shortage_of_processes_is_no_broken_command() {
     let broker = Broker::shared();
     let queue = broker.queue("shortage");
     queue.publish("the message");
-    // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can reach.
+    // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can
+    // reach.
     let user = 1_000_000 + std::process::id();
     let program = owner::temp_folder("shortage").join("qconsume");
     std::fs::copy(crate::common::qconsume_path(), &program).unwrap();
@@ -229,9 +230,9 @@ fn what_a_failure_leaves_is_killed_before_the_settlement() {
     }
 }
 
-/// An endless chain: each process starts its successor and exits, within milliseconds. If it escaped even the testbed, it
-/// would end when its folder is deleted. Each link executes a new program, as mere forks are so fast that their zombies use
-/// up all process ids.
+/// An endless chain: each process starts its successor and exits, within milliseconds. If it escaped even the testbed,
+/// it would end when its folder is deleted. Each link executes a new program, as mere forks are so fast that their
+/// zombies use up all process ids.
 const CHAIN: &str = "echo left; [ -e out ] && sh -c \"$CHAIN\" &";
 
 #[test]
@@ -239,8 +240,8 @@ fn a_process_that_forks_for_its_life_does_not_escape() {
     if emulator_lacks("PR_SET_CHILD_SUBREAPER") {
         return;
     }
-    // With a thousand other processes in /proc, and one processor for qconsume and the chain, reading /proc takes longer
-    // than a process of the chain lives.
+    // With a thousand other processes in /proc, and one processor for qconsume and the chain, reading /proc takes
+    // longer than a process of the chain lives.
     let crowd = "for i in $(seq 1000); do sleep 1000 & done; echo running; wait";
     let _crowd = running(Program::new("sh").args(["-c", crowd]));
     let own_status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -287,8 +288,8 @@ fn orphans_are_reaped_however_many_end_at_once() {
     assert_gone(&queue);
 }
 
-/// A worker whose command succeeds at once, and leaves this script behind in another session; it starts after the command
-/// has ended.
+/// A worker whose command succeeds at once, and leaves this script behind in another session; it starts after the
+/// command has ended.
 fn left(worker: Program, script: &str) -> Program {
     let left = format!("while [ -e /proc/$LEADER ]; do sleep 0.02; done; {script}");
     worker.args(["--kill-after", "600s"]).env("LEFT", left).shell("LEADER=$$ setsid sh -c \"$LEFT\" & exit 0")
@@ -324,7 +325,8 @@ fn a_delivery_lost_while_a_process_is_left_is_no_success() {
 
 #[test]
 fn children_from_before_the_command_are_left_alone() {
-    // A shell starts a process and then becomes qconsume, which so has a child already; as PID 1 it may have others, too.
+    // A shell starts a process and then becomes qconsume, which so has a child already; as PID 1 it may have others,
+    // too.
     let (queue, proxy) = one_message("stranger", QueueKind::Classic);
     let script = "(sleep 1000; :) & exec \"$0\" \"$@\"";
     let running = behind(&proxy, &queue).shell("sleep 1000 & exit 3").through(["sh", "-c", script]).spawn();

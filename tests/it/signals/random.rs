@@ -35,7 +35,8 @@ fn a_signal_at_any_moment_leaves_the_message_either_done_or_in_the_queue() {
                 let calm = (0..2).map(|_| calm(&queue)).max().unwrap();
                 eprintln!("lane {lane}: a run takes {calm:?}");
                 for run in (lane..RUNS).step_by(LANES) {
-                    // Every eighth signal may come long after a normal run's end, in case the machine is slow just then.
+                    // Every eighth signal may come long after a normal run's end, in case the machine is slow just
+                    // then.
                     let reach = if run % 8 == 0 { 4.0 } else { 1.1 };
                     let moment = calm.mul_f64(random.f64() * reach);
                     let entry = run_once(&queue, run, moment);

@@ -1,4 +1,5 @@
-//! A signal in each state of a run in which no command is running. A peer that doesn't answer holds the run in that state.
+//! A signal in each state of a run in which no command is running. A peer that doesn't answer holds the run in that
+//! state.
 
 use super::*;
 use crate::common::in_time;
@@ -44,8 +45,8 @@ fn assert_stopped(finished: &Finished, status: i32) {
     assert_eq!(finished.stdout_text(), "");
 }
 
-/// Whether the broker answered the (talkative) worker within the two seconds. With `--wait`, the status is 66 if basic.cancel
-/// wasn't answered.
+/// Whether the broker answered the (talkative) worker within the two seconds. With `--wait`, the status is 66 if
+/// basic.cancel wasn't answered.
 fn answered(finished: &Finished) -> bool {
     finished.status() != 66 && !finished.stderr.contains("no answer within 2s")
 }

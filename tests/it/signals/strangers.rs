@@ -1,10 +1,11 @@
-//! Strangers: processes of qconsume's that the command didn't start, beside those that it did.
+//! Strangers: children of qconsume that the command didn't start, beside processes that it did.
 
 use super::{process::AWAY, *};
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 use testbed::{missing, owner};
 
-/// Ways in which a shell may start a stranger before it becomes qconsume: in its own group, in another, in another session.
+/// Ways in which a shell may start a stranger before it becomes qconsume: in its own group, in another, in another
+/// session.
 const STRANGERS: [&str; 3] = [
     "sh -c \"$STRANGER\" & exec \"$0\" \"$@\"",
     // With job control, the shell starts it in another group.

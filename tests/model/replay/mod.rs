@@ -1,5 +1,5 @@
-//! A scripted peer plays the model's runs against the real binary. The program must write the same to the broker and exit with
-//! the same status, so that program and model can't drift apart.
+//! A scripted peer plays the model's runs against the real binary. The program must write the same to the broker and
+//! exit with the same status, so that program and model can't drift apart.
 
 mod play;
 mod run;
@@ -20,7 +20,8 @@ use std::{
     thread,
 };
 
-/// The variable with the seed: `QCONSUME_TEST_SEED=1234` draws the same runs again, and `1234/5` plays only number 5 of them.
+/// The variable with the seed: `QCONSUME_TEST_SEED=1234` draws the same runs again, and `1234/5` plays only number 5 of
+/// them.
 const SEED: &str = "QCONSUME_TEST_SEED";
 
 /// Runs to play of each system, at most.
@@ -84,8 +85,8 @@ fn next(walk: &Walk, random: &mut fastrand::Rng) -> Option<Action> {
     wanted.into_iter().find(|actions| !actions.is_empty()).and_then(|actions| random.choice(actions))
 }
 
-/// Runs of the correct model in which a seeded bug would show: the bug's counterexample, without the steps that aren't possible,
-/// and then random steps.
+/// Runs of the correct model in which a seeded bug would show: the bug's counterexample, without the steps that aren't
+/// possible, and then random steps.
 fn counterexample(system: &System, property: &'static str, random: &mut fastrand::Rng) -> Vec<Run> {
     let path = shortest(system, property).expect("seeded_bugs_are_found checks it");
     let system = System { bug: None, ..system.clone() };

@@ -1,5 +1,6 @@
-//! Plays one run against the program: the broker, the signals and the command do what the model says, in its order. Each step
-//! waits until the program has written something or its command has printed something, and never just for some time.
+//! Plays one run against the program: the broker, the signals and the command do what the model says, in its order.
+//! Each step waits until the program has written something or its command has printed something, and never just for
+//! some time.
 
 use super::run::{Run, Step, What};
 use crate::{
@@ -20,11 +21,11 @@ use testbed::{
     peer::{self, Answer, Peer, Request as Seen},
 };
 
-/// How long to wait for the program; only one that differs from the model takes so long.
+/// How long to wait for the program. Only one that differs from the model takes longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `--wait` and `--timeout`, if they pass in this run. If they may have passed too early ([`Run::is_timed`]), a run that differs
-/// is played again with the next one.
+/// `--wait` and `--timeout`, if they pass in this run. If they may have passed too early ([`Run::is_timed`]), a run
+/// that differs is played again with the next one.
 const LIMITS: [&str; 3] = ["500ms", "2s", "10s"];
 
 /// From 80 % of this time on, a run is long ([`System::long`](crate::system::System::long)).
@@ -249,7 +250,6 @@ impl<'a> Player<'a> {
         look(self.log.lock().unwrap().connection(self.connection))
     }
 
-    /// The number of connections so far.
     fn connections(&self) -> usize {
         self.log.lock().unwrap().0.iter().filter(|connection| connection.is_made).count()
     }
@@ -318,8 +318,8 @@ impl<'a> Player<'a> {
         self.with_log(|connection| connection.channel.unwrap_or_default())
     }
 
-    /// Sends the unsent bytes. At the run's end, `with_answers`, also the answers to all open requests: if the program goes on
-    /// after the model's end, these let it succeed, which shows.
+    /// Sends the unsent bytes. At the run's end, `with_answers`, also the answers to all open requests: if the program
+    /// goes on after the model's end, these let it succeed, which shows.
     fn flush(&mut self, with_answers: bool) {
         if with_answers {
             self.answer_all();
@@ -426,7 +426,8 @@ impl<'a> Player<'a> {
         self.out().lines().filter(|line| line.starts_with(word)).count()
     }
 
-    /// Waits until the condition holds. Meanwhile answers requests that the model doesn't have, so that nothing changes.
+    /// Waits until the condition holds. Meanwhile answers requests that the model doesn't have, so that nothing
+    /// changes.
     fn wait(
         &mut self,
         what: &str,
@@ -463,7 +464,8 @@ impl<'a> Player<'a> {
         }
     }
 
-    /// Whether the program has written everything that it writes in the model; an error if it has written something else.
+    /// Whether the program has written everything that it writes in the model; an error if it has written something
+    /// else.
     fn compare(&self, at_end: bool) -> Result<bool, Difference> {
         for (expected, n) in self.expected.iter().zip(1..) {
             // The order of two releases doesn't matter.
@@ -490,8 +492,8 @@ impl<'a> Player<'a> {
         Ok(at_end || !self.asks || self.with_log(is_asked))
     }
 
-    /// After the run's end in the model: gives the program whatever it still waits for, until it ends, too. Returns its exit
-    /// status, or `None` if it hangs.
+    /// After the run's end in the model: gives the program whatever it still waits for, until it ends, too. Returns its
+    /// exit status, or `None` if it hangs.
     fn end(&mut self) -> Option<i32> {
         let end = Instant::now() + PATIENCE;
         self.asks = false;

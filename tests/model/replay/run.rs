@@ -69,8 +69,8 @@ impl Run {
         self.steps.iter().map(kind).collect()
     }
 
-    /// Whether one of the program's own times may pass too early on a busy machine: `--wait`, `--timeout`, the pause before the
-    /// second barrier, or the two seconds in which a cancel has to be answered.
+    /// Whether one of the program's own times may pass too early on a busy machine: `--wait`, `--timeout`, the pause
+    /// before the second barrier, or the two seconds in which a cancel has to be answered.
     pub fn is_timed(&self) -> bool {
         self.steps.iter().any(|step| match step.what {
             What::TimeLimit | What::WaitOver => true,
@@ -80,8 +80,8 @@ impl Run {
         })
     }
 
-    /// Whether the peer can make all of this happen. It can't place a loss between a message and its command's start, as the
-    /// program may see the loss before the message; nor there a signal together with a method.
+    /// Whether the peer can make all of this happen. It can't place a loss between a message and its command's start,
+    /// as the program may see the loss before the message; nor there a signal together with a method.
     fn is_playable(&self) -> bool {
         let taken = |step: &&Step| matches!(step.before, Phase::Taken(_));
         let mut taken = self.steps.iter().filter(taken).map(|step| step.what);
@@ -147,7 +147,6 @@ impl<'a> Walk<'a> {
         Self { system, state, delivered: HashMap::new(), open, runs: Vec::new() }
     }
 
-    /// The possible actions.
     pub fn actions(&self) -> Vec<Action> {
         let mut actions = Vec::new();
         self.system.actions(&self.state, &mut actions);
@@ -173,8 +172,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Adds the number of earlier deliveries: a quorum queue of 4.3 tells how often a message was acquired, others only its
-    /// failures.
+    /// Adds the number of earlier deliveries: a quorum queue of 4.3 tells how often a message was acquired, others only
+    /// its failures.
     fn with_count(&self, what: What) -> What {
         let What::Receive(Reply::Deliver(delivery), _) = what else {
             return what;

@@ -1,4 +1,4 @@
-//! An address on loopback that swallows packets, without root.
+//! A loopback address that drops packets; needs no root.
 
 use crate::runtime;
 use anyhow::{Result, bail};
@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-/// An attempt to connect that isn't answered within this time has met a full backlog; on loopback an answer takes microseconds,
-/// and the kernel repeats a dropped SYN only after a second.
+/// If a connection attempt isn't answered within this time, the backlog is full: on loopback an answer takes
+/// microseconds, and the kernel repeats a dropped SYN only after a second.
 const UNANSWERED: Duration = Duration::from_millis(300);
 
 /// A listener that never accepts and whose backlog is full: the kernel drops every further SYN, as a firewall would.
@@ -22,7 +22,7 @@ impl FullBacklog {
         Self::at(([127, 0, 0, 1], 0).into())
     }
 
-    /// The same at this address.
+    /// Listens on this address and fills the backlog.
     pub fn at(address: SocketAddr) -> Self {
         runtime::block_on(Self::fill(address)).unwrap_or_else(|error| panic!("{error:#}"))
     }
@@ -37,12 +37,12 @@ impl FullBacklog {
                 Err(_) => return Ok(full),
             }
         }
-        bail!("a backlog of one still took connections after 16 of them")
+        bail!("a backlog of one isn't full after 16 connections")
     }
 
     /// Its address.
     pub fn addr(&self) -> SocketAddr {
-        self.listener.local_addr().expect("it is bound")
+        self.listener.local_addr().expect("the listener has an address")
     }
 
     /// Its address for `BROKER_URL`.

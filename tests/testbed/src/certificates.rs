@@ -1,17 +1,15 @@
-//! Certificates for brokers with TLS, and for who is to be trusted by them.
+//! Certificates for brokers with TLS and their clients.
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
-/// A certificate and its key, both PEM.
+/// A certificate and its private key, both in PEM.
 #[derive(Clone)]
 pub struct Identity {
-    /// The certificate.
     pub cert: String,
-    /// Its private key.
     pub key: String,
 }
 
-/// A CA of this name.
+/// A CA with this name.
 pub fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -20,7 +18,7 @@ pub fn authority(name: &str) -> CertifiedIssuer<'static, KeyPair> {
     CertifiedIssuer::self_signed(params, key).expect("a certificate")
 }
 
-/// For these names and addresses, signed by `ca`, with what `change` makes of it.
+/// An identity for these names and addresses, signed by `ca`; `change` may change the parameters.
 pub fn identity(
     ca: &CertifiedIssuer<'static, KeyPair>,
     names: &[&str],

@@ -1,7 +1,7 @@
-//! The test's own side of AMQP: fills queues and looks into them.
+//! The tests' AMQP client: fills and inspects queues.
 //!
-//! [`Client`]'s methods give a `Result`, for the soak, whose broker comes and goes. [`Queue`]'s panic, so that a test reads as a
-//! sentence.
+//! [`Client`]'s methods return a `Result`, for the soak, whose broker comes and goes. [`Queue`]'s methods panic, which
+//! keeps tests short.
 
 mod queue;
 
@@ -20,13 +20,13 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::Mutex;
 
-/// How long an operation waits for its answer: one that the broker's death has swallowed is asked again by whoever polls.
+/// How long an operation waits for its answer. If the broker's death has lost the answer, polling callers try again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a dropped queue waits for a broker that may be gone or frozen by then.
+/// How long a dropped queue or client waits for a broker that may be gone or frozen.
 const DROP_LIMIT: Duration = Duration::from_secs(2);
 
-/// A connection to a broker, opened with the first use and again after the broker was gone.
+/// A connection to a broker; opened at the first use, and again after it was lost.
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -34,12 +34,12 @@ pub struct Client {
 
 struct Inner {
     url: String,
-    /// Whether it has declared a quorum queue that nobody has asked about since.
+    /// Whether it has declared a quorum queue since [`Client::take_quorum_declared`] was last called.
     quorum_declared: AtomicBool,
     connection: Mutex<Option<Connection>>,
 }
 
-/// A message, and what became of it, as the broker tells it with the next delivery.
+/// A message that was taken from a queue.
 #[derive(Debug)]
 pub struct Got(BasicGetMessage);
 
@@ -57,7 +57,7 @@ impl Got {
         String::from_utf8_lossy(&self.data).into_owned()
     }
 
-    /// How many were ready behind it.
+    /// How many more were ready.
     pub fn remaining(&self) -> u32 {
         self.0.message_count
     }
@@ -67,12 +67,12 @@ impl Got {
         self.properties.headers().as_ref()?.inner().get(name)
     }
 
-    /// `x-delivery-count`: how often it came back. Quorum queues only, and absent the first time.
+    /// `x-delivery-count`: how often it was requeued. Only from quorum queues, and not at the first delivery.
     pub fn delivery_count(&self) -> Option<i64> {
         self.count("x-delivery-count")
     }
 
-    /// `x-acquired-count`: how often it was handed out. Quorum queues of RabbitMQ 4.3 only.
+    /// `x-acquired-count`: how often it was delivered before. Only from quorum queues of RabbitMQ 4.3.
     pub fn acquired_count(&self) -> Option<i64> {
         self.count("x-acquired-count")
     }
@@ -86,7 +86,7 @@ impl Got {
 }
 
 impl Client {
-    /// For the broker at this address; connects when first used.
+    /// A client of the broker at this URL; connects at the first use.
     pub fn new(url: &str) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -97,12 +97,12 @@ impl Client {
         }
     }
 
-    /// Whether this client has declared a quorum queue since it was last asked.
+    /// Whether this client has declared a quorum queue since the last call.
     pub(crate) fn take_quorum_declared(&self) -> bool {
         self.inner.quorum_declared.swap(false, Relaxed)
     }
 
-    /// A channel of its own, for what this client has no method for (with [`block_on`]).
+    /// A new channel, for operations that this client doesn't have (use [`block_on`]).
     pub fn channel(&self) -> Result<Channel> {
         block_on(limited(self.open_channel()))
     }
@@ -114,22 +114,22 @@ impl Client {
         {
             return Ok(channel);
         }
-        // Never opened, or lost with the broker that was killed a moment ago.
+        // Not opened yet, or lost.
         let properties = ConnectionProperties::default().with_connection_name("testbed".into());
         let opened = Connection::connect(&self.inner.url, properties)
             .await
-            .context("the test's own client can't connect to the broker")?;
+            .context("the tests' client can't connect to the broker")?;
         let channel = opened.create_channel().await?;
         *connection = Some(opened);
         Ok(channel)
     }
 
-    /// Runs one operation on a channel of its own, because an error closes the channel.
+    /// Runs one operation on a new channel, because an error closes the channel.
     fn operate<T>(&self, operation: impl AsyncFnOnce(&Channel) -> Result<T>) -> Result<T> {
         block_on(limited(async {
             let channel = self.open_channel().await?;
             let result = operation(&channel).await;
-            // With the answer to close, an ack sent before has been processed; after an error it is closed already.
+            // When channel.close is answered, earlier acks are processed. After an error the channel is closed already.
             if result.is_ok() {
                 channel.close(200, "".into()).await?;
             }
@@ -137,7 +137,7 @@ impl Client {
         }))
     }
 
-    /// Declares a durable classic queue with a name of its own, which starts with `name`.
+    /// Declares a durable classic queue with a unique name that starts with `name`.
     #[track_caller]
     pub fn queue(&self, name: &str) -> Queue {
         self.declare(name).create()
@@ -148,7 +148,7 @@ impl Client {
         QueueBuilder::new(self, name)
     }
 
-    /// Ready messages and consumers of a queue; None if there is no such queue.
+    /// The numbers of a queue's ready messages and consumers; `None` if the queue doesn't exist.
     pub fn counts(&self, queue: &str) -> Result<Option<(u32, u32)>> {
         self.operate(async |channel| {
             let options = QueueDeclareOptions { passive: true, ..Default::default() };
@@ -162,7 +162,7 @@ impl Client {
         })
     }
 
-    /// Publishes messages to a queue, all in flight, and waits until the broker has confirmed every one.
+    /// Publishes messages to a queue, and then waits until the broker has confirmed all of them.
     pub fn publish<B: AsRef<[u8]>>(
         &self,
         queue: &str,
@@ -188,7 +188,7 @@ impl Client {
         })
     }
 
-    /// Takes the next ready message out of a queue for good.
+    /// Takes the next ready message from a queue, and acknowledges it.
     pub fn get(&self, queue: &str) -> Result<Option<Got>> {
         self.next(queue, false)
     }
@@ -224,12 +224,12 @@ impl Client {
 async fn limited<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::time::timeout(ANSWER_LIMIT, operation)
         .await
-        .unwrap_or_else(|_| bail!("the broker didn't answer the test's own client within {ANSWER_LIMIT:?}"))
+        .unwrap_or_else(|_| bail!("the broker didn't answer the tests' client within {ANSWER_LIMIT:?}"))
 }
 
-/// For what is dropped: the broker may be gone or frozen by then, and then nothing more needs to be done.
+/// Cleans up when something is dropped. Errors don't matter, as the broker may be gone or frozen.
 fn last_wish(operation: impl Future<Output = Result<()>>) {
-    // Within an async block, because the timer needs the runtime's context from the start.
+    // In an async block, because creating the timer needs the runtime's context.
     let _ = block_on(async { tokio::time::timeout(DROP_LIMIT, operation).await });
 }
 
@@ -237,7 +237,7 @@ fn is_not_found(error: &lapin::Error) -> bool {
     match error.kind() {
         ErrorKind::ProtocolError(error) => {
             *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
-                // A classic queue whose home node is down is answered with the same code.
+                // The code is the same for a classic queue whose home node is down.
                 && error.get_message().as_str().contains("no queue")
         }
         _ => false,

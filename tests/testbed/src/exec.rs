@@ -1,4 +1,4 @@
-//! Runs a tool to its end, within a deadline.
+//! Runs a tool to its end, with a time limit.
 
 use crate::owner;
 use anyhow::{Context, Result, bail};
@@ -10,10 +10,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// How many characters of a command an error shows: a container's whole configuration is in its arguments.
+/// The most characters of a command that an error shows: docker's arguments contain a container's whole configuration.
 const DESCRIPTION: usize = 100;
 
-/// Runs the command and gives what it wrote to standard output; a failure names the command and what it said.
+/// Runs a command; returns its standard output. An error has the command line and the command's output.
 pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<String> {
     let line = describe(command);
     let child = command

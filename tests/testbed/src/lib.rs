@@ -1,20 +1,20 @@
-//! What qconsume's tests, demo, soak and benchmark stand on.
+//! The basis of qconsume's tests, demo, soak and benchmark.
 //!
 //! - [`Broker`] finds or starts a RabbitMQ; private ones can be stopped, killed, frozen and clustered.
-//! - [`Client`] and [`Queue`] are the test's own side of AMQP.
-//! - [`Proxy`] stands between a worker and its broker and misbehaves on demand.
-//! - [`peer::Peer`] is a broker that answers by a script.
+//! - [`Client`] and [`Queue`] are the tests' AMQP client.
+//! - [`Proxy`] is a proxy between a worker and its broker that can cause faults.
+//! - [`peer::Peer`] is a broker that answers as a script says.
 //! - [`Program`] runs the binary under test and never hangs.
-//! - [`tokens::Issuer`] makes OAuth 2 tokens, and a broker trust them.
-//! - [`Container`] runs it as a container's first process.
-//! - [`soak`] puts all of it together, at random, and keeps the books.
-//! - [`mod@bench`] compares qconsume with what it replaces.
-//! - [`FullBacklog`] is an address that swallows packets.
-//! - [`Network`] is a network namespace of a test's own.
+//! - [`tokens::Issuer`] creates OAuth 2 tokens, and makes a broker trust them.
+//! - [`Container`] runs a program as a container's first process.
+//! - [`soak`] runs many workers with random faults, and checks what happened to each message.
+//! - [`mod@bench`] compares qconsume with amqp-consume.
+//! - [`FullBacklog`] is an address that drops packets.
+//! - [`Network`] is a network namespace for a test.
 //!
-//! Everything blocks, so a test is a plain function; what is asynchronous inside runs on one thread of the testbed's own.
-//! What gives no `Result` panics where it fails, or where what it waits for doesn't come within its limit.
-//! Nothing outlives the process that started it, not even when that process is killed: see [`owner`].
+//! All functions block, so a test is a plain function; asynchronous code runs on one thread of the testbed.
+//! A function that doesn't return a `Result` panics on an error, or if what it waits for doesn't happen in time.
+//! Nothing outlives the process that started it, even if that process is killed: see [`owner`].
 
 #![forbid(unsafe_code)]
 
@@ -50,24 +50,25 @@ pub use runtime::block_on;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How long a test waits for something that should take milliseconds. Generous, because two cores may be starting
-/// several brokers at the same time; it is only ever reached by a failing test.
+/// How long a test waits for something that should take milliseconds. It is generous, as the machine may be starting
+/// several brokers at the same time; only failing tests take that long.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Reports that a test's optional ingredient (Docker, an image, root, tini) is absent; the test should then return.
+/// Reports that a test's prerequisite (Docker, an image, root, tini) is missing; the test should then return. With
+/// `CI=true`, panics instead.
 pub fn missing(what: &str) {
-    assert!(std::env::var("CI").as_deref() != Ok("true"), "this needs {what}, and with CI=true nothing may be skipped");
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "this test needs {what}; with CI=true none may be skipped");
     skipped(&format!("needs {what}"));
 }
 
-/// Reports that this version of the broker lacks what a test is about; the test should then return. Unlike with
-/// [`missing`], that is no gap in a pipeline, which has the other versions, too.
+/// Reports that this version of the broker lacks what a test is about; the test should then return. Doesn't panic with
+/// `CI=true`, unlike [`missing`], as CI also tests other versions.
 pub fn version_lacks(what: &str) {
     skipped(&format!("this version of the broker lacks {what}"));
 }
 
-/// Whether the programs under test run in an emulator (`tests/arm64`); then it reports that the emulator lacks what a test is
-/// about, and the test should return.
+/// Whether the programs under test run in an emulator (`tests/arm64`). If so, reports that it lacks what a test is
+/// about; the test should then return.
 pub fn emulator_lacks(what: &str) -> bool {
     let emulator = std::env::var("QCONSUME_TEST_EMULATOR").unwrap_or_default();
     if !emulator.is_empty() {
@@ -81,7 +82,7 @@ fn skipped(why: &str) {
     eprintln!("{} skipped: {why}", thread.name().unwrap_or("test"));
 }
 
-/// Polls `condition` until it holds or `deadline` has passed; says whether it held.
+/// Polls `condition` until it holds or `deadline` has passed; returns whether it held.
 pub fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + deadline;
     loop {
@@ -95,7 +96,7 @@ pub fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool) -> bo
     }
 }
 
-/// A program that cargo has put where this one is.
+/// The path of a program in the same folder as this one.
 fn beside_this_program(name: &str) -> PathBuf {
     let this = std::env::current_exe().expect("this program has a path");
     this.with_file_name(name)

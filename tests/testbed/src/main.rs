@@ -1,4 +1,4 @@
-//! `testbed broker`: finds or starts a RabbitMQ for people and scripts.
+//! `testbed broker`: finds or starts a RabbitMQ.
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -12,10 +12,10 @@ use testbed::Broker;
 enum Task {
     /// Find or start a RabbitMQ
     ///
-    /// With a COMMAND, runs it with BROKER_URL set and ends with its status. Without one, prints BROKER_URL=... and stays
-    /// until its standard input ends, or until it gets SIGINT or SIGTERM.
+    /// With a COMMAND, runs it with BROKER_URL set, and exits with its status. Without one, prints BROKER_URL=... and
+    /// runs until its standard input ends, or until it gets SIGINT or SIGTERM.
     Broker {
-        /// What to run, behind `--`
+        /// The command to run, after `--`
         #[arg(last = true)]
         command: Vec<String>,
     },
@@ -27,7 +27,7 @@ fn main() -> Result<ExitCode> {
     let Some((program, arguments)) = command.split_first() else {
         println!("BROKER_URL={}", broker.url());
         std::io::stdout().flush()?;
-        // A signal simply kills us: the watchdog then removes the broker.
+        // If a signal kills us, the watchdog removes the broker.
         std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
         return Ok(ExitCode::SUCCESS);
     };

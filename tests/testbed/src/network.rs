@@ -1,4 +1,4 @@
-//! A network of a test's own: loopback only, with names of its own.
+//! A network for a test, with only loopback and the test's own names.
 
 use crate::owner::{find_in_path, temp_folder};
 use crate::{PATIENCE, exec, runtime};
@@ -12,24 +12,25 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 
-/// A network namespace with loopback only: every address of 127.0.0.0/8 and every port is free, and nothing gets out. It is gone
-/// when this is dropped and nothing that was started in it is left.
+/// A network namespace with only loopback: every address of 127.0.0.0/8 and every port is free, and no packet leaves
+/// it. It is gone when this is dropped and all processes in it have ended.
 pub struct Network {
     namespace: File,
     hosts: PathBuf,
 }
 
 impl Network {
-    /// A new one.
+    /// Creates a network.
     ///
     /// # Errors
-    /// Without root, the right to create network namespaces, iproute2's `ip`, or `nsenter` and `unshare`.
+    /// If root, the right to create network namespaces, `ip` (iproute2), `nsenter` or `unshare` is missing.
     pub fn new() -> Result<Self> {
         for tool in ["nsenter", "unshare"] {
             find_in_path(tool).with_context(|| format!("{tool} isn't installed"))?;
         }
         let ip = find_in_path("ip").context("ip isn't installed")?;
-        // From this thread: what starts with the first use would otherwise be in the namespace, too.
+        // Start these here: if the thread below used them first, the watchdog and the runtime would be in the
+        // namespace.
         let hosts = temp_folder("network").join("hosts");
         runtime::handle();
         let namespace = thread::spawn(move || {
@@ -37,14 +38,14 @@ impl Network {
             exec::run(Command::new(ip).args(["link", "set", "lo", "up"]), PATIENCE)?;
             File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")
         });
-        let namespace = namespace.join().expect("it doesn't panic")?;
+        let namespace = namespace.join().expect("the thread doesn't panic")?;
         Ok(Self { namespace, hosts })
     }
 
-    /// Does something that opens sockets, which then belong to this network for ever. What they accept can be passed on to
-    /// the outside: that is how a [`crate::Proxy`] leads from here to a broker.
+    /// Runs something in this network. Sockets that it opens belong to this network for ever, but the process may pass
+    /// their data on to the outside: so a [`crate::Proxy`] leads from this network to a broker.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let enter = || setns(&self.namespace, CloneFlags::CLONE_NEWNET).expect("the right to enter its own namespace");
+        let enter = || setns(&self.namespace, CloneFlags::CLONE_NEWNET).expect("the right to enter the namespace");
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
                 enter();
@@ -54,13 +55,13 @@ impl Network {
         })
     }
 
-    /// Gives a name these addresses, and takes every other name away, for programs that are started afterwards.
+    /// Makes this the only name, with these addresses, for programs that are started afterwards.
     pub fn name(&self, name: &str, addresses: &[IpAddr]) {
         let lines: String = addresses.iter().map(|address| format!("{address} {name}\n")).collect();
         fs::write(&self.hosts, lines).expect("a file for the names");
     }
 
-    /// For [`crate::Program::through`]: runs a program in this network, with its names.
+    /// A prefix for [`crate::Program::through`] that runs a program in this network, with its names.
     pub fn prefix(&self) -> Vec<OsString> {
         let namespace = format!("--net=/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd());
         let mount = "mount --bind \"$0\" /etc/hosts && exec \"$@\"";

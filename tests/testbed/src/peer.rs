@@ -1,5 +1,6 @@
-//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, and otherwise where the script says so. What the script
-//! leaves unanswered, a test may answer later: [`Peer::send`]. And what no library would publish.
+//! A scripted AMQP 0-9-1 peer: it answers like a broker with one queue, unless the script says otherwise. If the script
+//! doesn't answer a request, a test may do so later with [`Peer::send`]. Also [`publish_raw`], which publishes
+//! malformed messages.
 
 use crate::proxy::frames::{self, Method, frame, long, method_frame, short};
 use crate::{Action, Broker, Client, Direction, Proxy};
@@ -13,50 +14,50 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-/// How long a connection may stay silent before the peer forgets it.
+/// How long a connection may be silent before the peer drops it.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// What a client has sent.
+/// A frame that a client has sent.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The connection, counted from 1.
+    /// The connection's number, from 1.
     pub connection: usize,
-    /// Its channel.
+    /// The channel.
     pub channel: u16,
-    /// Its method, or what stands for another kind of frame.
+    /// The method, or the constant for another type of frame.
     pub method: Method,
-    /// What stands behind the method's numbers; a frame's payload where it has none.
+    /// The method's arguments, or another frame's payload.
     pub arguments: Vec<u8>,
-    /// How many frames of this method this connection has sent, this one included.
+    /// How many frames of this method this connection has sent, including this one.
     pub nth: u64,
 }
 
-/// What the script says to a request.
+/// The script's answer to a request.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// What a broker would.
+    /// A broker's usual answer.
     Usual,
     /// These bytes, and the connection goes on.
     Bytes(Vec<u8>),
-    /// These bytes, then the end of the connection.
+    /// These bytes; then the connection is closed.
     Last(Vec<u8>),
 }
 
-/// A peer on a port of its own; it accepts nothing more once it is dropped.
+/// A peer on a free port; when it is dropped, it stops accepting connections.
 pub struct Peer {
     addr: SocketAddr,
     seen: Arc<Mutex<Vec<Request>>>,
-    /// What is written to, for each connection that was made.
+    /// One for each connection so far.
     writers: Arc<Mutex<Vec<Arc<Writer>>>>,
     gone: Arc<AtomicBool>,
 }
 
-/// Empty once the test has ended the connection. It is locked from a request's arrival until its answer is written, so that what
-/// a test sends because of the request comes after the answer.
+/// `None` if the test has ended the connection. It is locked from a request's arrival until its answer is written, so
+/// that bytes that a test sends because of the request come after the answer.
 type Writer = Mutex<Option<TcpStream>>;
 
 impl Peer {
-    /// Answers every connection by this script.
+    /// Starts a peer that answers every connection with this script.
     pub fn new(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port to listen on");
         let addr = listener.local_addr().expect("the port's number");
@@ -71,49 +72,49 @@ impl Peer {
                 let writer: Arc<Writer> = Arc::new(Mutex::new(stream.try_clone().ok()));
                 writers.lock().push(writer.clone());
                 let (seen, script) = (seen.clone(), script.clone());
-                // What ends a connection is the client's business, or the script's.
+                // Errors only mean that the client or the script has ended the connection.
                 thread::spawn(move || serve(stream, &writer, count + 1, &seen, &*script));
             }
         });
         peer
     }
 
-    /// A URL for it.
+    /// Its URL.
     pub fn url(&self) -> String {
         format!("amqp://guest:guest@{}", self.addr)
     }
 
-    /// What it was sent so far.
+    /// The frames that it got so far.
     pub fn seen(&self) -> Vec<Request> {
         self.seen.lock().clone()
     }
 
-    /// How many frames of this method it was sent.
+    /// The number of frames with this method that it got.
     pub fn count(&self, method: Method) -> usize {
         let seen = self.seen.lock();
         seen.iter().filter(|seen| seen.method == method).count()
     }
 
-    /// Sends this on a connection, counted from 1, unasked. A client that has left doesn't get it.
+    /// Sends bytes on a connection, by its number from 1. Does nothing if the connection has ended.
     pub fn send(&self, connection: usize, bytes: &[u8]) {
         if let Some(stream) = &mut *self.writer(connection).lock() {
             let _ = stream.write_all(bytes);
         }
     }
 
-    /// Closes a connection, behind what was sent on it.
+    /// Closes a connection; the client can still read everything that was sent.
     pub fn close(&self, connection: usize) {
         if let Some(stream) = self.writer(connection).lock().take() {
             let _ = stream.shutdown(Shutdown::Write);
         }
     }
 
-    /// Resets a connection: the client may lose what was sent on it.
+    /// Resets a connection; the client may lose data that it hasn't read.
     pub fn reset(&self, connection: usize) {
         if let Some(stream) = self.writer(connection).lock().take() {
             let linger = libc::linger { l_onoff: 1, l_linger: 0 };
             setsockopt(&stream, sockopt::Linger, &linger).expect("a socket may be reset");
-            // Its reader leaves, and the last one to do so sends the reset.
+            // This ends the reading thread; when the last handle is dropped, the kernel sends the reset.
             let _ = stream.shutdown(Shutdown::Read);
         }
     }
@@ -126,7 +127,7 @@ impl Peer {
 impl Drop for Peer {
     fn drop(&mut self) {
         self.gone.store(true, Relaxed);
-        // So that the thread that accepts looks.
+        // Wakes the accepting thread, so that it sees `gone`.
         let _ = TcpStream::connect(self.addr);
     }
 }
@@ -170,7 +171,7 @@ fn serve(
     }
 }
 
-/// What a broker with one queue, and no message in it, answers.
+/// The usual answer of a broker with one empty queue.
 pub fn usual(request: &Request) -> Vec<u8> {
     let of = |method, arguments: &[u8]| method_frame(request.channel, method, arguments);
     match request.method {
@@ -187,13 +188,14 @@ pub fn usual(request: &Request) -> Vec<u8> {
         Method::CONFIRM_SELECT => of(Method::CONFIRM_SELECT_OK, &[]),
         Method::BASIC_QOS => of(Method::BASIC_QOS_OK, &[]),
         Method::QUEUE_DECLARE => declared(request, 0, 0),
+        Method::QUEUE_DELETE => of(Method::QUEUE_DELETE_OK, &[0; 4]),
         Method::BASIC_CONSUME => {
             let queue = short_at(&request.arguments, 2);
             let tag = short_at(&request.arguments, 2 + queue.len());
             of(Method::BASIC_CONSUME_OK, tag)
         }
         Method::BASIC_CANCEL => match request.arguments.last() {
-            // Behind the tag: no-wait.
+            // After the tag comes no-wait.
             Some(1) => Vec::new(),
             _ => of(Method::BASIC_CANCEL_OK, short_at(&request.arguments, 0)),
         },
@@ -208,13 +210,13 @@ pub fn tune(heartbeat: u16) -> Vec<u8> {
     method_frame(0, Method::CONNECTION_TUNE, &arguments)
 }
 
-/// basic.ack or basic.nack of the message whose body has come.
+/// basic.ack or basic.nack for the message whose body has arrived.
 pub fn settle(request: &Request, method: Method) -> Vec<u8> {
     let arguments = [&request.nth.to_be_bytes()[..], &[0]].concat();
     method_frame(request.channel, method, &arguments)
 }
 
-/// basic.return with NO_ROUTE of a message with an empty body.
+/// basic.return with NO_ROUTE for a message with an empty body.
 pub fn returned(channel: u16) -> Vec<u8> {
     let arguments = [&[1, 56][..], &short(b"NO_ROUTE"), &[0], &short(b"q")].concat();
     [method_frame(channel, Method::BASIC_RETURN, &arguments), content_header(channel, 0, &[0, 0])].concat()
@@ -232,7 +234,7 @@ fn deliver_as(channel: u16, tag: u64, redelivered: bool, routing_key: &[u8]) -> 
     method_frame(channel, Method::BASIC_DELIVER, &arguments)
 }
 
-/// A whole message to qconsume's consumer, with this delivery tag and this body.
+/// A whole message for qconsume's consumer, with this delivery tag and body.
 pub fn message(channel: u16, tag: u64, redelivered: bool, body: &[u8]) -> Vec<u8> {
     counted_message(channel, tag, redelivered, &[], body)
 }
@@ -246,29 +248,35 @@ pub fn counted_message(channel: u16, tag: u64, redelivered: bool, counts: &[(&st
     [deliver, header, frame(3, channel, body)].concat()
 }
 
-/// queue.declare-ok with these counts, to a request.
+/// queue.declare-ok with these counts, for a request.
 pub fn declared(request: &Request, ready: u32, consumers: u32) -> Vec<u8> {
     let name = short_at(&request.arguments, 2);
     let arguments = [name, &ready.to_be_bytes(), &consumers.to_be_bytes()].concat();
     method_frame(request.channel, Method::QUEUE_DECLARE_OK, &arguments)
 }
 
-/// connection.start of a broker that says that it has this version.
+/// connection.start of a broker with this version.
 pub fn greeting(version: &str) -> Vec<u8> {
-    let properties = long(&[&short(b"version")[..], b"S", &long(version.as_bytes())].concat());
+    greeting_with(&[("version", version)])
+}
+
+/// connection.start with these server properties, such as `product`.
+pub fn greeting_with(properties: &[(&str, &str)]) -> Vec<u8> {
+    let property = |(name, value): &(&str, &str)| [&short(name.as_bytes())[..], b"S", &long(value.as_bytes())].concat();
+    let properties = long(&properties.iter().flat_map(property).collect::<Vec<_>>());
     let arguments = [&[0, 9][..], &properties, &long(b"PLAIN"), &long(b"en_US")].concat();
     method_frame(0, Method::CONNECTION_START, &arguments)
 }
 
-/// A content header: the body's size, and the properties as they are encoded.
+/// A content header with the body's size and encoded properties.
 pub fn content_header(channel: u16, size: u64, properties: &[u8]) -> Vec<u8> {
     let payload = [&[0, 60, 0, 0][..], &size.to_be_bytes(), properties].concat();
     frame(2, channel, &payload)
 }
 
-/// Properties with only headers: tables (`F`) or arrays (`A`) within each other, so many levels with the headers' own.
+/// Encoded properties with nested headers, either tables (`F`) or arrays (`A`); `levels` includes the table of headers.
 pub fn nested_headers(levels: usize, kind: u8) -> Vec<u8> {
-    // From the inside: a builder that calls itself would overflow its own stack.
+    // Built from the inside, as recursion would overflow the stack.
     let mut value = Vec::new();
     for level in (1..levels).rev() {
         let named = level == 1 || kind == b'F';
@@ -284,7 +292,7 @@ fn short_at(arguments: &[u8], at: usize) -> &[u8] {
     rest.get(..size).unwrap_or(&[0])
 }
 
-/// Publishes a message with properties and a routing key of any bytes; returns when the broker has it.
+/// Publishes a message with any bytes as properties and routing key; returns when the broker has confirmed it.
 pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properties: &[u8]) {
     let (exchange, key) = (short(exchange.as_bytes()), short(routing_key));
     let target = [&[0, 0][..], &exchange, &key, &[0]].concat();
@@ -297,5 +305,5 @@ pub fn publish_raw(broker: &Broker, exchange: &str, routing_key: &[u8], properti
         proxy.once(Direction::ToBroker, method, spoil);
     }
     let published = Client::new(&proxy.url()).publish("any", ["lemon"], Default::default());
-    published.unwrap_or_else(|error| panic!("the broker took no such message: {error:#}"));
+    published.unwrap_or_else(|error| panic!("the broker refused the message: {error:#}"));
 }

@@ -1,4 +1,4 @@
-//! TCP ports that no other node, proxy or test process takes while we hold them.
+//! Reserved TCP ports, which no other node, proxy or test process uses.
 
 use anyhow::{Context, Result, bail};
 use std::io::ErrorKind;
@@ -7,16 +7,16 @@ use std::ops::Range;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
-/// The ports considered. Below lie most well-known services, RabbitMQ's own 5672 and the command line tools' range (see
-/// `CLI_PORTS` of the broker); above, from 32768 on, Linux's range for outgoing connections.
+/// The range of ports to reserve. Below it are most well-known services, RabbitMQ's 5672 and the command line tools'
+/// ports (`CLI_PORTS` in broker/settings.rs); above it, from 32768 on, are Linux's ports for outgoing connections.
 const PORTS: Range<u16> = 10_000..32_000;
 
-/// A port of 127.0.0.1 that is ours until this is dropped.
+/// A port of 127.0.0.1, reserved until this is dropped.
 ///
-/// Binding port 0 isn't enough: a broker needs its port again after a restart, and the kernel hands ports of the ephemeral
-/// range out to outgoing connections meanwhile (a client that keeps trying such a port can even end up connected to
-/// itself). So the port comes from below that range, and a lock keeps other test processes off it. The lock is a
-/// socket in the abstract name space, which leaves nothing behind whatever happens to its owner.
+/// Binding port 0 isn't enough: a broker needs its port again after a restart, and meanwhile the kernel may give a port
+/// of the ephemeral range to an outgoing connection (a client that keeps trying such a port can even connect to
+/// itself). So the port is below that range, and a lock reserves it among test processes. The lock is an abstract
+/// socket, which disappears with its owner.
 #[derive(Debug)]
 pub struct Port {
     number: u16,
@@ -52,7 +52,8 @@ pub(crate) fn listen(ip: IpAddr) -> Result<(Port, TcpListener)> {
     bail!("no free port of {PORTS:?} on {ip} after 1000 attempts")
 }
 
-/// A lock between test processes, or nothing if another holds it. It is freed when dropped, or when the process ends.
+/// A lock between test processes, or `None` if another one holds it. It is released when dropped or when the process
+/// ends.
 pub(crate) fn lock(name: &str) -> Option<UnixListener> {
     let name = format!("qconsume-testbed-{name}");
     UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).ok()?).ok()

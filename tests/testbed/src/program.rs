@@ -1,4 +1,4 @@
-//! Runs the binary under test, and never hangs.
+//! Runs a program under test, with a limit on every wait.
 
 use crate::owner;
 use crate::{PATIENCE, Signal, eventually};
@@ -16,14 +16,14 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The environment variable that marks one run and everything it has started.
+/// The environment variable that marks a run's processes.
 const RUN_MARK: &str = "QCONSUME_TESTBED_RUN";
 
-/// Variables of this process's environment that would change what the program under test does.
+/// Variables of this process that would change what the program under test does.
 const OWN_VARIABLES: [&str; 4] = ["BROKER_URL", "BROKER_URL_FILE", "AMQP_URL", "QUEUE"];
 
-/// Gives the program the signals' usual meaning, unblocked, whatever this process was started with (under nohup a hangup is
-/// ignored). A test that wants one ignored says so in [`Program::through`].
+/// Resets signals that this process was started with as ignored (nohup ignores SIGHUP). If a test needs an ignored
+/// signal, it uses [`Program::through`].
 const USUAL_SIGNALS: [&str; 2] = ["/usr/bin/env", "--default-signal=HUP,INT,QUIT,PIPE,TERM"];
 
 /// A program about to be run.
@@ -40,7 +40,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// The executable: `Program::new(env!("CARGO_BIN_EXE_qconsume"))`.
+    /// A program by its path, for example `Program::new(env!("CARGO_BIN_EXE_qconsume"))`.
     pub fn new(path: impl AsRef<Path>) -> Self {
         Self {
             path: path.as_ref().to_owned(),
@@ -98,29 +98,29 @@ impl Program {
         self
     }
 
-    /// Gives it something on standard input, which is empty otherwise.
+    /// Sets its standard input, which is empty otherwise.
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(bytes.into());
         self
     }
 
-    /// Gives it this as standard error, instead of a file that is read through [`Running::stderr`].
+    /// Sets its standard error; [`Running::stderr`] is empty then.
     pub fn stderr(mut self, file: impl Into<OwnedFd>) -> Self {
         self.stderr = Some(Arc::new(file.into()));
         self
     }
 
-    /// Runs it through another command that replaces itself with it: `["ip", "netns", "exec", name]`, `["tini", "--"]`.
+    /// Runs it through another command, which executes it: `["ip", "netns", "exec", name]`, `["tini", "--"]`.
     pub fn through<A: AsRef<OsStr>>(mut self, prefix: impl IntoIterator<Item = A>) -> Self {
         self.prefix.extend(prefix.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
-    /// Starts it, in a process group of its own.
+    /// Starts it in a new process group.
     #[track_caller]
     pub fn spawn(self) -> Running {
         let run = format!("{:016x}", fastrand::u64(..));
-        // Files rather than pipes: what the program leaves behind holds up no reader.
+        // Files, not pipes, so that processes that the program leaves behind don't block a reader.
         let [stdout, stderr] = [(); 2].map(|()| tempfile::tempfile().expect("a temporary file"));
         let output = |file: &File| file.try_clone().expect("a second handle");
         let mut command = Command::new(USUAL_SIGNALS[0]);
@@ -163,7 +163,7 @@ impl Program {
             ended: Arc::default(),
         };
         if let (Some(mut pipe), Some(bytes)) = (child.stdin.take(), self.stdin) {
-            // A program that doesn't read all of it is that program's business.
+            // An error only means that the program doesn't read all of it.
             thread::spawn(move || drop(pipe.write_all(&bytes)));
         }
         let ended = running.ended.clone();
@@ -174,31 +174,31 @@ impl Program {
         running
     }
 
-    /// Starts it and waits for its end; [`PATIENCE`] is the limit.
+    /// Starts it and waits for its end, for [`PATIENCE`] at most.
     #[track_caller]
     pub fn run(self) -> Finished {
         self.spawn().wait(PATIENCE)
     }
 }
 
-/// A program that was started. Dropping it kills it and everything it has started.
+/// A running program. Dropping it kills it and everything that it has started.
 pub struct Running {
     name: String,
     pid: i32,
     run: String,
     stdout: File,
     stderr: File,
-    /// How it ended, and how long after its start.
+    /// How it ended, and after what time.
     ended: Arc<OnceLock<(ExitStatus, Duration)>>,
 }
 
 impl Running {
-    /// Its process id, which is its process group's too.
+    /// Its process id, which is also its process group's.
     pub fn pid(&self) -> i32 {
         self.pid
     }
 
-    /// Sends it a signal; one that has ended already is left alone.
+    /// Sends it a signal, unless it has ended.
     pub fn signal(&self, signal: Signal) {
         if !self.has_ended() {
             let _ = kill(Pid::from_raw(self.pid), signal);
@@ -210,23 +210,23 @@ impl Running {
         self.ended.get().is_some()
     }
 
-    /// What it has written to standard error so far.
+    /// Its standard error so far.
     pub fn stderr(&self) -> String {
         String::from_utf8_lossy(&content(&self.stderr)).into_owned()
     }
 
-    /// What it has written to standard output so far.
+    /// Its standard output so far.
     pub fn stdout(&self) -> Vec<u8> {
         content(&self.stdout)
     }
 
-    /// Waits until the text has appeared on its standard error.
+    /// Waits until it has written this text to standard error.
     #[track_caller]
     pub fn wait_for_stderr(&self, text: &str, limit: Duration) {
         self.wait_for(text, "standard error", &self.stderr, limit);
     }
 
-    /// Waits until the text has appeared on its standard output.
+    /// Waits until it has written this text to standard output.
     #[track_caller]
     pub fn wait_for_stdout(&self, text: &str, limit: Duration) {
         self.wait_for(text, "standard output", &self.stdout, limit);
@@ -246,28 +246,28 @@ impl Running {
         );
     }
 
-    /// The pids of what it has started and is still there, itself not counted. A process that was started with an empty
-    /// environment isn't seen.
+    /// The pids of running processes that it has started, without itself. Doesn't find processes with an empty
+    /// environment.
     pub fn leftovers(&self) -> Vec<i32> {
         let mut pids = owner::processes_with(RUN_MARK, &self.run);
         pids.retain(|pid| *pid != self.pid);
         pids
     }
 
-    /// Waits until nothing that it has started is left.
+    /// Waits until all processes that it has started have ended.
     #[track_caller]
     pub fn wait_no_leftovers(&self, limit: Duration) {
         let gone = eventually(limit, || self.leftovers().is_empty());
         assert!(gone, "{} has left processes behind: {:?}", self.name, self.leftovers());
     }
 
-    /// Waits for its end and gives everything about it; one that hasn't ended within the limit hangs, and is killed.
+    /// Waits for its end; returns its status and output. After the limit, kills it and panics.
     #[track_caller]
     pub fn wait(self, limit: Duration) -> Finished {
         self.finish(limit)
     }
 
-    /// The same, and keeps the handle, to ask for [`Running::leftovers`] afterwards.
+    /// The same, but keeps the handle, for [`Running::leftovers`].
     #[track_caller]
     pub fn finish(&self, limit: Duration) -> Finished {
         eventually(limit, || self.has_ended());
@@ -286,14 +286,14 @@ impl Running {
     }
 
     fn kill_all(&self) {
-        // Until none is found: one may be starting another while we look.
+        // Repeats until none is found, as they may start others meanwhile.
         for _ in 0..50 {
             let pids = owner::processes_with(RUN_MARK, &self.run);
             if pids.is_empty() {
                 return;
             }
             for pid in pids.into_iter().map(Pid::from_raw) {
-                // By its group, as one that forks may end right now, and its child is in the same group.
+                // Kills the group: if the process forks and exits right now, its child is in the same group.
                 let _ = match getpgid(Some(pid)) {
                     Ok(group) if group != getpgrp() => killpg(group, Signal::SIGKILL),
                     _ => kill(pid, Signal::SIGKILL),
@@ -310,7 +310,7 @@ impl Drop for Running {
     }
 }
 
-/// All of a file, whatever the position that its writers share.
+/// A file's content. Reading doesn't change the position that its writers share.
 fn content(file: &File) -> Vec<u8> {
     let size = file.metadata().expect("the file's size").len();
     let mut bytes = vec![0; size as usize];
@@ -329,12 +329,12 @@ pub struct Finished {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: String,
-    /// From before its start until its end.
+    /// The time from its start to its end.
     pub wall: Duration,
 }
 
 impl Finished {
-    /// As a shell would say it: the exit status, or 128 and the signal.
+    /// The status as in a shell: the exit status, or 128 plus the signal.
     pub fn status(&self) -> i32 {
         self.code.unwrap_or_else(|| 128 + self.signal.unwrap_or_default())
     }
@@ -344,7 +344,7 @@ impl Finished {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Checks the status, and shows standard error when it is another.
+    /// Checks the status; on failure, shows standard error.
     #[track_caller]
     pub fn assert_status(&self, expected: i32) -> &Self {
         assert!(

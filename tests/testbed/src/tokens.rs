@@ -1,22 +1,22 @@
-//! OAuth 2 tokens, and brokers that take them: the plugin comes with the server, and a key of the tests' own signs.
+//! OAuth 2 tokens, and brokers that accept them, by the plugin that comes with RabbitMQ.
 
 use crate::BrokerOptions;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ring::hmac;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Signs tokens (JWT, HS256).
+/// Signs tokens (JWT, HS256) with a key of its own.
 pub struct Issuer {
     key: [u8; 32],
 }
 
 impl Issuer {
-    /// With a key that no other issuer has.
+    /// An issuer with a new key.
     pub fn new() -> Self {
         Self { key: std::array::from_fn(|_| fastrand::u8(..)) }
     }
 
-    /// Has a broker trust this issuer's tokens, beside the users that it knows itself.
+    /// Makes a broker trust this issuer's tokens, in addition to its own users.
     pub fn trusted_by(&self, options: BrokerOptions) -> BrokerOptions {
         let key = URL_SAFE_NO_PAD.encode(self.key);
         let config = format!(
@@ -33,12 +33,12 @@ impl Issuer {
             .file("advanced.config", &config)
     }
 
-    /// A token for everything that is valid from now on for this long.
+    /// A token with all permissions that is valid for this long.
     pub fn token(&self, lives: Duration) -> String {
         self.token_until(SystemTime::now() + lives)
     }
 
-    /// A token for everything that expires then, which may be long ago.
+    /// A token with all permissions that expires at this time, which may be in the past.
     pub fn token_until(&self, expires: SystemTime) -> String {
         let expires = expires.duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
         let claims = format!(

@@ -1,4 +1,4 @@
-//! Private brokers: side by side, killed, frozen, clustered.
+//! Private brokers: several at a time, killed, frozen, clustered.
 
 use std::time::Duration;
 use testbed::{Broker, Queue, QueueKind, image_present, missing};
@@ -33,9 +33,9 @@ fn a_killed_broker_starts_again_with_its_queues() {
         queue.publish_all(["a", "b"]);
         queue.wait_ready(2);
         broker.kill().expect("killed");
-        broker.start_again().expect("it starts again");
+        broker.start_again().expect("the node starts again");
         queue.wait_ready(2);
-        broker.restart().expect("it restarts");
+        broker.restart().expect("the node restarts");
         queue.wait_ready(2);
     }
 }
@@ -73,7 +73,7 @@ fn three_nodes_form_a_cluster() {
     nodes[0].kill().expect("killed");
     let elsewhere = nodes[1].client().clone();
     assert!(testbed::eventually(testbed::PATIENCE, || { matches!(elsewhere.counts(queue.name()), Ok(Some((1, _)))) }));
-    nodes[0].start_again().expect("it starts again");
+    nodes[0].start_again().expect("the node starts again");
     queue.wait_ready(1);
 }
 
@@ -85,16 +85,16 @@ fn every_image_works() {
             missing(&format!("the image {image}"));
             continue;
         }
-        let broker = Broker::options().image(&image).start().expect("it starts");
+        let broker = Broker::options().image(&image).start().expect("the node starts");
         let queue = works(&broker, QueueKind::Quorum);
         queue.publish("kept");
         broker.ctl(&["add_vhost", "other"]).expect("rabbitmqctl works");
         broker.kill().expect("killed");
-        broker.start_again().expect("it starts again");
+        broker.start_again().expect("the node starts again");
         queue.wait_ready(1);
         broker.freeze().expect("frozen");
         broker.thaw().expect("thawed");
-        broker.restart().expect("it restarts");
+        broker.restart().expect("the node restarts");
         queue.wait_ready(1);
     }
 }

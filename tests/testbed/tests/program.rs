@@ -1,4 +1,4 @@
-//! Programs under test, and what is left when a test process is killed.
+//! Programs under test, and the cleaning up after a killed test process.
 
 use std::io::BufRead;
 use std::process::{Command, Stdio};
@@ -30,7 +30,7 @@ fn a_hang_is_a_panic_and_leaves_nothing() {
 }
 
 #[test]
-fn the_hosts_variables_are_removed() {
+fn the_tests_own_variables_are_removed() {
     let shown = Program::new("env").url("amqp://there").env("QCONSUME_WAIT", "1s").run().stdout_text();
     assert!(shown.contains("BROKER_URL=amqp://there\n") && shown.contains("QCONSUME_WAIT=1s\n"), "{shown}");
 }
@@ -41,14 +41,14 @@ fn a_program_has_the_usual_signals_even_under_nohup() {
         .args(["-c", "kill -HUP $$; exit 3"])
         .through(["sh", "-c", "trap '' HUP; exec \"$0\" \"$@\""])
         .run();
-    // What a test asks for comes after the reset.
+    // `through` applies after the reset.
     assert_eq!(finished.status(), 3);
     let usual = Program::new("sh").args(["-c", "kill -HUP $$; exit 3"]).run();
     assert_eq!(usual.signal, Some(1));
 }
 
 #[test]
-fn what_it_leaves_behind_does_not_hold_up_its_output() {
+fn processes_that_it_leaves_behind_do_not_delay_its_output() {
     let running = Program::new("sh").args(["-c", "sleep 1000 & seq 100000; echo last >&2"]).spawn();
     let finished = running.finish(PATIENCE);
     finished.assert_status(0).assert_stderr("last");
@@ -57,7 +57,7 @@ fn what_it_leaves_behind_does_not_hold_up_its_output() {
 }
 
 #[test]
-fn a_process_that_becomes_another_program_is_seen_all_the_time() {
+fn a_process_is_found_also_while_it_executes_another_program() {
     let running =
         Program::new("sh").args(["-c", "(exec sh -c \"$0\" \"$0\") & wait", "exec sh -c \"$0\" \"$0\""]).spawn();
     assert!(testbed::eventually(PATIENCE, || !running.leftovers().is_empty()));
@@ -66,7 +66,7 @@ fn a_process_that_becomes_another_program_is_seen_all_the_time() {
     }
 }
 
-/// What the next test kills: it has a broker, a program and a folder, and says so.
+/// The process that the next test kills: it has a broker, a program and a folder, and prints their names.
 #[test]
 #[ignore = "run by a_killed_test_process_leaves_nothing"]
 fn owner_of_everything() {
@@ -89,10 +89,10 @@ fn a_killed_test_process_leaves_nothing() {
         .expect("this test again");
     let output = std::io::BufReader::new(child.stdout.take().expect("its output"));
     let line =
-        output.lines().map_while(Result::ok).find(|line| line.starts_with("owner=")).expect("it says what it has");
+        output.lines().map_while(Result::ok).find(|line| line.starts_with("owner=")).expect("a line with its names");
     let values: Vec<&str> = line.split(' ').filter_map(|word| Some(word.split_once('=')?.1)).collect();
     let (id, folder) = (values[0], std::path::Path::new(values[1]));
-    // The emulator, its port mapper and helpers, three shells and sleeps.
+    // The emulator, its port mapper and helpers, and three shells and sleeps.
     assert!(owner::processes_with(owner::MARK, id).len() >= 5);
     child.kill().expect("killed");
     child.wait().expect("reaped");

@@ -1,4 +1,4 @@
-//! The proxy's faults, with the tests' own client as the worker.
+//! The proxy's faults, with the tests' client as the worker.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -84,10 +84,10 @@ fn a_broker_can_cancel_a_consumer() {
     assert!(next.expect("noticed").is_none());
 }
 
-/// An answer that nothing holds up is here by then.
+/// An answer that isn't held arrives within this time.
 const HELD_UP: Duration = Duration::from_millis(300);
 
-/// Asks for a queue's counts, which come only once what holds the answer up has ended.
+/// Asks for a queue's counts; checks that they come only after `meanwhile`, which ends a fault.
 fn counts_come_after(proxy: &Proxy, queue: &Queue, meanwhile: impl FnOnce()) {
     let client = Client::new(&proxy.url());
     std::thread::scope(|scope| {
@@ -141,7 +141,7 @@ fn a_refusing_proxy_listens_again() {
 }
 
 #[test]
-fn a_cut_ends_what_is_there_and_nothing_that_comes_later() {
+fn a_cut_ends_existing_connections_and_no_later_ones() {
     let proxy = Proxy::silent();
     let mut there = TcpStream::connect(proxy.addr()).expect("a connection");
     proxy.wait_accepted(1);
@@ -168,10 +168,10 @@ fn a_cut_ends_what_is_there_and_nothing_that_comes_later() {
 }
 
 #[test]
-fn a_delay_shifts_in_time_and_holds_nothing_up() {
+fn a_delay_applies_to_each_piece_independently() {
     const DELAY: Duration = Duration::from_millis(200);
     const PIECES: usize = 50;
-    // Not AMQP: it comes back byte for byte.
+    // Not AMQP: bytes come back one by one.
     let echo = TcpListener::bind("127.0.0.1:0").expect("a port");
     let proxy = Proxy::to(echo.local_addr().expect("an address"));
     proxy.delay(Direction::ToBroker, DELAY);
@@ -204,12 +204,12 @@ fn a_delay_shifts_in_time_and_holds_nothing_up() {
             .collect();
         let came = came.join().expect("no panic");
         out.shutdown(std::net::Shutdown::Both).expect("an end");
-        // The first waits for the handshake as well.
+        // The first byte waits for the handshake, too.
         assert!(came[0] >= 4 * DELAY, "{:?}", came[0]);
         for (sent, came) in sent.iter().zip(&came) {
             assert!(*came >= *sent + 2 * DELAY, "{came:?}, sent {sent:?}");
         }
-        // One after the other they would take 50 × 400 ms.
+        // If each waited for the one before, they would take 50 × 400 ms.
         assert!(came[PIECES - 1] < Duration::from_secs(10), "{came:?}");
     });
 }
@@ -227,7 +227,7 @@ fn large_messages_pass_in_pieces() {
 }
 
 #[test]
-fn a_full_backlog_swallows_packets() {
+fn a_full_backlog_drops_packets() {
     let backlog = FullBacklog::start();
     let limit = Duration::from_millis(700);
     let error = std::net::TcpStream::connect_timeout(&backlog.addr(), limit).expect_err("no answer");

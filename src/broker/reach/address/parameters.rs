@@ -12,8 +12,8 @@ const QUOTED_KEY_MAX: usize = 40;
 const UNKNOWN: &str = "is unknown (known: heartbeat, connection_timeout, channel_max, frame_max, auth_mechanism, \
                        cacertfile, certfile, keyfile, server_name_indication, verify)";
 
-/// Query parameters of other clients, without a meaning here: pika up to 1.4 (`URLParameters`), kombu 5.7 (`Connection`)
-/// with py-amqp 5.4. amqp091-go has no more than RabbitMQ's own.
+/// Query parameters of other clients, without a meaning here: pika up to 1.4 (`URLParameters`), kombu 5.7
+/// (`Connection`) with py-amqp 5.4. amqp091-go has no more than RabbitMQ's own.
 #[rustfmt::skip]
 const IGNORED: [&str; 20] = [
     "backpressure_detection", "blocked_connection_timeout", "client_properties", "connection_attempts",
@@ -22,7 +22,8 @@ const IGNORED: [&str; 20] = [
     "transport_options", "uri_prefix", "write_timeout",
 ];
 
-/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` means that the URL doesn't have it.
+/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` means that the URL doesn't
+/// have it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
     /// Seconds between heartbeats; 0 asks for none.

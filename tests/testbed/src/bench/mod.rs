@@ -1,6 +1,7 @@
-//! `make bench`: qconsume beside amqp-consume, the same work for both, in turn; and what many qconsumes cost.
+//! `make bench`: compares qconsume with amqp-consume, which do the same work in turn, and measures what many qconsumes
+//! cost.
 //!
-//! It reports and judges nothing: what it fails on is a run that didn't do its work, never a slow one.
+//! It fails only if a run doesn't do its work, and never because one is slow.
 
 mod page;
 mod plot;
@@ -22,16 +23,16 @@ use std::time::{Duration, Instant};
 use table::Unit::{Memory, Time};
 use table::{BESIDE, Table, median};
 
-/// On the way to a broker in the next region, half of the round trip of 20 ms.
+/// To a broker in the next region: half of a round trip of 20 ms.
 const ONE_WAY: Duration = Duration::from_millis(10);
 
-/// Between two runs, for the broker to put away the connection that has just ended.
+/// Between two runs, for the broker to clean up after the last connection.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// How long the broker may take to notice the end of the last run, or the start of hundreds.
 const NOTICED: Duration = Duration::from_secs(600);
 
-/// The whole takes about an hour on two quiet cores, the few rounds some minutes.
+/// The benchmark takes about an hour on two idle cores; with `--quick`, some minutes.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 const QUICK_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -42,13 +43,13 @@ pub struct Options {
     /// The binary to measure
     #[arg(long, default_value_os_t = beside_this_program("qconsume"))]
     qconsume: PathBuf,
-    /// A few rounds of everything, to see that it works; leaves the page alone
+    /// Measure a few rounds of everything, to check that it works; don't change the page
     #[arg(long)]
     quick: bool,
-    /// One part of it; leaves the page alone
+    /// Measure only this part; don't change the page
     #[arg(long, value_parser = PARTS.map(|(name, _)| name))]
     only: Option<String>,
-    /// Put the results there in place of the ones it has, and the plot beside it
+    /// Replace the results in this page, and the plot beside it
     #[arg(long)]
     page: Option<PathBuf>,
 }
@@ -56,7 +57,7 @@ pub struct Options {
 /// Measures something and adds its results.
 type Part = fn(&Bench, &mut Results) -> Result<()>;
 
-/// The parts by their names, in the order of the page.
+/// The parts, in the order of the page.
 const PARTS: [(&str, Part); 9] = [
     ("small", Bench::one_message),
     ("far", Bench::far_away),
@@ -69,21 +70,21 @@ const PARTS: [(&str, Part); 9] = [
     ("reconnect", Bench::reconnect),
 ];
 
-/// Something of amqp-consume's, and the same of qconsume's.
+/// The same thing for both programs.
 #[derive(Clone, Copy, Debug)]
 struct Pair<T> {
     amqp_consume: T,
     qconsume: T,
 }
 
-/// Measures everything, prints the table, and puts it into the page if there is one.
+/// Measures everything, prints the results, and writes them to the page if there is one.
 pub fn run(options: &Options) -> Result<()> {
     let programs = Pair {
-        amqp_consume: find_in_path("amqp-consume").context("there is no amqp-consume; install amqp-tools")?,
+        amqp_consume: find_in_path("amqp-consume").context("amqp-consume is missing; install amqp-tools")?,
         qconsume: fs::canonicalize(&options.qconsume)
             .with_context(|| format!("no qconsume at {}", options.qconsume.display()))?,
     };
-    // With this process ends all that it has started.
+    // When this process exits, everything that it has started is killed.
     let limit = if options.quick { QUICK_LIMIT } else { LIMIT };
     std::thread::spawn(move || {
         std::thread::sleep(limit);
@@ -106,9 +107,8 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// The stage.
+/// The programs and the broker.
 struct Bench {
-    /// A few rounds of each are enough.
     quick: bool,
     programs: Pair<PathBuf>,
     broker: Broker,
@@ -141,7 +141,7 @@ impl Bench {
         if self.quick { 3 } else { full }
     }
 
-    /// One small message for each process, near.
+    /// One small message for each process, on a nearby broker.
     fn near(&self) -> Work {
         Work {
             url: self.broker.url(),
@@ -158,7 +158,7 @@ impl Bench {
         let rounds = self.rounds(150);
         let costs = self.costs("one message", &self.near(), rounds)?;
         let memory = self.memory("one message", &self.near())?;
-        // The kernel doesn't tell the two apart afterwards; by itself the command costs the same.
+        // The kernel adds a command's time to its parent's, so the command is also measured alone.
         let command = (0..rounds).map(|_| Ok(process::cost(owner::command("cat"))?.cpu)).collect::<Result<Vec<_>>>()?;
         let command = median(&command);
         table.beside("one small message: time", Time, &costs, |it| it.wall);
@@ -220,7 +220,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Many workers that wait, and then get a message each.
+    /// Many workers that wait, and then get one message each.
     fn crowd(&self, results: &mut Results) -> Result<()> {
         let table = &mut results.table;
         let size = if self.quick { 20 } else { 500 };
@@ -230,7 +230,7 @@ impl Bench {
         let crowds = self.in_turn(&label, self.rounds(5), |program| {
             let crowd = process::crowd(size, || work.command(program, queue.name()))?;
             let waiting = eventually(NOTICED, || queue.consumers() as usize == size);
-            ensure!(waiting, "{} of {size} came to wait", queue.consumers());
+            ensure!(waiting, "only {} of {size} workers are waiting", queue.consumers());
             let pids: Vec<_> = crowd.iter().map(Child::id).collect();
             let memory = process::memory(&pids)?;
             let started = Instant::now();
@@ -247,14 +247,14 @@ impl Bench {
         Ok(())
     }
 
-    /// What runs cost that do the work, one program after the other; the first round is for the caches.
+    /// The cost of runs that do the work. The first round only fills caches, and isn't counted.
     fn costs(&self, label: &str, work: &Work, rounds: usize) -> Result<Vec<Pair<Cost>>> {
         let mut costs = self.measure(label, work, rounds + 1, process::cost)?;
         costs.remove(0);
         Ok(costs)
     }
 
-    /// What runs that do the work have resident.
+    /// The memory of runs that do the work.
     fn memory(&self, label: &str, work: &Work) -> Result<Vec<Pair<Resident>>> {
         let label = format!("{label}, memory");
         self.measure(&label, work, self.rounds(10), process::resident)
@@ -276,7 +276,7 @@ impl Bench {
         })
     }
 
-    /// amqp-consume first: A B A B, round after round.
+    /// Runs the two programs in turn, round after round, amqp-consume first.
     fn in_turn<T>(&self, label: &str, rounds: usize, mut make: impl FnMut(&Path) -> Result<T>) -> Result<Vec<Pair<T>>> {
         eprintln!("bench: {label}, {rounds} rounds");
         let mut make = |program: &Path| make(program).with_context(|| format!("{label}: {}", program.display()));
@@ -288,14 +288,14 @@ impl Bench {
     }
 }
 
-/// The same for both: amqp-consume's options mean to qconsume what they mean to it.
+/// A run's work, the same for both programs, as qconsume understands amqp-consume's options.
 struct Work {
     url: String,
     cacert: Option<PathBuf>,
     messages: usize,
-    /// Until the queue is empty instead of so many messages; amqp-consume has nothing like it.
+    /// `--drain` instead of a number of messages; amqp-consume has no such option.
     drain: bool,
-    /// How many messages the broker hands out ahead; qconsume never has more than one.
+    /// amqp-consume's prefetch count; qconsume's is always 1.
     prefetch: Option<u32>,
     body: Vec<u8>,
 }
@@ -320,12 +320,12 @@ impl Work {
     }
 }
 
-/// Checks that a run's messages are gone for good, and waits until the broker has put away its connection.
+/// Checks that a run's messages are acknowledged, and waits until its consumer is gone.
 fn settled(queue: &Queue) -> Result<()> {
-    // With its consumer's end the broker puts back what it had not acknowledged.
+    // When a consumer ends, the broker requeues its unacknowledged messages.
     let left = eventually(NOTICED, || queue.consumers() == 0);
-    ensure!(left, "it has ended, and still has a consumer");
-    ensure!(queue.ready() == 0, "it has left its message in the queue");
+    ensure!(left, "the run has ended, but the queue still has a consumer");
+    ensure!(queue.ready() == 0, "the run has left its message in the queue");
     std::thread::sleep(PAUSE);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What the parts have measured, and where it goes: to standard output, and into the page with its plot.
+//! The results, and how they are written to standard output, and to the page with its plot.
 
 use super::Bench;
 use super::table::Table;
@@ -9,24 +9,23 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-/// How the line below the first table begins.
+/// The beginning of the line below the first table.
 const MEASURED: &str = "Measured on ";
 
-/// The plot's name, beside the page.
+/// The plot's file name, in the page's folder.
 const PLOT: &str = "cost-curve.svg";
 
-/// The results so far.
 pub(super) struct Results {
-    /// qconsume beside amqp-consume.
+    /// qconsume compared with amqp-consume.
     pub(super) table: Table,
-    /// What stands in the page between two comments with this name.
+    /// Parts of the page between two comments with a name, by their names.
     pub(super) blocks: Vec<(&'static str, String)>,
-    /// An SVG.
+    /// The plot, as SVG.
     pub(super) plot: Option<String>,
 }
 
 impl Results {
-    /// All of it as text, for a terminal; `measured` is the line below the first table.
+    /// The results as text, for a terminal; `measured` is the line below the first table.
     pub(super) fn text(&self, measured: &str) -> String {
         let mut text = format!("{}\n{measured}\n", self.table.text());
         for (_, block) in &self.blocks {
@@ -35,7 +34,7 @@ impl Results {
         text
     }
 
-    /// Replaces what the page has from an earlier run, and the plot beside it.
+    /// Replaces the results in the page, and the plot beside it.
     pub(super) fn put_into(&self, page: &Path, measured: &str) -> Result<()> {
         let cannot = |file: &Path| format!("cannot write {}", file.display());
         let text = self.replaced(&fs::read_to_string(page)?, measured)?;
@@ -47,7 +46,7 @@ impl Results {
         Ok(())
     }
 
-    /// The page's text: the first table to the line that says when it was measured, and the blocks, are new.
+    /// The page's text with new results: the first table with the line below it, and the blocks.
     fn replaced(&self, text: &str, measured: &str) -> Result<String> {
         let start = text.find("\n| ").context("the page has no table")? + 1;
         let last = text.find(MEASURED).context("the page has no last line")?;
@@ -67,7 +66,7 @@ impl Results {
 }
 
 impl Bench {
-    /// What was measured, where and when: the line below the first table.
+    /// The line below the first table: what was measured, where and when.
     pub(super) fn circumstances(&self) -> Result<String> {
         let (major, minor, patch) = self.broker.version();
         let said = |command: &mut Command| exec::run(command, Duration::from_secs(30));
@@ -106,7 +105,7 @@ mod tests {
         let without = page.replace("<!-- bench scale -->", "");
         assert!(results.replaced(&without, "Measured on Tuesday.").is_err());
     }
-    /// Otherwise an hour's run would fail at its very end.
+    /// Without such a place, a benchmark would fail only at its end, after an hour.
     #[test]
     fn the_page_in_the_repository_has_a_place_for_all_results() {
         let blocks = ["scale", "waiting", "reconnect"].map(|name| (name, format!("of {name}\n")));

@@ -1,15 +1,16 @@
-//! The plot of part `scale`: two panels side by side, an SVG of its own ground, so that it can be read on a light and on a dark page.
+//! The plot of the part `scale`: an SVG with two panels. It has a background of its own, so that it is readable on
+//! light and dark pages.
 
 use super::scale::{Figures, Point};
 use super::table::thousands;
 
-/// Where the panels begin, in pixels of a picture 800 wide; further down all is measured from their upper left corner.
+/// The panels' left edges, in pixels of a picture that is 800 wide.
 const PANELS: [f64; 2] = [60.0, 464.0];
 const TOP: f64 = 96.0;
 const WIDTH: f64 = 300.0;
 const HEIGHT: f64 = 220.0;
 
-/// What lies above and below the panels.
+/// The beginning of the SVG.
 const HEAD: &str = r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 380" width="800" height="380" role="img">
 <title>Messages a second, and the broker's processor time a message, by the number of workers</title>
 <!-- Drawn by make bench: don't edit. -->
@@ -31,8 +32,9 @@ const HEAD: &str = r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 
 /// One of the two curves in each panel.
 struct Curve {
     class: &'static str,
-    /// In the legend, which begins at so many pixels from the left.
+    /// The name in the legend.
     name: &'static str,
+    /// The legend's left edge, in pixels.
     left: f64,
     figures: fn(&Point) -> &Figures,
 }
@@ -42,7 +44,7 @@ const CURVES: [Curve; 2] = [
     Curve { class: "drain", name: "--drain", left: 290.0, figures: |it| &it.drain },
 ];
 
-/// Draws the points, of which there are at least two.
+/// Draws the points; there must be at least two.
 pub(super) fn draw(points: &[Point]) -> String {
     let mut svg = HEAD.to_owned();
     for Curve { class, name, left, .. } in CURVES {
@@ -106,7 +108,7 @@ fn panel(points: &[Point], left: f64, title: &str, value: fn(&Figures) -> f64) -
     svg
 }
 
-/// Not only in colour: a circle for one message a process, a square for `--drain`.
+/// A mark, as colour alone isn't enough: a circle for one message a process, a square for `--drain`.
 fn mark(class: &str, x: f64, y: f64) -> String {
     match class {
         "one" => format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4.5\"/>"),
@@ -114,7 +116,7 @@ fn mark(class: &str, x: f64, y: f64) -> String {
     }
 }
 
-/// Between two lines of the grid: 1, 2 or 5 times a power of ten, so that there are four to ten of them.
+/// The distance between two lines of the grid: 1, 2 or 5 times a power of ten, so that there are four to ten lines.
 fn step(highest: f64) -> f64 {
     let power = 10f64.powf((highest / 4.0).log10().floor());
     let steps = [5.0, 2.0].map(|factor| factor * power);
@@ -130,7 +132,7 @@ mod tests {
         Point { workers, one_message: figures, drain: figures }
     }
 
-    /// The circles of the first panel; the very first circle is the legend's.
+    /// The circles of the first panel. The first circle in the SVG is the legend's.
     fn circles(svg: &str) -> Vec<(f64, f64)> {
         let number = |text: &str| text.split('"').next().unwrap().parse().unwrap();
         let circles = svg.split("<circle cx=\"").skip(2).take(3);
@@ -141,7 +143,7 @@ mod tests {
     fn heights_are_in_proportion_and_workers_on_a_logarithmic_scale() {
         let svg = draw(&[point(1, 100.0), point(10, 200.0), point(100, 400.0)]);
         let (bottom, [left, ..]) = (TOP + HEIGHT, PANELS);
-        // The grid's highest line is 400: 100 apart.
+        // The grid's highest line is 400, its lines are 100 apart.
         let expected = [0.25, 0.5, 1.0].map(|part| bottom - part * HEIGHT);
         for (index, ((x, y), expected)) in circles(&svg).into_iter().zip(expected).enumerate() {
             assert!((y - expected).abs() < 0.1, "{y} instead of {expected}");

@@ -1,4 +1,4 @@
-//! Messages a second and what they cost, by the number of workers: a process for each message beside `--drain`.
+//! Messages a second and their cost, by the number of workers: a process for each message compared with `--drain`.
 
 use super::page::Results;
 use super::table::Unit::Time;
@@ -9,27 +9,27 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Instant;
 
-/// Of both modes, with each number of workers.
+/// For each mode and number of workers.
 const ROUNDS: usize = 3;
 
-/// How many messages each drainer has, on average: the same in all rows, so that a message's share of a start is the same.
+/// Messages for each drainer, on average. It is the same in all rows, so that a message's share of a start is the same.
 const DRAINED: usize = 16;
 
-/// With fewer workers the broker is often idle, and a message costs it more.
+/// With fewer workers than this the broker is often idle, and a message costs it more.
 const BUSY: usize = 8;
 
-/// What so many workers do.
+/// The results for one mode and number of workers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Figures {
     /// Messages a second.
     pub(super) rate: f64,
-    /// The broker's processor time a message, in seconds.
+    /// The broker's processor time for a message, in seconds.
     pub(super) broker: f64,
-    /// The workers' processor time a message, with their commands', in seconds.
+    /// The workers' and their commands' processor time for a message, in seconds.
     pub(super) worker: f64,
 }
 
-/// Both modes, with the same number of workers.
+/// The results of both modes with the same number of workers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Point {
     pub(super) workers: usize,
@@ -59,12 +59,12 @@ impl Bench {
         Ok(Point { workers, one_message: medians(&one_message), drain: medians(&drain) })
     }
 
-    /// How many messages a round has at least.
+    /// The fewest messages in a round.
     fn enough(&self) -> usize {
         if self.quick { 100 } else { 500 }
     }
 
-    /// How many messages there were, in words.
+    /// The page's paragraph about the number of messages.
     fn method(&self) -> String {
         let enough = self.enough();
         format!(
@@ -75,7 +75,7 @@ impl Bench {
         )
     }
 
-    /// One round: queues are filled, then the workers empty them one after the other, and it lasts until the last one has ended.
+    /// One round: fills queues, then lets workers empty one after the other; it lasts until the last worker has ended.
     fn figures(&self, workers: usize, drain: bool) -> Result<Figures> {
         let work = Work { drain, ..self.near() };
         let enough = self.enough();
@@ -99,7 +99,7 @@ impl Bench {
             })?;
         }
         let wall = started.elapsed().as_secs_f64();
-        // One check is little work for the broker; the rest of them would add to what few workers cost it.
+        // Checking one queue costs the broker little; checking the others would distort the figures of few workers.
         queues.last().map_or(Ok(()), settled)?;
         let after = (process::broker_cpu(&self.broker)?, process::children_cpu()?);
         queues.iter().try_for_each(settled)?;
@@ -112,7 +112,7 @@ impl Bench {
     }
 }
 
-/// Does all the runs, so many at a time; after an error it begins no more.
+/// Does all the runs, as many at a time as there are workers; after an error it starts no more.
 fn at_a_time(workers: usize, runs: usize, run: impl Fn() -> Result<()> + Sync) -> Result<()> {
     let begun = AtomicUsize::new(0);
     thread::scope(|scope| {
@@ -154,12 +154,12 @@ fn table(points: &[Point]) -> String {
     table.text()
 }
 
-/// Seconds, as milliseconds.
+/// Seconds, written as milliseconds.
 fn hundredths(seconds: f64) -> String {
     format!("{:.2} ms", seconds * 1e3)
 }
 
-/// When to use which, with the figures of one worker, and with the broker's where they are highest.
+/// The page's advice which mode to use, by the figures of one worker and the broker's highest figures.
 fn advice(points: &[Point]) -> String {
     let [first, ..] = points else {
         return String::new();

@@ -2,7 +2,7 @@
 
 use super::Pair;
 
-/// What is measured; says how it is written.
+/// What is measured, and so how it is written.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Unit {
     /// Seconds.
@@ -22,14 +22,14 @@ impl Unit {
     }
 }
 
-/// What stands above the columns of qconsume beside amqp-consume.
+/// The head of the table that compares qconsume with amqp-consume.
 pub(super) const BESIDE: [&str; 5] = ["", "amqp-consume", "qconsume", "ratio", "quartiles"];
 
-/// Its head and its rows; every column is as wide as its widest cell.
+/// A table's head and rows.
 pub(super) struct Table(Vec<Vec<String>>);
 
 impl Table {
-    /// With its head only.
+    /// A table with only its head.
     pub(super) fn new(head: &[&str]) -> Self {
         Self(vec![head.iter().map(|name| (*name).to_owned()).collect()])
     }
@@ -38,7 +38,7 @@ impl Table {
         self.0.push(cells);
     }
 
-    /// Adds medians over the rounds, of their ratios too, as each round compares what ran within the same second.
+    /// Adds a row with the medians of the rounds, and of their ratios, as a round's two runs are only a second apart.
     pub(super) fn beside<T>(&mut self, what: &str, unit: Unit, rounds: &[Pair<T>], value: impl Fn(&T) -> f64) {
         let of = |value: &dyn Fn(&Pair<T>) -> f64| rounds.iter().map(value).collect::<Vec<_>>();
         let theirs = of(&|pair| value(&pair.amqp_consume));
@@ -54,7 +54,7 @@ impl Table {
         ]);
     }
 
-    /// In Markdown.
+    /// The table in Markdown; every column is as wide as its widest cell.
     pub(super) fn text(&self) -> String {
         let widths: Vec<_> = (0..self.0[0].len())
             .map(|column| {
@@ -74,7 +74,7 @@ impl Table {
     }
 }
 
-/// A whole number, with a comma between its thousands.
+/// A whole number with commas between its thousands.
 pub(super) fn thousands(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut text = String::new();
@@ -91,7 +91,7 @@ pub(super) fn median(values: &[f64]) -> f64 {
     quantile(values, 0.5)
 }
 
-/// Between the two nearest values, if it falls between them.
+/// A quantile, interpolated between the two nearest values.
 pub(super) fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

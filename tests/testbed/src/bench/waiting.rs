@@ -1,4 +1,4 @@
-//! Many workers that wait: their memory, the broker's, and how long they take to come back to a broker that was killed.
+//! Many workers that wait: their memory, the broker's, and how long they take to reconnect to a broker that was killed.
 
 use super::page::Results;
 use super::table::Unit::{Memory, Time};
@@ -11,7 +11,7 @@ use std::process::Child;
 use std::thread;
 use std::time::Instant;
 
-/// For how many workers the memory is extrapolated.
+/// The number of workers for which the memory is extrapolated.
 const EXTRAPOLATED: f64 = 5000.0;
 
 /// How long a worker tries to reach the broker: as in the examples for Kubernetes.
@@ -19,7 +19,7 @@ const CONNECT_TIMEOUT: (&str, &str) = ("QCONSUME_CONNECT_TIMEOUT", "30m");
 
 impl Bench {
     pub(super) fn waiting(&self, results: &mut Results) -> Result<()> {
-        // One that has never served as many: it doesn't give all memory back.
+        // A new broker: one that has served many workers keeps some of the memory.
         let broker = Broker::options().start()?;
         let processes = process::of_broker(&broker)?;
         let queue = broker.queue("bench");
@@ -55,7 +55,7 @@ impl Bench {
             outages.push(counted);
             for child in &mut crowd {
                 let end = child.try_wait()?;
-                ensure!(end.is_none(), "a worker has given up: {end:?}");
+                ensure!(end.is_none(), "a worker gave up: {end:?}");
             }
         }
         finish(crowd, &work, &queue)?;
@@ -67,7 +67,7 @@ impl Bench {
         if self.quick { 20 } else { 1000 }
     }
 
-    /// Starts more workers, until so many wait.
+    /// Starts more workers, until `size` are waiting.
     fn grow(&self, crowd: &mut Vec<Child>, size: usize, work: &Work, queue: &Queue) -> Result<()> {
         eprintln!("bench: {size} that wait");
         crowd.extend(process::crowd(size - crowd.len(), || {
@@ -76,11 +76,11 @@ impl Bench {
             command
         })?);
         let waiting = eventually(NOTICED, || queue.consumers() as usize == size);
-        ensure!(waiting, "{} of {size} came to wait", queue.consumers());
+        ensure!(waiting, "only {} of {size} workers are waiting", queue.consumers());
         Ok(())
     }
 
-    /// Kills the broker, starts it again, and counts until all are back.
+    /// Kills the broker, starts it again, and counts its consumers until all are back.
     fn outage(&self, queue: &Queue, size: usize) -> Result<Counted> {
         self.broker.kill()?;
         thread::scope(|scope| {
@@ -90,27 +90,27 @@ impl Bench {
             let opened = Instant::now();
             let mut counted = Vec::new();
             let back = eventually(NOTICED, || {
-                // It doesn't answer for a moment after its port is open.
+                // The port is open a moment before the broker answers.
                 if let Ok(Some((_, consumers))) = self.broker.client().counts(queue.name()) {
                     counted.push((opened.elapsed().as_secs_f64(), consumers as usize));
                 }
                 counted.last().is_some_and(|(_, count)| *count == size)
             });
-            start.join().expect("it doesn't panic")?;
-            ensure!(back, "not all of {size} came back: {:?}", counted.last());
+            start.join().expect("starting the broker doesn't panic")?;
+            ensure!(back, "not all of {size} workers reconnected: {:?}", counted.last());
             Ok(counted)
         })
     }
 }
 
-/// Gives each worker a message, which it must do.
+/// Gives each worker a message, and waits until all have succeeded.
 fn finish(crowd: Vec<Child>, work: &Work, queue: &Queue) -> Result<()> {
     queue.publish_all(vec![&work.body; crowd.len()]);
     crowd.into_iter().try_for_each(process::succeeded)?;
     settled(queue)
 }
 
-/// What was measured with so many workers; all memory in bytes.
+/// The memory with this number of workers, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct Waiting {
     workers: f64,
@@ -144,11 +144,11 @@ fn memory_text(points: &[Waiting]) -> String {
     )
 }
 
-/// The straight line that fits best: least squares.
+/// The straight line with the least squares.
 struct Line {
     start: f64,
     slope: f64,
-    /// How far a point is off it at most, as a part of the highest value.
+    /// The largest distance of a point from it, as a part of the highest value.
     off: f64,
 }
 
@@ -170,20 +170,20 @@ impl Line {
     }
 }
 
-/// How many workers had a consumer again, and when: in seconds since the broker's port was open again.
+/// How many workers had a consumer again, and when, in seconds since the broker's port was open again.
 type Counted = Vec<(f64, usize)>;
 
-/// When so many were back.
+/// When this many workers were back.
 fn back(counted: &Counted, wanted: usize) -> f64 {
     let reached = counted.iter().find(|(_, count)| *count >= wanted);
-    reached.expect("all of them came back").0
+    reached.expect("all of them reconnected").0
 }
 
-/// How many came back within one second at most.
+/// The most workers that reconnected within one second.
 fn peak(counted: &Counted) -> usize {
     let within_a_second = |(end, count): &(f64, usize)| {
         let before = counted.iter().rfind(|(start, _)| *start <= end - 1.0);
-        // Fewer than before when a connection was lost again.
+        // May be fewer than before, if a connection was lost again.
         count.saturating_sub(before.map_or(0, |(_, count)| *count))
     };
     counted.iter().map(within_a_second).max().unwrap_or_default()

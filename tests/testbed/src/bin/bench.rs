@@ -1,4 +1,4 @@
-//! `bench`: what qconsume costs beside amqp-consume.
+//! `bench`: what qconsume costs, compared with amqp-consume.
 
 use clap::Parser;
 use testbed::bench;

@@ -1,4 +1,4 @@
-//! `soak`: thousands of messages, dozens of workers, every fault at random, and the books about it.
+//! `soak`: thousands of messages, dozens of workers, random faults, and a record of what happened to each message.
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -1,7 +1,8 @@
-//! A cluster on a network of its own, which can be cut.
+//! A cluster whose network can be cut.
 //!
-//! Each node is a container with an address of its own. Packets are dropped by iptables in the node's network namespace, from
-//! outside: no image needs a tool for it, no rule of this machine is touched, and the rules go with the container. That takes root.
+//! Each node is a container with an address of its own. To drop packets, iptables runs in the node's network namespace,
+//! but from outside the container: images need no tool for it, this machine's rules don't change, and the rules
+//! disappear with the container. This needs root.
 
 use super::container::{ContainerNode, FOLDER, docker};
 use super::settings::{ERL_ARGS, in_folder, write_files};
@@ -12,20 +13,20 @@ use std::net::Ipv4Addr;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// RFC 2544 keeps 198.18.0.0/15 for tests of networks, so nobody needs an address of it that is somewhere else.
+/// RFC 2544 reserves 198.18.0.0/15 for tests of networks, so no real address is hidden.
 const SUBNET: [u8; 2] = [198, 18];
 
-/// Docker refuses a subnet that another of its networks has; there are 256 to choose from.
+/// Docker refuses a subnet that another network uses; there are 256 to choose from.
 const SUBNET_ATTEMPTS: usize = 20;
 
-/// The last number of the first node's address; Docker's bridge, where the workers come from, has 1.
+/// The last number of the first node's address. Docker's bridge, from which the workers connect, has 1.
 const FIRST_NODE: u8 = 11;
 
 const AMQP: u16 = 5672;
 
-/// What differs from RabbitMQ's defaults. `pause_minority` is what RabbitMQ recommends for three nodes (with Khepri, from 4.3 on
-/// always, it is without effect). `net_ticktime`, in seconds, is 60 unless set: nodes notice a silent one after 45 to 75 seconds.
-/// A fifth of that lets a fault of half a minute show what one of minutes does otherwise.
+/// RabbitMQ recommends `pause_minority` for three nodes (it has no effect with Khepri, which 4.3 always uses).
+/// `net_ticktime` defaults to 60 s, with which nodes notice a silent one after 45 to 75 s. With a fifth of that, faults
+/// of half a minute show what would otherwise take minutes.
 const CONFIG: &str = "listeners.tcp.default = 5672\n\
     loopback_users = none\n\
     log.console = true\n\
@@ -36,16 +37,15 @@ const CONFIG: &str = "listeners.tcp.default = 5672\n\
     net_ticktime = 12\n\
     cluster_formation.peer_discovery_backend = classic_config\n";
 
-/// Nodes that form one cluster. All of it is removed when dropped.
+/// Nodes that form one cluster; removed when dropped.
 pub(crate) struct Cluster {
     pub(crate) nodes: Vec<ClusterNode>,
-    /// Behind the nodes, which have to be gone first.
+    /// After the nodes, which have to be removed first.
     _network: Network,
 }
 
-/// A node of a [`Cluster`].
 pub(crate) struct ClusterNode {
-    /// As RabbitMQ has it: `rabbit@node1`.
+    /// The Erlang node's name: `rabbit@node1`.
     pub(crate) name: String,
     broker: Broker,
     container: Arc<ContainerNode>,
@@ -61,7 +61,7 @@ impl Deref for ClusterNode {
 
 struct Network {
     name: String,
-    /// The first three numbers of all its addresses.
+    /// The first three numbers of its addresses.
     prefix: [u8; 3],
 }
 
@@ -98,7 +98,7 @@ impl Drop for Network {
 }
 
 impl Cluster {
-    /// Starts so many nodes, of the image that the tests use, and waits until they form a cluster.
+    /// Starts this many nodes of the image that the tests use, and waits until they form a cluster.
     pub(crate) fn start(size: u8) -> Result<Self> {
         ensure!(is_root(), "a cluster whose network can be cut needs root");
         let image = match install::find()? {
@@ -113,7 +113,7 @@ impl Cluster {
         for number in 1..=size {
             config += &format!("cluster_formation.classic_config.nodes.{number} = rabbit@node{number}\n");
             let address = network.address(FIRST_NODE + number - 1);
-            // Docker's own name server can't be reached from a node that is cut off.
+            // A node that is cut off can't reach Docker's name server.
             hosts.push(format!("--add-host=node{number}:{address}"));
         }
         let nodes = (1..=size).map(|number| {
@@ -145,26 +145,25 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// The last lines of every node's log.
     pub(crate) fn logs(&self) -> String {
         let logs = self.nodes.iter();
         let logs = logs.map(|node| format!("the log of {} ends with\n{}", node.name, node.log_tail()));
         logs.collect::<Vec<_>>().join("\n")
     }
 
-    /// Has every node write down which quorum queues it has: see [`WRITE_DOWN`].
+    /// Makes every node write down its quorum queues: see [`WRITE_DOWN`].
     pub(crate) fn write_down(&self) -> Result<()> {
         let all = "rabbit_nodes:list_members()";
         let everywhere = format!("[erpc:call(N, fun() -> {WRITE_DOWN} end) || N <- {all}]");
         self.nodes[0].eval(&everywhere)?;
         for node in &self.nodes {
-            // So that no node does it once more before it is killed.
+            // So that no node does it again before it is killed.
             node.client().take_quorum_declared();
         }
         Ok(())
     }
 
-    /// An Erlang expression that is true when every node sees all of them.
+    /// An Erlang expression that is true if every node sees all nodes.
     fn all_see_all(&self) -> String {
         let size = self.nodes.len();
         format!(
@@ -173,8 +172,7 @@ impl Cluster {
         )
     }
 
-    /// Who leads the quorum queue, once every node sees all others, and the queue has a leader and all its members; None until
-    /// then.
+    /// The quorum queue's leader, if every node sees all others and the queue has a leader and all its members.
     pub(crate) fn leader_if_whole(&self, queue: &str) -> Option<Leader> {
         let question = format!(
             "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
@@ -189,7 +187,7 @@ impl Cluster {
             self.nodes.len(),
             self.all_see_all()
         );
-        // All of them, because one that has just come back may not listen yet.
+        // A node that was just restarted may not listen yet.
         if !self.nodes.iter().all(|node| node.greets()) {
             return None;
         }
@@ -201,9 +199,9 @@ impl Cluster {
         Some(Leader { node, term })
     }
 
-    /// Gives the quorum queue another leader, so many times, with a second between.
+    /// Gives the quorum queue another leader this many times, with a second in between.
     pub(crate) fn move_leader(&self, queue: &str, times: usize) -> Result<()> {
-        // In one call: starting the tool takes as long as all of it.
+        // In one call, as starting the tool takes long.
         let moves = format!(
             "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
              {{Name, _}} = amqqueue:get_pid(Q), \
@@ -233,22 +231,21 @@ impl Cluster {
 pub(crate) struct Leader {
     /// The index of its node.
     pub(crate) node: usize,
-    /// Its term, of the Raft protocol: another one is another election.
+    /// The term in the Raft protocol: each election begins a new one.
     pub(crate) term: u64,
 }
 
 impl ClusterNode {
-    /// Puts it into maintenance mode: it closes its connections, takes no new ones, and leads no queue any more.
+    /// Puts it into maintenance mode: it closes its connections, accepts no new ones, and gives up the leadership of
+    /// its queues.
     pub(crate) fn drain(&self) -> Result<()> {
         self.container.tool("rabbitmq-upgrade", &["drain"]).map(drop)
     }
 
-    /// Ends its maintenance mode.
     pub(crate) fn revive(&self) -> Result<()> {
         self.container.tool("rabbitmq-upgrade", &["revive"]).map(drop)
     }
 
-    /// Drops what comes from these nodes.
     pub(crate) fn hear_nothing_from(&self, others: &[&Self]) -> Result<()> {
         self.drop_packets("INPUT", &["--source", &addresses(others)])
     }
@@ -273,26 +270,25 @@ impl ClusterNode {
     fn iptables(&self, arguments: &[&str]) -> Result<String> {
         self.container
             .in_its_network(&[&["iptables", "--wait"], arguments].concat())
-            .with_context(|| format!("cannot change or see what {} may reach", self.name))
+            .with_context(|| format!("iptables failed for {}", self.name))
     }
 
-    /// Lets all packets pass again, after a cut that must have stopped some.
+    /// Lets all packets pass again; fails if the cut has dropped none.
     pub(crate) fn heal_cut(&self) -> Result<()> {
         let rules = self.iptables(&["--list", "--numeric", "--exact", "--verbose"])?;
         let dropped = rules.lines().filter(|line| line.contains(" DROP "));
         let packets = |line: &str| line.split_whitespace().next()?.parse::<u64>().ok();
         let dropped: u64 = dropped.filter_map(packets).sum();
-        ensure!(dropped > 0, "the cut has stopped no packet:\n{rules}");
+        ensure!(dropped > 0, "the cut has dropped no packet:\n{rules}");
         self.heal()
     }
 
-    /// Lets all packets pass again.
     pub(crate) fn heal(&self) -> Result<()> {
         self.iptables(&["--flush"]).map(drop)
     }
 }
 
-/// As iptables has several.
+/// A list of addresses for iptables.
 fn addresses(nodes: &[&ClusterNode]) -> String {
     let addresses: Vec<_> = nodes.iter().map(|it| it.addr().ip().to_string()).collect();
     addresses.join(",")

@@ -1,7 +1,7 @@
 //! A private node in a container.
 //!
-//! The container of a single node shares this machine's network, so that its ports are loopback ports like a local node's.
-//! Nothing needs to be mounted: a node's files are copied into its container. They take the place of the image's own.
+//! The container of a single node shares this machine's network, so its ports are loopback ports like a local node's.
+//! A node's files are copied into its container and used instead of the image's, so nothing needs to be mounted.
 
 use super::settings::Settings;
 use super::{CTL_LIMIT, Node};
@@ -15,23 +15,23 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-/// For everything the Docker daemon does but pulling.
+/// For everything that the Docker daemon does, except pulling.
 const DOCKER_LIMIT: Duration = Duration::from_secs(300);
 
-/// A pull may take its time.
 const PULL_LIMIT: Duration = Duration::from_secs(600);
 
-/// The network of a container that shares this machine's.
+/// Docker's option to share this machine's network.
 const HOST: [&str; 2] = ["--network", "host"];
 
-/// Where a node's files are, in its container.
+/// The folder of a node's files in its container.
 pub(super) const FOLDER: &str = "/testbed";
 
-/// Finds RabbitMQ's scripts in the container: behind Debian's wrappers or, in the official image, in PATH.
+/// Finds RabbitMQ's scripts in the container: those that Debian's wrappers call or, in the official image, those in
+/// PATH.
 const SCRIPTS: &str = r#"[ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && PATH="/usr/lib/rabbitmq/bin:$PATH"
 "#;
 
-/// Sends a signal to the emulator, which isn't the container's first process: RabbitMQ's script watches over it.
+/// Sends a signal to the emulator. It isn't the container's first process, but a child of RabbitMQ's script.
 const SIGNAL: &str = r#"sent=
 for file in /proc/[0-9]*/comm; do
     read -r name <"$file" || continue
@@ -55,7 +55,7 @@ pub fn image_present(image: &str) -> bool {
     docker_works() && docker(&["image", "inspect", "--format", "{{.Id}}", image]).is_ok()
 }
 
-/// Makes sure that the image is there.
+/// Pulls the image if it isn't here.
 pub(crate) fn provide_image(image: &str) -> Result<()> {
     if image_present(image) {
         return Ok(());
@@ -71,14 +71,14 @@ pub struct Container {
 }
 
 impl Container {
-    /// Creates one that a test starts by itself, from an image that is here, with `options` of `docker create` and the
-    /// command to run.
+    /// Creates a container from an image that is here, with `options` of `docker create` and a command; the test starts
+    /// it.
     pub fn create(image: &str, options: &[&str], command: &[&str]) -> Self {
         let options = [&HOST, &["--pull", "never"][..], options, &[image], command].concat();
         Self::make("create", &options).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
-    /// `docker create` or `docker run --detach`, with more options, the image and its command.
+    /// Runs `docker create` or `docker run --detach` with options, the image and its command.
     fn make(how: &str, arguments: &[&str]) -> Result<Self> {
         let label = docker_label()?;
         let container = Self { name: format!("{}-{:08x}", owner::id(), fastrand::u32(..)) };
@@ -95,13 +95,13 @@ impl Container {
         &self.name
     }
 
-    /// Puts a file of this machine into it, permissions and all, or what is in a folder.
+    /// Copies a file of this machine, or a folder's content, into it, with permissions.
     pub fn copy_in(&self, file: &Path, to: &str) {
         let (from, to) = (file.display().to_string(), format!("{}:{to}", self.name));
         docker(&["cp", &from, &to]).unwrap_or_else(|error| panic!("{error:#}"));
     }
 
-    /// The program `docker start`, which takes over the container's output and exit status.
+    /// The program `docker start`, whose output and exit status are those of the container.
     pub fn start(&self) -> Program {
         Program::new("docker").args(["start", "--attach", &self.name])
     }
@@ -109,27 +109,26 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // -v: the image declares a volume for its data.
+        // -v, as the image declares a volume for its data.
         let _ = docker(&["rm", "-f", "-v", &self.name]);
     }
 }
 
-/// Runs docker with these arguments, and gives what it wrote to standard output.
+/// Runs docker with these arguments; returns its standard output.
 pub fn docker(args: &[&str]) -> Result<String> {
     exec::run(Command::new("docker").args(args), DOCKER_LIMIT)
 }
 
-/// A cluster's port mapper, in a container of its own so that it survives the death of any node.
+/// A cluster's port mapper, in a separate container, so that it survives the death of any node.
 pub(super) fn start_epmd(image: &str, port: u16) -> Result<Container> {
     let epmd = ["--init", "--entrypoint", "epmd", image];
     let listen = ["-address", "127.0.0.1", "-port", &port.to_string()];
     Container::make("run --detach", &[&HOST[..], &epmd, &listen].concat())
 }
 
-/// A node in a container.
 pub(super) struct ContainerNode {
     container: Container,
-    /// The ports of one that shares this machine's network are reserved for as long as it is there.
+    /// Kept because it reserves the ports, if the container shares this machine's network.
     _settings: Option<Settings>,
 }
 
@@ -142,7 +141,7 @@ impl ContainerNode {
         Ok(node)
     }
 
-    /// Starts one with more `options` of `docker create`; what is in the folder `files` becomes its [`FOLDER`].
+    /// Starts a node with more `options` of `docker create`; its [`FOLDER`] gets the content of the folder `files`.
     pub(super) fn start(image: &str, options: &[&str], environment: &[(&str, String)], files: &Path) -> Result<Self> {
         let env = environment.iter();
         let env: Vec<String> = env.map(|(name, value)| format!("--env={name}={value}")).collect();
@@ -156,7 +155,7 @@ impl ContainerNode {
         Ok(Self { container, _settings: None })
     }
 
-    /// Runs one of RabbitMQ's tools in it, and gives what it printed.
+    /// Runs one of RabbitMQ's tools in it; returns its output.
     pub(super) fn tool(&self, name: &str, args: &[&str]) -> Result<String> {
         let script = format!("{SCRIPTS}exec {name} -q \"$@\"");
         let mut command = Command::new("docker");
@@ -184,7 +183,7 @@ impl Node for ContainerNode {
     }
 
     fn log(&self) -> String {
-        // Both of its streams, so through a shell.
+        // Through a shell, to get both output streams.
         let script = "docker logs \"$1\" 2>&1";
         let mut command = Command::new("sh");
         command.args(["-c", script, "sh", &self.container.name]);
@@ -203,7 +202,7 @@ impl Node for ContainerNode {
         docker(&["stop", "--time", "240", &self.container.name])?;
         let format = "{{.State.ExitCode}}";
         let status = docker(&["inspect", "--format", format, &self.container.name])?;
-        // Docker kills what doesn't stop, and calls that stopped.
+        // If a container doesn't stop, Docker kills it and reports success.
         ensure!(status.trim() != "137", "the node hadn't stopped after 240 s");
         Ok(())
     }
@@ -212,7 +211,7 @@ impl Node for ContainerNode {
         docker(&["kill", &self.container.name]).map(drop)
     }
 
-    /// As for a local node: Docker's own pause fails now and then while a node writes to the disk.
+    /// Not by Docker's pause, which sometimes fails while a node writes to the disk.
     fn signal(&self, signal: Signal) -> Result<()> {
         let name = signal.as_str().trim_start_matches("SIG");
         docker(&["exec", &self.container.name, "sh", "-c", SIGNAL, "sh", name]).map(drop)

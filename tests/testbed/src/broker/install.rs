@@ -1,4 +1,4 @@
-//! Where private nodes come from on this machine, installing RabbitMQ if need be.
+//! Finds a source of private nodes on this machine; installs RabbitMQ if necessary.
 
 use super::local::Installation;
 use super::{DEFAULT_IMAGE, IMAGE_VARIABLE, Source, container};
@@ -13,14 +13,13 @@ use std::process::Command;
 use std::time::Duration;
 use tempfile::TempPath;
 
-/// Downloading and unpacking Erlang takes a minute or two; so may waiting for another process that does it.
+/// Downloading and unpacking Erlang takes a minute or two, or waiting until another process has done it.
 const INSTALL_LIMIT: Duration = Duration::from_secs(900);
 
-/// The one clear line.
 const NO_BROKER: &str = "no RabbitMQ to work with: set BROKER_URL to one that may be used, or install rabbitmq-server, \
     or start Docker, or run this as root on Debian or Ubuntu";
 
-/// An image that was asked for by name.
+/// The image with this name, pulled if necessary.
 pub(super) fn image(name: &str) -> Result<Source> {
     if !container::docker_works() {
         bail!("containers of {name} need Docker, which doesn't answer");
@@ -29,7 +28,7 @@ pub(super) fn image(name: &str) -> Result<Source> {
     Ok(Source::Image(name.to_owned()))
 }
 
-/// The first source there is.
+/// The first source that works: see [`super`] for their order.
 pub(super) fn find() -> Result<Source> {
     if let Ok(name) = std::env::var(IMAGE_VARIABLE)
         && !name.is_empty()
@@ -60,7 +59,7 @@ pub(super) fn find() -> Result<Source> {
 
 /// Installs Debian's package without letting its service start.
 fn install() -> Result<Installation> {
-    // One process at a time; the others then find what it has installed.
+    // One process at a time; the others then find the installation.
     let mut turn = None;
     eventually(INSTALL_LIMIT, || {
         turn = turn.take().or_else(|| lock("install"));
@@ -78,7 +77,7 @@ fn install() -> Result<Installation> {
         command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(args).env("DEBIAN_FRONTEND", "noninteractive");
         exec::run(&mut command, INSTALL_LIMIT)
     };
-    // The lists may be absent or old; if they can't be had the installation's own error says more.
+    // The package lists may be missing or old. If updating them fails, the installation's error says more.
     let updated = apt(&["update"]);
     apt(&["install", "--no-install-recommends", "rabbitmq-server"])
         .or_else(|error| updated.and(Err(error)))
@@ -86,10 +85,10 @@ fn install() -> Result<Installation> {
     Installation::find().context("rabbitmq-server was installed, but its scripts can't be found")
 }
 
-/// Debian's way of installing a service without starting it, for as long as the file is there.
+/// Keeps Debian's packages from starting their services, while the returned file exists.
 fn start_no_services() -> Result<Option<TempPath>> {
     if Path::new(POLICY).exists() {
-        // The machine has a policy, as containers do; it is not ours to change.
+        // The machine has a policy already, as containers do: leave it.
         return Ok(None);
     }
     let text = format!("#!/bin/sh\n# {}: temporary\nexit 101\n", owner::id());

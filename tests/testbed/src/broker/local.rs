@@ -1,4 +1,4 @@
-//! A private node of the `rabbitmq-server` on this machine.
+//! A private node of this machine's `rabbitmq-server`.
 
 use super::settings::Settings;
 use super::{CTL_LIMIT, Node};
@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Duration;
 
-/// Where Debian keeps the scripts that its wrappers in /usr/sbin run. The wrappers insist on one user and, for `rabbitmqctl`,
-/// one home; the scripts take both as they are.
+/// The folder of the scripts that Debian's wrappers in /usr/sbin call. The wrappers switch to a fixed user and, for
+/// `rabbitmqctl`, a fixed home; the scripts don't.
 const DEBIAN_SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 
-/// It takes milliseconds on an idle machine.
+/// epmd starts within milliseconds on an idle machine.
 const EPMD_LIMIT: Duration = Duration::from_secs(120);
 
 /// An orderly stop takes two to five seconds.
@@ -32,7 +32,7 @@ pub(crate) struct Installation {
 }
 
 impl Installation {
-    /// The `rabbitmq-server` of this machine, if there is one.
+    /// This machine's `rabbitmq-server`, if there is one.
     pub(crate) fn find() -> Option<Self> {
         let debian = Path::new(DEBIAN_SCRIPTS);
         let scripts = if debian.join("rabbitmq-server").exists() {
@@ -48,7 +48,7 @@ impl Installation {
     }
 
     pub(super) fn start_epmd(&self, port: u16) -> Result<LocalEpmd> {
-        // Without -daemon it stays in the foreground, our child.
+        // Without -daemon it stays in the foreground, as our child.
         let child = owner::command(&self.epmd)
             .args(["-address", "127.0.0.1", "-port", &port.to_string()])
             .spawn()
@@ -60,7 +60,6 @@ impl Installation {
     }
 }
 
-/// A port mapper in the foreground.
 pub(super) struct LocalEpmd(Child);
 
 impl Drop for LocalEpmd {
@@ -74,9 +73,9 @@ impl Drop for LocalEpmd {
 pub(super) struct LocalNode {
     installation: Installation,
     settings: Settings,
-    /// Its home: cookie, configuration, data and log.
+    /// Its home, with cookie, configuration, data and log.
     folder: PathBuf,
-    /// The emulator itself: every script on the way to it uses `exec`. None while it is down.
+    /// The emulator itself, as every script on the way to it uses `exec`. `None` while the node is down.
     child: Mutex<Option<Child>>,
 }
 
@@ -89,7 +88,7 @@ impl LocalNode {
         Ok(node)
     }
 
-    /// One of RabbitMQ's scripts in this node's environment.
+    /// One of RabbitMQ's scripts, with this node's environment.
     fn command(&self, script: &str) -> Command {
         let mut command = owner::command(self.installation.scripts.join(script));
         command.envs(self.settings.environment(&self.folder.display().to_string())).current_dir(&self.folder);
@@ -125,7 +124,7 @@ impl Node for LocalNode {
             .context("cannot open a node's log")?;
         let mut command = self.command("rabbitmq-server");
         command
-            // With this the script becomes the emulator, which then gets our signals; without, it starts it and waits.
+            // With this the script executes the emulator, which then gets our signals, instead of starting a child.
             .env("RABBITMQ_ALLOW_INPUT", "true")
             .env("RABBITMQ_SERVER_START_ARGS", "-noinput +B i")
             .stdout(log.try_clone()?)
@@ -156,7 +155,7 @@ impl Node for LocalNode {
     }
 
     fn signal(&self, wanted: Signal) -> Result<()> {
-        signal(self.child.lock().as_ref().context("it isn't running")?, wanted)
+        signal(self.child.lock().as_ref().context("the node isn't running")?, wanted)
     }
 }
 
@@ -168,7 +167,7 @@ impl Drop for LocalNode {
 }
 
 fn signal(child: &Child, signal: Signal) -> Result<()> {
-    // Not reaped yet, so the pid can't be another's.
+    // The child isn't reaped yet, so no other process can have its pid.
     kill(Pid::from_raw(child.id().cast_signed()), signal)
         .with_context(|| format!("cannot send {signal} to a private RabbitMQ"))
 }

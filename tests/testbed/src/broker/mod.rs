@@ -1,9 +1,9 @@
-//! Finds or starts a RabbitMQ: one piece of code for tests, demo, soak and benchmark.
+//! Finds or starts a RabbitMQ for tests, demo, soak and benchmark.
 //!
-//! In this order: `BROKER_URL`; containers of the image in `QCONSUME_TEST_RABBITMQ`; a private node of the `rabbitmq-server`
-//! on this machine; a container of [`DEFAULT_IMAGE`]; Debian's package, installed as root; else one clear line.
-//! A private node has its own port, name, cookie, epmd and data, listens on loopback only, and is gone afterwards. The
-//! broker that may run on 5672 is never touched.
+//! Tries, in this order: `BROKER_URL`; containers of the image in `QCONSUME_TEST_RABBITMQ`; a private node of this
+//! machine's `rabbitmq-server`; a container of [`DEFAULT_IMAGE`]; Debian's package, which it installs as root.
+//! Otherwise it fails. A private node has its own port, name, cookie, epmd and data, listens only on loopback, and is
+//! removed at the end. A broker on port 5672 is never touched.
 
 mod cluster;
 mod container;
@@ -27,27 +27,28 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Names the image of the containers to test with, for example `rabbitmq:4.3-management`.
+/// The variable with the image to test with, for example `rabbitmq:4.3-management`.
 pub const IMAGE_VARIABLE: &str = "QCONSUME_TEST_RABBITMQ";
 
-/// The image when there is neither a `rabbitmq-server` on this machine nor an image asked for.
+/// The image if [`IMAGE_VARIABLE`] is unset and this machine has no `rabbitmq-server`.
 pub const DEFAULT_IMAGE: &str = "rabbitmq:4-management";
 
-/// A node needs 5 to 12 seconds on two idle cores; with several at a time and much else to do it was over 90.
+/// A node needs 5 to 12 seconds on two idle cores; on a busy machine, with several starting at the same time, it was
+/// over 90.
 const START_LIMIT: Duration = Duration::from_secs(600);
 
-/// A node that answers at all answers a greeting within this time.
+/// A healthy node answers a greeting within this time.
 const GREETING: Duration = Duration::from_secs(2);
 
 /// `rabbitmqctl` needs one to two seconds, more while nodes are starting.
 const CTL_LIMIT: Duration = Duration::from_secs(180);
 
-/// Has a node write down that it has its quorum queues. By itself it does so only when it was left alone for half a second
-/// (a "dets" table's auto-save). Killed sooner, 3.10.8 has the queue without a leader for ever after, and 4.3.6 makes it
-/// anew: empty, whatever it had confirmed.
+/// Makes a node write down its quorum queues. By itself, it does that only after half a second without changes (the
+/// auto-save of "dets" tables). If it is killed sooner, the queue never has a leader again (3.10.8), or is created
+/// again and empty, despite confirmed messages (4.3.6).
 const WRITE_DOWN: &str = "[ok = dets:sync(Table) || Table <- dets:all()]";
 
-/// A broker to test with. Private ones are removed, data and all, when dropped.
+/// A broker to test with. A private one is removed with its data when dropped.
 pub struct Broker {
     user: String,
     password: String,
@@ -55,13 +56,13 @@ pub struct Broker {
     addr: SocketAddr,
     version: OnceLock<(u32, u32, u32)>,
     client: OnceLock<Client>,
-    /// None: someone else's broker, named by `BROKER_URL`.
+    /// `None`: the broker at `BROKER_URL`, which isn't ours.
     node: Option<Arc<dyn Node>>,
 }
 
-/// A private node: a process of this machine, or in a container.
+/// A private node, as a process of this machine or in a container.
 trait Node: Send + Sync {
-    /// Where its files are, as it sees them itself.
+    /// The folder of its files, from its own view.
     fn folder(&self) -> PathBuf;
     fn is_running(&self) -> bool;
     fn log(&self) -> String;
@@ -69,7 +70,7 @@ trait Node: Send + Sync {
     fn start_again(&self) -> Result<()>;
     fn stop(&self) -> Result<()>;
     fn kill(&self) -> Result<()>;
-    /// To the emulator, not to the script around it.
+    /// Sends a signal to the emulator, not to the script around it.
     fn signal(&self, signal: Signal) -> Result<()>;
 }
 
@@ -81,14 +82,14 @@ pub(crate) enum Source {
 }
 
 impl Broker {
-    /// The broker that all tests of this process share, started with the first call. Don't break it: a test that stops
-    /// or freezes a broker starts its own.
+    /// The broker that all tests of this process share; the first call starts it. Don't break it: a test that stops or
+    /// freezes a broker has to start one.
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<Broker> = OnceLock::new();
         SHARED.get_or_init(|| Self::find().unwrap_or_else(|error| panic!("{error:#}")))
     }
 
-    /// The broker at `BROKER_URL` if that is set, else a new private node.
+    /// The broker at `BROKER_URL` if that is set, or else a new private node.
     pub fn find() -> Result<Self> {
         match std::env::var("BROKER_URL") {
             Ok(url) if !url.is_empty() => Self::external(&url),
@@ -96,7 +97,7 @@ impl Broker {
         }
     }
 
-    /// A private node of this test's own, to be stopped, killed or frozen.
+    /// A new private node, which a test may stop, kill or freeze.
     pub fn start() -> Self {
         Self::with_config("")
     }
@@ -112,7 +113,7 @@ impl Broker {
         Self::options().cluster(size).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
-    /// For a private node with more than a few lines of configuration.
+    /// Options of a private node.
     pub fn options() -> BrokerOptions {
         BrokerOptions::default()
     }
@@ -120,7 +121,7 @@ impl Broker {
     fn external(url: &str) -> Result<Self> {
         let uri: lapin::uri::AMQPUri = url
             .parse()
-            // Without the URL: it has a password in it.
+            // The message must not show the URL, which has a password.
             .map_err(|error| anyhow::anyhow!("BROKER_URL isn't a valid AMQP address: {error}"))?;
         if uri.scheme != lapin::uri::AMQPScheme::AMQP {
             bail!("BROKER_URL: the tests' own connections need amqp://, not amqps://");
@@ -168,7 +169,7 @@ impl Broker {
         }
     }
 
-    /// Waits until the node greets a client. Its listeners are the last thing it starts.
+    /// Waits until the node greets a client. It starts its listeners last.
     fn await_start(&self) -> Result<()> {
         let node = self.private()?;
         let end = Instant::now() + START_LIMIT;
@@ -186,7 +187,7 @@ impl Broker {
         )
     }
 
-    /// Waits until this expression in Erlang is true.
+    /// Waits until this Erlang expression is true.
     fn await_cluster(&self, size: usize, formed: &str) -> Result<()> {
         let joined = || self.eval(formed).is_ok_and(|answer| answer == "true");
         ensure!(
@@ -200,10 +201,10 @@ impl Broker {
     fn private(&self) -> Result<&dyn Node> {
         self.node
             .as_deref()
-            .context("the broker at BROKER_URL is not the tests' to control; start a private one with Broker::start()")
+            .context("the tests may not control the broker at BROKER_URL; start a private one with Broker::start()")
     }
 
-    /// Whether the testbed started this broker, and so may stop it and use [`Broker::ctl`].
+    /// Whether the testbed started this broker, so that tests may stop it and use [`Broker::ctl`].
     pub fn is_private(&self) -> bool {
         self.node.is_some()
     }
@@ -213,7 +214,7 @@ impl Broker {
         self.url_at(self.addr)
     }
 
-    /// The same credentials and virtual host at another address: a proxy's, for example.
+    /// The URL with another address, for example a proxy's.
     pub fn url_at(&self, addr: SocketAddr) -> String {
         let vhost = self.vhost.as_deref();
         let vhost = vhost.map(|vhost| format!("/{}", percent_encode(vhost)));
@@ -225,7 +226,7 @@ impl Broker {
         )
     }
 
-    /// The address for another user and virtual host.
+    /// The URL for another user and virtual host.
     pub fn url_for(&self, user: &str, password: &str, vhost: &str) -> String {
         format!("amqp://{}:{}@{}/{}", percent_encode(user), percent_encode(password), self.addr, percent_encode(vhost))
     }
@@ -242,11 +243,11 @@ impl Broker {
 
     /// RabbitMQ's version: `broker.version() >= (4, 3, 0)`.
     pub fn version(&self) -> (u32, u32, u32) {
-        // Set by the handshake that found the broker ready, before anyone gets hold of it.
+        // The handshake that found the broker ready has set it.
         self.version.get().copied().unwrap_or_default()
     }
 
-    /// The folder with its files ([`BrokerOptions::file`]), as the node itself sees it.
+    /// The folder with its files ([`BrokerOptions::file`]), from the node's own view.
     pub fn folder(&self) -> Option<PathBuf> {
         Some(self.node.as_ref()?.folder())
     }
@@ -256,13 +257,13 @@ impl Broker {
         owner::processes_with(PORT_MARK, &self.port().to_string())
     }
 
-    /// Runs `rabbitmqctl` on it: `ctl(&["add_vhost", "other"])`. Gives what it printed.
+    /// Runs `rabbitmqctl` on it, for example `ctl(&["add_vhost", "other"])`; returns its output.
     pub fn ctl(&self, args: &[&str]) -> Result<String> {
         let node = self.private()?;
         let end = Instant::now() + PATIENCE;
         loop {
             match node.ctl(args) {
-                // Its port is open a moment before it has started altogether.
+                // The node's port is open a moment before its start is complete.
                 Err(error)
                     if format!("{error:#}").contains("requires the 'rabbit' app to be running")
                         && Instant::now() < end => {}
@@ -271,25 +272,25 @@ impl Broker {
         }
     }
 
-    /// Evaluates Erlang on it, and gives the value as text.
+    /// Evaluates an Erlang expression on it; returns the value as text.
     pub(crate) fn eval(&self, expression: &str) -> Result<String> {
         let value = self.ctl(&["eval", &format!("{expression}.")])?;
         Ok(value.trim().to_owned())
     }
 
-    /// Whether it greets a client.
+    /// Whether it answers a client's greeting.
     pub(crate) fn greets(&self) -> bool {
         probe::probe(self.addr, GREETING).is_ok()
     }
 
-    /// Shuts it down in an orderly way and waits until it has ended.
+    /// Shuts it down gracefully, and waits until it has ended.
     pub fn stop(&self) -> Result<()> {
         self.private()?.stop()
     }
 
     /// Kills it with SIGKILL, as a crash or a power failure would.
     ///
-    /// A quorum queue that [`Broker::client`] has declared is written down before.
+    /// Before that, makes it write down the quorum queues that [`Broker::client`] has declared.
     pub fn kill(&self) -> Result<()> {
         if self.client.get().is_some_and(Client::take_quorum_declared) {
             self.eval(WRITE_DOWN)?;
@@ -297,7 +298,7 @@ impl Broker {
         self.private()?.kill()
     }
 
-    /// Stops its processes with SIGSTOP: its connections stay open, and nothing is answered.
+    /// Stops its processes with SIGSTOP: its connections stay open, but nothing is answered.
     pub fn freeze(&self) -> Result<()> {
         self.private()?.signal(Signal::SIGSTOP)
     }
@@ -315,31 +316,31 @@ impl Broker {
         self.await_start()
     }
 
-    /// Stops it in an orderly way and starts it again.
+    /// Stops it gracefully and starts it again.
     pub fn restart(&self) -> Result<()> {
         self.stop()?;
         self.start_again()
     }
 
-    /// Its log so far; empty for a broker that somebody else runs.
+    /// Its log so far; empty if the broker isn't private.
     pub fn log(&self) -> String {
         let log = self.node.as_ref().map(|node| node.log());
         log.unwrap_or_default()
     }
 
-    /// The last lines of its log, which say why it didn't start.
+    /// The last lines of its log.
     pub fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
-    /// The tests' own connection to it.
+    /// The tests' connection to it.
     pub fn client(&self) -> &Client {
         self.client.get_or_init(|| Client::new(&self.url()))
     }
 
-    /// Declares a durable classic queue of its own for a test; see [`Client::declare`] for more.
+    /// Declares a durable classic queue for a test; see [`Client::queue`].
     pub fn queue(&self, name: &str) -> Queue {
         self.client().queue(name)
     }
@@ -350,7 +351,7 @@ impl Broker {
     }
 }
 
-/// What is plainly allowed in every part of a URL needs no encoding.
+/// The characters to encode: all except those that are allowed in every part of a URL.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 fn percent_encode(text: &str) -> PercentEncode<'_> {

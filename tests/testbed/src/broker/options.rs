@@ -1,4 +1,4 @@
-//! What a private node shall be like, and its start.
+//! The options of a private node, and its start.
 
 use super::settings::{Group, Settings};
 use super::{Broker, Source, install};
@@ -6,7 +6,7 @@ use crate::ports::reserve_port;
 use anyhow::Result;
 use std::sync::Arc;
 
-/// What a private node shall be like.
+/// The options of a private node.
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct BrokerOptions {
@@ -24,20 +24,20 @@ impl BrokerOptions {
         self
     }
 
-    /// Enables a plugin, such as `rabbitmq_management`; none are unless asked for, because they slow the start down.
+    /// Enables a plugin, such as `rabbitmq_management`. None are enabled by default, because they slow the start down.
     pub fn plugin(mut self, name: &str) -> Self {
         self.plugins.push(name.to_owned());
         self
     }
 
-    /// Puts a file into the node's folder, which the configuration calls `$folder`:
+    /// Adds a file to the node's folder, which is `$folder` in the configuration:
     /// `.config("ssl_options.certfile = $folder/cert.pem").file("cert.pem", &pem)`.
     pub fn file(mut self, name: &str, content: &str) -> Self {
         self.files.push((name.to_owned(), content.to_owned()));
         self
     }
 
-    /// Asks for containers of this image, whatever else is there.
+    /// Uses containers of this image, whatever else is available.
     pub fn image(mut self, image: &str) -> Self {
         self.image = Some(image.to_owned());
         self
@@ -70,7 +70,7 @@ impl BrokerOptions {
             broker.await_start()?;
         }
         if size > 1 {
-            // Visible nodes only: the asking tool is a hidden one.
+            // nodes() lists only visible nodes, so not the hidden node of the tool.
             let formed = format!("length(nodes()) == {}", size - 1);
             for broker in &brokers {
                 broker.await_cluster(size, &formed)?;
@@ -92,8 +92,7 @@ impl BrokerOptions {
         let name = format!("qc{:08x}@localhost", fastrand::u32(..));
         let mut config = format!(
             "listeners.tcp.1 = 127.0.0.1:{}\n\
-             # A worker in a network namespace of the tests' own reaches us through a proxy, so from loopback too; a container's\n\
-             # image may say otherwise, and then this makes the versions alike.\n\
+             # Images may have other defaults.\n\
              loopback_users = none\n\
              log.console = true\n\
              log.console.level = info\n\

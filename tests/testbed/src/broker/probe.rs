@@ -1,4 +1,4 @@
-//! Asks whether a RabbitMQ is there, and which.
+//! Finds out whether a RabbitMQ answers, and its version.
 
 use crate::proxy::frames::{self, Method};
 use anyhow::{Context, Result, ensure};
@@ -9,7 +9,7 @@ use std::time::Duration;
 /// The key of the version in the server properties of connection.start: a short string, then the tag of a long string.
 const VERSION_KEY: &[u8] = b"\x07versionS";
 
-/// Says hello and reads the version from connection.start, the broker's first frame.
+/// Sends the protocol header, and reads the version from connection.start, the broker's first frame.
 pub(super) fn probe(addr: SocketAddr, limit: Duration) -> Result<(u32, u32, u32)> {
     let mut stream = TcpStream::connect_timeout(&addr, limit)?;
     stream.set_read_timeout(Some(limit))?;
@@ -24,7 +24,7 @@ fn parse_version(start: &[u8]) -> Option<(u32, u32, u32)> {
     let rest = &start[key + VERSION_KEY.len()..];
     let (length, rest) = rest.split_first_chunk::<4>()?;
     let text = std::str::from_utf8(rest.get(..u32::from_be_bytes(*length) as usize)?).ok()?;
-    // A pre-release reads like 4.3.0-rc.1.
+    // A pre-release is, for example, 4.3.0-rc.1.
     let mut numbers = text.split(['.', '-', '+']).map(|part| part.parse().unwrap_or(0));
     Some((numbers.next()?, numbers.next()?, numbers.next().unwrap_or(0)))
 }

@@ -1,4 +1,4 @@
-//! What a private node is told about itself, the same for a process and a container.
+//! The settings of a private node, the same for a process and a container.
 
 use super::{Source, container};
 use crate::ports::{Port, reserve_port};
@@ -8,26 +8,25 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Where the command line tools listen; RabbitMQ's default is a range of eleven, too few for tests side by side.
+/// The ports of the command line tools. RabbitMQ's default range has eleven, too few for parallel tests.
 const CLI_PORTS: (u16, u16) = (7000, 9999);
 
 /// One scheduler of each kind is enough for tests, starts faster and leaves the cores to the workers.
 pub(super) const ERL_ARGS: (&str, &str) =
     ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 1:1 +SDcpu 1:1 +SDio 2 +sbwt none");
 
-/// The variable that tells a node's processes apart from every other node's, also in its container: the port on which it listens.
+/// The variable that marks a node's processes, also in its container; its value is the node's port.
 pub(super) const PORT_MARK: &str = "QCONSUME_TESTBED_PORT";
 
-/// What every node of a cluster has in common (a single node is a cluster of one).
+/// The settings that all nodes of a cluster share (a single node is a cluster of one).
 pub(crate) struct Group {
     cookie: String,
     epmd_port: Port,
-    /// A port mapper of our own, so that no daemon is left running that a node has started on the way; gone when dropped.
-    /// None inside a lone container, which runs its own.
+    /// A separate port mapper, stopped when dropped; without it, a node would start one as a daemon, which would stay.
+    /// `None` for a single container, which runs its own.
     _epmd: Option<Box<dyn Send + Sync>>,
 }
 
-/// One node's identity and settings, the same for a process and a container.
 pub(crate) struct Settings {
     pub(crate) name: String,
     pub(crate) port: Port,
@@ -52,7 +51,7 @@ impl Group {
 }
 
 impl Settings {
-    /// Writes the node's files into a folder that the node itself knows as `home`.
+    /// Writes the node's files into a folder, which is `home` from the node's view.
     pub(super) fn write_files(&self, folder: &Path, home: &str) -> Result<()> {
         let config = self.config.replace("$folder", home);
         write_files(folder, &self.group.cookie, &config, &self.plugins)?;
@@ -62,7 +61,7 @@ impl Settings {
         Ok(())
     }
 
-    /// What tells this node apart from every other, and keeps it in its folder.
+    /// The environment that separates this node from all others and keeps its files in its folder.
     pub(super) fn environment(&self, home: &str) -> Vec<(&'static str, String)> {
         let loopback = "-kernel inet_dist_use_interface {127,0,0,1}";
         let mut environment = in_folder(home);
@@ -81,7 +80,7 @@ impl Settings {
     }
 }
 
-/// Writes what every node has into its folder.
+/// Writes the files that every node has.
 pub(super) fn write_files(folder: &Path, cookie: &str, config: &str, plugins: &str) -> Result<()> {
     write_file(folder, ".erlang.cookie", cookie)?;
     // Erlang refuses a cookie that others may read.
@@ -89,7 +88,7 @@ pub(super) fn write_files(folder: &Path, cookie: &str, config: &str, plugins: &s
     fs::set_permissions(folder.join(".erlang.cookie"), private)?;
     write_file(folder, "rabbitmq.conf", config)?;
     write_file(folder, "enabled_plugins", plugins)?;
-    // Instead of the one in /etc, which belongs to the machine's own broker.
+    // Used instead of the one in /etc, which belongs to this machine's broker.
     write_file(folder, "rabbitmq-env.conf", "")
 }
 
@@ -98,7 +97,7 @@ fn write_file(folder: &Path, name: &str, text: &str) -> Result<()> {
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// What keeps a node in its folder.
+/// The environment that keeps a node's files in its folder.
 pub(super) fn in_folder(home: &str) -> Vec<(&'static str, String)> {
     let path = |name: &str| format!("{home}/{name}");
     vec![
@@ -109,7 +108,7 @@ pub(super) fn in_folder(home: &str) -> Vec<(&'static str, String)> {
         ("RABBITMQ_MNESIA_BASE", path("data")),
         ("RABBITMQ_LOG_BASE", path("logs")),
         ("RABBITMQ_CONFIG_FILE", path("rabbitmq.conf")),
-        // An image's own drop-in files would apply beside ours.
+        // Otherwise the image's conf.d would apply, too.
         ("RABBITMQ_CONFIG_FILES", path("conf.d")),
         ("RABBITMQ_ADVANCED_CONFIG_FILE", path("advanced.config")),
         ("RABBITMQ_CONF_ENV_FILE", path("rabbitmq-env.conf")),

@@ -1,4 +1,4 @@
-//! A test's own queue.
+//! A test's queue.
 
 use super::{Client, Got, last_wish, limited};
 use crate::{PATIENCE, block_on, eventually};
@@ -11,17 +11,17 @@ use std::sync::atomic::Ordering::Relaxed;
 /// The type of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum QueueKind {
-    /// On one node; tells about earlier deliveries only by `redelivered`.
+    /// On one node; shows earlier deliveries only by `redelivered`.
     Classic,
     /// Replicated; counts deliveries.
     Quorum,
 }
 
 impl QueueKind {
-    /// Both, for a test that loops over them.
+    /// Both types.
     pub const ALL: [Self; 2] = [Self::Classic, Self::Quorum];
 
-    /// As in the argument `x-queue-type`.
+    /// The value of the argument `x-queue-type`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Classic => "classic",
@@ -49,41 +49,41 @@ impl QueueBuilder {
         }
     }
 
-    /// Its type; classic unless set.
+    /// Sets its type; the default is classic.
     pub fn kind(self, kind: QueueKind) -> Self {
         self.arg("x-queue-type", LongString::from(kind.as_str()))
     }
 
-    /// A quorum queue.
+    /// Makes it a quorum queue.
     pub fn quorum(self) -> Self {
         self.kind(QueueKind::Quorum)
     }
 
-    /// Any argument: `x-delivery-limit`, `x-single-active-consumer`, `x-max-priority`, …
+    /// Adds an argument: `x-delivery-limit`, `x-single-active-consumer`, `x-max-priority`, …
     pub fn arg(mut self, name: &str, value: impl Into<AMQPValue>) -> Self {
         self.arguments.insert(name.into(), value.into());
         self
     }
 
-    /// Where a rejected message goes: another queue of the test's.
+    /// Sends its dead letters to another queue.
     pub fn dead_letter_to(self, queue: &Queue) -> Self {
         self.arg("x-dead-letter-exchange", LongString::from(""))
             .arg("x-dead-letter-routing-key", LongString::from(queue.name()))
     }
 
-    /// Exactly this name instead of one that is made unique.
+    /// Gives it exactly this name, instead of a unique one.
     pub fn exact_name(mut self, name: &str) -> Self {
         self.name = name.to_owned();
         self
     }
 
-    /// Only for the connection that declares it.
+    /// Makes it exclusive to the connection that declares it.
     pub fn exclusive(mut self) -> Self {
         self.options.exclusive = true;
         self
     }
 
-    /// The handle of a queue with this name that is not declared (yet).
+    /// A handle for a queue that isn't declared (yet).
     pub fn absent(self) -> Queue {
         Queue { client: self.client, name: self.name }
     }
@@ -101,7 +101,7 @@ impl QueueBuilder {
     }
 }
 
-/// A queue of a test's own, deleted when dropped. Every method panics when the broker fails it.
+/// A test's queue, deleted when dropped. Its methods panic if the broker fails.
 pub struct Queue {
     client: Client,
     name: String,
@@ -113,25 +113,25 @@ impl Queue {
         &self.name
     }
 
-    /// Its broker's address, for `BROKER_URL`.
+    /// Its broker's URL, for `BROKER_URL`.
     pub fn url(&self) -> &str {
         &self.client.inner.url
     }
 
-    /// Puts one message in; returns when the broker has confirmed it.
+    /// Publishes one message; returns when the broker has confirmed it.
     #[track_caller]
     pub fn publish(&self, body: impl AsRef<[u8]>) {
         self.publish_with(BasicProperties::default().with_delivery_mode(2), body);
     }
 
-    /// Puts one message in, with properties and headers.
+    /// Publishes one message with properties and headers.
     #[track_caller]
     pub fn publish_with(&self, properties: BasicProperties, body: impl AsRef<[u8]>) {
         let published = self.client.publish(&self.name, [body], properties);
         self.must("publish to", published);
     }
 
-    /// Puts many messages in, all in flight; returns when the broker has confirmed every one.
+    /// Publishes many messages; returns when the broker has confirmed all of them.
     #[track_caller]
     pub fn publish_all<B: AsRef<[u8]>>(&self, bodies: impl IntoIterator<Item = B>) {
         let properties = BasicProperties::default().with_delivery_mode(2);
@@ -139,13 +139,13 @@ impl Queue {
         self.must("publish to", published);
     }
 
-    /// How many messages are ready. A quorum queue's count lags behind; see [`Queue::wait_ready`].
+    /// The number of ready messages. A quorum queue's count may be out of date; see [`Queue::wait_ready`].
     #[track_caller]
     pub fn ready(&self) -> u32 {
         self.counts().0
     }
 
-    /// How many consumers it has.
+    /// The number of its consumers.
     #[track_caller]
     pub fn consumers(&self) -> u32 {
         self.counts().1
@@ -154,16 +154,16 @@ impl Queue {
     #[track_caller]
     fn counts(&self) -> (u32, u32) {
         let counts = self.must("look at", self.client.counts(&self.name));
-        counts.unwrap_or_else(|| panic!("queue {} is not there", self.name))
+        counts.unwrap_or_else(|| panic!("queue {} doesn't exist", self.name))
     }
 
-    /// Waits until exactly so many messages are ready.
+    /// Waits until exactly this many messages are ready.
     #[track_caller]
     pub fn wait_ready(&self, count: u32) {
         self.wait_count("ready", count, |(ready, _)| ready);
     }
 
-    /// Waits until it has exactly so many consumers.
+    /// Waits until it has exactly this many consumers.
     #[track_caller]
     pub fn wait_consumers(&self, count: u32) {
         self.wait_count("consumers", count, |(_, consumers)| consumers);
@@ -173,7 +173,7 @@ impl Queue {
     fn wait_count(&self, what: &str, count: u32, of: fn((u32, u32)) -> u32) {
         let mut seen = Ok(None);
         let reached = eventually(PATIENCE, || {
-            // While a quorum queue elects its leader a look fails.
+            // This fails while a quorum queue elects its leader.
             seen = self.client.counts(&self.name);
             matches!(seen, Ok(Some(counts)) if of(counts) == count)
         });
@@ -184,13 +184,13 @@ impl Queue {
         );
     }
 
-    /// Takes the next ready message out for good.
+    /// Takes the next ready message, and acknowledges it.
     #[track_caller]
     pub fn get(&self) -> Option<Got> {
         self.must("get from", self.client.get(&self.name))
     }
 
-    /// The same, waiting for a message that is on its way back.
+    /// The same, but waits for a message, for example one that is being requeued.
     #[track_caller]
     pub fn wait_get(&self) -> Got {
         let mut got = None;
@@ -199,16 +199,17 @@ impl Queue {
             got.is_some()
         });
         assert!(came, "no message in queue {} after {PATIENCE:?}", self.name);
-        got.expect("it came")
+        got.expect("a message")
     }
 
-    /// Looks at the next ready message, and puts it back: for the broker that is one more delivery.
+    /// Takes the next ready message and requeues it; the broker counts this delivery.
     #[track_caller]
     pub fn peek(&self) -> Option<Got> {
         self.must("get from", self.client.next(&self.name, true))
     }
 
-    /// Consumes from it (one message at a time), like a worker that never ends its first message; `exclusive` lets nobody else.
+    /// Subscribes with a prefetch of one, like a worker that never settles its first message; `exclusive` excludes
+    /// other consumers.
     #[track_caller]
     pub fn consume(&self, exclusive: bool) -> Consumer {
         let consumer = block_on(limited(async {
@@ -222,19 +223,19 @@ impl Queue {
         self.must("consume from", consumer)
     }
 
-    /// Throws away what is ready.
+    /// Drops the ready messages.
     #[track_caller]
     pub fn purge(&self) {
         self.operate("purge", async |channel, name| channel.queue_purge(name, Default::default()).await);
     }
 
-    /// Deletes it under its consumers' feet.
+    /// Deletes it, even if it has consumers.
     #[track_caller]
     pub fn delete(&self) {
         self.operate("delete", async |channel, name| channel.queue_delete(name, Default::default()).await);
     }
 
-    /// Whether the broker has it.
+    /// Whether it exists.
     #[track_caller]
     pub fn exists(&self) -> bool {
         self.must("look at", self.client.counts(&self.name)).is_some()
@@ -267,14 +268,14 @@ impl Drop for Queue {
     }
 }
 
-/// A consumer of the test's own; dropping it closes its channel.
+/// A test's consumer; dropping it closes its channel.
 pub struct Consumer {
     channel: Channel,
     _deliveries: lapin::Consumer,
 }
 
 impl Consumer {
-    /// Ends it and waits until the broker has taken note.
+    /// Ends it, and waits until the broker has confirmed that.
     pub fn close(self) -> Result<()> {
         block_on(limited(async { Ok(self.channel.close(200, "".into()).await?) }))
     }

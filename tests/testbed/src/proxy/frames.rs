@@ -1,13 +1,13 @@
-//! AMQP 0-9-1 frames, as much of them as a proxy needs: where one ends, which method it carries, and how to make one.
+//! AMQP 0-9-1 frames for a proxy: finding a frame's end and its method, and building frames.
 
 use std::fmt;
 use std::io::{self, Read};
 
-/// A method by the numbers of its class and its own. What isn't one stands in class 0, a frame by the number of its type.
+/// A method, by its class's number and its own. Other frames have class 0 and the number of their type.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Method(pub u16, pub u16);
 
-/// The names of the methods that the tests speak of.
+/// Defines constants and names for the methods that the tests use.
 macro_rules! methods {
     ($($constant:ident = $class:literal, $method:literal, $name:literal;)*) => {
         impl Method {
@@ -44,6 +44,8 @@ methods! {
     CHANNEL_CLOSE_OK = 20, 41, "channel.close-ok";
     QUEUE_DECLARE = 50, 10, "queue.declare";
     QUEUE_DECLARE_OK = 50, 11, "queue.declare-ok";
+    QUEUE_DELETE = 50, 40, "queue.delete";
+    QUEUE_DELETE_OK = 50, 41, "queue.delete-ok";
     BASIC_QOS = 60, 10, "basic.qos";
     BASIC_QOS_OK = 60, 11, "basic.qos-ok";
     BASIC_CONSUME = 60, 20, "basic.consume";
@@ -62,7 +64,7 @@ methods! {
 }
 
 impl Method {
-    /// Whether it is a method rather than what stands for another kind of frame.
+    /// Whether this is a method, and not another type of frame.
     pub fn is_method(self) -> bool {
         self.0 != 0
     }
@@ -80,31 +82,31 @@ impl fmt::Debug for Method {
 /// The type of a frame that carries a method.
 const METHOD_FRAME: u8 = 1;
 
-/// Type, channel and size.
+/// The size of a frame's header: type, channel and size.
 const FRAME_HEADER: usize = 7;
 
 /// The last byte of every frame.
 const FRAME_END: u8 = 0xCE;
 
-/// What stands at the beginning of a stream.
+/// What a stream begins with.
 pub(super) enum Next {
-    /// Not all of it has arrived.
+    /// A frame that hasn't arrived completely.
     Incomplete,
     /// A frame of this length, with its method.
     Frame { length: usize, method: Method },
-    /// This isn't AMQP 0-9-1 in plain text.
+    /// Something other than unencrypted AMQP 0-9-1.
     Foreign,
 }
 
-/// Whether this is, as far as it goes, a protocol header.
+/// Whether this is the beginning of a protocol header.
 pub(super) fn greets(stream: &[u8]) -> bool {
     const START: &[u8] = b"AMQP";
     stream.starts_with(&START[..stream.len().min(START.len())])
 }
 
-/// Looks at the beginning of a stream.
+/// Examines the beginning of a stream.
 pub(super) fn next(stream: &[u8]) -> Next {
-    // A client's first bytes; a broker answers with the like to a version that it doesn't speak.
+    // A client's first bytes; or a broker's, if it doesn't support the client's version.
     if greets(stream) {
         return match stream.len() {
             ..8 => Next::Incomplete,
@@ -125,7 +127,7 @@ pub(super) fn next(stream: &[u8]) -> Next {
     }
 }
 
-/// Which method this frame carries, and what stands behind its numbers.
+/// A frame's method, and the method's arguments.
 fn method(kind: u8, payload: &[u8]) -> (Method, &[u8]) {
     match (kind, payload) {
         (METHOD_FRAME, &[a, b, c, d, ref rest @ ..]) => {
@@ -136,7 +138,7 @@ fn method(kind: u8, payload: &[u8]) -> (Method, &[u8]) {
     }
 }
 
-/// Reads the next frame: its channel, its method, and what stands behind.
+/// Reads the next frame: its channel, its method, and the method's arguments.
 pub(crate) fn read(stream: &mut impl Read) -> io::Result<(u16, Method, Vec<u8>)> {
     let mut header = [0; FRAME_HEADER];
     stream.read_exact(&mut header)?;
@@ -158,19 +160,19 @@ pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A frame with this method and its arguments, encoded.
+/// A frame with this method and encoded arguments.
 pub fn method_frame(channel: u16, method: Method, arguments: &[u8]) -> Vec<u8> {
     let numbers = [method.0.to_be_bytes(), method.1.to_be_bytes()].concat();
     frame(METHOD_FRAME, channel, &[&numbers, arguments].concat())
 }
 
-/// A short string; what is beyond 255 bytes is left out.
+/// A short string; cut off after 255 bytes.
 pub fn short(text: &[u8]) -> Vec<u8> {
     let text = &text[..text.len().min(255)];
     [&[text.len() as u8], text].concat()
 }
 
-/// A long string, or a table's or an array's content with its size.
+/// A long string, or, from their content, a table or an array.
 pub fn long(text: &[u8]) -> Vec<u8> {
     [&(text.len() as u32).to_be_bytes(), text].concat()
 }
@@ -192,8 +194,8 @@ pub fn basic_cancel(channel: u16, consumer_tag: &str) -> Vec<u8> {
     method_frame(channel, Method::BASIC_CANCEL, &arguments)
 }
 
-/// Makes of any frame an acknowledgement, on the same channel, of a delivery that was never made; the broker answers that with
-/// channel.close 406. For [`super::Action::Replace`].
+/// For [`super::Action::Replace`]: an acknowledgement, on the frame's channel, of a delivery that never happened. The
+/// broker answers it with channel.close 406.
 pub fn unknown_ack(frame: &[u8]) -> Vec<u8> {
     let channel = u16::from_be_bytes([frame[1], frame[2]]);
     let not_multiple = [0];

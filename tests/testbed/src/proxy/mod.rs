@@ -1,7 +1,7 @@
-//! A TCP proxy between a worker and its broker, which misbehaves when told to.
+//! A TCP proxy between a worker and its broker that can cause faults.
 //!
-//! It reads the frames of AMQP 0-9-1 on their way (in each direction), so that a fault can be put exactly before or after a
-//! given method. What isn't AMQP in plain text (TLS) passes as it is, and only the faults that need no frames apply.
+//! It parses the AMQP 0-9-1 frames in both directions, so that a fault can happen exactly before or after a given
+//! method. Other protocols (TLS) pass unchanged, and only faults that need no frames apply to them.
 
 pub mod frames;
 mod relay;
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-/// Which way a frame goes.
+/// A frame's direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the worker to the broker.
@@ -34,50 +34,50 @@ impl Direction {
     }
 }
 
-/// What happens when a certain method comes along.
+/// What the proxy does with a frame.
 #[derive(Clone)]
 pub enum Action {
-    /// It passes.
+    /// Pass it on.
     Pass,
-    /// Both sides are reset, and the method doesn't arrive.
+    /// Reset both sides; the frame doesn't arrive.
     CutBefore,
-    /// The method arrives; then its receiver sees the connection closed and its sender sees it reset.
+    /// Pass it on; then close the receiver's connection and reset the sender's.
     CutAfter,
-    /// This frame and everything after it in this direction disappears; the other direction goes on.
+    /// Drop it and everything after it in this direction; the other direction goes on.
     Swallow,
-    /// Only this frame disappears.
+    /// Drop only this frame.
     SwallowFrame,
-    /// From this frame on everything disappears in both directions, while the connections stay open.
+    /// From this frame on, drop everything in both directions; the connections stay open.
     Stall,
-    /// This frame and what follows in this direction wait for [`Proxy::release`].
+    /// Keep it, and everything after it in this direction, until [`Proxy::release`].
     Hold,
-    /// The frame passes, and these bytes (whole frames, see [`frames`]) go to the worker.
+    /// Pass it on, and send these bytes (whole frames, see [`frames`]) to the worker.
     Inject(Vec<u8>),
-    /// These bytes go to the worker instead of the frame's going where it was to go.
+    /// Drop it, and send these bytes to the worker.
     InjectInstead(Vec<u8>),
-    /// Another frame takes its place: an ack with a wrong delivery tag, for example, to which the broker answers with a 406.
+    /// Replace it by another frame, for example an ack with a wrong delivery tag, which the broker answers with a 406.
     Replace(Rewrite),
 }
 
-/// Makes another frame of a frame.
+/// Makes a replacement for a frame.
 pub type Rewrite = Arc<dyn Fn(&[u8]) -> Vec<u8> + Send + Sync>;
 
-/// A frame that came along.
+/// A frame that the proxy has received.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    /// The connection, counted from 1 in the order of acceptance.
+    /// The connection's number, from 1, in the order of acceptance.
     pub connection: usize,
-    /// Its direction.
+    /// The direction.
     pub direction: Direction,
-    /// Its method, or what stands for a frame without one: [`Method::BODY`], for example.
+    /// The method, or the constant for another type of frame, for example [`Method::BODY`].
     pub method: Method,
     /// When it arrived.
     pub at: Instant,
-    /// Whether it was written to the other side, was swallowed, or is held.
+    /// Whether the action is done: it was passed on or dropped, or is held.
     settled: bool,
 }
 
-/// A proxy on a port of its own; gone, with its connections, when dropped.
+/// A proxy on a reserved port; dropping it ends it and its connections.
 pub struct Proxy {
     shared: Arc<Shared>,
     addr: SocketAddr,
@@ -85,24 +85,24 @@ pub struct Proxy {
     _port: Port,
 }
 
-/// What the proxy's tasks and its owner share.
+/// Shared by the proxy's tasks and its owner.
 struct Shared {
     state: watch::Sender<State>,
     control: watch::Sender<Control>,
 }
 
-/// The settings that every connection obeys at once.
+/// Settings that apply to every connection at once.
 #[derive(Clone, Default)]
 struct Control {
-    /// None: there is nothing behind the proxy.
+    /// `None`: a silent proxy, which connects to nothing.
     upstream: Option<SocketAddr>,
     swallow: [bool; 2],
     stall: bool,
     delay: [Duration; 2],
     refuse: bool,
-    /// Rises with every cut; a connection ends when it is no longer what it was at its start.
+    /// Counts the cuts; a connection ends when this changes.
     cut: u64,
-    /// Rises with every release.
+    /// Counts the releases.
     release: u64,
     /// The proxy was dropped.
     gone: bool,
@@ -113,7 +113,7 @@ struct State {
     rules: Vec<Rule>,
     seen: Vec<Seen>,
     accepted: usize,
-    /// The connections by their number, behind the [`Control::cut`] at which they were accepted.
+    /// The open connections: the [`Control::cut`] at their acceptance, and their number.
     open: BTreeSet<(u64, usize)>,
     listening: bool,
 }
@@ -126,19 +126,19 @@ struct Rule {
 }
 
 impl Proxy {
-    /// In front of a broker.
+    /// A proxy to a broker.
     pub fn of(broker: &Broker) -> Self {
         let mut proxy = Self::to(broker.addr());
         proxy.url = broker.url_at(proxy.addr);
         proxy
     }
 
-    /// In front of any address.
+    /// A proxy to any address.
     pub fn to(upstream: SocketAddr) -> Self {
         Self::local(Some(upstream))
     }
 
-    /// In front of nothing: it accepts connections and stays silent.
+    /// A proxy to nothing: it accepts connections and stays silent.
     pub fn silent() -> Self {
         Self::local(None)
     }
@@ -148,9 +148,9 @@ impl Proxy {
         proxy.unwrap_or_else(|error| panic!("{error:#}"))
     }
 
-    /// In front of any address, listening on another than 127.0.0.1: a network namespace's way to the broker.
+    /// A proxy that listens on another address than 127.0.0.1, for example in a network namespace.
     pub fn listen(ip: IpAddr, upstream: Option<SocketAddr>) -> Result<Self> {
-        // A port of its own rather than 0, because it is needed again after `refuse`.
+        // A reserved port instead of port 0, because it is needed again after `refuse`.
         let (port, listener) = ports::listen(ip)?;
         listener.set_nonblocking(true)?;
         let listener = runtime::block_on(async { TcpListener::from_std(listener) })?;
@@ -168,12 +168,12 @@ impl Proxy {
         self.addr
     }
 
-    /// The broker's address with the proxy's host and port in it.
+    /// The broker's URL with the proxy's host and port.
     pub fn url(&self) -> String {
         self.url.clone()
     }
 
-    /// Ends every fault: connections are accepted and everything passes at once. What was swallowed stays lost.
+    /// Ends every fault: accepts connections and passes everything at once. Dropped data stays lost.
     #[track_caller]
     pub fn pass(&self) {
         self.control(|control| {
@@ -183,10 +183,10 @@ impl Proxy {
             control.refuse = false;
             control.release += 1;
         });
-        self.must(|| "it doesn't listen".into(), |state| state.listening);
+        self.must(|| "the proxy doesn't listen".into(), |state| state.listening);
     }
 
-    /// Resets every connection, both sides; not those that come meanwhile.
+    /// Resets both sides of every connection that exists now.
     #[track_caller]
     pub fn cut(&self) {
         let mut cut = 0;
@@ -198,41 +198,40 @@ impl Proxy {
         self.must(|| "a connection isn't cut".into(), cut);
     }
 
-    /// Lets everything in one direction disappear, like a firewall that has forgotten the connection.
+    /// Drops everything in one direction, like a firewall that has forgotten the connection.
     pub fn swallow(&self, direction: Direction) {
         self.control(|control| control.swallow[direction.index()] = true);
     }
 
-    /// Lets nothing through any more, in either direction: what arrives waits until [`Proxy::pass`]. New connections are accepted
-    /// and get no answer.
+    /// Keeps everything in both directions until [`Proxy::pass`]. New connections are accepted, but get no answer.
     pub fn stall(&self) {
         self.control(|control| control.stall = true);
     }
 
-    /// Makes everything in one direction so much later, by a constant: what is sent while something else is on its way
-    /// isn't held up by it. A new connection's handshake takes its round trip, too.
+    /// Delays everything in one direction by this time. It delays data in transit independently, like a long line. A
+    /// new connection's handshake takes a round trip, too.
     pub fn delay(&self, direction: Direction, delay: Duration) {
         self.control(|control| control.delay[direction.index()] = delay);
     }
 
-    /// Stops listening, so that new connections are refused; those there are stay. Ended by [`Proxy::pass`].
+    /// Stops listening until [`Proxy::pass`], so that new connections are refused; existing ones stay.
     #[track_caller]
     pub fn refuse(&self) {
         self.control(|control| control.refuse = true);
-        self.must(|| "it still listens".into(), |state| !state.listening);
+        self.must(|| "the proxy still listens".into(), |state| !state.listening);
     }
 
-    /// Lets go what [`Action::Hold`] holds.
+    /// Passes on what [`Action::Hold`] keeps.
     pub fn release(&self) {
         self.control(|control| control.release += 1);
     }
 
-    /// Does this every time the method comes along in that direction.
+    /// Does this for every frame with this method in this direction.
     pub fn on(&self, direction: Direction, method: Method, action: Action) {
         self.rule(direction, method, action, false);
     }
 
-    /// Does this the next time the method comes along in that direction.
+    /// Does this for the next frame with this method in this direction.
     pub fn once(&self, direction: Direction, method: Method, action: Action) {
         self.rule(direction, method, action, true);
     }
@@ -242,45 +241,45 @@ impl Proxy {
         self.shared.change(|state| state.rules.push(rule));
     }
 
-    /// Forgets what [`Proxy::on`] and [`Proxy::once`] have set.
+    /// Removes the rules of [`Proxy::on`] and [`Proxy::once`].
     pub fn clear_rules(&self) {
         self.shared.change(|state| state.rules.clear());
     }
 
-    /// What came along, in order of arrival.
+    /// The frames so far, in order of arrival.
     pub fn seen(&self) -> Vec<Seen> {
         self.shared.state.borrow().seen.clone()
     }
 
-    /// The methods that the worker has sent, in order, without bodies and heartbeats.
+    /// The methods that the worker has sent, in order; without other frames, such as bodies and heartbeats.
     pub fn sent(&self) -> Vec<Method> {
         let state = self.shared.state.borrow();
         let sent = state.seen.iter().filter(|seen| seen.direction == Direction::ToBroker && seen.method.is_method());
         sent.map(|seen| seen.method).collect()
     }
 
-    /// How often the method has come along in that direction.
+    /// The number of frames with this method in this direction.
     pub fn count(&self, direction: Direction, method: Method) -> usize {
         count(&self.shared.state.borrow(), direction, method, |_| true)
     }
 
-    /// How many connections it has accepted.
+    /// The number of accepted connections.
     pub fn accepted(&self) -> usize {
         self.shared.state.borrow().accepted
     }
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub fn open(&self) -> usize {
         self.shared.state.borrow().open.len()
     }
 
-    /// Waits until the method has come along in that direction, and has passed or met its fault.
+    /// Waits for a frame with this method in this direction, until the action for it is done.
     #[track_caller]
     pub fn wait_for(&self, direction: Direction, method: Method) {
         self.wait_for_nth(direction, method, 1);
     }
 
-    /// Waits until the method has come along so many times.
+    /// The same for the `n`th frame.
     #[track_caller]
     pub fn wait_for_nth(&self, direction: Direction, method: Method, n: usize) {
         let settled = |state: &State| count(state, direction, method, |seen| seen.settled);
@@ -291,21 +290,21 @@ impl Proxy {
         self.must(otherwise, |state| settled(state) >= n);
     }
 
-    /// Waits until so many connections have been accepted.
+    /// Waits until this many connections were accepted.
     #[track_caller]
     pub fn wait_accepted(&self, count: usize) {
         let otherwise = || format!("{} of {count} connections", self.accepted());
         self.must(otherwise, |state| state.accepted >= count);
     }
 
-    /// Waits until exactly so many connections are open.
+    /// Waits until exactly this many connections are open.
     #[track_caller]
     pub fn wait_open(&self, count: usize) {
         let otherwise = || format!("{} open, not {count}", self.open());
         self.must(otherwise, |state| state.open.len() == count);
     }
 
-    /// Waits until this has come true, and panics where it doesn't.
+    /// Waits until the condition holds; panics if it doesn't.
     #[track_caller]
     fn must(&self, otherwise: impl FnOnce() -> String, condition: impl Fn(&State) -> bool) {
         let mut state = self.shared.state.subscribe();
@@ -339,6 +338,6 @@ impl Shared {
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut value = None;
         self.state.send_modify(|state| value = Some(change(state)));
-        value.expect("it was changed")
+        value.expect("send_modify calls its closure")
     }
 }

@@ -1,4 +1,4 @@
-//! The proxy's tasks: accepting, and relaying one connection.
+//! The proxy's tasks: accepting connections, and relaying one.
 
 use super::frames::{self, Next};
 use super::{Action, Control, Direction, Method, Seen, Shared};
@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-/// Frames on their way through one direction; beyond that the sender has to wait, as on a real connection.
+/// The most frames in transit in one direction; then the sender has to wait, as on a real connection.
 const IN_FLIGHT: usize = 1024;
 
 /// Accepts connections until the proxy is dropped.
@@ -36,7 +36,7 @@ pub(super) async fn accept(shared: Arc<Shared>, addr: SocketAddr, listener: TcpL
         if listener.is_none() {
             listener = TcpListener::bind(addr).await.ok();
             if listener.is_none() {
-                // Somebody else's outgoing connection sits on the port for a moment.
+                // Another program's outgoing connection uses the port for a moment.
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 continue;
             }
@@ -60,32 +60,31 @@ pub(super) async fn accept(shared: Arc<Shared>, addr: SocketAddr, listener: TcpL
     }
 }
 
-/// How a connection ends before both sides have closed it.
+/// How the proxy ends a connection.
 enum End {
     /// Both sides are reset.
     Reset,
-    /// The receiver in this direction sees an orderly close, the sender a reset.
+    /// The receiver of this direction sees the connection closed, the sender sees it reset.
     After(Direction),
 }
 
-/// Whatever fails, a connection or the proxy itself has gone.
+/// Any error means that a connection, or the proxy itself, is gone.
 impl<E: std::error::Error> From<E> for End {
     fn from(_: E) -> Self {
         Self::Reset
     }
 }
 
-/// One connection through the proxy.
 struct Connection {
     shared: Arc<Shared>,
     number: usize,
-    /// From an [`Action::Swallow`] or [`Action::Stall`] on, for each direction.
+    /// Set by [`Action::Swallow`] or [`Action::Stall`], for each direction.
     swallow: [AtomicBool; 2],
-    /// The client doesn't speak AMQP in plain text.
+    /// The client doesn't use unencrypted AMQP.
     foreign: AtomicBool,
 }
 
-/// What the reader of a direction hands to its writer.
+/// What a direction's reader passes to its writer.
 enum Item {
     Bytes { due: Instant, bytes: Vec<u8>, record: Option<usize> },
     Eof,
@@ -124,8 +123,8 @@ impl Connection {
         let ready = |control: &Control| !control.stall && control.upstream.is_some();
         let upstream = control.wait_for(ready).await?.upstream;
         let upstream = upstream.ok_or(End::Reset)?;
-        // What a client sends first reaches us at once, as our kernel has shaken its hand; far away it would come a round
-        // trip later.
+        // A client's first bytes reach the proxy at once, as the kernel has accepted the connection; over a long line
+        // they would take another round trip.
         let round_trip: Duration = control.borrow().delay.iter().sum();
         sleep_until(Instant::now() + round_trip).await;
         let connected = TcpStream::connect(upstream).await?;
@@ -146,7 +145,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes frames from one side, applies the rules to them, and hands them on.
+    /// Reads frames from one side, and applies the rules to them.
     async fn read(
         &self,
         direction: Direction,
@@ -155,7 +154,8 @@ impl Connection {
         to_client: mpsc::Sender<Item>,
     ) -> Result<(), End> {
         let mut stream: Vec<u8> = Vec::with_capacity(64 * 1024);
-        // What doesn't begin as an AMQP client isn't one, even where its first byte could be a frame's.
+        // A stream that doesn't begin with a protocol header isn't an AMQP client's, even if its first byte looks like
+        // a frame.
         let mut greeted = direction == Direction::ToClient;
         loop {
             match half.read_buf(&mut stream).await {
@@ -167,7 +167,7 @@ impl Connection {
                     }
                     return out.send(Item::Eof).await.map_err(|_| End::Reset);
                 }
-                // What has disappeared into a hole in the network includes the reset.
+                // If everything is dropped, then so is the reset.
                 Err(_) if self.swallows(direction) => return Ok(()),
                 Err(_) => return Err(End::Reset),
             }
@@ -198,7 +198,7 @@ impl Connection {
         }
     }
 
-    /// Records a frame and does with it what the first rule that fits it says.
+    /// Records a frame, and applies the first rule that matches it.
     async fn pass(
         &self,
         direction: Direction,
@@ -230,7 +230,7 @@ impl Connection {
             Action::CutAfter => {
                 self.send(direction, out, frame, record).await?;
                 out.send(Item::Cut).await?;
-                // The writer ends the connection.
+                // The writer will end the connection.
                 std::future::pending().await
             }
             Action::Swallow => self.swallow[direction.index()].store(true, Relaxed),
@@ -271,7 +271,7 @@ impl Connection {
         out.send(item).await.map_err(|_| End::Reset)
     }
 
-    /// Writes to one side what has passed, when it is due.
+    /// Writes frames to one side when they are due.
     async fn write(
         &self,
         direction: Direction,
@@ -317,7 +317,8 @@ impl Connection {
     }
 }
 
-/// On a thread, where it is a tenth of a millisecond late at most; tokio's own clock ticks in whole ones, and rounds up.
+/// Sleeps on a thread, which is late by a tenth of a millisecond at most; tokio's timer rounds up to whole
+/// milliseconds.
 async fn sleep_until(due: Instant) {
     let left = due.saturating_duration_since(Instant::now());
     if !left.is_zero() {

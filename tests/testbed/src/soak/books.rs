@@ -1,4 +1,4 @@
-//! The books: what was published, what the commands wrote, how each worker ended.
+//! The books, the soak's record: what was published, what the commands wrote, and how each worker ended.
 
 mod print;
 mod report;
@@ -10,11 +10,11 @@ use anyhow::{Context, Error, Result};
 use clap::ValueEnum;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// So long after an exit 0 a broker's crash may still bring the message back, or so long before one, in nanoseconds.
+/// In nanoseconds: if a broker crashes less than this before or after an exit 0, the message may be requeued.
 pub(super) const CRASH_WINDOW: u64 = 1_000_000_000;
 
-/// The same for a classic queue, which writes acknowledgements down when it confirms a message or has nothing to do
-/// (RabbitMQ 3.10's rabbit_queue_index); under load both may take some seconds.
+/// The same for a classic queue. It writes acknowledgements to the disk when it confirms a message or is idle (RabbitMQ
+/// 3.10's rabbit_queue_index); under load, that may take some seconds.
 pub(super) const CRASH_WINDOW_CLASSIC: u64 = 10 * CRASH_WINDOW;
 
 /// A line that a command has written.
@@ -29,11 +29,11 @@ pub(super) struct Entry {
 /// What a command has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum What {
-    /// It has begun with its message.
+    /// It has started with its message.
     Start,
     /// It has succeeded.
     Done,
-    /// Its message was damaged.
+    /// It got a damaged message.
     Bad,
 }
 
@@ -55,9 +55,9 @@ impl Entry {
 pub(super) enum End {
     /// With this status.
     Exited(u8),
-    /// By this signal; KILL came from the soak.
+    /// By this signal; SIGKILL came from the soak.
     Signalled(i32),
-    /// It didn't, and was killed for it.
+    /// It didn't end in time, and was killed.
     Hung,
 }
 
@@ -70,50 +70,50 @@ pub(super) struct Run {
     pub(super) end: End,
     /// When it ended.
     pub(super) at: u64,
-    /// How many messages it may take.
+    /// How many messages it may take (`--count`).
     pub(super) count: u64,
-    /// The messages that it said it has acknowledged, and when.
+    /// The messages that its log says were acknowledged, and when.
     pub(super) acknowledged: Vec<(u64, u64)>,
-    /// Whether all that it said was heard: nobody read its log for a while, so some of it may come late or never.
+    /// Whether its whole log was read in time. If nobody read it for a while, lines may come late or never.
     pub(super) heard: bool,
-    /// All that it said, for the report of a failure.
+    /// Its log, for the report of a failure.
     pub(super) said: String,
 }
 
-/// What may undo an exit 0 right before it, as the acknowledgement is still on its way.
+/// A fault that may undo an exit 0 right before it, as it may lose the acknowledgement.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Crash {
     pub(super) name: &'static str,
-    /// Just before it.
+    /// The time just before it.
     pub(super) before: u64,
-    /// Just after it.
+    /// The time just after it.
     pub(super) after: u64,
 }
 
-/// Everything that was noted.
+/// Everything that was recorded.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Books {
-    /// The last message that was published; what the broker hasn't confirmed may be there or not.
+    /// The last message that was published; unconfirmed ones may have arrived or not.
     pub(super) published: u64,
-    /// What the broker has confirmed.
+    /// The messages that the broker has confirmed.
     pub(super) confirmed: BTreeSet<u64>,
     pub(super) runs: Vec<Run>,
     pub(super) entries: Vec<Entry>,
     /// When a node was killed, frozen or cut off.
     pub(super) crashes: Vec<Crash>,
-    /// How long before a crash an exit 0 may be undone by it.
+    /// [`CRASH_WINDOW`] or [`CRASH_WINDOW_CLASSIC`].
     pub(super) crash_window: u64,
     /// The faults of a cluster, and when it was whole again.
     pub(super) windows: Vec<Window>,
-    /// Faults by name.
+    /// The number of faults, by name.
     pub(super) faults: BTreeMap<&'static str, u32>,
-    /// Those of them that were the broker's.
+    /// The number of faults of the broker.
     pub(super) broker_faults: u32,
-    /// Processes that were still there long after their worker had ended.
+    /// Processes that still ran long after their worker had ended.
     pub(super) leftovers: Vec<String>,
-    /// What is in the queue at the end.
+    /// The messages in the queue at the end.
     pub(super) left: u32,
-    /// What was dead-lettered, which nothing here asks for.
+    /// The messages that were dead-lettered; there should be none.
     pub(super) dead: u32,
 }
 
@@ -127,14 +127,14 @@ impl Books {
 }
 
 impl Books {
-    /// What happened to a message that came back, in seconds after the beginning of a cluster's fault.
+    /// The history of a requeued message, in seconds since the beginning of a cluster's fault.
     fn timeline(&self, [taken, done, claimed, back]: [u64; 4]) -> String {
         let Some(window) = self.windows.iter().rfind(|it| it.from <= back) else {
             return String::new();
         };
         let after = |at: u64| (at as f64 - window.from as f64) / 1e9;
         format!(
-            " ({}, which took {:.3} s: taken at {:.3}, done at {:.3}, acknowledged at {:.3}, back at {:.3})",
+            " ({}, which took {:.3} s: taken at {:.3}, done at {:.3}, acknowledged at {:.3}, redelivered at {:.3})",
             window.fault,
             after(window.until),
             after(taken),

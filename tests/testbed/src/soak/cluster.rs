@@ -1,4 +1,4 @@
-//! What happens to a cluster, and to the network between its nodes.
+//! The faults of a cluster and of the network between its nodes.
 
 use super::Soak;
 use super::command::now;
@@ -9,41 +9,42 @@ use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use std::time::{Duration, Instant};
 
-/// So long after a fault the cluster must be whole again: a node that starts beside two dozen workers takes half a minute.
+/// The cluster must be whole again within this time after a fault. A node that starts beside two dozen workers takes
+/// half a minute.
 const WHOLE: Duration = Duration::from_secs(600);
 
-/// While the network flaps, it is cut and whole for at most so long, in turn.
+/// In milliseconds: a flapping network is cut, and then whole, for this long at most.
 const FLAP_MS: u64 = 400;
 
-/// So often the leader moves in one fault of that kind.
+/// How often the leader moves in one [`Fault::Moved`].
 const MOVES: usize = 5;
 
-/// What happens to the cluster. The node is the queue's leader in one half of the faults, any node in the other.
+/// A fault of the cluster. In half of the cases the node is the queue's leader, in the others any node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Fault {
     /// A node loses its network to the others, not to its clients.
     Isolated,
-    /// Nothing reaches a node from one of the others; what it sends does arrive.
+    /// A node receives nothing from one of the others, which still receives its packets.
     OneWay,
-    /// A node loses its network to its clients, who get no answer, not even a reset.
+    /// A node loses its network to its clients; they get no answer, not even a reset.
     Unreachable,
-    /// A node loses its network to the others for some tenths of a second, again and again.
+    /// A node loses its network to the others repeatedly, for some tenths of a second.
     Flapping,
     Killed,
     Frozen,
-    /// Maintenance mode, a restart, and back.
+    /// A node is put into maintenance mode and restarted.
     Drained,
-    /// Stopped and started, one node after the other.
+    /// All nodes are stopped and started, one after the other.
     Rolling,
     /// The queue gets another leader.
     Moved,
 }
 
 impl Fault {
-    /// Each with how many of them are among a hundred (those that take long are rarer), and its name.
+    /// Each fault with its share in percent (long ones are rarer) and its name.
     const ALL: [(Self, usize, &str); 9] = [
         (Self::Isolated, 14, "node cut off from the others"),
-        (Self::OneWay, 14, "node hears nothing from one other"),
+        (Self::OneWay, 14, "node receives nothing from one other"),
         (Self::Unreachable, 14, "node cut off from its workers"),
         (Self::Flapping, 11, "network of a node flapping"),
         (Self::Killed, 13, "node killed"),
@@ -58,14 +59,14 @@ impl Fault {
         row.expect("every fault has a row").2
     }
 
-    /// Whether an acknowledgement may be lost between a worker's node and the queue's leader: the leader loses sight of a node
-    /// whose connections go on, or another node becomes the leader while it is on its way. Maintenance and a node that ends
-    /// give the queue another leader, too.
+    /// Whether an acknowledgement may be lost between a worker's node and the queue's leader: the leader loses contact
+    /// with a node whose connections stay open, or the leader changes while the acknowledgement is in transit. The
+    /// leader also changes with maintenance and when a node ends.
     fn separates(self) -> bool {
         self != Self::Unreachable
     }
 
-    /// Every kind gets its turn, then as its share is, in an order that was drawn.
+    /// Draws faults: each kind once, further ones by their shares, in a random order.
     fn draw(only: &[Self], count: usize, random: &mut fastrand::Rng) -> Vec<Self> {
         if !only.is_empty() {
             return only.iter().copied().cycle().take(count).collect();
@@ -84,12 +85,12 @@ impl Fault {
 }
 
 impl Soak<'_> {
-    /// Breaks the cluster as often as was asked for, and waits after each fault until it is whole again.
+    /// Breaks the cluster `--faults` times, and waits after each fault until it is whole again.
     pub(super) fn break_cluster(&self, cluster: &Cluster, mut random: fastrand::Rng) -> Result<()> {
         self.look_at_leader(cluster, None)?;
         let count = self.options.faults as usize;
         let faults = Fault::draw(&self.options.only, count, &mut random);
-        // Whoever was hit notices in between, which takes two and a half heartbeats.
+        // In between, the affected workers notice the fault, which takes two and a half heartbeats.
         let between = 5500..8000;
         self.cause_all(&faults, Fault::name, between, random, |fault, random| {
             let leader = self.look_at_leader(cluster, None)?;
@@ -150,7 +151,7 @@ impl Soak<'_> {
             Fault::Frozen => {
                 self.crash(fault.name(), || node.freeze())?;
                 self.pause(length);
-                ensure!(!node.greets(), "it isn't frozen");
+                ensure!(!node.greets(), "the node isn't frozen");
                 node.thaw()
             }
             Fault::Drained => {
@@ -169,8 +170,8 @@ impl Soak<'_> {
         }
     }
 
-    /// Waits until the cluster is whole, and gives the index of the leader's node. Notes the fault that has just ended, and from
-    /// when on; or, between two faults, a leader that has changed by itself.
+    /// Waits until the cluster is whole; returns the index of the leader's node. Records the fault that has just ended,
+    /// given with its beginning; or, between two faults, a leader that has changed by itself.
     pub(super) fn look_at_leader(&self, cluster: &Cluster, fault: Option<(Fault, u64)>) -> Result<usize> {
         let leader = self.await_whole(cluster)?;
         let until = now();
@@ -187,13 +188,13 @@ impl Soak<'_> {
         Ok(leader.node)
     }
 
-    /// Who leads the queue, once the cluster is whole.
+    /// Waits until the cluster is whole; returns the queue's leader.
     fn await_whole(&self, cluster: &Cluster) -> Result<Leader> {
         let mut leader = None;
         eventually(WHOLE, || {
             leader = cluster.leader_if_whole(&self.queue);
             leader.is_some()
         });
-        leader.with_context(|| format!("the cluster is not whole after {WHOLE:?}\n{}", cluster.logs()))
+        leader.with_context(|| format!("the cluster isn't whole after {WHOLE:?}\n{}", cluster.logs()))
     }
 }

@@ -1,4 +1,4 @@
-//! What the workers of the soak run: it reads its message, writes into the book, and ends in the way that was drawn for it.
+//! The command of the soak's workers: it reads its message, writes into the book, and ends as its plan says.
 
 use crate::soak::books::What;
 use anyhow::{Context, Result, bail, ensure};
@@ -9,58 +9,58 @@ use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Where the book is.
+/// The variable with the book's path.
 pub(super) const BOOK: &str = "SOAK_BOOK";
 
-/// Which run of a worker this is.
+/// The variable with the run's number.
 pub(super) const RUN: &str = "SOAK_RUN";
 
-/// The status of a command that was drawn to fail.
+/// The status of a command whose plan is to fail.
 pub(super) const FAILURE: u8 = 3;
 
-/// The status of a command whose input isn't what was published.
+/// The status of a command whose message is damaged.
 const BAD_INPUT: u8 = 4;
 
-/// More than a pipe holds, in bytes.
+/// In bytes: more than a pipe holds.
 const NOISE: usize = 100_000;
 
-/// How a command shall end.
+/// How a command is to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum How {
     /// Exit 0.
     Succeed,
     /// Exit with a status of failure.
     Fail,
-    /// Killed by a signal.
+    /// Kill itself.
     Die,
-    /// Not at all.
+    /// Never end.
     Hang,
-    /// Not at all, and deaf to TERM.
+    /// Never end, and ignore SIGTERM.
     HangDeaf,
 }
 
-/// What was drawn for one run of a worker.
+/// The plan for one run of a worker's command.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Plan {
-    /// How it ends
+    /// How to end
     pub(super) how: How,
-    /// After so many milliseconds
+    /// When to end, in milliseconds
     pub(super) after: u64,
-    /// Writes more to standard error than a pipe holds, so it waits for a reader
+    /// Write more to standard error than a pipe holds, and so wait for a reader
     #[arg(long)]
     pub(super) noisy: bool,
 }
 
 impl Plan {
-    /// The arguments that make this program the command.
+    /// The arguments that make this program carry out the plan.
     pub(super) fn arguments(self) -> Vec<String> {
-        let how = self.how.to_possible_value().expect("none is left out");
+        let how = self.how.to_possible_value().expect("no value is skipped");
         let mut arguments = vec!["command".to_owned(), how.get_name().to_owned(), self.after.to_string()];
         arguments.extend(self.noisy.then(|| "--noisy".to_owned()));
         arguments
     }
 
-    /// Is the command.
+    /// Carries out the plan, as the command.
     pub fn carry_out(self) -> ExitCode {
         match obey(self) {
             Ok(status) => ExitCode::from(status),
@@ -74,7 +74,7 @@ impl Plan {
 
 fn obey(plan: Plan) -> Result<u8> {
     if plan.how == How::HangDeaf {
-        // What is blocked stays pending, which is as good as ignored.
+        // A blocked signal stays pending, which has the same effect as ignoring it.
         SigSet::from(Signal::SIGTERM).thread_block()?;
     }
     let mut body = Vec::new();
@@ -99,7 +99,7 @@ fn obey(plan: Plan) -> Result<u8> {
         How::Fail => Ok(FAILURE),
         How::Die => {
             raise(Signal::SIGKILL)?;
-            bail!("survived its own KILL");
+            bail!("survived its own SIGKILL");
         }
         How::Hang | How::HangDeaf => loop {
             std::thread::park();
@@ -107,7 +107,7 @@ fn obey(plan: Plan) -> Result<u8> {
     }
 }
 
-/// A message: its number, its length, and so many bytes that follow from the number.
+/// A message's body: its number, the filler's length, and the filler, which depends on the number.
 pub(super) fn body(message: u64, filler: usize) -> Vec<u8> {
     let mut body = format!("{message} {filler}\n").into_bytes();
     let first = (message as usize).wrapping_mul(31);
@@ -115,18 +115,18 @@ pub(super) fn body(message: u64, filler: usize) -> Vec<u8> {
     body
 }
 
-/// The number of a message, of which every byte must be there.
+/// A message's number; fails if any byte is missing or wrong.
 fn number(arrived: &[u8]) -> Result<u64> {
     let line = arrived.split(|byte| *byte == b'\n').next();
     let line = std::str::from_utf8(line.unwrap_or_default())?;
     let (message, filler) = line.split_once(' ').context("a message without its length")?;
     let (message, filler) = (message.parse()?, filler.parse()?);
     let intact = filler < arrived.len() && arrived == body(message, filler);
-    ensure!(intact, "message {message} has arrived damaged");
+    ensure!(intact, "message {message} is damaged");
     Ok(message)
 }
 
-/// One line, in one write, so that the lines of many commands don't mix.
+/// Writes a line into the book, in one write, so that lines of several commands don't mix.
 fn write(what: What, message: u64) -> Result<()> {
     let variable = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
     let mut book = OpenOptions::new().append(true).open(variable(BOOK)?)?;
@@ -136,7 +136,7 @@ fn write(what: What, message: u64) -> Result<()> {
     Ok(())
 }
 
-/// The time, in nanoseconds; comparable between the processes of one machine.
+/// The time in nanoseconds; comparable between processes.
 pub(super) fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     u64::try_from(since.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)

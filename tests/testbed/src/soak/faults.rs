@@ -1,4 +1,4 @@
-//! One fault after the other; and those of a single node, and of the network between it and the workers.
+//! Causes faults one after the other; and the faults of a single node, and of the network between it and the workers.
 
 use super::Soak;
 use super::books::Crash;
@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// What happens to the broker.
+/// A fault of the broker.
 #[derive(Clone, Copy)]
 enum Fault {
     Kill,
@@ -30,8 +30,8 @@ impl Fault {
 }
 
 impl Soak<'_> {
-    /// Breaks the broker or the cluster in these ways, one after the other; work gets done in the milliseconds between.
-    /// `cause` returns when all is well again, and says more about the fault.
+    /// Causes these faults of the broker or the cluster one after the other, with random pauses of `between`
+    /// milliseconds, in which work gets done. `cause` returns when the fault is over, with more words about it.
     pub(super) fn cause_all<F: Copy>(
         &self,
         faults: &[F],
@@ -53,7 +53,7 @@ impl Soak<'_> {
                 (books.confirmed.len(), books.runs.len())
             });
             eprintln!(
-                "soak: {} s: {}{more}, whole after {:.1} s; {published} messages published, {ended} workers ended",
+                "soak: {} s: {}{more}, over after {:.1} s; {published} messages published, {ended} workers ended",
                 self.begun.elapsed().as_secs(),
                 name(*fault),
                 begun.elapsed().as_secs_f64(),
@@ -62,7 +62,7 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// Does what may undo an exit 0 right before it, and notes when.
+    /// Causes a fault that may undo an exit 0 right before it, and records when.
     pub(super) fn crash(&self, name: &'static str, what: impl FnOnce() -> Result<()>) -> Result<()> {
         let before = now();
         what()?;
@@ -71,10 +71,10 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// Breaks the broker as often as was asked for.
+    /// Breaks the broker `--faults` times.
     pub(super) fn break_broker(&self, broker: &Broker, mut random: fastrand::Rng) -> Result<()> {
         use Fault::{Freeze, Kill, Restart, Stop};
-        // Every kind gets its turn, in an order that was drawn. Starting a node takes long, freezing it doesn't.
+        // Each kind, in a random order. Freezing is the most frequent, as starting a node takes long.
         let kinds = [Freeze, Kill, Stop, Restart, Freeze, Freeze, Kill, Freeze, Freeze, Freeze];
         let faults = kinds.into_iter().cycle();
         let mut faults: Vec<_> = faults.take(self.options.faults as usize).collect();
@@ -105,7 +105,7 @@ impl Soak<'_> {
         })
     }
 
-    /// A node that was killed sometimes hangs when it starts again, and another start helps (seen with 3.10.8).
+    /// Starts a node, if necessary twice: after a kill, its start sometimes hangs (seen with 3.10.8).
     fn start(&self, broker: &Broker) -> Result<()> {
         if broker.start_again().is_ok() {
             return Ok(());
@@ -115,10 +115,10 @@ impl Soak<'_> {
         broker.start_again()
     }
 
-    /// Cuts, delays and swallows for as long as the broker is being broken.
+    /// Breaks the network while the broker is being broken.
     pub(super) fn break_network(&self, proxy: &Proxy, mut random: fastrand::Rng) {
         if self.options.faults == 0 {
-            // The end of a command can meet the acknowledgement timeout in more ways when answers take their time.
+            // With slow answers, a command's end and the acknowledgement timeout can interleave in more ways.
             proxy.delay(Direction::ToClient, Duration::from_millis(5));
             return;
         }
@@ -139,7 +139,8 @@ impl Soak<'_> {
                 3 => {
                     proxy.swallow(direction);
                     self.pause(length);
-                    // What was lost on the way makes the rest unintelligible; a network loses connections, not bytes.
+                    // After lost bytes the rest can't be parsed, so end the connection: TCP loses connections, not
+                    // bytes.
                     proxy.cut();
                     "bytes swallowed"
                 }

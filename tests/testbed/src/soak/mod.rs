@@ -1,11 +1,12 @@
-//! The soak: thousands of messages, dozens of workers at a time with commands that succeed, fail, die and hang, a broker that is
-//! killed, stopped and frozen, a network that cuts, delays and swallows, and the books about it all.
+//! The soak: thousands of messages; dozens of workers at a time, whose commands succeed, fail, die and hang; a broker
+//! that is killed, stopped and frozen; a network that cuts connections, and delays and drops data. The books record
+//! what happened.
 //!
-//! With `--cluster 3` it is three nodes that are broken, and the network between them, and a table says how long work stood still.
+//! With `--cluster 3` it breaks three nodes and the network between them, and prints how long work stood still.
 //!
-//! It fails on: a message lost; an exit 0 whose message came back, unless a node was killed, frozen or cut off within a second
-//! after (ten for classic queues: see `books`); a hang; a process left behind. What is drawn at random follows from the seed; the
-//! timing, of course, doesn't.
+//! It fails on: a lost message; an exit 0 whose message was delivered again, unless a node was killed, frozen or cut
+//! off within a second (ten for classic queues: see `books`); a hang; a process that is left behind. The seed
+//! determines everything that is random, except for the timing.
 
 mod books;
 mod cluster;
@@ -29,82 +30,85 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the connections of the last workers may take to go, when those have been killed.
+/// The broker notices within this time that the last workers were killed.
 const GONE: Duration = Duration::from_secs(30);
 
-/// Breaks everything at random, and keeps books about every message
+/// Breaks brokers, network and workers at random, and checks what happened to every message
 ///
-/// The broker is a node of the soak's own: see QCONSUME_TEST_RABBITMQ.
+/// Starts a broker of its own: see QCONSUME_TEST_RABBITMQ.
 #[derive(clap::Parser, Clone, Debug)]
 #[command(name = "soak")]
 pub struct Options {
-    /// Draw the same again
+    /// Repeat the random choices of an earlier run
     #[arg(long, default_value_t = fastrand::u64(..1_000_000))]
     seed: u64,
     /// The queue's type
     #[arg(long, value_enum, default_value_t = QueueKind::Quorum)]
     queue: QueueKind,
-    /// Break a cluster of so many nodes, each in a container, and the network between them; needs root and a quorum queue
+    /// Break a cluster of this many nodes, each in a container, and the network between them; needs root and a quorum
+    /// queue
     #[arg(long, value_parser = value_parser!(u8).range(3..=7))]
     cluster: Option<u8>,
-    /// Publish at least so many
+    /// The least number of messages to publish
     #[arg(long, default_value_t = 2000)]
     messages: u64,
-    /// So many at a time
+    /// The number of workers at a time
     #[arg(long, default_value_t = 24, value_parser = value_parser!(u64).range(1..))]
     workers: u64,
-    /// Kill so many workers
+    /// The number of workers to kill
     #[arg(long, default_value_t = 200)]
     kills: u32,
-    /// Stop, kill, restart or freeze the broker so often; in a cluster also cut its network
+    /// How often to stop, kill, restart or freeze the broker; in a cluster also to cut its network
     #[arg(long, default_value_t = 20)]
     faults: u32,
-    /// Break a cluster in these ways only, in turn
+    /// Cause only these faults of a cluster, in turn
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<cluster::Fault>,
-    /// How long a cut through a cluster's network lasts at most
+    /// The longest time for which a cluster's network is cut
     #[arg(long, default_value_t = 30, value_parser = value_parser!(u64).range(1..))]
     cut_seconds: u64,
-    /// No new faults after so long; that is a failure if there were too few
+    /// When to stop causing faults; the soak fails if there were too few
     #[arg(long, default_value_t = 360, value_parser = value_parser!(u64).range(1..))]
     seconds: u64,
-    /// How long a command takes on average
+    /// A command's average duration
     #[arg(long, default_value_t = 300)]
     command_ms: u64,
-    /// With --faults 0: let every command end within a few milliseconds of that acknowledgement timeout
+    /// With --faults 0: the acknowledgement timeout; every command ends within a few milliseconds of it
     #[arg(long)]
     ack_timeout_ms: Option<u64>,
     /// The binary under test
     #[arg(long, default_value_os_t = beside_this_program("qconsume"))]
     qconsume: PathBuf,
-    /// What this program is to do instead.
+    /// What this program is to do instead of a soak.
     #[command(subcommand)]
     pub role: Option<Role>,
 }
 
-/// What the soak's program also is.
+/// Other roles of the soak's program.
 #[derive(clap::Subcommand, Clone, Copy, Debug)]
 pub enum Role {
-    /// What the workers run.
+    /// The workers' command.
     #[command(hide = true)]
     Command(Plan),
 }
 
 impl Options {
-    /// Kills are spread over the time that the faults take.
+    /// The pause between two signals, which spreads the kills over the time that the faults take.
     fn kill_pause(&self) -> Duration {
-        // So long a fault takes on average; seven in ten signals are kills.
+        // A fault's average duration, in seconds; seven of ten signals are kills.
         let fault = if self.cluster.is_some() { 18 } else { 6 };
         let time = Duration::from_secs(u64::from(self.faults.max(2)) * fault);
         time.mul_f64(0.7) / self.kills.max(1)
     }
 }
 
-/// What is broken.
+/// The broker to break.
 enum Site {
-    /// A single node, and a proxy in front of it.
-    Node { broker: Broker, proxy: Proxy },
-    /// A cluster on a network of its own.
+    /// A single node, and a proxy to it.
+    Node {
+        broker: Broker,
+        proxy: Proxy,
+    },
     Cluster(Cluster),
 }
 
@@ -115,7 +119,7 @@ impl Site {
             let proxy = Proxy::of(&broker);
             return Ok(Self::Node { broker, proxy });
         };
-        // A classic queue is on one node, so it is lost for as long as that node is.
+        // A classic queue is on one node, so it is unavailable while that node is down.
         let quorum = options.queue == QueueKind::Quorum;
         ensure!(quorum, "--cluster needs --queue quorum");
         Ok(Self::Cluster(Cluster::start(size)?))
@@ -128,7 +132,7 @@ impl Site {
         }
     }
 
-    /// What a worker gets as its `BROKER_URL`.
+    /// A worker's `BROKER_URL`.
     fn url(&self, random: &mut fastrand::Rng) -> String {
         match self {
             Self::Node { proxy, .. } if random.bool() => proxy.url(),
@@ -142,7 +146,7 @@ impl Site {
     }
 }
 
-/// Everything that the threads share.
+/// Shared by all threads.
 struct Soak<'a> {
     options: &'a Options,
     site: Site,
@@ -152,13 +156,13 @@ struct Soak<'a> {
     book: PathBuf,
     books: Mutex<Books>,
     register: Mutex<workers::Register>,
-    /// The term of the queue's leader in a cluster, and when it was looked at.
+    /// In a cluster: the term of the queue's leader when it was last looked up, and the time of that.
     led: Mutex<Option<(u64, u64)>>,
     next_run: AtomicU64,
     killed: AtomicU32,
     begun: Instant,
     deadline: Instant,
-    /// No more faults and messages; what is in the queue gets done.
+    /// No more faults and messages: the workers empty the queue.
     ending: AtomicBool,
 }
 
@@ -176,7 +180,7 @@ impl Soak<'_> {
         std::thread::sleep(length.min(left));
     }
 
-    /// Runs everything at the same time, until the queue is empty in the end.
+    /// Runs everything at the same time, until the queue is empty at the end.
     fn all(&self) -> Result<()> {
         let mut seeds = fastrand::Rng::with_seed(self.options.seed);
         let faults_over = AtomicBool::new(false);
@@ -206,7 +210,7 @@ impl Soak<'_> {
                 }
                 Ok(())
             });
-            // Whatever happens, the others must come to their end.
+            // Also after an error, the other threads must end.
             let mut ends = vec![end(broker), end(assassin)];
             faults_over.store(true, Relaxed);
             ends.push(end(publisher));
@@ -217,7 +221,7 @@ impl Soak<'_> {
         })
     }
 
-    /// How many messages are in a queue. One that a consumer holds isn't ready, so no consumer must be left.
+    /// The number of messages in a queue, once it has no consumers: messages that one holds aren't counted.
     fn left_in(&self, queue: &Queue) -> Result<u32> {
         let mut counts = None;
         eventually(GONE, || {
@@ -228,7 +232,7 @@ impl Soak<'_> {
         match counts {
             Some((ready, 0)) => Ok(ready),
             counts => {
-                bail!("what is in queue {} is not known after {GONE:?}: (ready, consumers) is {counts:?}", queue.name())
+                bail!("queue {} still has consumers after {GONE:?}: (ready, consumers) is {counts:?}", queue.name())
             }
         }
     }
@@ -240,7 +244,7 @@ fn end(thread: ScopedJoinHandle<'_, Result<()>>) -> Result<()> {
     thread.join().unwrap_or_else(panicked)
 }
 
-/// Runs it; what it finds is in the report.
+/// Runs a soak.
 pub fn run(options: &Options) -> Result<Report> {
     let started = Instant::now();
     let site = Site::start(options)?;
@@ -251,7 +255,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let dead = client.declare("soak-dead").kind(options.queue).create();
     let mut queue = client.declare("soak").kind(options.queue).dead_letter_to(&dead);
     if options.queue == QueueKind::Quorum {
-        // From 4.0 on there is a limit of 20 unless one is set.
+        // From 4.0 on the default limit is 20.
         queue = queue.arg("x-delivery-limit", 10_000);
     }
     if let Some(size) = options.cluster {
@@ -310,7 +314,7 @@ pub fn run(options: &Options) -> Result<Report> {
         || report.killed < options.kills as usize
     {
         let seconds = options.seconds;
-        let text = format!("{seconds} seconds were too few for all that was asked for");
+        let text = format!("{seconds} s (--seconds) were too short for all messages, faults and kills");
         report.failures.push(text);
     }
     Ok(report)

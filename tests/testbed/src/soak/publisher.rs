@@ -1,4 +1,4 @@
-//! Fills the queue, and notes what the broker has confirmed.
+//! Fills the queue, and records what the broker has confirmed.
 
 use super::{Soak, command};
 use crate::{Client, block_on};
@@ -8,22 +8,21 @@ use lapin::options::QueueDeclareOptions;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-/// So many messages are published in one flight, when fewer than [`HUNGRY`] are ready.
+/// Messages to publish together, if fewer than [`HUNGRY`] are ready.
 const BATCH: u64 = 50;
 const HUNGRY: u32 = 200;
 
-/// The same in a cluster, where a fault may keep the publisher waiting for some time, and the workers must not run out of
-/// messages meanwhile.
+/// The same in a cluster, where a fault may delay the publisher; the workers must not run out of messages meanwhile.
 const HUNGRY_CLUSTER: u32 = 1000;
 
-/// How long a broker may take to confirm them; it may be frozen.
+/// How long to wait for their confirmation; the broker may be frozen.
 const CONFIRMED: Duration = Duration::from_secs(10);
 
-/// How long a node may take to say how many are ready, before another one is asked.
+/// How long to wait for the number of ready messages before another node is asked.
 const ANSWERED: Duration = Duration::from_secs(3);
 
 impl Soak<'_> {
-    /// Keeps the queue filled, and publishes at least as much as was asked for.
+    /// Keeps the queue filled, and publishes at least `--messages`.
     pub(super) fn publish(&self, mut random: fastrand::Rng, faults_over: &AtomicBool) {
         let hungry = match self.options.cluster {
             Some(_) => HUNGRY_CLUSTER,
@@ -70,14 +69,14 @@ impl Soak<'_> {
         Ok(ready)
     }
 
-    /// Publishes messages in one flight, and notes those that the broker confirms.
+    /// Publishes a batch of messages, and records those that the broker confirms.
     async fn publish_batch(&self, client: &Client, random: &mut fastrand::Rng) -> Result<()> {
         let channel = client.open_channel().await?;
         channel.confirm_select(Default::default()).await?;
         let first = self.note(|books| books.published) + 1;
         let mut pending = Vec::new();
         for message in first..first + BATCH {
-            // Most are small, some need several frames.
+            // Most messages are small; some need several frames.
             let filler = match random.u32(0..20) {
                 0 => random.usize(100_000..300_000),
                 _ => random.usize(0..2000),

@@ -1,14 +1,14 @@
-//! How long work stands still, by fault.
+//! How long work stands still, for each fault.
 //!
-//! Two figures for each fault, both from its beginning on. *Nothing moved*: no worker got a message, and none was acknowledged.
-//! *One worker*: it had no command running, but waited for a message or for its settlement to be confirmed. There were messages in
-//! the queue all the time.
+//! There are two figures for each fault, both measured from its beginning. *Nothing moved*: how long no worker got a
+//! message, and none was acknowledged. *One worker*: the longest time in which a worker had no command running, but
+//! waited for a message or for the confirmation of a settlement. All the time there were messages in the queue.
 
 use super::books::{Books, Entry, Run, What};
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 
-/// A fault, in nanoseconds.
+/// A fault and its time, in nanoseconds.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Window {
     pub(super) fault: &'static str,
@@ -19,22 +19,21 @@ pub(super) struct Window {
     pub(super) separates: bool,
 }
 
-/// Time in which something stood still, and who that was.
+/// A time in which nothing moved, or in which a worker stood still.
 struct Phase<'a> {
     from: u64,
     until: u64,
     run: Option<&'a Run>,
 }
 
-/// What is known about one kind of fault.
+/// The figures of one kind of fault, in nanoseconds, one for each fault.
 #[derive(Clone, Debug, Default)]
 struct Row {
-    /// One figure for each time, in nanoseconds.
     nothing_moved: Vec<u64>,
     one_worker: Vec<u64>,
     /// How long until the cluster was whole again.
     faults: Vec<u64>,
-    /// What the worker warned of that stood still the longest.
+    /// The warning of the worker that stood still the longest.
     said: String,
 }
 
@@ -57,7 +56,7 @@ impl Table {
         let with_own = books.runs.iter().zip(books.runs.iter().map(own));
         let pauses: Vec<_> = with_own.flat_map(|(run, own)| pauses(run, &own)).collect();
         for (index, window) in books.windows.iter().enumerate() {
-            // What is still still then is the next fault's.
+            // From the next fault on, standing still is counted for that one.
             let next = books.windows.get(index + 1);
             let end = next.map_or(u64::MAX, |next| next.from);
             let row = table.0.entry(window.fault).or_default();
@@ -80,7 +79,7 @@ impl Table {
     }
 }
 
-/// The longest that a phase stood still within the window, from the fault's beginning on, and whose that was.
+/// The longest phase in the window, counted from the fault's beginning, and its worker.
 fn longest<'a>(phases: &[Phase<'a>], window: &Window, end: u64) -> (u64, Option<&'a Run>) {
     phases
         .iter()
@@ -90,7 +89,7 @@ fn longest<'a>(phases: &[Phase<'a>], window: &Window, end: u64) -> (u64, Option<
         .unwrap_or_default()
 }
 
-/// The times between one message that was taken or acknowledged, and the next.
+/// The times between two successive events, in which a message is taken or acknowledged.
 fn gaps(books: &Books) -> Vec<Phase<'static>> {
     let starts = books.entries.iter().filter(|it| it.what == What::Start);
     let acknowledged = books.runs.iter().flat_map(|run| &run.acknowledged);
@@ -102,7 +101,7 @@ fn gaps(books: &Books) -> Vec<Phase<'static>> {
     pairs.map(gap).collect()
 }
 
-/// The times in which a worker had no command running. When a command fails isn't known, so what comes after isn't among them.
+/// The times in which a worker had no command running. Leaves out the time after a failure, whose moment isn't known.
 fn pauses<'a>(run: &'a Run, entries: &[Entry]) -> Vec<Phase<'a>> {
     let own = entries.iter().map(|it| (it.at, it.what != What::Start));
     let mut events: Vec<(u64, bool)> = own.collect();
@@ -127,7 +126,7 @@ impl Display for Table {
         }
         writeln!(
             formatter,
-            "  {:<44} {:>5} {:>14} {:>14} {:>14}   what the longest one warned of",
+            "  {:<44} {:>5} {:>14} {:>14} {:>14}   warning of the slowest worker",
             "seconds: median / longest", "times", "fault", "nothing moved", "one worker"
         )?;
         for (fault, row) in &self.0 {
@@ -178,7 +177,7 @@ mod tests {
     fn a_command_that_runs_is_no_standstill_and_what_was_before_the_fault_is_not_counted() {
         let mut books = Books {
             windows: vec![Window { fault: "cut", from: 10 * SECOND, until: 20 * SECOND, separates: false }],
-            // The first waits from 4 to 16; the second's command runs from 6 to 19, and it waits for a confirmation until 22.
+            // Run 1 waits from 4 to 16. Run 2's command runs from 6 to 19, then it waits for the confirmation until 22.
             runs: vec![run(1, 4, 17, &[(1, 17)]), run(2, 5, 22, &[(2, 22)]), run(3, 30, 60, &[])],
             ..Books::default()
         };

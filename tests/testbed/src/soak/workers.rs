@@ -1,4 +1,4 @@
-//! The workers: each slot runs one after the other, and others kill and watch them.
+//! The workers: each slot runs one after the other; another thread sends signals to them.
 
 use super::Soak;
 use super::books::{End, Run};
@@ -10,36 +10,36 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// A worker that lives longer hangs: the longest that it may take is its `--connect-timeout` of 60 s, some seconds of waiting and
-/// of its command, and 90 s to settle the message, three times should it be one that takes three.
+/// A worker that runs longer hangs. It may take its `--connect-timeout` of 60 s, some seconds for waiting and for its
+/// command, and 90 s for a settlement (with `--count 3`, three of them).
 const HANG: Duration = Duration::from_secs(200);
 
-/// The same in a cluster, where it waits longer, and may have to connect a second time.
+/// The same in a cluster, where it waits longer, and may have to connect twice.
 const HANG_CLUSTER: Duration = Duration::from_secs(300);
 
-/// What a worker has started may live so long after it, while the kernel and a loaded machine catch up.
+/// A worker's processes may still run for this long after it, as the machine is busy.
 const LEFTOVER: Duration = Duration::from_secs(60);
 
-/// What is in the queue when the time is up must be done by then.
+/// The time after the deadline in which the workers must empty the queue.
 const LAST_ORDERS: Duration = Duration::from_secs(180);
 
-/// How long a worker waits for a message before it says that there is none.
+/// How long a worker waits for a message (`--wait`).
 const WAIT: Duration = Duration::from_secs(2);
 
-/// The same in a cluster, until the end is near: longer than any fault, because one that nobody watches has no `--wait` at all.
+/// The same in a cluster, until the end is near. It is longer than any fault, as real workers have no `--wait`.
 const WAIT_CLUSTER: Duration = Duration::from_secs(60);
 
-/// How often a worker's log is looked at, for the time at which it says something.
+/// The pause between two looks at a worker's log, which give its lines their times.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// The workers that are running.
 pub(super) type Register = BTreeMap<u64, Arc<Running>>;
 
 impl Soak<'_> {
-    /// Runs one worker after the other, until the queue is empty in the end.
+    /// Runs one worker after the other, until the queue is empty at the end.
     pub(super) fn slot(&self, mut random: fastrand::Rng) -> Result<()> {
         loop {
-            // Looked at before the worker starts: one that finds nothing after that has seen the last of it.
+            // Read before the worker starts: if it then finds no message, the queue is empty for good.
             let ending = self.ending.load(Relaxed);
             let run = self.worker(&mut random, ending)?;
             let nothing = run.end == End::Exited(66);
@@ -65,7 +65,7 @@ impl Soak<'_> {
             0 if how == How::Succeed => 3,
             _ => 1,
         };
-        // Of one message only the exit status is asked, so its lines may be dropped.
+        // With one message only the exit status matters, so log lines may be lost.
         let noisy = count == 1 && !ending && random.u32(0..10) == 0;
         let plan = Plan { how, after: random.u64(0..=longest), noisy };
         let url = self.site.url(random);
@@ -88,13 +88,13 @@ impl Soak<'_> {
             worker = worker.args(["--timeout", limit, "--grace", "300ms"]);
         }
         if noisy {
-            // A log that nobody reads for a while, and that the command fills.
+            // Nobody reads the log for a while, and the command fills the pipe.
             let pause = format!("exec \"$0\" \"$@\" 2> >(sleep {}; exec cat >&2)", random.u32(1..6));
             worker = worker.args(["--log-level", "debug"]).through(["bash", "-c", &pause]);
         }
         let worker = worker
             .arg("--")
-            .arg(std::env::current_exe().context("where is this program?")?)
+            .arg(std::env::current_exe().context("this program's path is unknown")?)
             .args(plan.arguments())
             .url(&url)
             .queue(&self.queue)
@@ -118,7 +118,7 @@ impl Soak<'_> {
         Ok(run)
     }
 
-    /// Waits for the end of a worker, and of all that it has started. With `terminates` it is sent a SIGTERM when its command has
+    /// Waits for the end of a worker and of its processes. With `terminates`, sends it SIGTERM when its command has
     /// reached its time limit.
     fn follow(&self, worker: &Running, run: &mut Run, wait: Duration, mut terminates: bool) {
         let started = Instant::now();
@@ -137,7 +137,7 @@ impl Soak<'_> {
                 break;
             }
             if !told && wait > WAIT && self.ending.load(Relaxed) {
-                // It would wait for a message that nobody publishes any more.
+                // No more messages will be published for which it could wait.
                 worker.signal(Signal::SIGTERM);
                 told = true;
             }
@@ -169,7 +169,7 @@ impl Soak<'_> {
         }
     }
 
-    /// Sends signals to workers at random, until so many were killed.
+    /// Sends signals to random workers, until `--kills` of them are killed.
     pub(super) fn assassin(&self, mut random: fastrand::Rng) {
         while self.killed.load(Relaxed) < self.options.kills && !self.out_of_time() {
             self.pause(self.options.kill_pause());
@@ -186,7 +186,7 @@ impl Soak<'_> {
     }
 }
 
-/// The number of the message that this line of a worker's log says was acknowledged.
+/// The message's number, if this line of a worker's log says that it was acknowledged.
 fn acknowledged_in(line: &str) -> Option<u64> {
     let (_, rest) = line.split_once("message acknowledged")?;
     let (_, id) = rest.split_once("id=\"")?;

@@ -1,4 +1,4 @@
-//! The report, as people read it.
+//! The report as text.
 
 use super::Report;
 use std::collections::BTreeMap;
@@ -12,17 +12,17 @@ impl Display for Report {
         };
         let rows: [(&str, &dyn Display); 14] = [
             ("messages published", &self.published),
-            ("  and without confirmation", &self.stowaways),
+            ("  also arrived, but unconfirmed", &self.stowaways),
             ("messages gone", &self.gone),
-            ("exits 0 (one a message)", &self.claims),
-            ("75s", &self.unknown),
-            ("  of these done and gone all the same", &self.unknown_but_gone),
-            ("workers by their end", &list(&self.by_end)),
+            ("successes (exits 0, one for each message)", &self.claims),
+            ("exits 75", &self.unknown),
+            ("  whose message was acknowledged after all", &self.unknown_but_gone),
+            ("workers, by how they ended", &list(&self.by_end)),
             ("faults", &list(&self.faults)),
-            ("deliveries that came late, on a dead connection", &self.late),
-            ("workers with a second message", &self.second),
-            ("exits 0 undone by a fault right after them", &self.excused.len()),
-            ("exits 0 undone between a node and the leader", &self.parted.len()),
+            ("late deliveries, on a dead connection", &self.late),
+            ("workers that got a second message", &self.second),
+            ("successes undone by a fault at the same time", &self.excused.len()),
+            ("successes undone between a node and the leader", &self.parted.len()),
             ("lost", &failed("LOST")),
             ("false successes", &failed("FALSE")),
         ];

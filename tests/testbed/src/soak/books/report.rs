@@ -1,48 +1,47 @@
-//! The judgement about the books.
+//! Checks the books.
 
 use super::super::standstill::{Table, Window};
 use super::{Books, Crash, End, Run, What};
 use std::collections::BTreeMap;
 
-/// For each fault that parts the nodes, so many messages at most may come back after a success.
+/// The most messages that may be delivered again after a success, for each fault that separates nodes.
 const PARTED_MAX: usize = 2;
 
-/// What the books come to, as the soak prints it.
+/// The result of a soak.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     /// The first line.
     pub(in super::super) title: String,
-    /// Faults by name.
+    /// The number of faults, by name.
     pub(super) faults: BTreeMap<&'static str, u32>,
-    /// Messages published for certain.
+    /// Messages that the broker has confirmed.
     pub(super) published: usize,
-    /// Of those that were published without a confirmation, the ones that arrived.
+    /// Unconfirmed messages that arrived nevertheless.
     pub(super) stowaways: usize,
     /// Messages that have left the queue.
     pub(super) gone: usize,
-    /// Claims of success: exits 0, and what a worker with a count said it has acknowledged.
+    /// Successes: exits 0, and messages that a worker with `--count` has logged as acknowledged.
     pub(super) claims: usize,
-    /// Workers by the way they ended.
+    /// Workers, by how they ended.
     pub(super) by_end: BTreeMap<String, usize>,
-    /// 75s.
+    /// Exits 75.
     pub(super) unknown: usize,
-    /// Messages done by a worker that ended with 75, whose acknowledgement had arrived after all.
+    /// Messages done by a worker that exited with 75, but whose acknowledgement did arrive.
     pub(super) unknown_but_gone: usize,
-    /// Workers that were killed.
     pub(in super::super) killed: usize,
-    /// A delivery that reached a worker only after somebody else had done the message.
+    /// Deliveries that reached a worker only after another one had done the message.
     pub(super) late: usize,
-    /// Workers that were delivered another message while they had one, so the first one was requeued: 75.
+    /// Workers that got a second delivery, so that the first one was lost: 75.
     pub(super) second: usize,
-    /// Exits 0 whose message came back because the broker crashed at that moment.
+    /// Successes whose message was delivered again because the broker crashed at that moment.
     pub(super) excused: Vec<String>,
-    /// Exits 0 whose message came back because the queue's leader had lost sight of the worker's node while it had the
-    /// message. A quorum queue requeues it then, and drops the acknowledgement that comes later without a word (RabbitMQ
-    /// 4.0 and 4.3): no client can know.
+    /// Successes whose message was delivered again because the queue's leader had lost contact with the worker's node.
+    /// A quorum queue then requeues the message and silently drops a later acknowledgement (RabbitMQ 4.0 and 4.3): no
+    /// client can know.
     pub(super) parted: Vec<String>,
-    /// What must not be.
+    /// Everything that must not happen.
     pub(in super::super) failures: Vec<String>,
-    /// How long work stood still, by the fault of a cluster.
+    /// How long work stood still, for each fault of a cluster.
     pub(super) standstills: Table,
 }
 
@@ -59,23 +58,23 @@ impl Delivery<'_> {
         self.run.is_some_and(|run| run.number == number)
     }
 
-    /// Whether nobody knows what the broker has heard of it.
+    /// Whether it isn't known if the broker has got its acknowledgement.
     fn is_unclear(&self) -> bool {
         self.run.is_none_or(|run| matches!(run.end, End::Exited(75) | End::Signalled(9) | End::Hung))
     }
 }
 
-/// What is known of one message.
+/// What is known about one message.
 #[derive(Default)]
 struct Message<'a> {
     /// In the order of their start.
     deliveries: Vec<Delivery<'a>>,
-    /// Who claims to have done it, and since when.
+    /// The runs that claim success for it, and when.
     claims: Vec<(&'a Run, u64)>,
 }
 
 impl Report {
-    /// Whether nothing was found that must not be.
+    /// Whether there are no failures.
     pub fn passed(&self) -> bool {
         self.failures.is_empty()
     }
@@ -124,7 +123,7 @@ impl Report {
     }
 
     fn fail_run(&mut self, run: &Run, what: &str) {
-        self.fail(format!("run {} {what}; it said\n{}", run.number, run.said));
+        self.fail(format!("run {} {what}; its log:\n{}", run.number, run.said));
     }
 
     fn count(&mut self, run: &Run) {
@@ -136,9 +135,9 @@ impl Report {
         match run.end {
             End::Exited(75) => self.unknown += 1,
             End::Signalled(9) => self.killed += 1,
-            // Its signal came before its first instruction, so there was no handler yet and nothing was taken.
+            // The signal came before the first instruction, so there was no handler yet and no message was taken.
             End::Signalled(1 | 2 | 3 | 15) if run.said.trim().is_empty() => self.killed += 1,
-            // Its own troubles that no fault of the soak explains; 69 is explained by a broker that takes long to start.
+            // No fault of the soak explains these statuses. 69 is fine, if a broker takes long to start.
             End::Exited(70) if run.said.contains("two connections were lost while it arrived") => {}
             End::Exited(64 | 70 | 77 | 78 | 126 | 127) | End::Signalled(_) | End::Hung => {
                 self.fail_run(run, &format!("ended with {name}"));
@@ -151,19 +150,19 @@ impl Report {
         *self.by_end.entry(name).or_default() += 1;
     }
 
-    /// What a worker claims to have done must have been done by its command.
+    /// Checks that a worker's command has done the messages for which the worker claims success.
     fn claims<'a>(&mut self, run: &'a Run, done: &[u64], messages: &mut BTreeMap<u64, Message<'a>>) {
         let acknowledged = run.acknowledged.len();
         let claimed = if run.count > 1 {
             if run.end == End::Exited(0) && acknowledged as u64 != run.count {
-                let what = format!("exited with 0 after {acknowledged} of {}", run.count);
+                let what = format!("exited with 0 after {acknowledged} of {} messages", run.count);
                 self.fail_run(run, &what);
             }
             run.acknowledged.clone()
         } else if run.end == End::Exited(0) {
-            // Its exit 0 is the claim; what it said must be the same.
+            // The exit 0 is the claim; the log must agree.
             if done.len() != 1 || (acknowledged != 1 && run.heard) {
-                let what = format!("exited with 0 and {} successful commands", done.len());
+                let what = format!("exited with 0 after {} successful commands", done.len());
                 self.fail_run(run, &what);
             }
             done.iter().map(|message| (*message, run.at)).collect()
@@ -172,7 +171,7 @@ impl Report {
         };
         for (message, at) in claimed {
             if !done.contains(&message) {
-                let what = format!("claims message {message}, but no command of its has done it");
+                let what = format!("claims success for message {message}, but its command hasn't done it");
                 self.fail_run(run, &what);
             }
             self.claims += 1;
@@ -205,7 +204,8 @@ impl Report {
             let Some((taken, finished)) = own.and_then(|own| Some((own.started, own.done?))) else {
                 continue;
             };
-            // After it was done; or before, and somebody else has acknowledged it after that, so it was no longer this worker's.
+            // A delivery after it was done; or an earlier one, if that worker has acknowledged the message later than
+            // this one.
             let claimed_again = |it: &Delivery<'_>| {
                 let mut later = message.claims.iter().filter(|(_, at)| at > claimed);
                 later.any(|(run, _)| it.is_of(run.number))
@@ -216,15 +216,15 @@ impl Report {
             if later.is_empty() {
                 continue;
             }
-            // A delivery can linger on a connection that the broker has given up; the message isn't back in the queue, or
-            // somebody would have done it in the end.
+            // The delivery was late, on a connection that the broker had given up. If the message had been requeued, a
+            // worker would have done it in the end.
             if later.iter().all(|it| it.done.is_none()) && books.left == 0 {
                 self.late += 1;
                 continue;
             }
             let whom: Vec<_> = later.iter().map(|it| it.run.map(|run| (run.number, run.end))).collect();
             let text = format!(
-                "message {number} came back after run {} had exited with 0, to run {whom:?}{}",
+                "message {number} was delivered again after run {} had exited with 0, to run {whom:?}{}",
                 claimer.number,
                 books.timeline([taken, finished, *claimed, later[0].started])
             );
@@ -242,12 +242,12 @@ impl Report {
             } else if books.windows.iter().any(parted) {
                 self.parted.push(text);
             } else {
-                self.fail(format!("FALSE SUCCESS: {text}, at {claimed}; the first said\n{}", claimer.said));
+                self.fail(format!("FALSE SUCCESS: {text}, at {claimed}; the first run's log:\n{}", claimer.said));
             }
         }
     }
 
-    /// As many messages have left the queue as somebody has acknowledged.
+    /// Checks that as many messages have left the queue as were acknowledged.
     fn balance(&mut self, books: &Books, messages: &BTreeMap<u64, Message<'_>>) {
         let arrived = messages
             .iter()
@@ -256,7 +256,7 @@ impl Report {
         self.stowaways = arrived.count();
         let came = self.published + self.stowaways;
         let there = (books.left + books.dead) as usize;
-        // What was published without a confirmation and never delivered may be among those that are still there.
+        // The remaining ones may include unconfirmed messages that were never delivered.
         self.gone = came.saturating_sub(there);
         if there > came {
             self.fail(format!("{there} messages are still there, of {came}"));
@@ -274,12 +274,11 @@ impl Report {
         let least = self.claims - self.excused.len() - self.parted.len();
         let parting = books.windows.iter().filter(|it| it.separates).count();
         if self.parted.len() > PARTED_MAX * parting {
-            let text =
-                "more messages than that came back after a success, in so many faults that part nodes from the leader";
-            self.fail(format!("{} of {parting}: {text}", self.parted.len()));
+            let text = "too many messages were delivered again after a success, for the faults that separate nodes";
+            self.fail(format!("{text}: {} in {parting} faults", self.parted.len()));
         }
         if self.gone < least || self.gone > most {
-            self.fail(format!("the books don't balance: {} messages gone, not from {least} to {most}", self.gone));
+            self.fail(format!("the books don't balance: {} messages gone instead of {least} to {most}", self.gone));
         }
     }
 }

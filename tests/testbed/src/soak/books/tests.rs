@@ -6,7 +6,7 @@ fn run(number: u64, end: End, at: u64, acknowledged: &[(u64, u64)]) -> Run {
     Run { number, started: 0, end, at, count: 1, acknowledged: acknowledged.to_vec(), heard: true, said: String::new() }
 }
 
-/// One that exits with 0 after message 1.
+/// A run that exits with 0 after message 1.
 fn success(number: u64, at: u64) -> Run {
     run(number, End::Exited(0), at, &[(1, at)])
 }
@@ -52,7 +52,7 @@ fn a_message_is_not_acknowledged_twice() {
 }
 
 #[test]
-fn a_leader_that_loses_sight_of_a_node_is_counted_and_bounded() {
+fn successes_that_a_lost_node_undoes_are_counted_and_limited() {
     let failures = |messages: u64, separates| {
         let confirmed: Vec<_> = (1..=messages).collect();
         let runs = confirmed.iter().flat_map(|message| {
@@ -71,7 +71,7 @@ fn a_leader_that_loses_sight_of_a_node_is_counted_and_bounded() {
         Report::of(&books).failures
     };
     assert_eq!(failures(2, true), Vec::<String>::new());
-    assert!(failures(3, true)[0].starts_with("3 of 1: more messages"));
+    assert!(failures(3, true)[0].starts_with("too many messages were delivered again"));
     assert!(failures(1, false)[0].starts_with("FALSE SUCCESS"));
 }
 
@@ -98,7 +98,7 @@ fn a_message_that_nobody_has_done_is_lost() {
 }
 
 #[test]
-fn an_exit_0_whose_message_came_back_is_false_unless_the_broker_crashed() {
+fn an_exit_0_whose_message_is_delivered_again_is_false_unless_the_broker_crashed() {
     let mut twice = books(
         &[1],
         vec![success(1, 20), success(2, 40)],
@@ -113,7 +113,7 @@ fn an_exit_0_whose_message_came_back_is_false_unless_the_broker_crashed() {
 }
 
 #[test]
-fn a_delivery_on_a_dead_connection_is_no_return() {
+fn a_late_delivery_on_a_dead_connection_is_no_failure() {
     let books = books(
         &[1],
         vec![success(1, 20), run(2, End::Exited(75), 40, &[])],
