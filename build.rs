@@ -1,5 +1,6 @@
-//! `--version` names the commit: QCONSUME_COMMIT where there is no repository (a container's build, a package), and
-//! otherwise git's word, for release builds only, as a debug build would be compiled anew with every commit.
+//! The commit that `--version` shows: QCONSUME_COMMIT if it is set, for builds without a repository (containers,
+//! packages). Otherwise git is asked, for release builds only: a debug build would be compiled again after every
+//! commit.
 
 use std::{env, path::Path, process::Command};
 
@@ -13,12 +14,13 @@ fn main() {
     println!("cargo::rustc-env=QCONSUME_VERSION={}{suffix}", env!("CARGO_PKG_VERSION"));
 }
 
-/// The commit, unless there is no git, no repository, or only one that these sources just happen to lie in.
+/// The commit. `None` without git, without a repository, or if the repository belongs to a folder above.
 fn from_git() -> Option<String> {
     if !Path::new(".git").exists() {
         return None;
     }
-    // Grows with whatever moves HEAD; the branch's own file may not be there, and cargo takes that for a change.
+    // Every move of HEAD adds a line to this file. The branch's own file may be missing, which cargo takes for a
+    // change.
     let log = git(&["rev-parse", "--git-path", "logs/HEAD"])?;
     if Path::new(&log).exists() {
         println!("cargo::rerun-if-changed={log}");

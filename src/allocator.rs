@@ -1,11 +1,10 @@
-//! The allocator of both programs. If memory runs out, it says so and ends the process with a documented status, where the
+//! The allocator of both programs. If memory runs out, it logs that and ends the process with a documented status; the
 //! standard library would abort.
 //!
-//! In the musl build, which is the shipped one, it also saves 7 percent of one message's time and 10 of its processor, and
-//! costs no memory. musl's own allocator maps a page or two for a handful of small allocations, and gives them back as soon
-//! as they are free, dozens of times before the first message is here. dlmalloc keeps what it has. But it writes zeroes into
-//! what lapin wants as two empty buffers of 4 MiB, where the kernel would give pages only as they are used; so what is large
-//! stays with musl.
+//! In the musl build, which is the shipped one, dlmalloc saves 7 percent of one message's time and 10 of its processor
+//! time, and costs no memory: musl maps and unmaps a page or two for a handful of small allocations, dozens of times
+//! before the first message arrives. Large allocations stay with musl, as dlmalloc would fill lapin's two buffers of 4
+//! MiB with zeroes, while the kernel provides only the pages that are used.
 
 #![allow(unsafe_code)]
 
@@ -20,28 +19,33 @@ use nix::libc;
 use std::alloc::System as Small;
 use std::{
     alloc::{GlobalAlloc, Layout, System},
-    io::{Cursor, Write},
     ptr::copy_nonoverlapping,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
-/// From about this size on, in bytes, musl maps each allocation by itself.
+/// About the size, in bytes, from which musl maps each allocation separately.
 const LARGE: usize = 128 * 1024;
 
-/// How long a reader of standard error is waited for, in milliseconds.
-const PATIENCE: libc::c_int = 1000;
+/// Whether a command has been started. [`Exit::OsError`] means that none was.
+static COMMAND_STARTED: AtomicBool = AtomicBool::new(false);
 
-/// Whether a command has been started: [`Exit::OsError`] says that none was.
-static STARTED: AtomicBool = AtomicBool::new(false);
+/// The status that a dead-lettered message gives the run with `--keep-going`, or 0.
+static DEAD_LETTERED: AtomicU8 = AtomicU8::new(0);
 
 struct Allocator;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
 
-/// Remembers that a command is started, for the status if memory runs out.
-pub fn note_start() {
-    STARTED.store(true, Ordering::Relaxed);
+/// Remembers that a command was started: it decides the status if memory runs out.
+pub fn note_command_started() {
+    COMMAND_STARTED.store(true, Ordering::Relaxed);
+}
+
+/// Remembers that a message was dead-lettered with `--keep-going`, which gives the run this status, also if memory runs
+/// out.
+pub fn note_dead_lettered(status: u8) {
+    DEAD_LETTERED.store(status, Ordering::Relaxed);
 }
 
 impl Allocator {
@@ -50,47 +54,40 @@ impl Allocator {
     }
 }
 
-/// The same, or the end of the process.
-///
-/// The standard library would abort. Nothing that is linked in asks for memory that it could do without.
-fn there(start: *mut u8) -> *mut u8 {
+/// Ends the process if the allocation has failed: no code that is linked in could go on without it.
+fn or_end(start: *mut u8) -> *mut u8 {
     if start.is_null() {
         end();
     }
     start
 }
 
-/// Says that memory has run out, and ends the process. It allocates nothing.
+/// Logs that memory has run out, and ends the process. It allocates nothing.
 #[cold]
 fn end() -> ! {
-    let (exit, then) = match STARTED.load(Ordering::Relaxed) {
+    let (exit, then) = match COMMAND_STARTED.load(Ordering::Relaxed) {
         false => (Exit::OsError, "another try may help"),
         true => (Exit::Unconfirmed, "the command is killed, and its message may be delivered again"),
     };
-    let (program, status) = (report::program(), exit.status());
-    let mut line = Cursor::new([0; 256]);
-    let _ = writeln!(line, "{program}: error: {NO_MEMORY}; {then} status={status} source={program:?}");
-    let (length, line) = (line.position() as usize, line.into_inner());
-    // SAFETY: system calls with memory that is there. Nobody may read what we say, so the line isn't waited for without end.
-    unsafe {
-        let mut ready = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-        if libc::poll(&raw mut ready, 1, PATIENCE) == 1 {
-            libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), length);
-        }
-        libc::_exit(status.into())
-    }
+    let (earlier, status) = match DEAD_LETTERED.load(Ordering::Relaxed) {
+        0 => ("", exit.status()),
+        status => ("a message was dead-lettered; ", status),
+    };
+    report::log_without_memory(format_args!("{earlier}{NO_MEMORY}; {then}"), status);
+    // SAFETY: a system call without memory. exit(3) would run destructors, which may allocate.
+    unsafe { libc::_exit(status.into()) }
 }
 
-// SAFETY: whose an allocation is follows from its size, which the caller has to know; each call goes on to the allocator
-// that made it.
+// SAFETY: every call goes to the allocator that made the allocation. Its size, which callers must know, decides which
+// one.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promises, passed on; so are those below.
-        there(unsafe { Self::of(layout.size()).alloc(layout) })
+        // SAFETY: here and below, the caller has promised what the allocator requires.
+        or_end(unsafe { Self::of(layout.size()).alloc(layout) })
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        there(unsafe { Self::of(layout.size()).alloc_zeroed(layout) })
+        or_end(unsafe { Self::of(layout.size()).alloc_zeroed(layout) })
     }
 
     unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
@@ -99,10 +96,10 @@ unsafe impl GlobalAlloc for Allocator {
 
     unsafe fn realloc(&self, start: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         if (layout.size() < LARGE) == (size < LARGE) {
-            return there(unsafe { Self::of(size).realloc(start, layout, size) });
+            return or_end(unsafe { Self::of(size).realloc(start, layout, size) });
         }
-        // SAFETY: the caller promises that the size can be aligned; the two places don't overlap, and each has room for
-        // the smaller size.
+        // SAFETY: the caller has promised that the size can be aligned. The two places don't overlap, and each has room
+        // for the smaller size.
         unsafe {
             let moved = self.alloc(Layout::from_size_align_unchecked(size, layout.align()));
             copy_nonoverlapping(start, moved, layout.size().min(size));

@@ -1,4 +1,5 @@
-//! Options and their environment: flag over variable over default. No I/O but reading secret files.
+//! Options and their environment. A flag takes precedence over its variable, and the variable over the default. The
+//! only I/O is reading secret files.
 
 mod broker;
 mod output;
@@ -37,39 +38,41 @@ pub struct QconsumeOptions {
 
     /// Wait this long for a message, such as 30s or 5m
     ///
-    /// When none came, exit with --empty-exit-code. Only the time in which the consumer is registered counts. Without this option qconsume waits for ever.
+    /// If none arrives, exit with --empty-exit-code. Time spent connecting doesn't count. Without this option, qconsume
+    /// waits for ever.
     #[arg(short, long, value_name = "DURATION", env = "QCONSUME_WAIT", value_parser = duration, help_heading = "Taking")]
     pub wait: Option<Duration>,
 
-    /// Exit with this status when no message came within --wait
+    /// Exit with this status if no message arrives within --wait
     #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_EMPTY_EXIT_CODE", default_value_t = Exit::Empty.status(), help_heading = "Taking")]
     pub empty_exit_code: u8,
 
-    /// Consume N messages, each with a command of its own [default: 1]
+    /// Consume N messages, one after the other, and run the command for each [default: 1]
     ///
-    /// 0 means no limit. The first command that fails ends the run, with its status.
+    /// 0 means no limit. The first command that fails ends the run with its status.
     #[arg(short, long, value_name = "N", env = "QCONSUME_COUNT", help_heading = "Taking")]
     count: Option<u64>,
 
     /// Consume until the queue is empty
     ///
-    /// Then exit with 0, also when there was no message. With --wait, consume until the queue has been empty for that long.
+    /// Then exit with 0, even if there was no message. With --wait, consume until the queue has been empty for that
+    /// long.
     #[arg(long, env = "QCONSUME_DRAIN", value_parser = switch, help_heading = "Taking")]
     pub drain: bool,
 
     /// Take the next message after a failure, instead of ending the run
     ///
-    /// It needs --drain or --count, and --max-attempts or --reject-on. The exit status is 0 when every message was acknowledged. Otherwise it is --reject-exit-code, or 1.
+    /// Needs --drain or --count, and --max-attempts or --reject-on. The exit status is 0 if every message was acknowledged. If one was dead-lettered, it is --reject-exit-code, or 1.
     #[arg(short, long, env = "QCONSUME_KEEP_GOING", value_parser = switch, help_heading = "Taking")]
     pub keep_going: bool,
 
     /// Ask the broker to wait this long for the acknowledgement
     ///
-    /// This works with quorum queues of RabbitMQ 4.3 and newer. With every broker, a warning is logged when the command has run for 80 % of this time.
+    /// Only quorum queues of RabbitMQ 4.3 and newer obey. With any broker, qconsume logs a warning when the command has run for 80 % of this time.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_ACK_TIMEOUT", value_parser = duration_above_zero, help_heading = "Taking")]
     pub ack_timeout: Option<Duration>,
 
-    /// How long the command may take.
+    /// The time limits of the command.
     #[command(flatten)]
     pub limits: Limits,
 
@@ -77,17 +80,17 @@ pub struct QconsumeOptions {
     #[arg(long, hide_short_help = true, env = "QCONSUME_HIDE_URL", value_parser = switch, help_heading = "Running")]
     hide_url: bool,
 
-    /// What decides about failures.
+    /// What to do about failures.
     #[command(flatten)]
     pub policy: Policy,
 
-    /// What to say, how, and where.
+    /// The log and the termination message.
     #[command(flatten)]
     pub output: OutputOptions,
 
     /// The command and its arguments
     ///
-    /// Everything from the first word that isn't an option belongs to the command.
+    /// Everything from the first word that isn't an option belongs to the command. It gets the message on standard input, and its properties in MESSAGE_* variables.
     #[arg(
         hide_short_help = true,
         value_name = "COMMAND",
@@ -101,7 +104,7 @@ pub struct QconsumeOptions {
     #[command(flatten)]
     pub broker: BrokerOptions,
 
-    /// Bind the queue, or without --queue a new exclusive queue, to this exchange
+    /// Bind the queue to this exchange; without --queue, a new exclusive queue
     #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, help_heading = AMQP_TOOLS)]
     exchange: Option<String>,
 
@@ -109,15 +112,15 @@ pub struct QconsumeOptions {
     #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", value_delimiter = ',', value_parser = name, help_heading = AMQP_TOOLS)]
     routing_key: Vec<String>,
 
-    /// Declare the queue as durable, if it doesn't exist
+    /// Declare the queue as durable if it doesn't exist
     #[arg(short, long, hide_short_help = true, env = "QCONSUME_DECLARE", value_parser = switch, help_heading = AMQP_TOOLS)]
     declare: bool,
 
-    /// Declare the queue as exclusive: it is deleted with the connection
+    /// Declare the queue as exclusive; it is deleted when the connection ends
     #[arg(short = 'x', long, hide_short_help = true, env = "QCONSUME_EXCLUSIVE", value_parser = switch, help_heading = AMQP_TOOLS)]
     exclusive: bool,
 
-    /// Acknowledge the message before the command starts: a failure loses it
+    /// Acknowledge before the command starts; if it fails, the message is lost
     #[arg(short = 'A', long, hide_short_help = true, env = "QCONSUME_NO_ACK", value_parser = switch, help_heading = AMQP_TOOLS)]
     pub no_ack: bool,
 
@@ -128,6 +131,13 @@ pub struct QconsumeOptions {
 
 impl Options for QconsumeOptions {
     const PROGRAM: Program = Program::Qconsume;
+    const EXAMPLES: &'static str = "
+
+Examples:
+  qconsume -u amqp://rabbitmq -q job1 -- ./task.sh
+  qconsume --wait 30s --timeout 10m -- python3 task.py
+  qconsume --drain --keep-going --max-attempts 3 -- ./task.sh
+  qconsume --hide-url -- sh -c 'echo message $MESSAGE_ID; cat'";
 
     fn output(&self) -> &OutputOptions {
         &self.output
@@ -138,14 +148,14 @@ impl Options for QconsumeOptions {
         let policy = &self.policy;
         let dead_letters = policy.reject_on.is_some() || policy.max_attempts.is_some();
         let mistake = if self.exchange.as_deref() == Some("") {
-            "--exchange is empty: every queue is bound to the default exchange, by its name"
+            "--exchange is empty: the default exchange needs no binding, so leave the option out"
         } else if self.exchange.is_some() && self.routing_key.is_empty() {
             "--exchange needs --routing-key; for an exchange that ignores it: --routing-key ''"
         } else if self.exchange.is_none() && !self.routing_key.is_empty() {
             "--routing-key needs --exchange"
         } else if self.queue.is_empty() && given.level("queue") > 0 {
             "the queue's name is empty: QUEUE (or --queue) needs one"
-        } else if self.queue.is_empty() && !self.declares() {
+        } else if self.queue.is_empty() && !self.creates_queue() {
             "no queue: set QUEUE, or use --queue NAME"
         } else if self.no_ack && (dead_letters || policy.reject_exit_code.is_some()) {
             "--reject-on, --max-attempts and --reject-exit-code can't be used with --no-ack: no message is left to requeue or dead-letter"
@@ -153,7 +163,7 @@ impl Options for QconsumeOptions {
             "--keep-going is only for --drain and --count"
         } else if self.keep_going && !dead_letters {
             "--keep-going needs --max-attempts or --reject-on: otherwise a message that always fails is consumed for ever"
-        // A URL that lacks its option must not be looked for as a command, and printed.
+        // An address without --url before it would be looked up as a command, and the error would show its password.
         } else if self.command.first().is_some_and(parse::is_address) {
             "there is an amqp:// address where the command should be: it goes to --url"
         } else {
@@ -164,14 +174,14 @@ impl Options for QconsumeOptions {
 }
 
 impl QconsumeOptions {
-    /// Whether a queue that doesn't exist is declared: amqp-consume's `-e` does that too.
-    const fn declares(&self) -> bool {
+    /// Whether to declare the queue; `--exchange` does that too, as amqp-consume's `-e` does.
+    const fn creates_queue(&self) -> bool {
         self.declare || self.exclusive || self.exchange.is_some()
     }
 
-    /// What is declared before the consumer is registered.
+    /// What to declare and bind before consuming.
     pub fn topology(&self) -> Topology {
-        let declare = if !self.declares() {
+        let declare = if !self.creates_queue() {
             Declare::No
         } else if self.exclusive || self.queue.is_empty() {
             Declare::Exclusive
@@ -179,6 +189,7 @@ impl QconsumeOptions {
             Declare::Durable
         };
         let mut routing_keys = self.routing_key.clone();
+        // `--routing-key ''` may have been split into several empty keys: bind with one.
         routing_keys.retain(|key| !key.is_empty());
         if routing_keys.is_empty() && self.exchange.is_some() {
             routing_keys.push(String::new());
@@ -186,7 +197,7 @@ impl QconsumeOptions {
         Topology { declare, exchange: self.exchange.clone(), routing_keys }
     }
 
-    /// How many messages to consume; `None` is without limit.
+    /// How many messages to consume; `None` means no limit.
     pub const fn count(&self) -> Option<u64> {
         match (self.count, self.drain) {
             (Some(0), _) | (None, true) => None,
@@ -195,7 +206,7 @@ impl QconsumeOptions {
         }
     }
 
-    /// Variables that the command doesn't get.
+    /// The variables to keep from the command.
     pub const fn hidden_variables(&self) -> &'static [&'static str] {
         if self.hide_url { &broker::SECRETS } else { &[] }
     }

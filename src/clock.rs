@@ -1,12 +1,12 @@
-//! Durations as people write them, and deadlines that may not be there.
+//! Durations as users write them, and optional deadlines.
 
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// Longest time that an option may name: ten years. More than that is a slip of the finger, and overflows clocks.
+/// The longest time that an option accepts: ten years. More is a typo, and overflows clocks.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// `500ms`, `10s`, `5m`, `1h30m`, or plain seconds, with a fraction if need be.
+/// Parses `500ms`, `10s`, `5m`, `1h30m`, or plain seconds, which may have a fraction.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let plain = text.parse::<f64>().ok().map(Duration::try_from_secs_f64);
     let duration = match plain {
@@ -20,15 +20,15 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
-/// A duration where none at all makes no sense.
+/// Parses a duration that must not be zero.
 pub(crate) fn duration_above_zero(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => Err("must be more than nothing".to_owned()),
+        Duration::ZERO => Err("must be more than 0".to_owned()),
         duration => Ok(duration),
     }
 }
 
-/// Sleeps until `deadline`, or for ever where there is none.
+/// Sleeps until `deadline`, or for ever if it is `None`.
 pub async fn sleep_until_or_never(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,

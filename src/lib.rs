@@ -2,8 +2,8 @@
 //! input, acknowledges it only after COMMAND has exited with success, and exits with COMMAND's status, so that one
 //! pod completes one unit of work.
 //!
-//! [`worker`] is one run, from top to bottom; [`verdict`] decides, without I/O; [`broker`] is the only part that knows lapin,
-//! [`command`] the only one that knows processes. [`publish`] is qpublish, which fills a queue.
+//! [`worker`] is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] knows lapin, and only
+//! [`command`] knows processes. [`publish`] is qpublish, which fills a queue.
 
 #![deny(unsafe_code)]
 
@@ -33,17 +33,17 @@ pub mod fuzzing {
     };
 }
 
-use cli::{Options, Request};
+use cli::{Options, OutputOptions, Request};
 use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
-/// Parse, run, print one error, exit.
+/// Parses the command line, runs the program, logs its error if there is one, and exits.
 pub fn main(program: Program) -> ! {
-    // First of all: as PID 1 a signal without a handler would be lost.
+    // Before anything else: PID 1 loses a signal that arrives before its handler is installed.
     let held = signals::hold();
     debug_assert!(held.is_ok());
-    report::set_program_name(program.name());
+    program.set_current();
     exit_on_panic();
     let arguments: Vec<_> = std::env::args_os().collect();
     let ended = match program {
@@ -51,12 +51,11 @@ pub fn main(program: Program) -> ! {
         Program::Qpublish => run(&arguments, publish::publish),
     };
     let status = ended.unwrap_or_else(|error| {
-        // What nobody has given a status to is a defect.
+        // Every expected error is a `Failure` with a status.
         let failure =
             error.downcast::<Failure>().unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
-        report::failure(failure)
+        report::report_failure(failure)
     });
-    // Not by returning: see `block_on`.
     report::exit(status)
 }
 
@@ -64,20 +63,25 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     arguments: &[OsString],
     entry: impl FnOnce(O, signals::Signals) -> F,
 ) -> anyhow::Result<u8> {
-    match cli::parse::<O>(arguments)? {
-        Request::Run(options) => {
+    match cli::parse::<O>(arguments) {
+        Ok(Request::Run(options)) => {
             options.output().start();
             Ok(block_on(|signals| entry(*options, signals))?)
         }
-        Request::Show(text) => {
-            // It may be closed.
+        Ok(Request::Show(text)) => {
+            // Standard output may be closed: help that nobody reads is no failure.
             let _ = std::io::stdout().write_all(text.as_bytes());
             Ok(0)
+        }
+        Err(failure) => {
+            OutputOptions::start_as_understood(arguments);
+            Err(failure.into())
         }
     }
 }
 
-/// Drives a program's asynchronous entry (`worker::work`, `publish::publish`) on this thread alone: a command dies with the thread that started it.
+/// Runs `worker::work` or `publish::publish` on the main thread. The command must be started on a thread that outlives
+/// it: its parent-death signal comes when that thread ends.
 fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -87,19 +91,19 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
         let signals = signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
         entry(signals).await
     });
-    // Dropping it would wait for a name look-up that nobody needs any more; the process ends soon.
+    // Dropping the runtime would wait for a name look-up that is still running; the process ends soon anyway.
     std::mem::forget(runtime);
     status
 }
 
-/// A panic ends the process wherever it happens, so that nothing goes on half done. It is a defect, unless the system had
-/// no thread or descriptor left.
+/// Makes a panic on any thread end the process, so that no work goes on half done. A panic is a defect, unless tokio or
+/// the standard library panicked because the system had no thread or descriptor left.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         let failure = match exit::shortage_behind(&panic.to_string()) {
             Some(error) => Failure::system("can't go on", &error),
             None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
         };
-        report::exit(report::failure(failure));
+        report::exit(report::report_failure(failure));
     }));
 }

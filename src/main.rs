@@ -1,4 +1,4 @@
-//! `qconsume`; under the name `qpublish`, that: one file serves for both, as it does in the image.
+//! `qconsume`, or `qpublish` if it is called by that name, so that one file serves as both in the image.
 
 use qconsume::Program;
 

@@ -1,8 +1,8 @@
-//! The two programs in here: they share all but their options and what they do.
+//! The two programs in this crate. They differ in their options and in what they do, and share the rest.
 
-use std::{ffi::OsStr, path::Path};
+use std::{ffi::OsStr, path::Path, sync::OnceLock};
 
-/// What this process is.
+/// The program that this process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     /// Takes messages.
@@ -11,8 +11,10 @@ pub enum Program {
     Qpublish,
 }
 
+static CURRENT: OnceLock<Program> = OnceLock::new();
+
 impl Program {
-    /// The one of this name, with or without the path to it; qconsume unless it is qpublish's.
+    /// The program that this file name, with or without its path, stands for: qconsume unless it is `qpublish`.
     pub fn called(name: Option<&OsStr>) -> Self {
         match name.and_then(|name| Path::new(name).file_name()) {
             Some(name) if name == "qpublish" => Self::Qpublish,
@@ -20,7 +22,17 @@ impl Program {
         }
     }
 
-    /// Its name.
+    /// Makes it the program that this process runs.
+    pub fn set_current(self) {
+        let _ = CURRENT.set(self);
+    }
+
+    /// The program that this process runs: qconsume if [`Program::set_current`] was never called, as in unit tests.
+    pub fn current() -> Self {
+        CURRENT.get().copied().unwrap_or(Self::Qconsume)
+    }
+
+    /// Its name, as log lines and the field `source` have it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Qconsume => "qconsume",

@@ -1,4 +1,4 @@
-//! What qconsume and qpublish say: log lines on standard error, and the last word in the termination message.
+//! Log lines on standard error, and the termination message.
 
 mod log;
 mod reminder;
@@ -6,10 +6,10 @@ mod writer;
 
 #[cfg(fuzzing)]
 pub use log::log_lines;
-pub use log::{LogFormat, show_progress};
+pub use log::{LogFormat, log_without_memory, show_progress};
 pub use reminder::{HumanDuration, Reminder, counted, with_reminders};
 
-use crate::exit::Failure;
+use crate::{exit::Failure, program::Program};
 use log::one_line;
 use std::{
     fmt::Write as _,
@@ -24,57 +24,46 @@ use tracing::Level;
 /// Where Kubernetes looks for a container's termination message.
 pub const TERMINATION_LOG: &str = "/dev/termination-log";
 
-/// Where else to write it; an empty value is nowhere.
+/// The variable that names another file for it; with an empty value nothing is written.
 pub const TERMINATION_LOG_VARIABLE: &str = "QCONSUME_TERMINATION_LOG";
 
-/// Longest termination message that Kubernetes keeps, in bytes.
+/// The longest termination message that Kubernetes keeps, in bytes.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
 
-static PROGRAM: OnceLock<&str> = OnceLock::new();
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
-/// Sets the name that every line begins with.
-pub fn set_program_name(program: &'static str) {
-    let _ = PROGRAM.set(program);
-}
-
-/// The name that every line begins with.
-pub fn program() -> &'static str {
-    PROGRAM.get().copied().unwrap_or("qconsume")
-}
-
-/// Starts to report: lines of this level and the more important ones, and the termination message to this file, or to
-/// none where the path is empty.
+/// Starts the log, with lines of this level and above, and sets the file for the termination message; an empty path
+/// means none.
 pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     let _ = TERMINATION_LOG_PATH.set(termination_log.to_owned());
     log::start(level, format);
 }
 
-/// What is known of the message that a line is about.
+/// What log lines and the termination message say about a message.
 #[derive(Clone, Debug)]
 pub struct Subject {
     /// Its `message-id`.
     pub id: Option<String>,
-    /// Which attempt it is, where the queue counts.
+    /// The number of this attempt, from 1, if the queue counts them.
     pub attempt: Option<u64>,
     /// The body's size in bytes.
     pub size: usize,
-    /// When it came.
+    /// When it arrived.
     pub since: Instant,
 }
 
-/// What became of a message: the field `outcome` of docs/logs.md.
+/// What happened to a message: the field `outcome` of docs/logs.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The broker confirmed the acknowledgement.
     Acknowledged,
-    /// It is back in the queue, and this failure counts.
+    /// It is in the queue again, and this failure counts.
     Requeued,
-    /// It is back in the queue; from RabbitMQ 4.3 on that doesn't count.
+    /// It is in the queue again, which quorum queues of RabbitMQ 4.3 and newer don't count.
     Released,
-    /// It is in the dead-letter queue, if there is one.
+    /// It was dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLettered,
-    /// The broker has not confirmed what it was told.
+    /// The broker has not confirmed the settlement.
     Unconfirmed,
     /// The broker requeued it while the command ran.
     Lost,
@@ -96,29 +85,30 @@ impl Outcome {
 /// The end of a run: its last log line, and the termination message.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
-    /// Who the exit status comes from: `command`, or the program, whose own statuses are documented.
+    /// The program that the exit status comes from: `command`, `qconsume` or `qpublish`.
     pub source: &'static str,
     /// The exit status.
     pub status: u8,
-    /// Why, and what became of the message.
+    /// Why the run ended, and what happened to the message.
     pub text: String,
-    /// What became of the message, if one was taken.
+    /// What happened to the message, if one was taken.
     pub outcome: Option<Outcome>,
     /// The message, if one was taken.
     pub subject: Option<Subject>,
-    /// The queue that the run consumed from, if it has a name.
+    /// The queue that the run consumed from, if its name is known.
     pub queue: Option<String>,
-    /// How many messages qpublish has sent, and how many of them are confirmed.
+    /// For qpublish: the number of messages sent, and the number confirmed.
     pub published: Option<(u64, u64)>,
 }
 
 impl RunSummary {
-    /// The end of a run without a message, which is always qconsume's doing.
+    /// The end of a run without a message. Its status is always the program's own.
     pub fn without_message(status: u8, text: String) -> Self {
-        Self { source: program(), status, text, outcome: None, subject: None, queue: None, published: None }
+        let source = Program::current().name();
+        Self { source, status, text, outcome: None, subject: None, queue: None, published: None }
     }
 
-    /// Says it, in the log and where Kubernetes looks for it.
+    /// Writes the termination message and the last log line.
     pub fn report(&self) {
         let path = TERMINATION_LOG_PATH.get();
         if let Some(path) = path
@@ -126,11 +116,11 @@ impl RunSummary {
         {
             tracing::debug!("no termination message: {}: {error}", path.display());
         }
-        // Behind that, as the last line is what `FallbackToLogsOnError` shows.
+        // The log comes last: `FallbackToLogsOnError` shows the end of it.
         self.log();
     }
 
-    /// Says it in the log. Success is worth a line like any other; anything else is an error, logged at every level.
+    /// Logs it. A failure is logged at every level, a success from `info` on.
     pub fn log(&self) {
         let (status, source) = (self.status, self.source);
         let (text, outcome, queue) = (&self.text, self.outcome.map(Outcome::name), self.queue.as_deref());
@@ -139,10 +129,21 @@ impl RunSummary {
         let id = subject.and_then(|subject| subject.id.as_deref());
         let attempt = subject.and_then(|subject| subject.attempt);
         let size = subject.map(|subject| subject.size);
-        // To the millisecond.
         let seconds = subject.map(|subject| subject.since.elapsed().as_millis() as f64 / 1000.0);
         if status == 0 {
-            tracing::info!(json.queue = queue, id, attempt, size, seconds, outcome, status, source, "{text}");
+            tracing::info!(
+                json.queue = queue,
+                json.sent = sent,
+                json.confirmed = confirmed,
+                id,
+                attempt,
+                size,
+                seconds,
+                outcome,
+                status,
+                source,
+                "{text}"
+            );
         } else {
             tracing::error!(
                 json.queue = queue,
@@ -160,7 +161,7 @@ impl RunSummary {
         }
     }
 
-    /// What the termination message ends with, however long its text is: fields as in the log.
+    /// The end of the termination message, which is kept however long the text is: fields as in the log.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {
@@ -175,7 +176,7 @@ impl RunSummary {
     }
 }
 
-/// Writes the termination message, where somebody is waiting for one and the command hasn't left its own.
+/// Writes the termination message if the file exists and is empty: the command may have written its own.
 fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Result<()> {
     if path.as_os_str().is_empty() {
         return Ok(());
@@ -193,16 +194,15 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// Reports a failure that has reached `main`, or a panic, and returns its status; starts the log if nothing has. qconsume's
-/// runs report by their [`RunSummary`].
-pub fn failure(failure: Failure) -> u8 {
+/// Reports a failure or a panic, and returns its status. Starts the log unless it is started.
+pub fn report_failure(failure: Failure) -> u8 {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
     let status = failure.exit.status();
     RunSummary::without_message(status, failure.message).report();
     status
 }
 
-/// Ends the process with this status as soon as the last log lines are written, or after a second if nobody reads them.
+/// Ends the process as soon as the last log lines are written, or after a second if nobody reads them.
 pub fn exit(status: u8) -> ! {
     log::finish();
     std::process::exit(status.into())
@@ -216,7 +216,7 @@ pub(crate) mod tests {
     };
     use std::sync::{Arc, Mutex};
 
-    /// What is said, without the fields; as long as the guard is there.
+    /// The messages that are logged while the guard lives, without fields.
     #[derive(Clone, Default)]
     pub(crate) struct Said(Arc<Mutex<Vec<String>>>);
 
@@ -251,7 +251,6 @@ pub(crate) mod tests {
 
         std::fs::write(&path, "").unwrap();
         write_termination_message(&path, &format!("x{}", "ä".repeat(TERMINATION_MESSAGE_MAX)), " (status 75)").unwrap();
-        // A character that would be cut in two is left out.
         assert!((TERMINATION_MESSAGE_MAX - 1..=TERMINATION_MESSAGE_MAX).contains(&read().len()));
         assert!(read().ends_with("ä (status 75)\n"));
         std::fs::remove_file(&path).unwrap();

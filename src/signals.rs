@@ -1,4 +1,4 @@
-//! Signals as values: held back from the first instruction on, then handed out one by one.
+//! Signals as values: blocked from the start, then read one by one.
 
 use nix::{
     libc,
@@ -10,13 +10,12 @@ use nix::{
 use std::{collections::VecDeque, future::pending, io};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// The signals that ask qconsume to stop.
 const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 
 /// The signals that are only forwarded to the command.
 const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
 
-/// Whether this signal asks for the end, rather than being something to forward.
+/// Whether this signal asks qconsume to stop.
 pub fn is_stop(signal: Signal) -> bool {
     STOPPING.contains(&signal)
 }
@@ -25,13 +24,13 @@ fn handled() -> SigSet {
     STOPPING.into_iter().chain(FORWARDED).collect()
 }
 
-/// Holds the signals back until [`install`].
+/// Blocks the signals until [`install`].
 ///
-/// A process with the number 1 never sees a signal for which it has no handler yet; a blocked one
-/// stays pending even there (`sig_ignored` in Linux's kernel/signal.c).
+/// The kernel drops a signal to PID 1 that has no handler, unless it is blocked (`sig_ignored` in Linux's
+/// kernel/signal.c).
 ///
 /// # Errors
-/// When the kernel refuses, which it has no reason to.
+/// If the kernel refuses, for which there is no known reason.
 pub fn hold() -> io::Result<()> {
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&handled()), None).map_err(io::Error::from)
 }
@@ -39,9 +38,9 @@ pub fn hold() -> io::Result<()> {
 /// A signal that was sent to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// Which one.
+    /// The signal.
     pub signal: Signal,
-    /// Whether the kernel sent it, as for a key pressed on a terminal: then all of the foreground group has it.
+    /// Whether the kernel sent it, as it does for a key on a terminal: then the whole foreground group has got it.
     pub from_terminal: bool,
 }
 
@@ -49,7 +48,7 @@ pub struct Received {
 #[derive(Debug)]
 pub struct Signals {
     source: Source,
-    /// Read before anybody asked for the next one.
+    /// Signals that [`Signals::command_started`] has read and [`Signals::recv`] has not returned yet.
     read_ahead: VecDeque<Received>,
     stopped_by: Option<Signal>,
 }
@@ -72,7 +71,7 @@ impl Signals {
         received
     }
 
-    /// The first signal that asked for the end, whenever it came; what only now waits to be read counts, too.
+    /// The first stop signal since the start, including signals that nobody has read yet; it drops those.
     pub fn stopped_by(&mut self) -> Option<Signal> {
         while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.pending()) {
             self.note(received);
@@ -80,8 +79,8 @@ impl Signals {
         self.stopped_by
     }
 
-    /// To be called when a command was started: a signal that waits to be read may have come before the command was there,
-    /// so the command doesn't have it, even if a terminal sent it to our whole process group.
+    /// Call this after starting a command. A signal that is pending now may be older than the command, so the command
+    /// hasn't got it, even if a terminal sent it to our whole process group.
     pub fn command_started(&mut self) {
         while let Some(received) = self.source.pending() {
             self.read_ahead.push_back(Received { from_terminal: false, ..received });
@@ -94,7 +93,6 @@ impl Signals {
         }
     }
 
-    /// Signals that a test sends.
     #[cfg(test)]
     pub fn injected(receiver: tokio::sync::mpsc::UnboundedReceiver<Received>) -> Self {
         Self::from(Source::Injected(receiver))
@@ -113,7 +111,7 @@ impl Source {
             Self::Kernel(fd) => match fd.async_io(Interest::READABLE, read).await {
                 Ok(received) => received,
                 Err(error) => {
-                    tracing::error!("can't read signals, so none ends this run: {error}");
+                    tracing::error!("can't read signals, so no signal can stop this run: {error}");
                     pending().await
                 }
             },
@@ -125,10 +123,9 @@ impl Source {
         }
     }
 
-    /// One that needs no waiting.
     fn pending(&mut self) -> Option<Received> {
         match self {
-            // Not through tokio, which asks the kernel only when nothing else is left to do.
+            // Read directly: tokio asks the kernel only when no task is ready.
             Self::Kernel(fd) => read(fd.get_ref()).ok(),
             #[cfg(test)]
             Self::Injected(receiver) => receiver.try_recv().ok(),
@@ -142,42 +139,44 @@ fn read(fd: &SignalFd) -> io::Result<Received> {
     Ok(Received { signal, from_terminal: info.ssi_code == libc::SI_KERNEL })
 }
 
-/// Begins to hand out signals, with what [`hold`] has held back.
+/// Starts to read signals, beginning with those that came since [`hold`].
 ///
-/// They stay blocked and are read from a signalfd(2), which tells, unlike a handler of tokio's, who sent them. What was
-/// ignored when the process started stays ignored: nohup(1) asks for that with HUP, a shell without job control with
-/// INT and QUIT for what it starts in the background.
+/// They stay blocked and are read from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were
+/// ignored at the start stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background
+/// jobs.
 ///
 /// # Errors
-/// When the system has no descriptor left.
+/// If the system has no descriptor left.
 pub fn install() -> io::Result<Signals> {
     let ignored = ignored();
+    let is_ignored = |signal: Signal| ignored & 1 << (signal as u64 - 1) != 0;
     let mut taken = SigSet::empty();
     for signal in &handled() {
-        if ignored & 1 << (signal as u64 - 1) == 0 {
+        if !is_ignored(signal) {
             taken.add(signal);
         }
     }
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-    // Its successor `register` is unsafe, for types that may hand out another descriptor; a `SignalFd` owns its one.
+    // Its successor `register` is unsafe, because of types whose descriptor may change. That of a `SignalFd` doesn't.
     #[allow(deprecated)]
     let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
-    // A file that would grow over its limit (ulimit -f) is an error of write(2) then, instead of the end.
+    // With SIGXFSZ blocked, write(2) fails if a file would grow beyond its limit (ulimit -f); otherwise we would be
+    // killed.
     let mut blocked = taken;
     blocked.add(Signal::SIGXFSZ);
-    // No others: a parent may have left more blocked, and without SIGCHLD the command would never end for us.
+    // Unblock all others that a parent may have blocked: without SIGCHLD we would never notice the command's end.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
     Ok(Source::Kernel(source).into())
 }
 
-/// The signals that are ignored, as bits; none where there is no /proc.
+/// The ignored signals, as bits; none if /proc is missing.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or_default()
 }
 
-/// The next signal that asks for the end. A signal that would only be forwarded is dropped, as there is no command.
+/// The next stop signal. Others are dropped, as there is no command to forward them to.
 pub async fn next_stop(signals: &mut Signals) -> Signal {
     loop {
         let Received { signal, .. } = signals.recv().await;
@@ -187,10 +186,10 @@ pub async fn next_stop(signals: &mut Signals) -> Signal {
     }
 }
 
-/// Runs `work`, and drops it at the first signal that asks for the end, so `work` must lose nothing when it is dropped.
+/// Runs `work`, and drops it at the first stop signal, so dropping `work` must lose nothing.
 ///
 /// # Errors
-/// The signal.
+/// The stop signal.
 pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
     tokio::select! {
         biased;

@@ -87,9 +87,9 @@ impl FromStr for Statuses {
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Settling")]
 pub struct Policy {
-    /// Dead-letter the message when the command exits with one of these
+    /// Dead-letter the message if the command exits with one of these
     ///
-    /// Separate statuses and ranges by commas, as in 65,100-120. A queue without a dead-letter exchange drops the
+    /// Separate statuses and ranges with commas, as in 65,100-120. A queue without a dead-letter exchange drops the
     /// message.
     #[arg(long, value_name = "CODES", env = "QCONSUME_REJECT_ON")]
     pub reject_on: Option<Statuses>,
@@ -100,7 +100,7 @@ pub struct Policy {
     #[arg(long, value_name = "N", env = "QCONSUME_MAX_ATTEMPTS", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_attempts: Option<u64>,
 
-    /// Exit with this status when the message was dead-lettered [default: the command's status]
+    /// Exit with this status if the message was dead-lettered [default: the command's status]
     ///
     /// With 0, a Job counts such a message as a completion.
     #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_REJECT_EXIT_CODE")]

@@ -4,11 +4,13 @@ mod summary;
 mod take;
 
 use crate::{
+    allocator,
     broker::{Consumer, ConsumerOptions, DeliveryLost},
     cli::QconsumeOptions,
-    command::{Command, Reaper, find, holding, supervise},
+    command::{Reaper, RunningCommand, find, stdin_with, supervise},
     exit::{Exit, Failure, status_of_signal},
-    report::{HumanDuration, Outcome, RunSummary, Subject, program},
+    program::Program,
+    report::{HumanDuration, Outcome, RunSummary, Subject},
     settlement::Settled,
     signals::{Signals, unless_stopped},
     variable::Variable,
@@ -81,7 +83,7 @@ impl Worker {
             return Ok(Some(summary));
         }
         // Copying a large body takes time, so a signal or a loss is checked for after it.
-        let input = match holding(message.body) {
+        let input = match stdin_with(message.body) {
             Ok(input) => input,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
         };
@@ -92,24 +94,18 @@ impl Worker {
         let mut variables = message.variables;
         let hidden = self.options.hidden_variables().iter();
         variables.extend(hidden.map(|name| Variable { name, value: None }));
-        let spawned = Command::spawn(&self.executable, &self.options.command, &variables, input, &self.reaper);
+        let spawned = RunningCommand::start(&self.executable, &self.options.command, &variables, input, &self.reaper);
         let mut command = match spawned {
             Ok(command) => command,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
         };
         signals.command_started();
         let limits = self.options.limits.clone();
-        let supervised = supervise(&mut command, &limits, signals, self.wait_until_lost()).await;
-        let lost = match supervised.lost {
-            None if !self.options.no_ack => self.consumer.known_loss().await,
-            lost => lost,
-        };
-        let result = CommandResult {
-            ended: supervised.ended,
-            stop: supervised.stop,
-            still_owned: lost.is_none(),
-            failures_before: message.failures,
-        };
+        let (ended, stop, mut lost) = supervise(&mut command, &limits, signals, self.wait_until_lost()).await;
+        if lost.is_none() && !self.options.no_ack {
+            lost = self.consumer.known_loss().await;
+        }
+        let result = CommandResult { ended, stop, still_owned: lost.is_none(), failures_before: message.failures };
         let verdict = decide(result, &self.options.policy);
         let Some(settlement) = verdict.settlement else {
             let why = lost.map_or(String::new(), |lost| lost.to_string());
@@ -165,7 +161,12 @@ impl Worker {
         match outcome {
             Outcome::Acknowledged => self.tally.acknowledged += 1,
             Outcome::Requeued => self.tally.requeued += 1,
-            Outcome::DeadLettered => self.tally.dead_lettered += 1,
+            Outcome::DeadLettered => {
+                self.tally.dead_lettered += 1;
+                if self.options.keep_going {
+                    allocator::note_dead_lettered(self.options.policy.reject_exit_code.unwrap_or(1));
+                }
+            }
             _ => {}
         }
 
@@ -199,7 +200,7 @@ impl Worker {
                 Some(self.count_done())
             }
             Next::Stopped(signal) => Some(RunSummary {
-                source: program(),
+                source: Program::current().name(),
                 status: status_of_signal(signal),
                 text: format!("{}; stopped by a signal before everything was done", summary.text),
                 ..summary
@@ -304,7 +305,7 @@ impl Worker {
             summary.text = self.tally.describe(&summary.text);
             let status = self.options.policy.reject_exit_code.unwrap_or(1);
             if self.tally.dead_lettered > 0 && status != 0 && summary.status != status {
-                (summary.source, summary.status) = (program(), status);
+                (summary.source, summary.status) = (Program::current().name(), status);
             }
         }
         summary

@@ -1,5 +1,5 @@
-//! Writes what is generated from the programs' command lines: `docs/options.md` and the tables of exit statuses, or with a
-//! folder as its argument the man pages and the shell completions into that.
+//! Writes the files that are generated from the programs' command lines: `docs/options.md` and the tables of exit
+//! statuses. With a folder as its argument, it writes the man pages and the shell completions to that folder instead.
 
 use anyhow::{Context, Result};
 use clap::{Arg, ArgAction, Command};
@@ -20,10 +20,10 @@ use std::{
 /// The page of options.
 const PAGE: &str = "docs/options.md";
 
-/// The sections, in the order that a reader wants; those that aren't named here come behind them as they come.
+/// The first sections, in this order; all others follow.
 const SECTIONS: [&str; 7] = ["Broker", "TLS", "Destination", "Taking", "Running", "Settling", "Output"];
 
-/// The pages that have tables of exit statuses, between markers.
+/// The pages with tables of exit statuses between markers.
 const PAGES_WITH_STATUSES: [&str; 2] = ["README.md", "docs/exit-statuses.md"];
 
 fn main() -> Result<()> {
@@ -44,7 +44,7 @@ fn write(page: &str, text: &str) -> Result<()> {
     fs::write(&path, text).with_context(|| path.display().to_string())
 }
 
-/// The page with its tables as they are to be, of each program that it has markers for.
+/// The page with new tables, for each program that it has markers for.
 fn with_statuses(page: &str) -> Result<String> {
     let mut page = page.to_owned();
     for program in [Program::Qconsume, Program::Qpublish] {
@@ -53,7 +53,7 @@ fn with_statuses(page: &str) -> Result<String> {
             continue;
         };
         let end = "<!-- end of exit statuses -->";
-        let (_, tail) = rest.split_once(end).with_context(|| format!("no {end} behind {begin}"))?;
+        let (_, tail) = rest.split_once(end).with_context(|| format!("no {end} after {begin}"))?;
         page = format!("{head}{begin}{}{end}{tail}", statuses(program));
     }
     Ok(page)
@@ -68,7 +68,7 @@ fn statuses(program: Program) -> String {
     table
 }
 
-/// Options and variables as code.
+/// Marks options and variables as code.
 fn code(word: &str) -> String {
     let bare = word.trim_end_matches([',', ';', ':']);
     if bare.starts_with("--") || matches!(bare, "BROKER_URL" | "QUEUE") {
@@ -99,7 +99,8 @@ fn manuals(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The man page. What follows the options in the help has its lines broken for a terminal: here it gets sections of its own.
+/// The man page. Exit statuses and examples get sections of their own, as the help has broken their lines for a
+/// terminal.
 fn manual(command: Command) -> Result<Vec<u8>> {
     let after = command.get_after_long_help().map(ToString::to_string);
     let after = after.unwrap_or_default();
@@ -123,7 +124,7 @@ fn manual(command: Command) -> Result<Vec<u8>> {
     Ok(roff)
 }
 
-/// Text as roff has it: no dash that becomes a hyphen, no backslash and no line that becomes a request.
+/// Escapes text for roff: dashes would become hyphens, and some lines would become requests.
 fn roff_text(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     let lines: Vec<_> = text
@@ -133,8 +134,8 @@ fn roff_text(text: &str) -> String {
     lines.join("\n")
 }
 
-/// What is written for everybody mustn't have this machine's values in it, and lacks no option's text: clap_mangen 0.3 has
-/// none for an option that the short help hides and that has no more than one paragraph.
+/// Hides the values that variables have on this machine, and shows the text of every option: clap_mangen 0.3 leaves it
+/// out if the short help hides the option and the text is a single paragraph.
 fn for_everybody(command: Command) -> Command {
     command.mut_args(|arg| arg.hide_env_values(true).hide_short_help(false))
 }
@@ -144,9 +145,9 @@ fn page() -> String {
 
 Generated from the programs' own definitions by `make docs`: don't edit.
 
-A flag goes over its variable, and that over the default. Durations are `500ms`, `10s`, `5m`, `1h30m`, or plain seconds.
-What an exit status means is in [exit-statuses.md](exit-statuses.md), what becomes of a message in
-[settling-and-retries.md](settling-and-retries.md).
+A flag takes precedence over its variable, and the variable over the default. Durations are `500ms`, `10s`, `5m`, `1h30m`, or
+plain seconds. See [exit-statuses.md](exit-statuses.md) for exit statuses, and
+[settling-and-retries.md](settling-and-retries.md) for what happens to messages.
 "
     .to_owned();
     for command in programs() {
@@ -185,7 +186,7 @@ fn row(page: &mut String, arg: &Arg) {
     let value = arg.get_value_names().filter(|_| takes).unwrap_or_default();
     let _ = write!(option, "`--{}", arg.get_long().unwrap_or_default());
     for name in value {
-        // Without the equals sign the next word would be an argument: a message, for qpublish.
+        // The value needs the equals sign: qpublish would take the next word as a message.
         let _ = match arg.is_require_equals_set() {
             true => write!(option, "[={name}]"),
             false => write!(option, " {name}"),
@@ -212,7 +213,7 @@ fn row(page: &mut String, arg: &Arg) {
     );
 }
 
-/// The text, as sentences, and the default that it tells, where that isn't a value.
+/// The text as sentences, and the default if the text says it.
 fn help(arg: &Arg) -> (String, Option<String>) {
     let text = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
     let mut default = None;
@@ -264,8 +265,8 @@ mod tests {
         for page in PAGES_WITH_STATUSES {
             let found = read(page).expect("the page is there");
             assert!(found.contains("<!-- exit statuses of qconsume -->"), "{page}");
-            let anew = with_statuses(&found).expect("it has its markers");
-            assert!(found == anew, "{page} is stale: make docs");
+            let new = with_statuses(&found).expect("it has its markers");
+            assert!(found == new, "{page} is stale: make docs");
         }
     }
 
@@ -279,7 +280,7 @@ mod tests {
             }
             match arg.get_env() {
                 Some(name) => assert!(variables.insert(name.to_owned()), "{name:?} is there twice"),
-                // What asks for the usage starts no run either.
+                // `--usage` starts no run either.
                 None => assert!(matches!(arg.get_long(), Some("port" | "usage")), "{arg:?}"),
             }
         }
@@ -303,6 +304,7 @@ mod tests {
             let statuses = "\n.SH \"EXIT STATUS\"\n.TP\n.B 0\nsuccess: ";
             assert!(man.contains(statuses), "{man}");
             assert!(!man.contains(".SH EXTRA"), "{man}");
+            assert!(man.contains("\n.SH EXAMPLES\n.nf\n") && man.contains(&format!("\n  {program} ")), "{man}");
             for file in [format!("{program}.bash"), format!("{program}.fish"), format!("_{program}")] {
                 let text = fs::read_to_string(folder.join("completions").join(file)).expect("the completion is there");
                 assert!(text.contains("url-file"));

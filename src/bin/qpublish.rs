@@ -1,4 +1,4 @@
-//! `qpublish`, whatever it is called.
+//! `qpublish`, independent of the file's name.
 
 fn main() {
     qconsume::main(qconsume::Program::Qpublish)

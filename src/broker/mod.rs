@@ -13,8 +13,8 @@ mod topology;
 pub use consume::{consumer::Consumer, message::Message, subscription::ConsumerOptions};
 pub use errors::{ConnectError, DeliveryLost};
 pub use publish::{
-    properties::{Properties, Route},
-    publisher::{Gap, Messages, Publisher, Tally},
+    options::{Properties, Route},
+    publisher::{Confirms, NotQueued, Publisher},
 };
 pub use reach::{
     connect::{ConnectOptions, Connector},

@@ -1,8 +1,9 @@
-//! The options that say what to say, how, and where: the same for qconsume and qpublish.
+//! The options for the log and the termination message, which qconsume and qpublish share.
 
+use super::values::without_empty_variables;
 use crate::report::{self, LogFormat, TERMINATION_LOG};
 use clap::{
-    ArgMatches, Args, Command,
+    ArgMatches, Args,
     builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser},
 };
 use std::{
@@ -12,13 +13,13 @@ use std::{
 };
 use tracing::Level;
 
-/// What to say, how, and where.
+/// The options for the log and the termination message.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputOptions {
-    /// Log messages of this level and of the more important ones
+    /// Log messages of this level and above
     ///
-    /// error: why the run ends with a failure. warn: what isn't as it should be. info: which message was taken, and its outcome, or how many were published. debug: each step.
+    /// error: why the run failed. warn: problems that don't end the run. info: which message was taken and its outcome, or how many messages were published. debug: each step.
     #[arg(long, value_name = "LEVEL", env = "QCONSUME_LOG", default_value = "info", value_parser = levels())]
     log_level: Level,
 
@@ -35,7 +36,7 @@ pub struct OutputOptions {
 
     /// Write the termination message to this file
     ///
-    /// The file must exist and be empty when the run ends. With an empty name nothing is written. The command gets an empty QCONSUME_TERMINATION_LOG, so a qconsume or qpublish that it calls writes no termination message.
+    /// It is written at the end of the run if the file exists and is empty. With an empty name, nothing is written. The command gets an empty QCONSUME_TERMINATION_LOG, so a qconsume or qpublish that it calls writes no termination message.
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_TERMINATION_LOG", default_value = TERMINATION_LOG, value_parser = OsStringValueParser::new().map(PathBuf::from))]
     termination_log: PathBuf,
 }
@@ -50,14 +51,14 @@ impl OutputOptions {
         report::start(self.log_level, self.log_format, &self.termination_log);
     }
 
-    /// Whether somebody may be watching: standard error is a terminal, and nothing asks for less, or for JSON.
+    /// Whether to show progress: on a terminal, unless the options ask for less than `info` or for JSON.
     pub(crate) fn shows_progress(&self) -> bool {
         self.log_level >= Level::INFO && self.log_format == LogFormat::Text && io::stderr().is_terminal()
     }
 
-    /// Starts the log as a command line asks for that isn't as it should be.
-    pub(super) fn start_as_understood(arguments: &[OsString]) {
-        // clap stops at the first error, so it is given nothing else to stumble over.
+    /// Starts the log after a usage error, with the log options that can be parsed.
+    pub(crate) fn start_as_understood(arguments: &[OsString]) {
+        // clap stops at the first error, so it gets the log's options only.
         let mut words = arguments.iter().take_while(|word| *word != "--");
         let mut own = Vec::new();
         while let Some(word) = words.next() {
@@ -70,11 +71,8 @@ impl OutputOptions {
                 }
             }
         }
-        let matches = super::parse::without_empty_variables(
-            Self::augment_args(Command::new("").no_binary_name(true)).ignore_errors(true),
-        )
-        .try_get_matches_from(own)
-        .unwrap_or_default();
+        let command = Self::augment_args(clap::Command::new("").no_binary_name(true)).ignore_errors(true);
+        let matches = without_empty_variables(command).try_get_matches_from(own).unwrap_or_default();
         let termination_log: Option<PathBuf> = given(&matches, "termination_log");
         report::start(
             given(&matches, "log_level").unwrap_or(Level::INFO),

@@ -1,13 +1,13 @@
-//! From the words of a command line to the options of a program, and from clap's errors to ours.
+//! From the words of a command line to a program's options, and from clap's errors to ours.
 
-use super::OutputOptions;
+use super::{OutputOptions, values::without_empty_variables};
 use crate::{
     broker::reach::address::strip_scheme,
     exit::{self, Failure},
     program::Program,
 };
 use clap::{
-    ArgMatches, Command, Parser,
+    ArgMatches, Parser,
     error::{ContextKind, ContextValue, ErrorKind},
     parser::ValueSource,
 };
@@ -16,13 +16,13 @@ use std::{
     fmt::Write as _,
 };
 
-/// The version and, as far as the build knew it, the commit.
+/// The version, and the commit if the build knew it.
 pub(crate) const VERSION: &str = env!("QCONSUME_VERSION");
 
-/// The help's section for what is there to take amqp-tools' place.
+/// The help's section for options that exist for users of amqp-tools.
 pub(crate) const AMQP_TOOLS: &str = "As in amqp-tools";
 
-/// What every terminal has, in columns.
+/// The width of the help, in columns, which every terminal has.
 const WIDTH: usize = 80;
 
 /// What the command line asks for.
@@ -30,37 +30,37 @@ const WIDTH: usize = 80;
 pub enum Request<T> {
     /// A run.
     Run(Box<T>),
-    /// This text on standard output, and nothing else: `--help`, `--version`.
+    /// This text on standard output and no run: `--help`, `--version`.
     Show(String),
 }
 
 /// A program's options.
 pub trait Options: Parser {
-    /// The program.
+    /// The program that has these options.
     const PROGRAM: Program;
 
-    /// What its long help ends with.
-    const EXAMPLES: &'static str = "";
+    /// The end of the long help.
+    const EXAMPLES: &'static str;
 
-    /// Checks what one option can't know of another.
+    /// Checks the options against each other.
     ///
     /// # Errors
-    /// 64 for anything that isn't as it should be, 78 for a file that can't be read.
+    /// 64 for a usage error, 78 for a file that can't be read.
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure>;
 
-    /// What to say, how, and where.
+    /// The options for the log.
     fn output(&self) -> &OutputOptions;
 }
 
-/// What was given, and how.
+/// Which options were given, and how.
 #[derive(Debug)]
 pub struct Given<'a> {
-    command: &'a Command,
+    command: &'a clap::Command,
     matches: &'a ArgMatches,
 }
 
 impl Given<'_> {
-    /// How an option was given, the weaker first: 0 is not at all, 1 by its variable, 2 by a flag.
+    /// How an option was given: 0 not at all, 1 by its variable, 2 by a flag. The higher one wins.
     pub(crate) fn level(&self, id: &str) -> u8 {
         match self.matches.value_source(id) {
             Some(ValueSource::CommandLine) => 2,
@@ -69,7 +69,7 @@ impl Given<'_> {
         }
     }
 
-    /// What the user knows an option by: its variable, if it was given by that.
+    /// The option's name for messages: the variable if it was given by that, otherwise the flag.
     pub(crate) fn name(&self, id: &str) -> String {
         let arg = self.command.get_arguments().find(|arg| arg.get_id() == id);
         match arg.and_then(|arg| arg.get_env()) {
@@ -78,15 +78,15 @@ impl Given<'_> {
         }
     }
 
-    /// No name of a file or of something on the broker looks like an address. One that has slipped in there would be
-    /// printed, with its password.
-    fn check_addresses(&self) -> Result<(), Failure> {
-        const MAY_BE: [&str; 9] =
+    /// Refuses addresses as values of other options. A message about such a value would show the password, and no name
+    /// of a file or of something on the broker looks like an address.
+    fn refuse_misplaced_addresses(&self) -> Result<(), Failure> {
+        const ALLOWED: [&str; 9] =
             ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
         for arg in self.command.get_arguments() {
             let id = arg.get_id().as_str();
             let mut given = self.matches.get_raw(id).into_iter().flatten();
-            if !MAY_BE.contains(&id) && given.any(is_address) {
+            if !ALLOWED.contains(&id) && given.any(is_address) {
                 return Err(Failure::usage(format!(
                     "{} is an amqp:// address, which goes to BROKER_URL or --url",
                     self.name(id)
@@ -103,30 +103,16 @@ pub(super) fn is_address(text: impl AsRef<OsStr>) -> bool {
 }
 
 /// A program's command line, as help and the documentation show it.
-pub fn command_line<O: Options>() -> Command {
+pub fn command_line<O: Options>() -> clap::Command {
     O::command()
         .term_width(WIDTH)
         .after_help(help_of_statuses(O::PROGRAM, false))
         .after_long_help(help_of_statuses(O::PROGRAM, true) + O::EXAMPLES)
-        // Help names variables and leaves alone what this machine has in them: it goes where it is pasted.
+        // Help is pasted into issues and chats: it must not show the values of variables.
         .mut_args(|arg| arg.hide_env_values(true))
 }
 
-/// A variable that is empty is unset, as templates leave them; but for the two that matter, and the one that means "none".
-pub(super) fn without_empty_variables(command: Command) -> Command {
-    const MAY_BE_EMPTY: [&str; 3] = ["BROKER_URL", "QUEUE", "QCONSUME_TERMINATION_LOG"];
-    let mut empty: Vec<_> = std::env::vars_os().filter(|(_, value)| value.is_empty()).map(|(name, _)| name).collect();
-    empty.retain(|name| !MAY_BE_EMPTY.iter().any(|known| name == known));
-    if empty.is_empty() {
-        return command;
-    }
-    command.mut_args(|arg| match arg.get_env() {
-        Some(name) if empty.iter().any(|empty| empty == name) => arg.env(None),
-        _ => arg,
-    })
-}
-
-/// One screen: of the variables only those that matter most.
+/// The help that fits on one screen. It shows only the variables that matter most.
 fn short_help<O: Options>() -> String {
     let mut command = command_line::<O>().mut_args(|arg| {
         let matters = matches!(arg.get_id().as_str(), "url" | "queue");
@@ -135,18 +121,12 @@ fn short_help<O: Options>() -> String {
     command.render_help().to_string()
 }
 
-/// Reads a program's command line and environment, and checks its options. When they aren't as they should be, that is
-/// said in the form that they ask for, so the log is started here then.
+/// Reads a program's command line and environment, and checks its options.
 ///
 /// # Errors
-/// 64 for anything that isn't as it should be, 78 for a file that can't be read.
+/// 64 for a usage error, 78 for a file that can't be read.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    understand(arguments).inspect_err(|_| OutputOptions::start_as_understood(arguments))
-}
-
-fn understand<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    // Once, and without what only help shows: with its dozens of options it costs more than anything else before the
-    // connection.
+    // Built once, and without the help's texts: that costs more than anything else before the connection.
     let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
@@ -160,17 +140,18 @@ fn understand<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure>
                 _ => text,
             }));
         }
-        Err(error) => return Err(usage(&error, &command)),
+        Err(error) => return Err(usage_error(&error, &command)),
     };
     let given = Given { command: &command, matches: &matches };
-    given.check_addresses()?;
-    let mut options = O::from_arg_matches(&matches).map_err(|error| usage(&error, &command))?;
+    given.refuse_misplaced_addresses()?;
+    let mut options = O::from_arg_matches(&matches).map_err(|error| usage_error(&error, &command))?;
     options.check(&given)?;
     Ok(Request::Run(Box::new(options)))
 }
 
-/// clap's message in one line, as a log has it: without the usage, and with its tips and the variable that is to blame.
-fn usage(error: &clap::Error, command: &Command) -> Failure {
+/// clap's message in one line for the log: without the usage, and with its tips and the variable that has the wrong
+/// value.
+fn usage_error(error: &clap::Error, command: &clap::Command) -> Failure {
     let mut text = error.render().to_string();
     if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
         && let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
@@ -181,7 +162,7 @@ fn usage(error: &clap::Error, command: &Command) -> Failure {
         let quoted = format!("'{option}'");
         text = text.replace(&quoted, &format!("{quoted} ({})", variable.display()));
     }
-    // It quotes what was given. An address that has slipped in after the wrong option has a password in it.
+    // clap quotes the value. If that is an address after the wrong option, it contains a password.
     for (_, given) in error.context() {
         if let ContextValue::String(given) = given
             && given.contains("://")
@@ -194,14 +175,14 @@ fn usage(error: &clap::Error, command: &Command) -> Failure {
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
-        // What comes after a typo isn't meant to be a value.
+        // This tip says how to pass a misspelt option as a value, which nobody wants.
         .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"))
         .collect();
     let text = parts.join("; ").replace(":;", ":").replace("; [", " [");
     Failure::usage(format!("{text}; see --help"))
 }
 
-/// The exit statuses, for the end of the help: in a paragraph, or as a list.
+/// The exit statuses for the end of the help: as a paragraph, or with `in_full` as a list.
 fn help_of_statuses(program: Program, in_full: bool) -> String {
     let own = match program {
         Program::Qconsume => "COMMAND's own, and qconsume's",
@@ -213,7 +194,7 @@ fn help_of_statuses(program: Program, in_full: bool) -> String {
             format!("{status} {short}")
         };
         let all: Vec<_> = exit::table(program).into_iter().map(short).collect();
-        return format!("Exit status, {own}: {}. More, all options, and their variables: --help", all.join(", "));
+        return format!("Exit status, {own}: {}. All options, their variables and examples: --help", all.join(", "));
     }
     let mut text = format!("Exit status, {own}:");
     for (status, meaning, _) in exit::table(program) {

@@ -1,8 +1,8 @@
-//! What the values of options look like.
+//! The values of options, from flags and from variables.
 
 pub(crate) use crate::broker::reach::address::name;
 
-/// A switch's variable.
+/// Parses the value of a switch's variable.
 pub(crate) fn switch(text: &str) -> Result<bool, String> {
     match text.trim().to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),
@@ -11,10 +11,25 @@ pub(crate) fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-/// A queue's name, without the newline that a file behind the variable ends with.
+/// Parses a queue's name. One newline at its end is dropped: variables that are filled from a file have one.
 pub(crate) fn queue_name(text: &str) -> Result<String, String> {
     let line = text.strip_suffix("\r\n").or(text.strip_suffix('\n'));
     name(line.unwrap_or(text))
+}
+
+/// An empty variable counts as unset, except BROKER_URL and QUEUE (an error) and QCONSUME_TERMINATION_LOG (turns it
+/// off).
+pub(super) fn without_empty_variables(command: clap::Command) -> clap::Command {
+    const MAY_BE_EMPTY: [&str; 3] = ["BROKER_URL", "QUEUE", "QCONSUME_TERMINATION_LOG"];
+    let mut empty: Vec<_> = std::env::vars_os().filter(|(_, value)| value.is_empty()).map(|(name, _)| name).collect();
+    empty.retain(|name| !MAY_BE_EMPTY.iter().any(|known| name == known));
+    if empty.is_empty() {
+        return command;
+    }
+    command.mut_args(|arg| match arg.get_env() {
+        Some(name) if empty.iter().any(|empty| empty == name) => arg.env(None),
+        _ => arg,
+    })
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Finds the command as execvp(3) and env(1) would, before a message is taken that nobody could process.
+//! Finds the command as execvp(3) and env(1) would, before a message is taken.
 
 use crate::exit::{Exit, Failure, shortage};
 use nix::{
@@ -18,22 +18,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Linux reads no more of a `#!` line than this, in bytes (`BINPRM_BUF_SIZE`).
+/// How much of a `#!` line Linux reads, in bytes (`BINPRM_BUF_SIZE`).
 const FIRST_LINE_MAX: u64 = 256;
 
-/// How many scripts may be each other's interpreters: Linux refuses more (ELOOP), and a script may ask for itself.
+/// How deep interpreters may nest: Linux refuses more (ELOOP). It also ends the search if a script names itself.
 const LEVELS_MAX: usize = 5;
 
-/// Where execvp(3) looks when there is no `PATH` (musl's default).
+/// Where execvp(3) looks if `PATH` isn't set (musl's default).
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
-/// Finds the program that a command's first word names, in the folders of `path` unless it has a slash.
+/// Finds the program that a command's first word names: in the folders of `path`, unless the word has a slash.
 ///
 /// # Errors
-/// 127 if there is no such file, or no such interpreter, or not the program that its `#!/usr/bin/env` line names; 126 if one of
-/// them can't be executed; 71 if one of them can't be looked at on this node for now.
+/// 127 if the file, its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; 126 if one of
+/// them can't be executed; 71 if one of them can't be checked on this node now.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
-    look_up(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
+    find_with_env(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
         let message = match exit {
             Exit::NotFound if is_absence => format!("command not found: no file {what}"),
             Exit::NotFound => format!("command not found: {what} {why}"),
@@ -44,8 +44,8 @@ pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     })
 }
 
-/// The status of a program that can't be looked up or executed, by the system's reason. env(1), timeout(1) and bash have 126
-/// for all reasons but ENOENT; some of these are the node's trouble, and pass.
+/// The status for a program that can't be looked up or executed. env(1), timeout(1) and bash exit with 126 for every
+/// error except ENOENT. Some of these errors are temporary problems of the node: those are 71.
 pub(super) fn exit_of(error: &io::Error) -> Exit {
     match error.raw_os_error() {
         _ if shortage(error).is_some() || is_dead_mount(error) => Exit::OsError,
@@ -54,7 +54,7 @@ pub(super) fn exit_of(error: &io::Error) -> Exit {
     }
 }
 
-/// Whether this is the answer of a file system that has lost its server, its daemon or its device.
+/// Whether a file system that has lost its server, its daemon or its device fails like this.
 fn is_dead_mount(error: &io::Error) -> bool {
     const REASONS: [i32; 17] = [
         libc::EIO,
@@ -78,12 +78,12 @@ fn is_dead_mount(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| REASONS.contains(&code))
 }
 
-/// Why a program can't be executed: `what` is the subject of a sentence, and `why` the rest.
+/// Why a program can't be executed. `what` and `why` make a sentence.
 struct Problem {
     exit: Exit,
     what: String,
     why: String,
-    /// Whether execvp(3) passes over it as if the folder of `PATH` were empty.
+    /// Whether execvp(3) skips this folder of `PATH`, as if it were empty.
     is_absence: bool,
 }
 
@@ -109,11 +109,11 @@ impl Problem {
         Self { is_absence, ..Self::new(exit, file.display().to_string(), why) }
     }
 
-    /// The problem of a script, `file`, that asks for `name`, which has this problem.
+    /// The problem of the script `file`, which asks for `name`, which has this problem.
     fn of_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
         let hint = match name {
             [.., b'\r'] => "; the file has Windows line ends",
-            // Without -S it is one word for env(1).
+            // Without -S, env(1) takes all of it as one word.
             _ if asks == ENV && name.contains(&b' ') => "; to pass options, write env -S",
             _ => "",
         };
@@ -122,46 +122,45 @@ impl Problem {
     }
 }
 
-/// What a `#!` line does.
 const INTERPRETER: &str = "asks for the interpreter";
 const ENV: &str = "asks env for";
 
-/// What a `#!` line has env(1) start.
+/// The command that a `#!` line tells env(1) to start.
 #[derive(Debug, PartialEq, Eq)]
 struct EnvCommand {
     name: OsString,
-    /// The `PATH` that env(1) has then.
     path: Option<OsString>,
 }
 
-/// Finds the file that execvp(3) would execute, and checks what env(1) is to start for it.
-fn look_up(name: &OsStr, path: Option<&OsStr>, level: usize) -> Result<PathBuf, Problem> {
-    let (file, command) = search(name, path)?;
+/// Finds the file that execvp(3) would execute, and checks the program that env(1) would start for it.
+fn find_with_env(name: &OsStr, path: Option<&OsStr>, level: usize) -> Result<PathBuf, Problem> {
+    let (file, command) = find_in_path(name, path)?;
     if let Some(EnvCommand { name, path }) = command
         && level < LEVELS_MAX
     {
-        look_up(&name, path.as_deref(), level + 1).map_err(|problem| problem.of_script(&file, ENV, name.as_bytes()))?;
+        find_with_env(&name, path.as_deref(), level + 1)
+            .map_err(|problem| problem.of_script(&file, ENV, name.as_bytes()))?;
     }
     Ok(file)
 }
 
-fn search(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<EnvCommand>), Problem> {
+fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<EnvCommand>), Problem> {
     if name.is_empty() {
         return Err(Problem::new(Exit::NotFound, "the command", "is an empty word"));
     }
     if name.as_bytes().contains(&b'/') {
         let file = PathBuf::from(name);
-        return check(&file, path, 0).map(|command| (file, command));
+        return check_interpreters(&file, path, 0).map(|command| (file, command));
     }
     let mut first: Option<Problem> = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
-        // An empty entry of PATH is the current directory, which the file name alone would be looked up in again.
+        // An empty entry of PATH is the current directory. A name without a slash would be looked up in PATH again.
         let file = Path::new(".").join(folder).join(name);
-        match check(&file, path, 0) {
+        match check_interpreters(&file, path, 0) {
             Ok(command) => return Ok((file, command)),
             Err(problem) if problem.is_absence => {}
-            // As execvp(3) does with EACCES, bash with every error: a later folder may have one that works. If none has, a
-            // mount that doesn't answer may have it (71); otherwise it is there and of no use (126).
+            // A later folder may have one that works: execvp(3) goes on after EACCES, bash after every error. If none
+            // has, report 71 (a mount that doesn't answer may have it) before 126, and 126 before 127.
             Err(problem) if first.as_ref().is_none_or(|first| problem.exit.status() < first.exit.status()) => {
                 first = Some(problem);
             }
@@ -172,46 +171,54 @@ fn search(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<EnvComm
     Err(first.unwrap_or_else(nowhere))
 }
 
-/// Checks, as far as that can be known, that the kernel would execute it, with its interpreter and the interpreter's own; gives
-/// what they have env(1) start.
-fn check(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
-    executable(file)?;
+/// Checks that the kernel would execute the file and its interpreters, as far as we can tell. Returns the command that
+/// env(1) would start for it.
+fn check_interpreters(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
+    check_executable(file)?;
     let line = match first_line(file) {
         Ok(Some(line)) if level < LEVELS_MAX => line,
         Err(error) if exit_of(&error) == Exit::OsError => return Err(Problem::of_system(file, &error)),
-        // A file may be executable, but not readable: then nothing is known about its interpreter.
+        // An executable file may be unreadable; then its interpreter isn't known.
         _ => return Ok(None),
     };
     let end = line.iter().position(is_blank).unwrap_or(line.len());
     let (interpreter, argument) = (&line[..end], trim_blanks(&line[end..]));
     let interpreter = Path::new(OsStr::from_bytes(interpreter));
-    let command = check(interpreter, path, level + 1)
+    let command = check_interpreters(interpreter, path, level + 1)
         .map_err(|problem| problem.of_script(file, INTERPRETER, interpreter.as_os_str().as_bytes()))?;
     let is_env = interpreter.file_name().is_some_and(|name| name == "env");
     Ok(if is_env { env_command(argument, path) } else { command })
 }
 
-fn executable(file: &Path) -> Result<(), Problem> {
+fn check_executable(file: &Path) -> Result<(), Problem> {
     let found = fs::metadata(file).map_err(|error| Problem::of_system(file, &error))?;
     let mode = found.permissions().mode();
-    let why = match access(file, AccessFlags::X_OK) {
-        _ if found.is_dir() => "is a folder".to_owned(),
-        // The kernel executes none, and to read the first line of a FIFO would take for ever.
-        _ if !found.is_file() => "is no regular file".to_owned(),
-        Ok(()) => return Ok(()),
-        Err(Errno::EACCES) if mode & 0o111 == 0 => "can't be executed: set its execute bit (chmod +x)".to_owned(),
+    let unable = |why| Err(Problem::new(Exit::NotExecutable, file.display().to_string(), why));
+    if found.is_dir() {
+        return unable("is a folder".to_owned());
+    }
+    // The kernel executes only regular files, and reading a FIFO could take for ever.
+    if !found.is_file() {
+        return unable("is no regular file".to_owned());
+    }
+    match access(file, AccessFlags::X_OK) {
+        Ok(()) => Ok(()),
+        Err(Errno::EACCES) if mode & 0o111 == 0 => {
+            unable("can't be executed: set its execute bit (chmod +x)".to_owned())
+        }
         Err(Errno::EACCES) if statvfs(file).is_ok_and(|mount| mount.flags().contains(FsFlags::ST_NOEXEC)) => {
-            "is on a mount that forbids execution (noexec): move it, or run it by its interpreter".to_owned()
+            unable("is on a mount that forbids execution (noexec): move it, or run it by its interpreter".to_owned())
         }
-        Err(Errno::EACCES) => {
-            format!("may not be executed by this user: its mode is {:o}, its owner {}", mode & 0o7777, found.uid())
-        }
-        Err(error) => return Err(Problem::of_system(file, &error.into())),
-    };
-    Err(Problem::new(Exit::NotExecutable, file.display().to_string(), why))
+        Err(Errno::EACCES) => unable(format!(
+            "may not be executed by this user: its mode is {:o}, its owner {}",
+            mode & 0o7777,
+            found.uid()
+        )),
+        Err(error) => Err(Problem::of_system(file, &error.into())),
+    }
 }
 
-/// What follows the `#!` of a script, without blanks at either end; none for a binary, or for a line that is too long.
+/// What follows the `#!` of a script, without blanks at either end. `None` for a binary, or if the line is too long.
 fn first_line(file: &Path) -> io::Result<Option<Vec<u8>>> {
     let mut start = Vec::new();
     let read = File::open(file)?.take(FIRST_LINE_MAX).read_to_end(&mut start)?;
@@ -223,7 +230,7 @@ fn first_line(file: &Path) -> io::Result<Option<Vec<u8>>> {
     Ok(line.filter(|line| !line.is_empty()).map(<[u8]>::to_vec))
 }
 
-/// What separates words to the kernel; the carriage return of Windows is a part of one.
+/// Whether the kernel takes it as a separator of words; a carriage return is part of a word.
 fn is_blank(c: &u8) -> bool {
     matches!(c, b' ' | b'\t')
 }
@@ -234,14 +241,16 @@ fn trim_blanks(text: &[u8]) -> &[u8] {
     text.get(start..text.len() - end).unwrap_or_default()
 }
 
-/// What env(1) starts if it gets this as its one argument (GNU's 9.1); `None` for what isn't understood here, or is nothing.
+/// The command that env(1) starts for this one argument (as in GNU coreutils 9.1). `None` if there is none or we can't
+/// tell.
 fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
     let split_options: [&[u8]; 3] = [b"-S", b"-vS", b"--split-string="];
     let text = split_options.into_iter().find_map(|option| argument.strip_prefix(option));
-    let mut words = text.unwrap_or(argument).split(|c| text.is_some() && is_blank(c)).filter(|word| !word.is_empty());
+    let is_split = text.is_some();
+    let mut words = text.unwrap_or(argument).split(|c| is_split && is_blank(c)).filter(|word| !word.is_empty());
     let mut path = path.map(OsStr::to_owned);
     while let Some(word) = words.next() {
-        if text.is_some() && word.iter().any(|c| br#"\'"#.contains(c) || matches!(c, b'"' | b'#')) {
+        if is_split && word.iter().any(|c| matches!(c, b'\\' | b'\'' | b'"' | b'#')) {
             return None;
         }
         match word {
@@ -256,8 +265,8 @@ fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
             [b'-', ..] => return None,
             _ => {
                 let equals = word.iter().position(|c| *c == b'=');
-                // What ${NAME} stands for isn't known here; it matters in the name and in PATH only.
-                let is_expanded = text.is_some() && word.contains(&b'$');
+                // The value of ${NAME} isn't known here. It matters only in PATH and in the command's name.
+                let is_expanded = is_split && word.contains(&b'$');
                 match equals {
                     Some(4) if word.starts_with(b"PATH") && is_expanded => return None,
                     Some(4) if word.starts_with(b"PATH") => path = Some(OsStr::from_bytes(&word[5..]).to_owned()),
@@ -361,7 +370,7 @@ mod tests {
             assert_eq!(failure.exit, exit, "{name}");
             assert!(failure.message.contains(says), "{name}: {failure}");
         }
-        // To execvp(3) and bash a file is a folder of PATH that has nothing in it.
+        // execvp(3) and bash skip a file in PATH as if it were an empty folder.
         let failure = find(OsStr::new("nowhere"), Some(OsStr::new(&path("file")))).unwrap_err();
         assert_eq!(failure.exit, Exit::NotFound);
     }
@@ -401,10 +410,10 @@ mod tests {
             "#!/usr/bin/env --split-string=python\n",
             &format!("#!/usr/bin/env -S PATH={elsewhere} tool\n"),
             &format!("#!/usr/bin/env -S -i -u FOO --unset=BAR PATH={elsewhere} tool\n"),
-            // Where env has no PATH it looks where execvp(3) does then.
+            // Without PATH, env looks where execvp(3) looks.
             "#!/usr/bin/env -S -i env\n",
             "#!/usr/bin/env -S -u PATH env\n",
-            // What isn't understood, or starts nothing, is left to the kernel, and to env.
+            // Lines that we can't interpret, or that start nothing, are left to the kernel and env.
             "#!/usr/bin/env\n",
             "#!/usr/bin/env FOO=bar\n",
             "#!/usr/bin/env -i\n",
@@ -415,7 +424,6 @@ mod tests {
             "#!/usr/bin/env -S PATH=${HOME}/bin no-such-program\n",
             "#!/usr/bin/env -S #no-such-program\n",
             "#!/bin/sh no-such-program\n",
-            // It asks for itself.
             "#!/usr/bin/env script\n",
             &format!("#!/usr/bin/env {}", "n".repeat(300)),
         ] {
@@ -436,7 +444,6 @@ mod tests {
             ),
             ("#!/usr/bin/env /no/such/python\n", Exit::NotFound, "/no/such/python, which isn't there"),
             ("#!/usr/bin/env plain\n", Exit::NotExecutable, "plain, which can't be executed: set its execute bit"),
-            // What it starts may be such a script itself.
             ("#!/usr/bin/env shim\n", Exit::NotFound, nowhere),
             ("#!/no/such/env python\n", Exit::NotFound, "interpreter /no/such/env, which isn't there"),
         ] {
@@ -444,7 +451,6 @@ mod tests {
             assert_eq!(failure.exit, exit, "{line}");
             assert!(failure.message.contains(says), "{line}: {failure}");
         }
-        // A script's interpreter may be a script, too, as in a chain that ends with env.
         let runner = folder.file("runner", b"#!/usr/bin/env no-such-program\n", 0o755);
         let failure = run(&format!("#!{}\n", runner.display())).unwrap_err();
         assert!(failure.message.contains(nowhere), "{failure}");
@@ -464,10 +470,10 @@ mod tests {
         assert_eq!(find().unwrap(), good);
         first.file("tool", b"#!/no/such/interpreter\n", 0o755);
         assert_eq!(find().unwrap(), good);
-        // What env(1) lacks is no reason to go on: the kernel has started env(1) by then.
+        // If env(1) can't find its program, no later folder helps: the kernel has started env(1) by then.
         first.file("tool", b"#!/usr/bin/env no-such-program\n", 0o755);
         assert_eq!(find().unwrap_err().exit, Exit::NotFound);
-        // The first reason is told, and one for 126 goes before one for 127.
+        // The first problem is reported, and 126 before 127.
         second.file("tool", b"", 0o644);
         first.file("tool", b"#!/no/such/interpreter\n", 0o755);
         assert_eq!(find().unwrap_err().exit, Exit::NotExecutable);

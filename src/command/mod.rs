@@ -1,7 +1,7 @@
-//! The only part that knows processes.
+//! Finds, starts, supervises and reaps the command: the only part that handles processes.
 
+mod descendants;
 mod find;
-mod left;
 mod reap;
 mod spawn;
 mod stdin;
@@ -9,8 +9,8 @@ mod supervise;
 
 pub use find::find;
 pub use reap::Reaper;
-pub use spawn::Command;
+pub use spawn::RunningCommand;
 #[cfg(fuzzing)]
 pub use spawn::environment;
-pub use stdin::holding;
-pub use supervise::{Limits, OnLost, Process, Supervised, Target, supervise};
+pub use stdin::stdin_with;
+pub use supervise::{Limits, OnLost, Process, Target, supervise};

@@ -1,4 +1,4 @@
-//! Collects ended children, ours and orphans, without ever stealing the command's status.
+//! Reaps ended children, orphans included, and keeps the command's status.
 
 use crate::verdict::Ended;
 use nix::{
@@ -19,15 +19,14 @@ use tokio::{
     task::yield_now,
 };
 
-/// How many are reaped before others get a turn, within about a millisecond: where they fork faster than they are reaped,
-/// there is no end.
+/// How many children to reap, in about a millisecond, before other tasks get a turn: some may fork faster than they are
+/// reaped.
 const SWEEP: usize = 100;
 
-/// Reaps in the background for as long as the runtime is driven.
+/// Reaps children in the background while the runtime runs.
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
     state: Arc<Mutex<State>>,
-    /// A child has ended.
     reaped: Arc<Notify>,
 }
 
@@ -37,16 +36,16 @@ struct State {
 }
 
 impl Reaper {
-    /// Starts to listen for ended children, and makes every orphan of the command's a child of ours.
+    /// Starts to reap, and makes us the parent of every process that the command orphans.
     ///
     /// # Errors
-    /// When the handler for `SIGCHLD` can't be installed.
+    /// If the handler for `SIGCHLD` can't be installed.
     pub fn start() -> io::Result<Self> {
         let reaper = Self::default();
         let mut ended = signal(SignalKind::child())?;
         if let Err(error) = prctl::set_child_subreaper(true) {
             tracing::warn!(
-                "what the command leaves behind won't be waited for: the system refuses PR_SET_CHILD_SUBREAPER: {}",
+                "qconsume won't wait for processes that the command leaves behind: the system refuses PR_SET_CHILD_SUBREAPER: {}",
                 error.desc()
             );
         }
@@ -65,9 +64,7 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for the end of this child.
-    ///
-    /// To be called before anything is awaited after the spawn, or the child could be taken for an orphan.
+    /// Returns a receiver for the end of this child. Call it before the first await: an orphan's status is dropped.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
         self.state().watched = Some((child, sender));
@@ -79,9 +76,7 @@ impl Reaper {
         self.reaped.notified().await;
     }
 
-    /// Reaps whoever has ended, up to [`SWEEP`] of them; says who is left.
-    ///
-    /// Looks at each ended child without reaping it, so that the command can be told from orphans first.
+    /// Reaps up to [`SWEEP`] children that have ended. Returns which children remain.
     pub(super) fn sweep(&self) -> Children {
         for _ in 0..SWEEP {
             let (child, ended) = match peek() {
@@ -89,7 +84,7 @@ impl Reaper {
                 Peek::Running => return Children::Running,
                 Peek::NoChild => return Children::None,
             };
-            // The status is known already, and nix can't name a real-time signal: an error is none.
+            // Ignore its result: nix fails for real-time signals, and the status is known already.
             let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
             let mut state = self.state();
             if let Some((_, sender)) = state.watched.take_if(|(command, _)| *command == child) {
@@ -101,14 +96,11 @@ impl Reaper {
     }
 }
 
-/// The children that are left after a sweep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Children {
-    /// There is none.
     None,
-    /// There are some, none of which has ended yet.
     Running,
-    /// There may be some who have ended: there were too many for one sweep.
+    /// Perhaps some that have ended: there were too many for one sweep.
     MoreEnded,
 }
 
@@ -118,12 +110,12 @@ enum Peek {
     NoChild,
 }
 
-/// The next ended child, left as it is. libc's own call, as nix knows no real-time signals.
+/// The next child that has ended, without reaping it. nix's call fails for real-time signals.
 #[allow(unsafe_code)]
 fn peek() -> Peek {
     let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: siginfo_t is plain data, for which zeroes are valid, and it outlives the call; waitid(2) fills in the fields
-    // that are read, or leaves the zeroes when no child has ended.
+    // SAFETY: siginfo_t is plain data, may be zero, and outlives the call. waitid(2) sets the fields or leaves them
+    // zero.
     let (result, code, pid, status) = unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let result = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);
@@ -133,7 +125,7 @@ fn peek() -> Peek {
         (0, 0, _) => Peek::Running,
         (0, _, libc::CLD_EXITED) => Peek::Ended(Pid::from_raw(pid), Ended::Exited(status as u8)),
         (0, ..) => Peek::Ended(Pid::from_raw(pid), Ended::Killed(status)),
-        // ECHILD; nothing else can be wrong with these arguments.
+        // ECHILD: no other error is possible with these arguments.
         _ => Peek::NoChild,
     }
 }

@@ -1,9 +1,9 @@
-//! Starts the command: its group, its environment, its standard input.
+//! Starts the command, signals it, and finds what it has left behind.
 
 use super::{
     Process, Reaper, Target,
+    descendants::{Descendants, Stat, Strangers},
     find::exit_of,
-    left::{Descendants, Stat, Strangers},
     reap::Children,
 };
 use crate::{
@@ -31,38 +31,38 @@ use std::{
 };
 use tokio::{sync::oneshot, task::yield_now};
 
-/// Longest `NAME=value` with its NUL that Linux's execve(2) takes: `MAX_ARG_STRLEN`, in bytes.
+/// The longest `NAME=value` with its NUL that Linux's execve(2) accepts, in bytes (`MAX_ARG_STRLEN`).
 const VARIABLE_MAX: usize = 128 * 1024;
 
-/// The kernel's `struct sigaction` for `SIG_DFL`: zeroes, and more of them than it has on any machine.
-const DEFAULT: [u64; 8] = [0; 8];
+/// The kernel's `struct sigaction` for `SIG_DFL`: zeroes, at least as many as on any architecture.
+const SIG_DFL_ACTION: [u64; 8] = [0; 8];
 
-/// The size of the kernel's signal set: a bit for each of 64 signals, in bytes.
-const SIGSET: usize = 8;
+/// The size of the kernel's signal set, in bytes: a bit for each of 64 signals.
+const SIGSET_BYTES: usize = 8;
 
-/// A command that runs, and what it has started.
+/// A command that was started, and the processes that it has started.
 #[derive(Debug)]
-pub struct Command {
+pub struct RunningCommand {
     leader: Pid,
-    /// Whether it is in our own process group, rather than in one of its own.
+    /// Whether it is in our own process group instead of one of its own.
     shares_group: bool,
     strangers: Strangers,
     ended: oneshot::Receiver<Ended>,
     reaper: Reaper,
 }
 
-impl Command {
-    /// Starts the program at `path`, called with these words, with this standard input.
+impl RunningCommand {
+    /// Starts the program at `path` with this standard input. The first word is its `argv[0]`.
     ///
-    /// It gets a process group of its own, except where we are in the foreground of a terminal: only processes of the
-    /// foreground group may read from it.
+    /// It gets a process group of its own, unless we are in the foreground group of a terminal: only that group may
+    /// read from the terminal.
     ///
-    /// Has to be called on the main thread: the command is to die with the thread that started it.
+    /// Call this on the main thread: the parent-death signal comes when the thread that started the command ends.
     ///
     /// # Errors
-    /// 71 when the system is short of something for now, 127 when the kernel doesn't find the program, its interpreter or
-    /// its loader after all, 126 for anything else.
-    pub fn spawn(
+    /// 71 if the system is short of something, 127 if the kernel doesn't find the program, its interpreter or its
+    /// loader, 126 for anything else.
+    pub fn start(
         path: &Path,
         words: &[OsString],
         variables: &[Variable],
@@ -94,63 +94,67 @@ impl Command {
             };
             Failure::new(exit, format!("{what}: {why} ({error})"))
         })?;
-        allocator::note_start();
+        allocator::note_command_started();
         let leader = Pid::from_raw(started.id().cast_signed());
         Ok(Self { leader, shares_group, strangers, ended: reaper.watch(leader), reaper: reaper.clone() })
     }
 
     fn descendants(&self) -> Descendants {
-        let is_plainly_ours = |child: &Stat| [child.pid, child.group].contains(&self.leader);
-        Descendants::find(|child| is_plainly_ours(child) || !self.strangers.include(child))
+        let is_in_its_group = |child: &Stat| [child.pid, child.group].contains(&self.leader);
+        Descendants::find(|child| is_in_its_group(child) || !self.strangers.include(child))
     }
 }
 
-/// Signals all of them, and warns of the first signal that is refused; `false` if nobody is there, or all were refused.
+/// Signals all of them, and warns about the first signal that is refused. `false` if there is none, or all refused.
 ///
-/// Where a process forks and exits, and its child does the same, whoever was seen has ended before a signal arrives. The
-/// group stays, and no fork escapes a signal to the group (Linux's kernel/fork.c lets a pending one go first). A group that
-/// isn't theirs alone can't be used so, and in it such a chain may escape.
+/// Signals go to groups if possible. A chain of processes that fork and exit could escape signals to processes, but no
+/// fork escapes a signal to its group (Linux's kernel/fork.c delivers pending signals first). In a group that includes
+/// others, such a chain may escape.
 fn signal_all(descendants: &Descendants, signal: Signal) -> bool {
     let target = |process: &Stat| match process.group.as_raw() {
-        // To kill(2), 0 is our own group and -1 is everybody.
-        group @ 2.. if descendants.own_groups.contains(&process.group) => Pid::from_raw(-group),
+        // kill(2) takes 0 for our own group and -1 for all processes.
+        group @ 2.. if descendants.exclusive_groups.contains(&process.group) => Pid::from_raw(-group),
         _ => process.pid,
     };
     let targets: BTreeSet<Pid> = descendants.processes.iter().map(target).collect();
-    let (mut any, mut refused) = (false, None);
+    let (mut any_sent, mut refused) = (false, None);
     for target in targets {
         match kill(target, signal) {
-            // It has moved to another group, or its parent has reaped it: that takes another look.
-            Ok(()) | Err(Errno::ESRCH) => any = true,
+            // ESRCH: it has changed its group or has been reaped, so the caller has to look again.
+            Ok(()) | Err(Errno::ESRCH) => any_sent = true,
             Err(error) => refused = refused.or(Some((target, error))),
         }
     }
     if let Some((target, error)) = refused {
-        warn_if_refused(signal, target, Err(error));
+        warn(signal, target, error);
     }
-    any
+    any_sent
 }
 
-/// Warns of a signal that was refused. One to what is gone already is no loss.
-fn warn_if_refused(signal: Signal, target: Pid, sent: nix::Result<()>) {
-    if let Err(error) = sent
+/// Sends a signal and warns if that is refused, unless the process or the group is gone.
+fn send(signal: Signal, target: Pid) {
+    if let Err(error) = kill(target, signal)
         && error != Errno::ESRCH
     {
-        let kind = if target.as_raw() < 0 { "process group" } else { "process" };
-        let number = target.as_raw().abs();
-        let hint = match error {
-            Errno::EPERM => "; it runs as another user, and qconsume lacks CAP_KILL",
-            _ => "",
-        };
-        tracing::warn!("{signal} can't be sent to the command ({kind} {number}): {}{hint}", error.desc());
+        warn(signal, target, error);
     }
 }
 
-impl Process for Command {
+fn warn(signal: Signal, target: Pid, error: Errno) {
+    let kind = if target.as_raw() < 0 { "process group" } else { "process" };
+    let number = target.as_raw().abs();
+    let hint = match error {
+        Errno::EPERM => "; it runs as another user, and qconsume lacks CAP_KILL",
+        _ => "",
+    };
+    tracing::warn!("{signal} can't be sent to the command ({kind} {number}): {}{hint}", error.desc());
+}
+
+impl Process for RunningCommand {
     async fn ended(&mut self) -> Ended {
         match (&mut self.ended).await {
             Ok(ended) => ended,
-            // The reaper lives as long as the runtime, so there is no end to be told of.
+            // The reaper is gone, so the runtime is ending.
             Err(_) => std::future::pending().await,
         }
     }
@@ -160,61 +164,57 @@ impl Process for Command {
     }
 
     fn signal(&self, target: Target, signal: Signal) {
-        // Once it is reaped its number may be another's.
+        // After it is reaped, another process may get its number.
         let reaped = self.ended.is_terminated() || !self.ended.is_empty();
-        if target != Target::Left && reaped {
+        if target != Target::Descendants && reaped {
             return;
         }
         match target {
-            Target::Leader => warn_if_refused(signal, self.leader, kill(self.leader, signal)),
-            Target::Group if !self.shares_group => {
-                let group = Pid::from_raw(-self.leader.as_raw());
-                warn_if_refused(signal, group, kill(group, signal));
-            }
+            Target::Leader => send(signal, self.leader),
+            Target::Group if !self.shares_group => send(signal, Pid::from_raw(-self.leader.as_raw())),
             Target::Group => {
-                // Our group has ourselves in it, and the rest of a shell's pipeline.
+                // Our group includes ourselves and the rest of a shell's pipeline, so signal each process.
                 let mut found = self.descendants();
                 let mut all = found.processes.iter();
                 let leader = all.find(|process| process.pid == self.leader);
-                let ours = leader.map(|leader| leader.group);
-                found.processes.retain(|process| Some(process.group) == ours);
+                let group = leader.map(|leader| leader.group);
+                found.processes.retain(|process| Some(process.group) == group);
                 signal_all(&found, signal);
             }
-            Target::Left => {
+            Target::Descendants => {
                 signal_all(&self.descendants(), signal);
             }
         }
     }
 
-    fn left(&self) -> usize {
-        let left = self.descendants().processes;
-        left.iter().filter(|process| !process.is_zombie).count()
+    fn count_descendants(&self) -> usize {
+        self.descendants().processes.iter().filter(|process| !process.is_zombie).count()
     }
 
-    fn kill_left(&self) -> bool {
+    fn kill_descendants(&self) -> bool {
         signal_all(&self.descendants(), Signal::SIGKILL)
     }
 
-    async fn none_left(&mut self) {
+    async fn descendants_ended(&mut self) {
         loop {
             match self.reaper.sweep() {
-                // Every descendant is a child of ours, or has an ancestor that is: we are the subreaper.
+                // As the subreaper we are the parent or an ancestor of every descendant.
                 Children::None => return,
                 Children::Running if self.descendants().processes.is_empty() => return,
                 Children::Running => self.reaper.reaped().await,
                 Children::MoreEnded => {}
             }
-            // Where children end faster than they are looked at, nothing above ever waits; timers, signals and heartbeats need
-            // a turn all the same.
+            // If children end faster than they are reaped, nothing above ever waits. Give timers, signals and
+            // heartbeats a turn.
             yield_now().await;
         }
     }
 }
 
-/// The environment of the command: ours, with these variables set or removed.
+/// The command's environment: ours, with these variables set or removed.
 pub fn environment(variables: &[Variable]) -> BTreeMap<OsString, OsString> {
     let mut environment: BTreeMap<_, _> = std::env::vars_os().collect();
-    // The termination message is the outermost program's: a qpublish or qconsume that the command calls leaves none.
+    // Only the outermost program writes the termination message, not a qpublish or qconsume that the command calls.
     environment.insert(TERMINATION_LOG_VARIABLE.into(), OsString::new());
     for Variable { name, value } in variables {
         environment.remove(OsStr::new(name));
@@ -233,30 +233,29 @@ pub fn environment(variables: &[Variable]) -> BTreeMap<OsString, OsString> {
 
 fn fits(name: &str, value: &OsStr) -> bool {
     let value = value.as_encoded_bytes();
-    !value.contains(&0) && name.len() + value.len() + 2 <= VARIABLE_MAX
+    let size = name.len() + "=".len() + value.len() + "\0".len();
+    !value.contains(&0) && size <= VARIABLE_MAX
 }
 
-/// Has the child die with us, and start with default signal dispositions and no signal blocked, whatever we were started
-/// with.
+/// Makes the child die with us, and start with default signal dispositions and no blocked signals.
 #[allow(unsafe_code)]
 fn prepare(command: &mut process::Command) {
     let parent = getpid();
     let in_child = move || {
         set_pdeathsig(Signal::SIGKILL)?;
-        // The parent may have died before the death signal was asked for.
+        // The parent may have died before prctl(2).
         if getppid() != parent {
             return Err(Errno::ESRCH.into());
         }
         for signal in 1..=libc::SIGRTMAX() {
-            // The kernel's own call: libc's refuses 32 and 33, which glibc's posix_spawn(3) leaves ignored.
-            let (new, old) = (DEFAULT.as_ptr(), ptr::null_mut::<u64>());
-            // SAFETY: a system call that reads memory that is there.
-            unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SIGSET) };
+            // The kernel's own call: libc's refuses signals 32 and 33, which glibc's posix_spawn(3) leaves ignored.
+            let (new, old) = (SIG_DFL_ACTION.as_ptr(), ptr::null_mut::<u64>());
+            // SAFETY: the system call only reads `SIG_DFL_ACTION`.
+            unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SIGSET_BYTES) };
         }
-        // Last: a signal that has come since the fork is pending, and meets its default disposition now.
+        // Comes last: a signal that is pending since the fork must meet its default disposition.
         Ok(SigSet::empty().thread_set_mask()?)
     };
-    // SAFETY: between fork(2) and execve(2) the closure makes system calls only: it allocates nothing, takes no lock and
-    // doesn't panic.
+    // SAFETY: between fork(2) and execve(2), the closure only makes system calls: no allocation, no lock, no panic.
     unsafe { command.pre_exec(in_child) };
 }

@@ -13,22 +13,21 @@ use std::{
     os::{fd::OwnedFd, unix::fs::FileExt},
 };
 
-/// The largest body that is passed in a pipe, in bytes: the largest pipe that any user may have, unless
-/// /proc/sys/fs/pipe-max-size says otherwise.
+/// The largest body to pass in a pipe, in bytes: Linux's default for /proc/sys/fs/pipe-max-size.
 const PIPE_MAX: usize = 1 << 20;
 
-/// How much of a large body is copied into the file before its memory is freed, in bytes: the body is never in memory twice.
-const PIECE: usize = 1 << 20;
+/// Chunk size for moving a body into the file, in bytes. Memory is freed chunk by chunk, so the body is never in memory
+/// twice.
+const CHUNK: usize = 1 << 20;
 
-/// A standard input that holds all of the body: a pipe, or a file if the body is larger than a pipe can be.
+/// A standard input that contains the whole body: a pipe, or a file if the body is larger than a pipe can be.
 ///
-/// Nothing is written once the command runs. When qconsume is killed, the kernel closes its end of a pipe before it sends
-/// the death signal to the command: the command would take the part that had arrived for the whole body (seen in 10 of
-/// 300 runs on a busy machine).
+/// The body is written before the command starts. If qconsume were killed while writing, the command could take a part
+/// for all of it: the pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
 ///
 /// # Errors
 /// 71, whatever the system refuses: the command is not to blame.
-pub fn holding(body: Vec<u8>) -> Result<OwnedFd, Failure> {
+pub fn stdin_with(body: Vec<u8>) -> Result<OwnedFd, Failure> {
     let size = body.len();
     let hold = || -> io::Result<OwnedFd> {
         if size <= PIPE_MAX
@@ -49,21 +48,21 @@ pub fn holding(body: Vec<u8>) -> Result<OwnedFd, Failure> {
     })
 }
 
-/// A pipe that holds all of the body; `None` if the system doesn't give it so much room.
+/// A pipe that contains the whole body. `None` if the system doesn't give it enough room.
 fn pipe(body: &[u8]) -> io::Result<Option<PipeReader>> {
     let (reader, mut writer) = io::pipe()?;
     let size = libc::c_int::try_from(body.len()).unwrap_or(libc::c_int::MAX);
     if size > fcntl(&writer, FcntlArg::F_GETPIPE_SZ)? {
-        // It is refused if the user's pipes have more than fs.pipe-user-pages-soft in all; a new pipe has two pages then.
+        // Refused if the user's pipes together exceed fs.pipe-user-pages-soft; a new pipe then has two pages.
         let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(size));
     }
-    // The write tells whether there is room, instead of waiting for a reader that isn't there yet.
+    // So that a write without enough room returns instead of waiting for a reader.
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok((writer.write(body)? == body.len()).then_some(reader))
 }
 
 fn file_in_memory() -> io::Result<File> {
-    // Administrators may forbid files that could be executed (vm.memfd_noexec); Linux knows the flag since 6.3.
+    // vm.memfd_noexec may forbid executable ones. Linux has this flag since 6.3.
     let sealed = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL) | MFdFlags::MFD_CLOEXEC;
     let file = match memfd_create(c"message", sealed) {
         Err(Errno::EINVAL) => memfd_create(c"message", MFdFlags::MFD_CLOEXEC),
@@ -72,7 +71,7 @@ fn file_in_memory() -> io::Result<File> {
     Ok(file.into())
 }
 
-/// A temporary file that is deleted already, for a system that refuses files in memory: a seccomp profile may.
+/// A deleted temporary file, if the system refuses files in memory, as a seccomp profile may.
 fn temporary_file(refusal: &io::Error) -> io::Result<File> {
     let folder = std::env::temp_dir();
     let file = tempfile::tempfile_in(&folder).map_err(|error| {
@@ -80,16 +79,15 @@ fn temporary_file(refusal: &io::Error) -> io::Result<File> {
         let text = format!("memfd_create: {refusal}; a temporary file in {folder}: {error}");
         io::Error::other(format!("{text}; set TMPDIR to a folder that can be written to"))
     })?;
-    tracing::debug!(
-        "memfd_create is refused ({refusal}): the message is in a temporary file, which is deleted already"
-    );
+    tracing::debug!("memfd_create is refused ({refusal}): using a deleted temporary file for the message");
     Ok(file)
 }
 
 fn fill(file: &File, mut body: Vec<u8>) -> io::Result<()> {
     while !body.is_empty() {
-        // The last piece first, as a vector gives back its end; and the command begins to read where nobody has written yet.
-        let start = body.len().saturating_sub(PIECE);
+        // The last chunk first, as a vector can only shrink at its end. The file's offset stays 0, where the command
+        // begins to read.
+        let start = body.len().saturating_sub(CHUNK);
         file.write_all_at(&body[start..], start as u64)?;
         body.truncate(start);
         body.shrink_to_fit();
@@ -105,9 +103,9 @@ mod tests {
     #[test]
     fn all_of_the_body_is_there_before_anybody_reads() {
         for size in [0, 1, 65_536, 65_537, PIPE_MAX, PIPE_MAX + 1, 5_000_000] {
-            // Its pieces differ, so that one in another's place is noticed.
+            // Its chunks differ, so that a misplaced one is noticed.
             let body: Vec<u8> = (0..size).map(|n| (n % 65_521) as u8).collect();
-            let mut input = File::from(holding(body.clone()).unwrap());
+            let mut input = File::from(stdin_with(body.clone()).unwrap());
             let mut read = Vec::new();
             input.read_to_end(&mut read).unwrap();
             assert!(read == body, "{size}");

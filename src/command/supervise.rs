@@ -1,4 +1,4 @@
-//! Waits for the command's end, passes signals on, and asks it to stop when it has to: TERM, then KILL.
+//! Waits for the command's end, forwards signals, and stops the command if need be: SIGTERM, then SIGKILL.
 
 use crate::{
     clock::{duration, duration_above_zero, sleep_until_or_never},
@@ -14,40 +14,39 @@ use std::{
 };
 use tokio::time::{Instant, sleep_until, timeout};
 
-/// How soon what is killed is looked at again: a process may have forked in between.
+/// How soon to look for survivors after a SIGKILL: a process may have forked just before.
 const KILL_AGAIN: Duration = Duration::from_millis(5);
 
-/// How long a killed process is waited for, which a device or a network file system may hold up.
+/// How long to wait for killed processes: a device or a network file system may hold them up.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whom a signal is for.
+/// The processes that a signal is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// The command and what it started, as far as that is still in its group.
+    /// The command's process group.
     Group,
-    /// The command alone.
+    /// The command's own process.
     Leader,
-    /// Everything that the command has started, whatever group or session it is in.
-    Left,
+    /// Everything that the command has started, in any group and session.
+    Descendants,
 }
 
 /// A process to supervise.
 pub trait Process {
-    /// Waits for its end. Dropping the future loses nothing.
+    /// Waits until it ends. Dropping the future loses nothing.
     fn ended(&mut self) -> impl Future<Output = Ended>;
-    /// Whether it is in our own process group, so that it has seen what a terminal has sent to us.
+    /// Whether it is in our own process group, and so gets the signals that a terminal sends us.
     fn shares_group(&self) -> bool;
-    /// Sends a signal.
     fn signal(&self, target: Target, signal: Signal);
-    /// How many processes it has left behind. Where they fork and exit faster than they are counted, it may be none.
-    fn left(&self) -> usize;
-    /// Kills what it has left behind; `false` when there was nobody, or nobody that may be killed.
-    fn kill_left(&self) -> bool;
-    /// Waits, once it has ended, until nothing is left that it has started.
-    fn none_left(&mut self) -> impl Future<Output = ()>;
+    /// Counts the processes that it has left behind. It may miss some that fork and exit faster than it counts.
+    fn count_descendants(&self) -> usize;
+    /// Kills what it has left behind. `false` if there is nothing, or nothing that we may kill.
+    fn kill_descendants(&self) -> bool;
+    /// Waits, after its own end, until everything that it has started has ended.
+    fn descendants_ended(&mut self) -> impl Future<Output = ()>;
 }
 
-/// What becomes of the command when its delivery is lost.
+/// What to do with the command when its delivery is lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnLost {
     /// send SIGTERM, and SIGKILL after --kill-after
@@ -57,25 +56,25 @@ pub enum OnLost {
     Finish,
 }
 
-/// How long the command may take.
+/// The time limits of the command.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Running")]
 pub struct Limits {
     /// Stop the command after this time
     ///
-    /// Send SIGTERM, and SIGKILL after --kill-after. The message is treated as after a failure, and the exit status is 124.
+    /// Send SIGTERM, then SIGKILL after --kill-after. This counts as a failure, and the exit status is 124.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_TIMEOUT", value_parser = duration_above_zero)]
     pub timeout: Option<Duration>,
 
     /// Send SIGKILL this long after qconsume's own SIGTERM
     ///
-    /// qconsume sends SIGTERM after --timeout, and when the delivery is lost. Processes that a successful command has left behind may run this long, too. For forwarded signals see --grace.
+    /// qconsume sends SIGTERM after --timeout and when the delivery is lost. Processes left behind by a successful command also have this time before SIGKILL. For forwarded signals, see --grace.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_KILL_AFTER", default_value = "10s", value_parser = duration)]
     pub kill_after: Duration,
 
     /// Send SIGKILL this long after a forwarded signal
     ///
-    /// Without this option qconsume sends no SIGKILL; Kubernetes does, after terminationGracePeriodSeconds.
+    /// Without this option, qconsume sends no SIGKILL. Kubernetes does after terminationGracePeriodSeconds.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_GRACE", value_parser = duration)]
     pub grace: Option<Duration>,
 
@@ -86,37 +85,26 @@ pub struct Limits {
     pub on_lost: OnLost,
 }
 
-/// How supervision ended.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Supervised<L> {
-    /// How the command ended.
-    pub ended: Ended,
-    /// The first of a signal and the time limit, if there was one.
-    pub stop: Option<StopReason>,
-    /// Why the delivery was lost, if it was.
-    pub lost: Option<L>,
-}
-
-/// Supervises `process` until it has ended, and what it has started, too.
+/// Supervises `process` until it and everything that it has started have ended. `lost_future` ends when the delivery is lost.
 ///
-/// Signals, the loss of the delivery and, through tokio's clock, the time are values from outside.
+/// Returns how it ended, what asked it to stop first, and why the delivery was lost.
 pub async fn supervise<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
     signals: &mut Signals,
-    lost: impl Future<Output = L>,
-) -> Supervised<L> {
-    let mut lost_future = pin!(lost);
+    lost_future: impl Future<Output = L>,
+) -> (Ended, Option<StopReason>, Option<L>) {
+    let mut lost_future = pin!(lost_future);
     let mut lost = None;
     let mut stop = None;
     let mut time_limit = limits.timeout.map(|timeout| Instant::now() + timeout);
-    // When it is killed, and the option that says so.
+    // When to send SIGKILL, and the option that says so.
     let mut kill_at: Option<(Instant, &'static str)> = None;
-    let mut told: Option<Reminder> = None;
+    let mut stop_reminder: Option<Reminder> = None;
 
     let ended = loop {
         tokio::select! {
-            // Lost beats everything.
+            // The loss of the delivery beats everything, so it is checked first.
             biased;
             why = &mut lost_future, if lost.is_none() => {
                 let then = match limits.on_lost {
@@ -126,25 +114,24 @@ pub async fn supervise<L: std::fmt::Display>(
                 tracing::warn!("delivery lost while the command runs: {why}; {then}");
                 if limits.on_lost == OnLost::Terminate {
                     terminate(process, Target::Group, Signal::SIGTERM);
-                    told.get_or_insert_default();
+                    stop_reminder.get_or_insert_default();
                     kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
                 }
                 lost = Some(why);
             }
             Received { signal, from_terminal } = signals.recv() => {
-                // It went to the terminal's whole foreground group.
-                let has_it = from_terminal && process.shares_group();
+                let already_received = from_terminal && process.shares_group();
                 if is_stop(signal) {
-                    if !has_it {
+                    if !already_received {
                         tracing::debug!("forwarding {signal} to the command's process group");
                         terminate(process, Target::Group, signal);
                     }
-                    told.get_or_insert_default();
+                    stop_reminder.get_or_insert_default();
                     stop.get_or_insert(StopReason::Signal(signal as i32));
                     if let Some(grace) = limits.grace {
                         kill_at = sooner(kill_at, grace, "--grace");
                     }
-                } else if !has_it {
+                } else if !already_received {
                     process.signal(Target::Leader, signal);
                 }
             }
@@ -154,17 +141,17 @@ pub async fn supervise<L: std::fmt::Display>(
                 tracing::warn!("the command did not exit within {option}: sending SIGKILL to its process group");
                 process.signal(Target::Group, Signal::SIGKILL);
                 kill_at = None;
-                told = None;
+                stop_reminder = None;
             }
             () = sleep_until_or_never(time_limit) => {
                 tracing::warn!("--timeout reached: sending SIGTERM to the command");
                 terminate(process, Target::Group, Signal::SIGTERM);
-                told.get_or_insert_default();
+                stop_reminder.get_or_insert_default();
                 kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
                 time_limit = None;
                 stop.get_or_insert(StopReason::TimeLimit);
             }
-            since = due(&mut told) => {
+            since = due(&mut stop_reminder) => {
                 let then = match (kill_at, time_limit) {
                     (Some((at, _)), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
                     (None, Some(at)) => format!("its time limit is in {}", HumanDuration(at - Instant::now())),
@@ -175,69 +162,69 @@ pub async fn supervise<L: std::fmt::Display>(
         }
     };
     if ended != Ended::Exited(0) {
-        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction.
+        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction,
+        // too.
         stop = stop.or(signals.stopped_by().map(|signal| StopReason::Signal(signal as i32)));
     }
-    let mut outcome = Supervised { ended, stop, lost };
-    let failed = ended != Ended::Exited(0) || outcome.stop == Some(StopReason::TimeLimit);
-    if !failed && !stops_on_loss(&outcome, limits) {
-        // The command has kept its time limit, but what it has left gets no more time than that.
+    let succeeded = ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit);
+    if succeeded && (lost.is_none() || limits.on_lost == OnLost::Finish) {
+        // Processes it left behind share the command's time limit.
         let time_limit = time_limit.map(|at| (at, "--timeout"));
-        let end = (Instant::now() + limits.kill_after, "--kill-after");
-        let bounds = [kill_at, time_limit].into_iter().flatten();
-        let end = bounds.fold(end, Ord::min);
-        let_finish(process, limits, signals, lost_future, end, &mut outcome).await;
+        let deadline = (Instant::now() + limits.kill_after, "--kill-after");
+        let deadline = [kill_at, time_limit].into_iter().flatten().fold(deadline, Ord::min);
+        let_finish(process, limits, signals, lost_future, deadline, (&mut stop, &mut lost)).await;
     }
-    kill_left(process).await;
-    outcome
+    kill_all_descendants(process).await;
+    (ended, stop, lost)
 }
 
-fn stops_on_loss<L>(outcome: &Supervised<L>, limits: &Limits) -> bool {
-    outcome.lost.is_some() && limits.on_lost == OnLost::Terminate
-}
-
-/// Lets what a successful command has left behind finish, until `end` at most, which an option has set.
+/// Lets processes that a successful command left behind finish, until the deadline, which comes with the option that
+/// set it.
 ///
-/// The command's success stands: neither the time nor a signal changes it any more, only the loss of the delivery.
+/// The command stays successful, unless the delivery is lost: the time limit and signals no longer change that.
 async fn let_finish<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
     signals: &mut Signals,
-    mut lost: Pin<&mut impl Future<Output = L>>,
-    mut end: (Instant, &'static str),
-    outcome: &mut Supervised<L>,
+    mut lost_future: Pin<&mut impl Future<Output = L>>,
+    mut deadline: (Instant, &'static str),
+    (stop, lost): (&mut Option<StopReason>, &mut Option<L>),
 ) {
     let started = Instant::now();
     loop {
         tokio::select! {
             biased;
-            why = &mut lost, if outcome.lost.is_none() => {
+            why = &mut lost_future, if lost.is_none() => {
                 tracing::warn!("delivery lost while processes of the command still ran: {why}");
-                outcome.lost = Some(why);
-                if stops_on_loss(outcome, limits) {
+                *lost = Some(why);
+                if limits.on_lost == OnLost::Terminate {
                     return;
                 }
             }
-            () = process.none_left() => return,
+            () = process.descendants_ended() => return,
             Received { signal, from_terminal } = signals.recv() => {
                 if !is_stop(signal) {
                     continue;
                 }
                 if !(from_terminal && process.shares_group()) {
-                    tracing::debug!("forwarding {signal} to what the command has left behind");
-                    terminate(process, Target::Left, signal);
+                    tracing::debug!("forwarding {signal} to the processes that the command left behind");
+                    terminate(process, Target::Descendants, signal);
                 }
-                outcome.stop.get_or_insert(StopReason::Signal(signal as i32));
+                stop.get_or_insert(StopReason::Signal(signal as i32));
                 if let Some(grace) = limits.grace {
-                    end = end.min((Instant::now() + grace, "--grace"));
+                    deadline = deadline.min((Instant::now() + grace, "--grace"));
                 }
             }
-            () = sleep_until(end.0) => {
+            () = sleep_until(deadline.0) => {
                 tracing::warn!(
-                    "{} left by the command still there {} after it succeeded ({}): sending SIGKILL",
-                    counted(process.left() as u64, "process", "processes"),
+                    "{} still running {} after it succeeded ({}): sending SIGKILL",
+                    counted(
+                        process.count_descendants() as u64,
+                        "process left by the command is",
+                        "processes left by the command are"
+                    ),
                     HumanDuration(started.elapsed()),
-                    end.1
+                    deadline.1
                 );
                 return;
             }
@@ -245,24 +232,28 @@ async fn let_finish<L: std::fmt::Display>(
     }
 }
 
-/// Kills whatever is left, again and again, so that one that forks meanwhile doesn't escape.
-async fn kill_left(process: &mut impl Process) {
+/// Kills everything that the command left behind. It repeats that, as a process may have forked just before.
+async fn kill_all_descendants(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
-    // Asks for an end first: mostly nothing is left, and nothing is waited for.
+    // Usually everything has ended already, so nothing needs to wait.
     let mut wait = Duration::ZERO;
-    while timeout(wait, process.none_left()).await.is_err() {
+    while timeout(wait, process.descendants_ended()).await.is_err() {
         wait = KILL_AGAIN;
-        if !process.kill_left() {
+        if !process.kill_descendants() {
             return;
         }
         if Instant::now() >= deadline {
-            tracing::warn!("{} of the command's processes are still there after a SIGKILL", process.left());
+            tracing::warn!(
+                "{} of the command's processes are still there after a SIGKILL",
+                process.count_descendants()
+            );
             return;
         }
     }
 }
 
-/// A stopped process sees no signal before it goes on, so it is told to, as timeout(1) does.
+/// Sends the signal, then SIGCONT as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after
+/// that.
 fn terminate(process: &impl Process, target: Target, signal: Signal) {
     process.signal(target, signal);
     process.signal(target, Signal::SIGCONT);
@@ -277,9 +268,8 @@ fn sooner(
     Some(planned.map_or(new, |planned| planned.min(new)))
 }
 
-/// Waits until it is time to mention that the command hasn't stopped, if it was told to.
-async fn due(told: &mut Option<Reminder>) -> Duration {
-    match told {
+async fn due(stop_reminder: &mut Option<Reminder>) -> Duration {
+    match stop_reminder {
         Some(reminder) => reminder.due().await,
         None => std::future::pending().await,
     }

@@ -1,13 +1,13 @@
-//! How far a run is: on a terminal one line that is written again each second, elsewhere a log line now and then.
+//! How far a run is: on a terminal one line that is rewritten each second, elsewhere a log line now and then.
 
 use crate::{
-    broker::Tally,
+    broker::Confirms,
     report::{HumanDuration, Reminder, counted, show_progress},
 };
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// How often the terminal's line is written again.
+/// How often the terminal's line is rewritten.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// How much there is to publish.
@@ -19,8 +19,10 @@ pub(super) enum Total {
 
 pub(super) struct Progress {
     on_terminal: bool,
-    /// `None` if it isn't known before the end.
+    /// `None` if it is known only at the end.
     total: Option<Total>,
+    started: Instant,
+    /// When the next log line is due.
     reminder: Reminder,
     /// When the terminal's line was last written, and how many messages were confirmed then.
     last: (Instant, u64),
@@ -28,29 +30,30 @@ pub(super) struct Progress {
 
 impl Progress {
     pub(super) fn new(on_terminal: bool, total: Option<Total>) -> Self {
-        Self { on_terminal, total, reminder: Reminder::default(), last: (Instant::now(), 0) }
+        let now = Instant::now();
+        Self { on_terminal, total, started: now, reminder: Reminder::default(), last: (now, 0) }
     }
 
-    /// Waits until it is time to say it.
-    pub(super) async fn due(&mut self) -> Duration {
-        if !self.on_terminal {
-            return self.reminder.due().await;
-        }
-        sleep_until(self.last.0 + INTERVAL).await;
-        self.last.0.elapsed()
-    }
-
-    /// Says how many messages are confirmed after this time: since the start in the log, since the last line on a terminal.
-    pub(super) fn say(&mut self, after: Duration, tally: &Tally) {
-        let confirmed = tally.confirmed();
+    /// Waits until the next report is due.
+    pub(super) async fn due(&mut self) {
         if self.on_terminal {
-            let rate = confirmed.saturating_sub(self.last.1) as f64 / after.as_secs_f64();
-            // Each line of the input has a separator, too.
-            show_progress(&line(confirmed, rate as u64, tally.bytes + tally.answered, self.total));
+            sleep_until(self.last.0 + INTERVAL).await;
+        } else {
+            self.reminder.due().await;
+        }
+    }
+
+    /// Reports how many messages are confirmed.
+    pub(super) fn show(&mut self, confirms: &Confirms) {
+        let confirmed = confirms.confirmed();
+        if self.on_terminal {
+            let rate = confirmed.saturating_sub(self.last.1) as f64 / self.last.0.elapsed().as_secs_f64();
+            // One more byte for each line's newline.
+            show_progress(&line(confirmed, rate as u64, confirms.bytes + confirms.received, self.total));
             self.last = (Instant::now(), confirmed);
         } else {
-            let (after, confirmed) = (HumanDuration(after), counted(confirmed, "message", "messages"));
-            tracing::info!("still publishing, for {after} now: {confirmed} confirmed");
+            let (time, messages) = (HumanDuration(self.started.elapsed()), counted(confirmed, "message", "messages"));
+            tracing::info!("still publishing, for {time} now: {messages} confirmed");
         }
     }
 }

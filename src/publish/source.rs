@@ -1,74 +1,122 @@
-//! Where messages come from: read on a thread of its own, no further ahead than the window lets it.
+//! Where messages come from.
 
 use super::progress::Total;
-use crate::{
-    broker::Messages,
-    exit::{Exit, Failure},
-};
+use crate::exit::{Exit, Failure};
+use clap::Args;
 use nix::unistd::{AccessFlags, access};
 use std::{
     ffi::OsString,
-    fmt,
     fs::{File, Metadata},
     io::{self, BufRead, BufReader, IsTerminal, Read, Seek},
-    iter, mem,
+    iter,
+    mem::take,
     os::{fd::AsFd, unix::ffi::OsStringExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
 use tokio::{
     runtime::Handle,
-    sync::{Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
 };
 
-/// How much may be read and not confirmed, in KiB: enough to keep a broker busy over a slow network, and little
-/// enough for a small pod. A message that is larger than that goes alone.
-const WINDOW: u32 = 16 * 1024;
+/// How much may be read and not confirmed, in bytes: enough to keep a broker busy over a slow network, and little
+/// enough for a small pod. A larger message goes alone.
+const WINDOW: usize = 16 << 20;
 
-/// What a message counts beside its size, in KiB: at most 2,048 are in flight.
-const BESIDE: u32 = 8;
+/// What a message takes of the window at least, in bytes: at most 2,048 messages are in flight.
+const MESSAGE_MIN: usize = 8 << 10;
 
-/// Largest message that any RabbitMQ can be made to take, in bytes. What is longer isn't read to its end.
+/// Largest message that any RabbitMQ can be configured to accept, in bytes. A longer one isn't read to its end.
 const LARGEST: u64 = if cfg!(fuzzing) { 1 << 10 } else { 512 << 20 };
 
 /// U+FEFF in UTF-8: some editors begin a file with it.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
+/// What to publish. At most one of these is given.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+#[command(next_help_heading = "Messages")]
+pub(super) struct Input {
+    /// Bodies, one for each message
+    #[arg(hide_short_help = true, value_name = "MESSAGE")]
+    messages: Vec<OsString>,
+
+    /// Publish this text, which may be empty or begin with a dash
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    body: Option<OsString>,
+
+    /// Publish one message for each file; - is standard input
+    #[arg(short, long, value_name = "FILE", num_args = 1..)]
+    file: Vec<PathBuf>,
+
+    /// Publish one message for each line of standard input
+    ///
+    /// Each line is published at once, and without its newline, which amqp-publish keeps. An empty line is an empty
+    /// message.
+    #[arg(short, long, visible_alias = "line-buffered")]
+    lines: bool,
+
+    /// Publish one message for each part that ends with NUL
+    ///
+    /// find -print0 writes such parts to standard input.
+    #[arg(short = '0', long)]
+    null: bool,
+}
+
+impl Input {
+    /// The source that was asked for. Without an option or a message that is standard input, or nothing if a queue is
+    /// declared.
+    ///
+    /// # Errors
+    /// If a file can't be read.
+    pub(super) fn take_source(&mut self, declares: bool) -> Result<Source, Failure> {
+        Ok(if self.lines || self.null {
+            Source::Records(if self.lines { b'\n' } else { 0 })
+        } else if let Some(body) = self.body.take() {
+            Source::Arguments(vec![body])
+        } else if self.file == [Path::new("-")] {
+            Source::Input
+        } else if !self.file.is_empty() {
+            let mut files = take(&mut self.file);
+            for file in &mut files {
+                if file.as_os_str() == "-" {
+                    *file = "/dev/stdin".into();
+                }
+                let readable = if file.is_dir() {
+                    Err(io::ErrorKind::IsADirectory.into())
+                } else {
+                    access(file, AccessFlags::R_OK).map_err(io::Error::from)
+                };
+                readable.map_err(|error| cannot_read(&format!("{file:?}"), &error))?;
+            }
+            Source::Files(files)
+        } else if !self.messages.is_empty() || declares {
+            Source::Arguments(take(&mut self.messages))
+        } else {
+            Source::Input
+        })
+    }
+}
+
+/// A body, and its permit to be in the window, which is given back once the message is confirmed.
+type BodyWithPermit = (Vec<u8>, OwnedSemaphorePermit);
+
 /// Where messages come from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Source {
-    /// Each is a message.
+    /// One message for each argument.
     Arguments(Vec<OsString>),
-    /// Each is a message.
+    /// One message for each file.
     Files(Vec<PathBuf>),
-    /// All of standard input is one.
+    /// All of standard input is one message.
     Input,
-    /// What is between these bytes on standard input.
+    /// One message for each part of standard input that ends with this byte.
     Records(u8),
 }
 
 impl Source {
-    /// These files, of which `-` is standard input.
-    ///
-    /// # Errors
-    /// When one can't be read.
-    pub(super) fn files(mut files: Vec<PathBuf>) -> Result<Self, Failure> {
-        for file in &mut files {
-            if file.as_os_str() == "-" {
-                *file = "/dev/stdin".into();
-            }
-            let readable = if file.is_dir() {
-                Err(io::ErrorKind::IsADirectory.into())
-            } else {
-                access(file, AccessFlags::R_OK).map_err(io::Error::from)
-            };
-            readable.map_err(|error| unreadable(format!("{file:?}"), &error))?;
-        }
-        Ok(Self::Files(files))
-    }
-
-    /// What people call a message, counted from 1.
+    /// How log lines name a message, counted from 1.
     pub(super) fn name(&self, message: u64) -> String {
         match self {
             Self::Files(files) if message <= files.len() as u64 => format!("file {:?}", files[message as usize - 1]),
@@ -78,7 +126,8 @@ impl Source {
         }
     }
 
-    /// How much there is to publish, if that is known: of standard input the rest of a regular file. Before it is read.
+    /// How much there is to publish: for records what is left of standard input, if that is a regular file. Call it
+    /// before [`Self::start`].
     pub(super) fn total(&self) -> Option<Total> {
         let messages = match self {
             Self::Arguments(arguments) => arguments.len(),
@@ -98,58 +147,56 @@ impl Source {
         matches!(self, Self::Input | Self::Records(_)) && io::stdin().is_terminal()
     }
 
-    /// Begins to read.
-    pub(super) fn start(self: Arc<Self>) -> io::Result<Messages> {
-        // The window is what bounds it.
-        let (sender, messages) = mpsc::channel(1024);
-        let window = Arc::new(Semaphore::new(WINDOW as usize));
-        let runtime = Handle::current();
+    /// Starts to read, on a thread. An error is the last item.
+    pub(super) fn start(&self) -> io::Result<mpsc::Receiver<Result<BodyWithPermit, Failure>>> {
+        // The window limits what is read, not this capacity.
+        let (sender, receiver) = mpsc::channel(1024);
+        let window = Arc::new(Semaphore::new(WINDOW));
+        let (source, runtime) = (self.clone(), Handle::current());
         let read = move || {
-            for body in self.bodies() {
-                let message = body.map(|body| {
-                    let size = u32::try_from(body.len() / 1024).unwrap_or(WINDOW);
-                    let size = size.saturating_add(BESIDE).min(WINDOW);
-                    let share = runtime.block_on(Arc::clone(&window).acquire_many_owned(size));
-                    (body, share.expect("nobody closes the window"))
-                });
+            for (index, body) in source.bodies().enumerate() {
+                let message = match (body, &source) {
+                    (Ok(body), _) => {
+                        let size = body.len().clamp(MESSAGE_MIN, WINDOW) as u32;
+                        let permit = runtime.block_on(Arc::clone(&window).acquire_many_owned(size));
+                        Ok((body, permit.expect("nobody closes the window")))
+                    }
+                    (Err(error), Self::Files(files)) => Err(cannot_read(&format!("{:?}", files[index]), &error)),
+                    (Err(error), _) => Err(cannot_read("standard input", &error)),
+                };
                 let failed = message.is_err();
                 if sender.blocking_send(message).is_err() || failed {
-                    // Nobody wants any more, or there is none.
                     return;
                 }
             }
         };
         thread::Builder::new().name("reader".to_owned()).spawn(read)?;
-        Ok(messages)
+        Ok(receiver)
     }
 
-    fn bodies(&self) -> Box<dyn Iterator<Item = Result<Vec<u8>, Failure>> + '_> {
-        let no_input = |error: io::Error| unreadable("standard input", &error);
+    fn bodies(&self) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + '_> {
         match self {
             Self::Arguments(arguments) => Box::new(arguments.iter().map(|argument| Ok(argument.clone().into_vec()))),
-            Self::Files(files) => Box::new(files.iter().map(|path| {
-                let body = File::open(path).and_then(whole);
-                body.map_err(|error| unreadable(format!("{path:?}"), &error))
-            })),
-            Self::Input => Box::new(iter::once_with(move || {
+            Self::Files(files) => Box::new(files.iter().map(|path| whole(File::open(path)?))),
+            Self::Input => Box::new(iter::once_with(|| {
                 if self.is_typed() {
                     tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
                 }
-                let body = standard_input().and_then(whole).map_err(no_input)?;
+                let body = whole(standard_input()?)?;
                 if body.is_empty() {
                     tracing::warn!("standard input is empty: publishing one empty message");
                 }
                 Ok(body)
             })),
             Self::Records(separator) => match standard_input() {
-                Err(error) => Box::new(iter::once(Err(no_input(error)))),
-                Ok(input) => Box::new(records(input, *separator).map(move |body| body.map_err(no_input))),
+                Err(error) => Box::new(iter::once(Err(error))),
+                Ok(input) => Box::new(records(input, *separator)),
             },
         }
     }
 }
 
-/// Standard input without a buffer of the library's, and with the errors that it hides.
+/// Standard input as a file: std's own buffers it, and hides that it is closed.
 fn standard_input() -> io::Result<File> {
     Ok(io::stdin().as_fd().try_clone_to_owned()?.into())
 }
@@ -161,7 +208,7 @@ fn whole(file: File) -> io::Result<Vec<u8>> {
     checked(body)
 }
 
-/// What is before each separator; the last record needs none. A byte order mark before the first line is left out.
+/// The parts that end with `separator`; the last one needs none. A byte order mark before the first line is left out.
 pub fn records(input: impl Read, separator: u8) -> impl Iterator<Item = io::Result<Vec<u8>>> {
     let mut input = BufReader::with_capacity(64 * 1024, input);
     let mut is_first_line = separator == b'\n';
@@ -172,7 +219,7 @@ pub fn records(input: impl Read, separator: u8) -> impl Iterator<Item = io::Resu
             Ok(_) => record.pop_if(|last| *last == separator),
             Err(error) => return Some(Err(error)),
         };
-        if mem::take(&mut is_first_line) && record.starts_with(BYTE_ORDER_MARK) {
+        if take(&mut is_first_line) && record.starts_with(BYTE_ORDER_MARK) {
             tracing::warn!("standard input begins with a byte order mark: left out of the first message");
             record.drain(..BYTE_ORDER_MARK.len());
         }
@@ -188,7 +235,7 @@ fn checked(body: Vec<u8>) -> io::Result<Vec<u8>> {
     Ok(body)
 }
 
-fn unreadable(what: impl fmt::Display, error: &io::Error) -> Failure {
+fn cannot_read(what: &str, error: &io::Error) -> Failure {
     Failure::new(Exit::Empty, format!("{what} can't be read: {error}"))
 }
 

@@ -1,10 +1,14 @@
 //! Log lines on standard error, as text or JSON.
 
-use super::{counted, program, writer::Writer};
+use super::{
+    counted,
+    writer::{FINISH_TIMEOUT, Writer, write_when_ready},
+};
+use crate::program::Program;
 use serde_json::{Map, Value};
 use std::{
     fmt::{self, Write as _},
-    io::{self, IsTerminal, Stderr},
+    io::{self, Cursor, IsTerminal, Stderr, Write as _},
     sync::{
         OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -28,12 +32,11 @@ pub enum LogFormat {
     Json,
 }
 
-/// What the names of fields begin with that only JSON has.
+/// Names of fields with this prefix are shown in JSON only, without the prefix.
 const JSON_ONLY: &str = "json.";
 
 static WRITER: OnceLock<Writer<Stderr>> = OnceLock::new();
 
-/// Starts to write lines of this level and the more important ones.
 pub(super) fn start(level: Level, format: LogFormat) {
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
     let lines = Lines { format, colour };
@@ -45,33 +48,50 @@ pub(super) fn start(level: Level, format: LogFormat) {
     let _ = tracing::subscriber::set_global_default(Events { level, write });
 }
 
-/// Takes away what the terminal's last line shows.
 const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// Whether the terminal's last line is one of [`show_progress`].
+/// Whether the terminal's last line was written by [`show_progress`].
 static SHOWS_PROGRESS: AtomicBool = AtomicBool::new(false);
 
-/// Shows how far a run is, for people at a terminal only: in place of the last such line, until a log line takes its place.
+/// Shows on a terminal how far a run is. The next such line or log line takes its place.
 pub fn show_progress(text: &str) {
     if let Some(writer) = WRITER.get() {
         SHOWS_PROGRESS.store(true, Relaxed);
-        writer.write(format!("{CLEAR_LINE}{}: {text}", program()));
+        writer.write(format!("{CLEAR_LINE}{}: {text}", Program::current().name()));
     }
 }
 
-/// Waits for the last lines to be written, for a second at most.
 pub(super) fn finish() {
     if let Some(writer) = WRITER.get() {
         writer.finish();
     }
 }
 
-/// What the broker, the message or an option says mustn't pass for a line of ours.
+/// Logs an error without allocating memory. It overtakes lines that wait, and waits a second at most for a reader. The
+/// text must need no escaping in JSON.
+pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8) {
+    let mut line = Cursor::new([0; 512]);
+    let source = Program::current().name();
+    let _ = match WRITER.get().map(|writer| writer.lines.format) {
+        Some(LogFormat::Json) => {
+            let time = humantime::format_rfc3339_millis(SystemTime::now());
+            writeln!(
+                line,
+                r#"{{"time":"{time}","level":"error","message":"{text}","status":{status},"source":"{source}"}}"#
+            )
+        }
+        _ => writeln!(line, "{source}: error: {text} status={status} source={source:?}"),
+    };
+    let length = line.position() as usize;
+    let _ = write_when_ready(&io::stderr(), &line.get_ref()[..length], FINISH_TIMEOUT);
+}
+
+/// Replaces control characters, so that text from outside can't pass for a line of ours.
 pub(super) fn one_line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
 }
 
-/// Hands qconsume's own events of this level and the more important ones to `write`.
+/// Hands our own events of this level and above to `write`.
 pub(super) struct Events<W> {
     pub(super) level: Level,
     pub(super) write: W,
@@ -79,7 +99,7 @@ pub(super) struct Events<W> {
 
 impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Not lapin's: they include frames, and one of those carries the password.
+        // Not lapin's: they show frames, and one of those contains the password.
         *metadata.level() <= self.level && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
     }
 
@@ -93,7 +113,7 @@ impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
         (self.write)(*event.metadata().level(), line);
     }
 
-    // qconsume opens no spans, and lapin's are not enabled.
+    // We open no spans, and lapin's are not enabled.
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
     }
@@ -118,15 +138,15 @@ impl Lines {
         text + "\n"
     }
 
-    /// The line in the place of those that were dropped.
+    /// The line that takes the place of dropped ones.
     pub(super) fn about_dropped(&self, dropped: u64) -> String {
         let lines = counted(dropped, "line was", "lines were");
         let message = format!("{lines} dropped here: nobody was reading standard error");
         self.render(Level::WARN, Line { message, ..Line::default() })
     }
 
-    /// `qconsume: what happened key=value …`, the level named where it is more than information. Without the fields for JSON
-    /// only: what they have is in the message, or in an earlier line.
+    /// `qconsume: what happened key=value …`, with the level if it is a warning or an error. Text doesn't need the
+    /// fields that only JSON has: the message or an earlier line says the same.
     fn text(&self, level: Level, line: Line) -> String {
         let name = match (level, self.colour) {
             (Level::ERROR, false) => "error: ",
@@ -135,7 +155,7 @@ impl Lines {
             (Level::WARN, true) => "\x1b[33mwarning: \x1b[0m",
             _ => "",
         };
-        let mut text = format!("{}: {name}{}", program(), one_line(&line.message));
+        let mut text = format!("{}: {name}{}", Program::current().name(), one_line(&line.message));
         for (name, value) in line.fields.into_iter().filter(|(name, _)| !name.starts_with(JSON_ONLY)) {
             let _ = write!(text, " {name}={}", one_line(&value.to_string()));
         }
@@ -143,7 +163,6 @@ impl Lines {
     }
 }
 
-/// One object a line: `time`, `level`, `message`, and the fields that apply.
 fn json(level: Level, line: Line) -> String {
     let mut object = Map::new();
     let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
@@ -155,7 +174,7 @@ fn json(level: Level, line: Line) -> String {
     object.extend(fields);
     let mut text = String::new();
     for c in Value::Object(object).to_string().chars() {
-        // serde_json leaves DEL and Unicode's 32 control characters as they are; terminals obey some of them.
+        // serde_json escapes neither DEL nor U+0080 to U+009F; terminals obey some of them.
         if c.is_control() {
             let _ = write!(text, "\\u{:04x}", u32::from(c));
         } else {
@@ -165,7 +184,7 @@ fn json(level: Level, line: Line) -> String {
     text
 }
 
-/// What an error line with this message and message id looks like, as text and as JSON.
+/// An error line with this message and message id, as text and as JSON.
 #[cfg(any(test, fuzzing))]
 pub fn log_lines(message: &str, id: &str) -> (String, String) {
     let line = || Line { message: message.to_owned(), fields: vec![("id", id.into())] };

@@ -1,9 +1,9 @@
-//! Words for what takes long: how long it has taken, said at growing intervals.
+//! Log lines about what takes long, at growing intervals.
 
 use std::{fmt, future::Future, pin::pin, time::Duration};
 use tokio::time::Instant;
 
-/// A length of time for people, rounded: `250ms`, `1s 300ms`, `1m 30s`.
+/// A duration, rounded for people: `250ms`, `1s 300ms`, `1m 30s`.
 #[derive(Clone, Copy, Debug)]
 pub struct HumanDuration(pub Duration);
 
@@ -20,15 +20,15 @@ impl fmt::Display for HumanDuration {
     }
 }
 
-/// So many of these.
+/// `1 message`, `2 messages`.
 pub fn counted(number: u64, one: &str, several: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { several })
 }
 
-/// The first interval between two reminders; it doubles.
+/// The first interval between two reminders. Each one is twice as long as the one before.
 const FIRST_REMINDER: Duration = Duration::from_secs(10);
 
-/// When to say again that something takes long: at first after some time, then at growing intervals.
+/// When to say that something takes long: after some time, and again at growing intervals.
 #[derive(Debug)]
 pub struct Reminder {
     since: Instant,
@@ -42,12 +42,12 @@ impl Default for Reminder {
 }
 
 impl Reminder {
-    /// First due after `first`.
+    /// A reminder that is first due after `first`.
     pub fn new(first: Duration) -> Self {
         Self { since: Instant::now(), next: first }
     }
 
-    /// Whether it is due; each time that it is, the next one is further away.
+    /// Whether it is due. If it is, this sets the next time.
     pub fn is_due(&mut self) -> bool {
         let due = self.since.elapsed() >= self.next;
         if due {
@@ -56,7 +56,7 @@ impl Reminder {
         due
     }
 
-    /// Waits until it is due; returns how long all has taken.
+    /// Waits until it is due. Returns the time since the start.
     pub async fn due(&mut self) -> Duration {
         tokio::time::sleep_until(self.since + self.next).await;
         self.is_due();
@@ -64,7 +64,7 @@ impl Reminder {
     }
 }
 
-/// Waits for what should take no time, and says so at growing intervals where it does.
+/// Waits for `work`, and logs "still {what}" at growing intervals if it takes long.
 pub async fn with_reminders<T>(what: impl fmt::Display, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     let mut reminder = Reminder::default();

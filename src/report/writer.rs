@@ -1,9 +1,9 @@
-//! Writes log lines without ever waiting for somebody to read them: what can't be written at once is left to a thread.
+//! Writes log lines without ever waiting for a reader: a thread writes what can't be written at once.
 
 use super::log::Lines;
 use nix::sys::signal::SigSet;
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, ReadWriteFlags, pwritev2, write},
 };
 use std::{
@@ -12,136 +12,177 @@ use std::{
     os::fd::AsFd,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-/// How many lines wait for a reader, at most: five seconds of a worker that takes a hundred messages a second, beside what
-/// fits into the pipe. Together they take some 300 KiB.
+/// How many lines may wait for a reader: five seconds of a worker that takes a hundred messages a second, in addition
+/// to what fits into the pipe. They take about 300 KiB.
 const WAITING_MAX: usize = 1000;
 
 /// How long the end of a run waits for its last lines.
-const LAST_LINES: Duration = Duration::from_secs(1);
+pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long the thread is waited for, so that a line stands before what the command writes after it. When nobody reads, it is
-/// waited for once.
-const IN_ORDER: Duration = Duration::from_millis(100);
+/// How long a line waits for the thread, so that it stands before what the command writes next. If nobody reads, only
+/// the first line waits.
+const ORDER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The thread's stack, in bytes: it does little more than write(2).
 const STACK: usize = 64 * 1024;
 
-/// Writes lines to `file` in their order, each in one write, so that lines of several processes don't mix.
+/// A pipe that is ready has room for this many bytes (`PIPE_BUF` in Linux's limits.h).
+const PIPE_BUF: usize = 4096;
+
+/// Writes lines to `file` in order, each in one write if possible, so that lines of several processes don't mix.
 pub(super) struct Writer<F> {
     file: F,
-    /// What the line about dropped lines looks like.
-    lines: Lines,
-    queue: Mutex<Queue>,
+    /// How to render the line about dropped lines.
+    pub(super) lines: Lines,
+    backlog: Mutex<Backlog>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Queue {
+struct Backlog {
+    /// The rest of a line whose beginning may be written already.
+    rest: Vec<u8>,
     waiting: VecDeque<Vec<u8>>,
-    /// How many lines were dropped before the first one that waits, since that was last said.
+    /// How many lines were dropped before the first one that waits, and not mentioned yet.
     dropped: u64,
-    /// A line is being written.
     writing: bool,
     has_thread: bool,
 }
 
-impl Queue {
+impl Backlog {
     fn is_busy(&self) -> bool {
-        self.writing || !self.waiting.is_empty()
+        self.writing || !self.rest.is_empty() || !self.waiting.is_empty()
     }
 }
 
 impl<F: AsFd + Sync + 'static> Writer<F> {
     pub(super) fn new(file: F, lines: Lines) -> Self {
-        Self { file, lines, queue: Mutex::default(), changed: Condvar::new() }
+        Self { file, lines, backlog: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Writes a line, or leaves it to the thread. If too many wait, the oldest one is dropped: the last line of a run is the most
-    /// important one.
+    /// Writes a line, or leaves it to the thread. If too many wait, the oldest is dropped, as the last line of a run is
+    /// the most important one.
     pub(super) fn write(&'static self, line: String) {
         let mut line = line.into_bytes();
-        let mut queue = self.queue();
-        if queue.is_busy() {
-            if queue.waiting.len() == WAITING_MAX {
-                queue.waiting.pop_front();
-                queue.dropped += 1;
+        let mut backlog = self.backlog();
+        let was_busy = backlog.is_busy();
+        if was_busy {
+            if backlog.waiting.len() == WAITING_MAX {
+                backlog.waiting.pop_front();
+                backlog.dropped += 1;
             }
-            queue.waiting.push_back(line);
-            return;
-        }
-        line.drain(..write_now(&self.file, &line));
-        if line.is_empty() {
-            return;
-        }
-        queue.waiting.push_back(line);
-        if !queue.has_thread {
-            let thread = thread::Builder::new().stack_size(STACK);
-            queue.has_thread = thread.spawn(|| self.run()).is_ok();
-        }
-        if queue.has_thread {
-            self.changed.notify_all();
-            self.wait_until_idle(queue, IN_ORDER);
+            backlog.waiting.push_back(line);
         } else {
-            // The system has no thread left: the line that says so must not need one.
-            drop(self.write_waiting(queue));
+            line.drain(..write_now(&self.file, &line).unwrap_or(0));
+            if line.is_empty() {
+                return;
+            }
+            backlog.rest = line;
+        }
+        if !backlog.has_thread {
+            let thread = thread::Builder::new().stack_size(STACK);
+            backlog.has_thread = thread.spawn(|| self.run()).is_ok();
+        }
+        if !backlog.has_thread {
+            // The system has no thread left, and the line that says so must not need one.
+            self.write_without_thread(&mut backlog, Duration::ZERO);
+        } else if !was_busy {
+            self.changed.notify_all();
+            self.wait_until_idle(backlog, ORDER_TIMEOUT);
         }
     }
 
     /// Waits for the last lines to be written, for a second at most.
     pub(super) fn finish(&self) {
-        self.wait_until_idle(self.queue(), LAST_LINES);
+        let mut backlog = self.backlog();
+        if backlog.has_thread {
+            self.wait_until_idle(backlog, FINISH_TIMEOUT);
+        } else {
+            self.write_without_thread(&mut backlog, FINISH_TIMEOUT);
+        }
     }
 
-    fn wait_until_idle(&self, queue: MutexGuard<'_, Queue>, limit: Duration) {
-        let _ = self.changed.wait_timeout_while(queue, limit, |queue| queue.is_busy());
+    fn wait_until_idle(&self, backlog: MutexGuard<'_, Backlog>, limit: Duration) {
+        let _ = self.changed.wait_timeout_while(backlog, limit, |backlog| backlog.is_busy());
     }
 
     fn run(&self) {
-        // A signal that is delivered to this thread would not be seen by the signalfd.
+        // The signalfd would miss a signal that is delivered to this thread.
         let _ = SigSet::all().thread_block();
-        let mut queue = self.queue();
+        let mut backlog = self.backlog();
         loop {
-            queue = self.write_waiting(queue);
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            while let Some(line) = self.next(&mut backlog) {
+                backlog.writing = true;
+                drop(backlog);
+                // Standard error may be closed, which is no failure.
+                let _ = write_all(&self.file, &line);
+                backlog = self.backlog();
+                backlog.writing = false;
+            }
+            self.changed.notify_all();
+            backlog = self.changed.wait(backlog).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn write_waiting<'a>(&'a self, mut queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
-        while let Some(line) = self.next(&mut queue) {
-            queue.writing = true;
-            drop(queue);
-            // Standard error may be closed; that is no reason to fail.
-            let _ = write_all(&self.file, &line);
-            queue = self.queue();
-            queue.writing = false;
+    /// Writes as many lines as there is room for within `patience`.
+    fn write_without_thread(&self, backlog: &mut Backlog, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        while let Some(line) = self.next(backlog) {
+            backlog.rest = line;
+            let patience = deadline.saturating_duration_since(Instant::now());
+            match write_when_ready(&self.file, &backlog.rest, patience) {
+                Ok(written @ 1..) => drop(backlog.rest.drain(..written)),
+                Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {}
+                Err(Errno::AGAIN | Errno::INTR) => return,
+                // Standard error may be closed, which is no failure.
+                _ => backlog.rest.clear(),
+            }
         }
-        self.changed.notify_all();
-        queue
     }
 
-    fn next(&self, queue: &mut Queue) -> Option<Vec<u8>> {
-        match std::mem::take(&mut queue.dropped) {
-            0 => queue.waiting.pop_front(),
+    fn next(&self, backlog: &mut Backlog) -> Option<Vec<u8>> {
+        if !backlog.rest.is_empty() {
+            return Some(std::mem::take(&mut backlog.rest));
+        }
+        match std::mem::take(&mut backlog.dropped) {
+            0 => backlog.waiting.pop_front(),
             dropped => Some(self.lines.about_dropped(dropped).into_bytes()),
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Writes what can be written without waiting, and says how much that was. Linux can do this with pipes (since 6.4), sockets and
-/// /dev/null, but not with terminals, FIFOs and most file systems (seen with 6.18).
-fn write_now(file: &impl AsFd, line: &[u8]) -> usize {
+/// Writes what can be written without waiting, and returns its length. Linux can do this with pipes (since 6.4),
+/// sockets and /dev/null, but not with terminals, FIFOs and most file systems (seen with 6.18).
+fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     let position = u64::MAX; // the file's own
-    pwritev2(file, &[IoSlice::new(line)], position, ReadWriteFlags::NOWAIT).unwrap_or(0)
+    pwritev2(file, &[IoSlice::new(bytes)], position, ReadWriteFlags::NOWAIT)
 }
 
-/// Writes all of it, however long that takes, even if the command has set O_NONBLOCK on the file that it shares with us.
+/// Writes a part of the bytes as soon as there is room, and returns its length. Fails with EAGAIN if there is none
+/// within `patience`.
+///
+/// If Linux can't do [`write_now`] with the file, this may wait after all: when another process takes the room between
+/// poll(2) and write(2).
+pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duration) -> rustix::io::Result<usize> {
+    let patience = Timespec::try_from(patience).ok();
+    if poll(&mut [PollFd::new(file, PollFlags::OUT)], patience.as_ref())? == 0 {
+        return Err(Errno::AGAIN);
+    }
+    match write_now(file, bytes) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => write(file, &bytes[..bytes.len().min(PIPE_BUF)]),
+        written => written,
+    }
+}
+
+/// Writes all of it, however long that takes, even if the command has set O_NONBLOCK on the file that it has in common
+/// with us.
 fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
     while !bytes.is_empty() {
         match write(file, bytes) {
@@ -168,7 +209,6 @@ mod tests {
         (Box::leak(Box::new(Writer::new(file, Lines::default()))), reader)
     }
 
-    /// Reads up to this line.
     fn read_to(reader: &mut PipeReader, last: &str) -> String {
         let (mut text, mut chunk) = (String::new(), [0; 1000]);
         while !text.ends_with(last) {
@@ -190,7 +230,7 @@ mod tests {
             writer.write("last\n".to_owned());
             assert!(read_to(&mut reader, "last\n") == lines.concat() + "last\n");
             writer.finish();
-            assert!(!writer.queue().is_busy());
+            assert!(!writer.backlog().is_busy());
         }
     }
 
@@ -199,7 +239,6 @@ mod tests {
         let (writer, mut reader) = writer();
         let full = "x".repeat(200_000) + "\n";
         writer.write(full.clone());
-        // The next ones may not overtake it.
         let lines: Vec<String> = (1..=WAITING_MAX + 3).map(|number| format!("{number}\n")).collect();
         for line in &lines {
             writer.write(line.clone());
@@ -207,7 +246,6 @@ mod tests {
         let told = "qconsume: warning: 3 lines were dropped here: nobody was reading standard error\n";
         let text = read_to(&mut reader, &format!("\n{}\n", lines.len()));
         assert_eq!(text.strip_prefix(&full).unwrap(), told.to_owned() + &lines[3..].concat());
-        // Said once.
         writer.write("end\n".to_owned());
         assert_eq!(read_to(&mut reader, "end\n"), "end\n");
     }

@@ -75,6 +75,10 @@ fn the_full_help_is_grouped_has_variables_and_defaults_and_ends_with_the_statuse
     for status in ["0 ", "64", "66", "69", "70", "71", "75", "77", "78", "124", "126", "127", "128+N"] {
         assert!(rest.contains(&format!("\n  {status} ")), "{status}: {rest}");
     }
+    for program in [qconsume(), qpublish()] {
+        let help = shown(program, "--help");
+        assert!(help.contains("\n\nExamples:\n  "), "{help}");
+    }
     assert!(help.contains("[env: QCONSUME_KILL_AFTER]\n          [default: 10s]"));
     assert_fits(&shown(qpublish(), "--help"));
 }

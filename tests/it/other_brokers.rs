@@ -371,8 +371,8 @@ fn amqproxys_refusal_at_channel_open_is_77_with_its_text() {
 }
 
 #[test]
-fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
-    for (method, status, says) in [(Method::BASIC_NACK, 75, "was refused"), (Method::BASIC_ACK, 78, "came back")] {
+fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_was_returned() {
+    for (method, status, says) in [(Method::BASIC_NACK, 75, "was refused"), (Method::BASIC_ACK, 78, "was returned")] {
         let peer = Peer::new(move |request| match request.method {
             Method::BODY => {
                 let settled = peer::settle(request, method);
@@ -382,7 +382,7 @@ fn what_lavinmq_returns_and_nacks_is_refused_and_what_it_acks_came_back() {
         });
         let done = publisher(&peer).run();
         done.assert_status(status).assert_stderr(says);
-        let other = if status == 75 { "came back" } else { "was refused" };
+        let other = if status == 75 { "was returned" } else { "was refused" };
         assert!(!done.stderr.contains(other), "{}", done.stderr);
     }
 }

@@ -9,9 +9,10 @@ use std::{
 };
 use testbed::{
     Action, BasicProperties, Broker, Direction, Finished, Method, PATIENCE, Program, Proxy, Queue, QueueKind, Signal,
-    block_on,
+    block_on, frames,
     lapin::options::BasicConsumeOptions,
     owner::temp_folder,
+    peer::{self, Answer, Peer, Request},
     types::{AMQPValue, LongString},
 };
 use tokio_stream::StreamExt;
@@ -279,14 +280,14 @@ fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
     ended
         .assert_status(78)
         .assert_stderr("error: message 1 ")
-        .assert_stderr("came back")
+        .assert_stderr("was returned")
         .assert_stderr(&format!("there is no queue {:?}", queue.name()))
         .assert_stderr("confirmed: 0 of ");
     let line = || qpublish().url(&Broker::shared().url());
     let ended = line().args(["-e", "amq.direct", "-r", queue.name(), "-b", "x"]).run();
     ended
         .assert_status(78)
-        .assert_stderr("message 1 came back: no queue is bound to exchange \"amq.direct\"")
+        .assert_stderr("message 1 was returned: no queue is bound to exchange \"amq.direct\"")
         .assert_stderr("confirmed: 0 of 1 message sent, 0 from the start without a gap")
         .assert_stderr("begin with message 1");
     let ended = line().args(["-e", "no such", "-r", "x", "-b", "x"]).run();
@@ -374,13 +375,13 @@ fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
     ended
         .assert_status(78)
         .assert_stderr("error: line 3 ")
-        .assert_stderr("came back")
+        .assert_stderr("was returned")
         .assert_stderr("confirmed: 2 of ")
         .assert_stderr("2 from the start without a gap; to resume, begin with line 3");
 }
 
 #[test]
-fn a_message_that_comes_back_alone_is_not_taken_for_a_confirmed_one() {
+fn a_message_that_is_returned_alone_is_not_taken_for_a_confirmed_one() {
     let broker = Broker::shared();
     let queue = broker.queue("alone");
     let proxy = Proxy::of(broker);
@@ -395,7 +396,7 @@ fn a_message_that_comes_back_alone_is_not_taken_for_a_confirmed_one() {
     running
         .wait(PATIENCE)
         .assert_status(78)
-        .assert_stderr("line 3 came back")
+        .assert_stderr("line 3 was returned")
         .assert_stderr("confirmed: 2 of 3 messages sent, 2 from the start without a gap")
         .assert_stderr("begin with line 3");
 }
@@ -629,7 +630,7 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["-q", "a", "-f", "x", "-b", "y"], "cannot be used with"),
         (&["-q", "a", "-H", "none", "x"], "no colon"),
         (&["-q", "a", "-H", "n:1", "-H", "n:2", "x"], "given twice"),
-        (&["-q", "a", "--timeout", "0", "x"], "more than nothing"),
+        (&["-q", "a", "--timeout", "0", "x"], "more than 0"),
         (&["-q", "a", "--expiration", "10s", "x"], "--expiration"),
         (&["-q", "a", "--declare=stream", "x"], "stream"),
     ] {
@@ -692,4 +693,61 @@ fn a_long_run_says_how_far_it_is() {
     let ended = running.wait(PATIENCE);
     says_confirmed(&ended, "2 messages confirmed");
     assert!(!ended.stderr.contains('\r'), "{:?}", ended.stderr);
+}
+
+/// basic.ack or basic.nack of every message up to this one.
+fn up_to(request: &Request, method: Method) -> Vec<u8> {
+    frames::method_frame(request.channel, method, &[&request.nth.to_be_bytes()[..], &[1]].concat())
+}
+
+/// A peer that says nothing until it has five messages, and then this.
+fn after_five(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Finished {
+    let peer = Peer::new(move |request| match (request.method, request.nth) {
+        (Method::BODY, 5) => script(request),
+        (Method::BODY, _) => Answer::Bytes(Vec::new()),
+        _ => Answer::Usual,
+    });
+    qpublish().url(&peer.url()).args(["-q", "x", "--lines"]).stdin("1\n2\n3\n4\n5\n").run()
+}
+
+#[test]
+fn one_ack_confirms_several_messages() {
+    let ended = after_five(|fifth| Answer::Bytes(up_to(fifth, Method::BASIC_ACK)));
+    says_confirmed(&ended, "5 messages confirmed");
+}
+
+#[test]
+fn one_nack_refuses_several_messages() {
+    let ended = after_five(|fifth| {
+        let (second, fourth) = (Request { nth: 2, ..fifth.clone() }, Request { nth: 4, ..fifth.clone() });
+        let (first_two, next_two) = (up_to(&second, Method::BASIC_ACK), up_to(&fourth, Method::BASIC_NACK));
+        Answer::Bytes([first_two, next_two, peer::settle(fifth, Method::BASIC_ACK)].concat())
+    });
+    ended
+        .assert_status(75)
+        .assert_stderr("error: line 3 was refused")
+        .assert_stderr("confirmed: 3 of 5 messages sent, 2 from the start without a gap; to resume, begin with line 3");
+}
+
+#[test]
+fn a_return_among_several_messages_says_among_which() {
+    let ended = after_five(|fifth| {
+        let second = Request { nth: 2, ..fifth.clone() };
+        let (first_two, rest) = (up_to(&second, Method::BASIC_ACK), up_to(fifth, Method::BASIC_ACK));
+        Answer::Bytes([first_two, peer::returned(fifth.channel), rest].concat())
+    });
+    // None was confirmed when any of them was sent.
+    ended
+        .assert_status(78)
+        .assert_stderr("error: line 1 or a later one, up to line 5, was returned")
+        .assert_stderr("confirmed: 4 of 5 messages sent, 0 from the start without a gap; to resume, begin with line 1");
+}
+
+#[test]
+fn a_connection_lost_with_messages_in_flight_says_how_many_are_confirmed_and_where_to_go_on() {
+    let ended = after_five(|fifth| Answer::Last(up_to(&Request { nth: 2, ..fifth.clone() }, Method::BASIC_ACK)));
+    ended.assert_status(75).assert_stderr(
+        "confirmed: 2 of 5 messages sent, 2 from the start without a gap; to resume, begin with line 3; \
+         what was sent and not confirmed may have arrived or not",
+    );
 }

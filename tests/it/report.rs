@@ -254,6 +254,7 @@ fn json_is_one_object_a_line_with_the_documented_names() {
     let objects_of_publishing = objects(&published);
     let word = objects_of_publishing.last().expect("there are lines");
     assert_eq!((word["sent"].as_u64(), word["confirmed"].as_u64()), (Some(2), Some(2)));
+    assert_eq!((word["status"].as_u64(), word["source"].as_str()), (Some(0), Some("qpublish")));
     let lost = publish("report-json-no-such-queue");
     lost.assert_status(78);
     let objects_of_losing = objects(&lost);

@@ -6,7 +6,10 @@ use rustix::{
     io::ioctl_fionbio,
 };
 use std::{
+    fs::File,
     io::{ErrorKind, PipeReader, PipeWriter, Read, Write, pipe},
+    os::fd::AsRawFd,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 use testbed::{
@@ -252,20 +255,41 @@ fn qpublish_publishes_and_gives_up_in_time_when_nobody_reads() {
     running.finish(PROMPT).assert_status(69);
 }
 
-#[test]
-fn lines_are_there_when_the_system_has_no_thread_left() {
+/// qconsume with a usage error, where the system has no thread left for it; `None` if this machine can't do that.
+fn without_threads(name: &str) -> Option<Program> {
     if !is_root() || find_in_path("setpriv").is_none() {
-        return missing("root, and setpriv");
+        missing("root, and setpriv");
+        return None;
     }
     // The kernel counts processes for each user, so the test needs an unused one, and a copy of the program that it can
     // reach.
-    let user = 1_500_000 + std::process::id();
-    let program = temp_folder("threads").join("qconsume");
+    static USERS: AtomicU32 = AtomicU32::new(0);
+    let user = 1_500_000 + 8 * std::process::id() + USERS.fetch_add(1, Ordering::Relaxed);
+    let program = temp_folder(name).join("qconsume");
     std::fs::copy(qconsume_path(), &program).unwrap();
-    let run: Finished = Program::new(&program)
-        .arg("--bogus")
-        .through(["setpriv", &format!("--reuid={user}"), "--clear-groups"])
-        .through(["prlimit", "--nproc=1"])
-        .run();
+    let program = Program::new(&program).arg("--bogus");
+    Some(program.through(["setpriv", &format!("--reuid={user}"), "--clear-groups"]).through(["prlimit", "--nproc=1"]))
+}
+
+#[test]
+fn lines_are_there_when_the_system_has_no_thread_left() {
+    let Some(program) = without_threads("threads") else {
+        return;
+    };
+    let run: Finished = program.run();
     run.assert_status(64).assert_stderr("unexpected argument '--bogus'");
+}
+
+#[test]
+fn nobody_waits_for_a_reader_when_the_system_has_no_thread_left() {
+    for is_fifo in [false, true] {
+        let Some(program) = without_threads(&format!("threads-unread-{is_fifo}")) else {
+            return;
+        };
+        let pipe = Pipe::full();
+        // Linux can't write to a FIFO without waiting. A pipe that is opened by its name is one.
+        let by_name = || File::options().write(true).open(format!("/proc/self/fd/{}", pipe.writer.as_raw_fd()));
+        let running = if is_fifo { program.stderr(by_name().unwrap()).spawn() } else { pipe.start(program) };
+        running.finish(PROMPT).assert_status(64);
+    }
 }

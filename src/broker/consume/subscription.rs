@@ -268,7 +268,8 @@ async fn subscribe(
         Some(queue) => queue,
         None => options.topology.set_up(connection, &options.queue, request).await?,
     };
-    // An exclusive queue is a classic one and refuses the argument. A refusal costs the connection, and with it the queue.
+    // Not for an exclusive queue: it is classic and refuses, and the refusal costs the connection and with it the
+    // queue.
     let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
         && connection.observed().may_know_ack_timeout();

@@ -219,7 +219,8 @@ fn a_text_that_is_cut_means_what_is_left_of_it() {
 
 fn frame_sizes(version: Option<(u32, u32)>, theirs: u32, ours: Option<u32>) -> Option<String> {
     let mut observed = Observed::default();
-    (observed.version, observed.frame_max) = (version, Some(theirs));
+    observed.version = version;
+    observed.frame_max = Some(theirs);
     let mut address = Address::parse("amqp://h").unwrap();
     address.parameters.frame_max = ours;
     frame_max_problem(&observed, &address)

@@ -1,4 +1,4 @@
 //! Publishing messages, each of them confirmed.
 
-pub(super) mod properties;
+pub(super) mod options;
 pub(super) mod publisher;

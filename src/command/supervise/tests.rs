@@ -17,10 +17,10 @@ struct Fake {
     dying: RefCell<Option<(Instant, Ended)>>,
     shares_group: bool,
     /// What it leaves behind: how many processes, which end by themselves at this time, and how often they must be killed.
-    left: Cell<usize>,
-    left_until: Option<Instant>,
-    left_lives: Cell<usize>,
-    left_killed: RefCell<Vec<u64>>,
+    descendants: Cell<usize>,
+    descendants_until: Option<Instant>,
+    descendants_lives: Cell<usize>,
+    descendants_killed: RefCell<Vec<u64>>,
     started: Instant,
 }
 
@@ -32,10 +32,10 @@ impl Fake {
             seen: RefCell::default(),
             dying: RefCell::default(),
             shares_group: false,
-            left: Cell::new(0),
-            left_until: None,
-            left_lives: Cell::new(1),
-            left_killed: RefCell::default(),
+            descendants: Cell::new(0),
+            descendants_until: None,
+            descendants_lives: Cell::new(1),
+            descendants_killed: RefCell::default(),
             started: Instant::now(),
         }
     }
@@ -45,9 +45,9 @@ impl Fake {
         self
     }
 
-    fn leaving(mut self, left: usize, until: u32) -> Self {
-        self.left = Cell::new(left);
-        self.left_until = Some(self.started + until * SECOND);
+    fn leaving(mut self, count: usize, until: u32) -> Self {
+        self.descendants = Cell::new(count);
+        self.descendants_until = Some(self.started + until * SECOND);
         self
     }
 
@@ -78,22 +78,22 @@ impl Process for Fake {
         self.shares_group
     }
 
-    fn left(&self) -> usize {
-        self.left.get()
+    fn count_descendants(&self) -> usize {
+        self.descendants.get()
     }
 
-    fn kill_left(&self) -> bool {
-        self.left_killed.borrow_mut().push(self.started.elapsed().as_secs());
-        self.left_lives.set(self.left_lives.get() - 1);
-        if self.left_lives.get() == 0 {
-            self.left.set(0);
+    fn kill_descendants(&self) -> bool {
+        self.descendants_killed.borrow_mut().push(self.started.elapsed().as_secs());
+        self.descendants_lives.set(self.descendants_lives.get() - 1);
+        if self.descendants_lives.get() == 0 {
+            self.descendants.set(0);
         }
         true
     }
 
-    async fn none_left(&mut self) {
-        match self.left_until {
-            _ if self.left.get() == 0 => {}
+    async fn descendants_ended(&mut self) {
+        match self.descendants_until {
+            _ if self.descendants.get() == 0 => {}
             Some(until) => sleep_until(until).await,
             None => pending().await,
         }
@@ -146,8 +146,8 @@ fn never() -> impl Future<Output = &'static str> {
 #[tokio::test(start_paused = true)]
 async fn a_command_that_ends_by_itself_is_left_alone() {
     let mut process = Fake::new(&[]).ending(3600 * SECOND, Ended::Exited(3));
-    let outcome = supervise(&mut process, &limits(), &mut signals(&[]), never()).await;
-    assert_eq!(outcome, Supervised { ended: Ended::Exited(3), stop: None, lost: None });
+    let supervised = supervise(&mut process, &limits(), &mut signals(&[]), never()).await;
+    assert_eq!(supervised, (Ended::Exited(3), None, None));
     assert_eq!(process.signals(), []);
 }
 
@@ -155,9 +155,9 @@ async fn a_command_that_ends_by_itself_is_left_alone() {
 async fn a_signal_is_forwarded_and_without_grace_nothing_kills() {
     let mut process = Fake::new(&[(Signal::SIGTERM, 600 * SECOND)]);
     let mut signals = signals(&[(5, Signal::SIGTERM), (7, Signal::SIGINT)]);
-    let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
-    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
-    assert_eq!(outcome.ended, Ended::Killed(15));
+    let (ended, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
+    assert_eq!(stop, Some(StopReason::Signal(15)));
+    assert_eq!(ended, Ended::Killed(15));
     assert_eq!(process.signals(), [(Target::Group, Signal::SIGTERM, 5), (Target::Group, Signal::SIGINT, 7)]);
 }
 
@@ -165,10 +165,10 @@ async fn a_signal_is_forwarded_and_without_grace_nothing_kills() {
 async fn a_signal_then_kill_after_grace() {
     let mut process = Fake::new(&[]);
     let limits = Limits { grace: Some(4 * SECOND), ..limits() };
-    let outcome =
+    let (ended, stop, _) =
         supervise(&mut process, &limits, &mut signals(&[(5, Signal::SIGHUP), (8, Signal::SIGTERM)]), never()).await;
-    assert_eq!(outcome.stop, Some(StopReason::Signal(1)));
-    assert_eq!(outcome.ended, Ended::Killed(9));
+    assert_eq!(stop, Some(StopReason::Signal(1)));
+    assert_eq!(ended, Ended::Killed(9));
     assert_eq!(
         process.signals(),
         [
@@ -184,9 +184,9 @@ async fn a_signal_then_kill_after_grace() {
 async fn the_user_signals_reach_the_command_alone_and_end_nothing() {
     let mut process = Fake::new(&[]).ending(9 * SECOND, Ended::Exited(0));
     let mut signals = signals(&[(1, Signal::SIGUSR1), (2, Signal::SIGWINCH)]);
-    let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
-    assert_eq!(outcome.stop, None);
-    assert_eq!(outcome.ended, Ended::Exited(0));
+    let (ended, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
+    assert_eq!(stop, None);
+    assert_eq!(ended, Ended::Exited(0));
     assert_eq!(process.signals(), [(Target::Leader, Signal::SIGUSR1, 1), (Target::Leader, Signal::SIGWINCH, 2)]);
 }
 
@@ -194,9 +194,9 @@ async fn the_user_signals_reach_the_command_alone_and_end_nothing() {
 async fn the_time_limit_terminates_then_kills() {
     let mut process = Fake::new(&[]);
     let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
-    let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
-    assert_eq!(outcome.stop, Some(StopReason::TimeLimit));
-    assert_eq!(outcome.ended, Ended::Killed(9));
+    let (ended, stop, _) = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+    assert_eq!(stop, Some(StopReason::TimeLimit));
+    assert_eq!(ended, Ended::Killed(9));
     assert_eq!(process.signals(), [(Target::Group, Signal::SIGTERM, 60), (Target::Group, Signal::SIGKILL, 70)]);
 }
 
@@ -206,8 +206,8 @@ async fn the_first_of_signal_and_time_limit_counts() {
         let mut process = Fake::new(&[(Signal::SIGTERM, 5 * SECOND)]);
         let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
         let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
-        let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
-        assert_eq!(outcome.stop, Some(first));
+        let (_, stop, _) = supervise(&mut process, &limits, &mut signals, never()).await;
+        assert_eq!(stop, Some(first));
     }
 }
 
@@ -215,14 +215,14 @@ async fn the_first_of_signal_and_time_limit_counts() {
 async fn a_command_that_ends_at_the_very_limit_has_kept_it() {
     let mut process = Fake::new(&[]).ending(60 * SECOND, Ended::Exited(0));
     let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
-    let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
-    assert_eq!(outcome.stop, None);
+    let (_, stop, _) = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+    assert_eq!(stop, None);
     assert_eq!(process.signals(), []);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
-    for (on_lost, ended, sent) in [
+    for (on_lost, expected, sent) in [
         (
             OnLost::Terminate,
             Ended::Killed(9),
@@ -232,9 +232,9 @@ async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
     ] {
         let mut process = Fake::new(&[]).ending(100 * SECOND, Ended::Exited(0));
         let limits = Limits { on_lost, ..limits() };
-        let outcome = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
-        assert_eq!(outcome.lost, Some("the connection broke"));
-        assert_eq!(outcome.ended, ended);
+        let (ended, _, lost) = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
+        assert_eq!(lost, Some("the connection broke"));
+        assert_eq!(ended, expected);
         assert_eq!(process.signals(), sent);
     }
 }
@@ -242,8 +242,8 @@ async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
 #[tokio::test(start_paused = true)]
 async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(0));
-    let outcome = supervise(&mut process, &limits(), &mut signals(&[]), ready("the channel was closed")).await;
-    assert_eq!(outcome.lost, Some("the channel was closed"));
+    let (_, _, lost) = supervise(&mut process, &limits(), &mut signals(&[]), ready("the channel was closed")).await;
+    assert_eq!(lost, Some("the channel was closed"));
 }
 
 #[tokio::test(start_paused = true)]
@@ -252,9 +252,9 @@ async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let (sender, receiver) = mpsc::unbounded_channel();
     let received = Received { signal: Signal::SIGTERM, from_terminal: false };
     sender.send(received).unwrap();
-    let outcome = supervise(&mut process, &limits(), &mut Signals::injected(receiver), never()).await;
-    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
-    assert_eq!(outcome.ended, Ended::Exited(3));
+    let (ended, stop, _) = supervise(&mut process, &limits(), &mut Signals::injected(receiver), never()).await;
+    assert_eq!(stop, Some(StopReason::Signal(15)));
+    assert_eq!(ended, Ended::Exited(3));
 }
 
 #[tokio::test(start_paused = true)]
@@ -262,8 +262,8 @@ async fn the_time_limit_ends_a_command_that_was_signalled_without_grace() {
     let mut process = Fake::new(&[]);
     let limits = Limits { timeout: Some(60 * SECOND), ..limits() };
     let mut signals = signals(&[(50, Signal::SIGTERM)]);
-    let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
-    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
+    let (_, stop, _) = supervise(&mut process, &limits, &mut signals, never()).await;
+    assert_eq!(stop, Some(StopReason::Signal(15)));
     assert_eq!(
         process.signals(),
         [
@@ -294,8 +294,8 @@ async fn the_sooner_of_grace_and_kill_after_kills() {
             ..limits()
         };
         let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
-        let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
-        assert_eq!(outcome.ended, Ended::Killed(9));
+        let (ended, _, _) = supervise(&mut process, &limits, &mut signals, never()).await;
+        assert_eq!(ended, Ended::Killed(9));
         let last = process.signals().pop();
         assert_eq!(last, Some((Target::Group, Signal::SIGKILL, killed_at)));
     }
@@ -303,7 +303,7 @@ async fn the_sooner_of_grace_and_kill_after_kills() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
-    for (signal_at, stop, last) in [
+    for (signal_at, expected, last) in [
         (8, StopReason::Signal(15), (Target::Group, Signal::SIGKILL, 10)),
         (100, StopReason::TimeLimit, (Target::Group, Signal::SIGKILL, 70)),
     ] {
@@ -311,9 +311,9 @@ async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
         let limits =
             Limits { timeout: Some(60 * SECOND), grace: Some(2 * SECOND), on_lost: OnLost::Finish, ..limits() };
         let mut signals = signals(&[(signal_at, Signal::SIGTERM)]);
-        let outcome = supervise(&mut process, &limits, &mut signals, lost_after(5)).await;
-        assert_eq!(outcome.lost, Some("the connection broke"));
-        assert_eq!(outcome.stop, Some(stop));
+        let (_, stop, lost) = supervise(&mut process, &limits, &mut signals, lost_after(5)).await;
+        assert_eq!(lost, Some("the connection broke"));
+        assert_eq!(stop, Some(expected));
         assert_eq!(process.signals().pop(), Some(last));
     }
 }
@@ -364,15 +364,15 @@ async fn what_a_success_leaves_may_finish_within_kill_after() {
     for (until, limit, killed) in [
         (15, None, vec![]),
         (100, None, vec![20]),
-        // The time limit is for what is left, too; the success stands.
+        // The time limit is for what is left behind, too; the success stands.
         (100, Some(13), vec![13]),
     ] {
         let mut process = Fake::new(&[]).ending(10 * SECOND, Ended::Exited(0)).leaving(3, until);
         let limits = Limits { timeout: limit.map(|limit| limit * SECOND), ..limits() };
-        let outcome = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
-        assert_eq!(outcome.ended, Ended::Exited(0));
-        assert_eq!(outcome.stop, None);
-        assert_eq!(*process.left_killed.borrow(), killed);
+        let (ended, stop, _) = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+        assert_eq!(ended, Ended::Exited(0));
+        assert_eq!(stop, None);
+        assert_eq!(*process.descendants_killed.borrow(), killed);
         assert_eq!(process.signals(), []);
     }
     let mut warnings = said.lines();
@@ -393,11 +393,11 @@ async fn what_a_failure_leaves_is_killed_at_once() {
         (Ended::Exited(0), vec![], Some(9)),
     ] {
         let mut process = Fake::new(&dies_of).ending(10 * SECOND, ended).leaving(1, 1000);
-        process.left_lives.set(3);
+        process.descendants_lives.set(3);
         let limits = Limits { timeout: timeout.map(|timeout| timeout * SECOND), kill_after: 600 * SECOND, ..limits() };
         supervise(&mut process, &limits, &mut signals(&[]), never()).await;
         // What has forked meanwhile is killed, too.
-        assert_eq!(*process.left_killed.borrow(), [10, 10, 10]);
+        assert_eq!(*process.descendants_killed.borrow(), [10, 10, 10]);
     }
 }
 
@@ -407,11 +407,11 @@ async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 1000);
     let limits = Limits { grace: Some(2 * SECOND), ..limits() };
     let mut signals = signals(&[(3, Signal::SIGUSR1), (4, Signal::SIGTERM)]);
-    let outcome = supervise(&mut process, &limits, &mut signals, never()).await;
-    assert_eq!(outcome.ended, Ended::Exited(0));
-    assert_eq!(outcome.stop, Some(StopReason::Signal(15)));
-    assert_eq!(process.signals(), [(Target::Left, Signal::SIGTERM, 4)]);
-    assert_eq!(*process.left_killed.borrow(), [6]);
+    let (ended, stop, _) = supervise(&mut process, &limits, &mut signals, never()).await;
+    assert_eq!(ended, Ended::Exited(0));
+    assert_eq!(stop, Some(StopReason::Signal(15)));
+    assert_eq!(process.signals(), [(Target::Descendants, Signal::SIGTERM, 4)]);
+    assert_eq!(*process.descendants_killed.borrow(), [6]);
     assert!(said.lines().iter().any(|line| line.contains("5s after it succeeded (--grace)")), "{:?}", said.lines());
 }
 
@@ -423,7 +423,7 @@ async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
     // The signal came first, so the success counts; without --grace only the time limit's KILL is planned.
     let mut signals = signals(&[(3, Signal::SIGTERM)]);
     supervise(&mut process, &limits, &mut signals, never()).await;
-    assert_eq!(*process.left_killed.borrow(), [14]);
+    assert_eq!(*process.descendants_killed.borrow(), [14]);
     assert!(
         said.lines().iter().any(|line| line.contains("6s after it succeeded (--kill-after)")),
         "{:?}",
@@ -436,9 +436,9 @@ async fn a_delivery_lost_while_something_is_left_is_lost() {
     for (on_lost, killed) in [(OnLost::Terminate, 5), (OnLost::Finish, 11)] {
         let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 1000);
         let limits = Limits { on_lost, ..limits() };
-        let outcome = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
-        assert_eq!(outcome.lost, Some("the connection broke"));
-        assert_eq!(*process.left_killed.borrow(), [killed]);
+        let (_, _, lost) = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
+        assert_eq!(lost, Some("the connection broke"));
+        assert_eq!(*process.descendants_killed.borrow(), [killed]);
     }
 }
 
@@ -448,8 +448,8 @@ async fn what_a_terminal_has_sent_to_both_is_not_sent_again() {
         let mut process = Fake::new(&[]).ending(10 * SECOND, Ended::Exited(5));
         process.shares_group = shares_group;
         let mut signals = signals_from(true, &[(5, Signal::SIGINT)]);
-        let outcome = supervise(&mut process, &limits(), &mut signals, never()).await;
-        assert_eq!(outcome.stop, Some(StopReason::Signal(2)));
+        let (_, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
+        assert_eq!(stop, Some(StopReason::Signal(2)));
         let sent: Vec<_> = process.signals().iter().map(|sent| sent.1).collect();
         assert_eq!(sent, expected);
     }

@@ -251,3 +251,26 @@ fn memory_that_runs_out_is_71_and_said() {
     assert!(said, "no limit was just too small");
     assert_gone(&queue);
 }
+
+#[test]
+fn memory_that_runs_out_after_a_dead_letter_keeps_its_status() {
+    for limit in (1..).map(|n| n * 10_000) {
+        assert!(limit < 1_000_000, "no limit was just too small");
+        let queue = Broker::shared().queue(&format!("memory-dead-lettered-{limit}"));
+        queue.publish("bad");
+        queue.publish(binary(12 * MEBIBYTE));
+        let line = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
+        let options = ["--log-format", "json", "--drain", "--keep-going", "--reject-on", "1"];
+        let done = worker(&queue).args(options).arg("false").through(["sh", "-c", &line]).run();
+        let last = done.stderr.lines().last().unwrap_or_default();
+        if !last.contains("a message was dead-lettered; memory has run out") {
+            continue;
+        }
+        let line: serde_json::Value = serde_json::from_str(last).expect("it is JSON");
+        assert_eq!(line["level"], "error");
+        assert_eq!((&line["status"], &line["source"]), (&1.into(), &"qconsume".into()));
+        assert!(line["time"].as_str().is_some_and(|time| time.ends_with('Z')), "{line}");
+        done.assert_status(1);
+        return;
+    }
+}

@@ -195,7 +195,7 @@ fn what_a_success_leaves_too_long_is_killed_with_a_warning() {
         finished
             .assert_status(0)
             // Their number depends on timing.
-            .assert_stderr(" left by the command still there ")
+            .assert_stderr(" still running ")
             .assert_stderr("--kill-after");
         running.wait_no_leftovers(PROMPT);
         assert_settled(&proxy, Method::BASIC_ACK);

@@ -1,4 +1,4 @@
-//! What qpublish's messages carry, and where they go.
+//! The options that the publisher takes: where messages go, and what they carry.
 
 use crate::broker::reach::address::name;
 use clap::Args;
@@ -7,53 +7,62 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
-/// The delivery mode that survives a restart of the broker.
+/// Delivery mode (AMQP 0-9-1, `basic`).
 const PERSISTENT: u8 = 2;
 
 /// Where messages go. Names have 255 bytes at most.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Destination")]
 pub struct Route {
-    /// The exchange; the empty name is the default exchange, which leads to the queue that the routing key names.
+    /// Publish to this exchange, instead of --queue
+    #[arg(short, long, value_name = "NAME", default_value = "", hide_default_value = true, value_parser = name)]
     pub exchange: String,
-    /// The routing key.
+
+    /// Publish with this routing key; without --exchange it names a queue
+    #[arg(short, long, value_name = "KEY", default_value = "", hide_default_value = true, value_parser = name)]
     pub routing_key: String,
-    /// Whether the broker returns a message that it can route to no queue, instead of dropping it.
-    pub mandatory: bool,
+
+    /// Let the broker drop a message that no queue takes
+    ///
+    /// Messages are then published without AMQP's mandatory flag. The broker drops a message that it can route to no
+    /// queue, and still confirms it, so qpublish can't tell. An exchange of the delayed-message plugin needs this: it
+    /// returns every mandatory message, although it delivers the message later.
+    #[arg(long, hide_short_help = true)]
+    no_mandatory: bool,
 }
 
 impl Route {
-    /// The mandatory flag of `basic.publish`. Never for a reply to a client that waits with direct reply-to: RabbitMQ 3.10 and
-    /// 4.0 return it although the client gets it. 4.3 returns it only if the client is gone, and then nobody wants the reply.
-    pub(super) fn mandatory(&self) -> bool {
-        self.mandatory && !(self.exchange.is_empty() && self.routing_key.starts_with("amq.rabbitmq.reply-to."))
+    /// The mandatory flag of `basic.publish`. Never set for a reply to direct reply-to: RabbitMQ 3.10 and 4.0 return it
+    /// although the client gets it. 4.3 returns it only if the client is gone, and then nobody wants the reply.
+    pub(super) fn mandatory_flag(&self) -> bool {
+        let is_reply = self.exchange.is_empty() && self.routing_key.starts_with("amq.rabbitmq.reply-to.");
+        !self.no_mandatory && !is_reply
     }
 
-    /// Why a message that went there would be returned.
+    /// Why the broker returns a message.
     #[must_use]
-    pub fn missing(&self) -> String {
-        if self.exchange.is_empty() {
-            format!(
-                "there is no queue {:?} in this virtual host; create it (--declare --queue NAME), or check the name",
-                self.routing_key
-            )
+    pub fn why_returned(&self) -> String {
+        let Self { exchange, routing_key: key, .. } = self;
+        if exchange.is_empty() {
+            format!("there is no queue {key:?} in this virtual host; create it (--declare), or check the name")
         } else {
             format!(
-                "no queue is bound to exchange {:?} for routing key {:?}; bind one, or use --no-mandatory if the exchange delays messages",
-                self.exchange, self.routing_key
+                "no queue is bound to exchange {exchange:?} for routing key {key:?}; bind one, or use --no-mandatory \
+                 if the exchange delays messages"
             )
         }
     }
 }
 
-/// What every message carries.
+/// The properties of every message.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Properties of every message")]
 pub struct Properties {
-    /// Content type, as in text/plain
+    /// Content type, such as text/plain
     #[arg(short = 'C', long, value_name = "TYPE", value_parser = name)]
     pub content_type: Option<String>,
 
-    /// Content encoding, as in gzip; the message is sent as it is
+    /// Content encoding, such as gzip; the message is sent as it is
     #[arg(short = 'E', long, hide_short_help = true, value_name = "ENCODING", value_parser = name)]
     pub content_encoding: Option<String>,
 
@@ -61,7 +70,7 @@ pub struct Properties {
     #[arg(short = 't', long, hide_short_help = true, value_name = "NAME", value_parser = name)]
     pub reply_to: Option<String>,
 
-    /// Header; the option may be given several times
+    /// Add a header (repeatable)
     #[arg(short = 'H', long = "header", value_name = "NAME: VALUE", value_parser = header)]
     pub headers: Vec<(String, String)>,
 
@@ -89,12 +98,13 @@ pub struct Properties {
 
     /// Priority: messages of a higher one are delivered first
     ///
-    /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 know two priorities: up to 4, and above.
+    /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 have two priorities: up to 4, and above.
     #[arg(long, value_name = "0-255")]
     pub priority: Option<u8>,
 }
 
 impl Properties {
+    /// As AMQP has them, and with the delivery mode that survives a restart of the broker.
     pub(super) fn encode(&self) -> BasicProperties {
         let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
         let expiration = self.expiration.map(|milliseconds| milliseconds.to_string());
@@ -127,15 +137,13 @@ impl Properties {
     }
 }
 
-/// `name: value`, as amqp-publish takes it apart: spaces before the value aren't part of it.
+/// `name: value`, split as amqp-publish does: spaces before the value aren't part of it.
 fn header(text: &str) -> Result<(String, String), String> {
-    let Some((key, value)) = text.split_once(':') else {
-        return Err("has no colon between a name and a value".to_owned());
-    };
-    if key.is_empty() {
-        return Err("has no name before its colon".to_owned());
+    match text.split_once(':') {
+        None => Err("has no colon between a name and a value".to_owned()),
+        Some(("", _)) => Err("has no name before its colon".to_owned()),
+        Some((key, value)) => Ok((name(key)?, value.trim_start().to_owned())),
     }
-    Ok((name(key)?, value.trim_start().to_owned()))
 }
 
 #[cfg(test)]

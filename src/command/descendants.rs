@@ -1,4 +1,4 @@
-//! Who descends from us, as /proc tells it: the command, and what it has started, whatever group or session that is in.
+//! Our descendants, as /proc shows them: the command and everything that it has started, in any group and session.
 
 use nix::unistd::{Pid, getpgrp, getpid, getsid};
 use std::{
@@ -6,34 +6,33 @@ use std::{
     fs,
 };
 
-/// The first process of a PID namespace, which becomes the parent of every orphan in it.
+/// The first process of a PID namespace. It becomes the parent of every orphan in it.
 const INIT: Pid = Pid::from_raw(1);
 
-/// A process, as far as `/proc/PID/stat` is of interest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stat {
     pub(super) pid: Pid,
     pub(super) parent: Pid,
     pub(super) group: Pid,
     pub(super) session: Pid,
-    /// The foreground group of its controlling terminal; -1 where it has none.
+    /// The foreground group of its controlling terminal; -1 if it has none.
     pub(super) foreground: Pid,
     pub(super) is_zombie: bool,
-    /// When it was started, in clock ticks since the system was: numbers of processes are used again.
+    /// When it started, in clock ticks since the system's start. It tells apart processes that had the same number.
     started: u64,
 }
 
 impl Stat {
-    /// Our own; `None` where there is no /proc of our PID namespace.
+    /// Our own; `None` if /proc is missing or belongs to another PID namespace.
     ///
-    /// Group and session are asked for by system calls, as qemu-user 7.2 shows zeroes for them in /proc/self/stat.
+    /// Group and session come from system calls: under qemu-user 7.2, /proc/self/stat shows zeroes for them.
     pub(super) fn own() -> Option<Self> {
         let own = read("self").filter(|own| own.pid == getpid())?;
         Some(Self { group: getpgrp(), session: getsid(None).ok()?, ..own })
     }
 
     fn parse(text: &str) -> Option<Self> {
-        // The name may have blanks and parentheses in it.
+        // The name may contain blanks and parentheses.
         let (start, rest) = text.rsplit_once(')')?;
         let mut fields = rest.split_ascii_whitespace();
         let is_zombie = fields.next()? == "Z";
@@ -44,23 +43,22 @@ impl Stat {
             parent: number(0)?,
             group: number(0)?,
             session: number(0)?,
-            // The terminal's number is between.
+            // Skips the terminal's number.
             foreground: number(1)?,
-            // Field 22 of proc_pid_stat(5); the foreground group is the 8th.
+            // Field 22 of proc_pid_stat(5), after the foreground group, which is field 8.
             started: fields.nth(13)?.parse().ok()?,
         })
     }
 }
 
 fn read(folder: &str) -> Option<Stat> {
-    // A name is any bytes.
+    // The name need not be UTF-8.
     let text = fs::read(format!("/proc/{folder}/stat")).ok()?;
     Stat::parse(&String::from_utf8_lossy(&text))
 }
 
-/// All processes, as far as they can be read.
 fn read_all() -> Vec<Stat> {
-    // All names first: who forks while the others are read would make the list longer and longer.
+    // List the folder first: processes that fork meanwhile could make reading it endless.
     let names: Vec<String> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
@@ -70,39 +68,39 @@ fn read_all() -> Vec<Stat> {
     names.iter().filter_map(|name| read(name)).collect()
 }
 
-/// Who isn't the command's, although it is our child, or may become it when its parent ends: what a shell started before it
-/// became qconsume, and where we are PID 1 also what a `docker exec` runs.
+/// Children of ours that the command hasn't started: those of a shell that became qconsume by exec and, if we are PID
+/// 1, those of a `docker exec`. Processes that become our children when their parents end are included.
 ///
-/// It is a child of ours that
-/// - was there before the command, or
-/// - is in our own process group, if the command has another, or
-/// - is in a process group or a session in which somebody was before the command. Our session is none of them, because the
-///   command is in it.
+/// A child is a stranger if it
+/// - existed before the command, or
+/// - is in our own process group while the command has another one, or
+/// - is in a process group or a session that existed before the command, except our own session, which the command is
+///   in.
 ///
-/// All other children are the command's, and so is whoever descends from them. setsid(2) only makes new sessions, so nothing
-/// that the command starts can get into one of these, and into one of these groups only if it names the group (setpgid(2)),
-/// which must be in our session.
+/// All other children belong to the command, and so do their descendants. The command's processes can't join an older
+/// session, as setsid(2) only makes new ones. They can join an older group only by its number (setpgid(2)), and only in
+/// our session.
 ///
-/// The kernel tells no more about a process whose parent is gone. So two kinds are taken for the command's: what a stranger
-/// starts during the command in a session of its own and leaves behind, and what is left by a `docker exec` that began during
-/// the command.
+/// The kernel says no more about a process whose parent is gone. So two kinds of strangers count as the command's:
+/// processes that a stranger starts in a new session while the command runs, and leaves behind; and processes left
+/// behind by a `docker exec` that began while the command ran.
 #[derive(Debug, Default)]
 pub(super) struct Strangers {
-    /// Their process ids, and when they were started.
+    /// Their process ids and start times.
     processes: BTreeSet<(Pid, u64)>,
     groups: BTreeSet<Pid>,
     sessions: BTreeSet<Pid>,
 }
 
 impl Strangers {
-    /// Looks who is there before the command; nobody if /proc is missing or belongs to another PID namespace.
+    /// Finds them before the command starts; none if /proc is missing or belongs to another PID namespace.
     ///
-    /// `shares_group` is whether the command is to be in our own process group, `has_children` whether we have any child.
+    /// `shares_group`: the command will be in our own process group. `has_children`: we have children now.
     pub(super) fn find(shares_group: bool, has_children: bool) -> Self {
         let Some(own) = Stat::own() else {
             return Self::default();
         };
-        // Every orphan becomes a child of PID 1, also one of a parent from outside of the PID namespace.
+        // PID 1 becomes the parent of every orphan, even of one whose parent was outside the PID namespace.
         let all = if has_children || own.pid == INIT { read_all() } else { Vec::new() };
         Self::among(&all, &own, shares_group)
     }
@@ -125,9 +123,9 @@ impl Strangers {
         Self { processes, groups, sessions }
     }
 
-    /// Whether this child of ours, which isn't the command, is one of them.
+    /// Whether this child of ours, which isn't the command itself, is one of them.
     pub(super) fn include(&self, child: &Stat) -> bool {
-        // A leader is as old as its group and its session: a new one has a number that was used before.
+        // A child that leads such a group is new itself: its number, and so the group's, was used before.
         let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);
         self.processes.contains(&(child.pid, child.started))
             || is_in(&self.groups, child.group)
@@ -135,32 +133,30 @@ impl Strangers {
     }
 }
 
-/// Those who descend from us.
 #[derive(Debug, Default)]
 pub(super) struct Descendants {
-    /// Parents before their children. A zombie that is not ours to reap is left out: its parent is here.
+    /// Parents before their children, without zombies that their own parents have to reap.
     pub(super) processes: Vec<Stat>,
-    /// The process groups that they have for themselves. Ours is never one, as we are in it.
-    pub(super) own_groups: BTreeSet<Pid>,
+    /// The process groups that contain no other processes. Ours contains us, so it is never included.
+    pub(super) exclusive_groups: BTreeSet<Pid>,
 }
 
 impl Descendants {
-    /// All who descend from us by those children that `is_ours`; nobody where there is no /proc of our PID namespace, whose
-    /// numbers could be anybody's.
-    pub(super) fn find(is_ours: impl Fn(&Stat) -> bool) -> Self {
+    /// Children of ours that `is_commands` accepts, and their descendants; none without a /proc of our PID namespace.
+    pub(super) fn find(is_commands: impl Fn(&Stat) -> bool) -> Self {
         match Stat::own() {
-            Some(own) => Self::among(&read_all(), own.pid, is_ours),
+            Some(own) => Self::among(&read_all(), own.pid, is_commands),
             None => Self::default(),
         }
     }
 
-    fn among(all: &[Stat], own: Pid, is_ours: impl Fn(&Stat) -> bool) -> Self {
+    fn among(all: &[Stat], own: Pid, is_commands: impl Fn(&Stat) -> bool) -> Self {
         let mut by_parent: BTreeMap<Pid, Vec<Stat>> = BTreeMap::new();
         for process in all {
             by_parent.entry(process.parent).or_default().push(*process);
         }
         let children = |parent: Pid| by_parent.get(&parent).into_iter().flatten().copied();
-        let mut processes: Vec<Stat> = children(own).filter(is_ours).collect();
+        let mut processes: Vec<Stat> = children(own).filter(is_commands).collect();
         let mut next = 0;
         while let Some(parent) = processes.get(next) {
             let more = children(parent.pid).filter(|child| !child.is_zombie);
@@ -171,8 +167,8 @@ impl Descendants {
         let is_other = |process: &&Stat| !process.is_zombie && !pids.contains(&process.pid);
         let shared: BTreeSet<Pid> = all.iter().filter(is_other).map(|other| other.group).collect();
         let groups = processes.iter().map(|process| process.group);
-        let own_groups = groups.filter(|group| !shared.contains(group)).collect();
-        Self { processes, own_groups }
+        let exclusive_groups = groups.filter(|group| !shared.contains(group)).collect();
+        Self { processes, exclusive_groups }
     }
 }
 
@@ -183,7 +179,7 @@ mod tests {
     const OWN: i32 = 10;
     const COMMAND: i32 = 20;
 
-    /// A process in state S or Z, with its parent, group and session; it is as old as its number is low.
+    /// A process in state S or Z, with its parent, group and session. Its start time is its number.
     fn stat((pid, state, parent, group, session): (i32, &str, i32, i32, i32)) -> Stat {
         let rest = "0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0";
         Stat::parse(&format!("{pid} (sh) {state} {parent} {group} {session} {rest} {pid} 0 0")).unwrap()
@@ -222,10 +218,10 @@ mod tests {
         .map(stat);
         let found = Descendants::among(&all, all[0].pid, |child| child.pid.as_raw() != 50);
         assert_eq!(raw(found.processes.iter().map(|process| process.pid)), [20, 30, 40, 22, 31]);
-        assert_eq!(raw(found.own_groups), [20, 30]);
+        assert_eq!(raw(found.exclusive_groups), [20, 30]);
     }
 
-    /// Who is found as the command's, with these others before it and those, besides the command, when it has ended.
+    /// The processes that count as the command's, with these before it started and those after it ended.
     fn found(own: Stat, shares_group: bool, before: &[Stat], after: &[Stat]) -> Vec<i32> {
         let strangers = Strangers::among(&[&[own], before].concat(), &own, shares_group);
         let found = Descendants::among(&[&[own], after].concat(), own.pid, |child| !strangers.include(child));
@@ -243,23 +239,21 @@ mod tests {
             (6, "S", 1, 6, 6),     // somebody's who is no child of ours
         ]
         .map(stat);
-        // What they have started since then, and left to us.
         let after = [
             (13, "S", 10, 13, 13),
             (14, "S", 13, 14, 13),
-            (15, "S", 14, 15, 15), // has still its parent
+            (15, "S", 14, 15, 15), // still has its parent
             (111, "S", 10, 8, 7),
             (112, "S", 10, 12, 7),
             (113, "S", 10, 13, 13),
             (114, "S", 10, 14, 13),
             (115, "S", 10, 115, 13),   // in a group of its own, in the daemon's session
-            (116, "S", 115, 116, 116), // a child of such a one
+            (116, "S", 115, 116, 116), // a child of 115
         ]
         .map(stat);
         assert!(found(own, false, &before, &after).is_empty());
-        // Where the command shares our group, what is in it may be the command's.
+        // If the command is in our group, other children in it may be the command's.
         assert_eq!(found(own, true, &before, &after), [111]);
-        // Also if nobody was in it before.
         assert!(found(own, false, &[], &after[3..4]).is_empty());
         assert_eq!(found(own, true, &[], &after[3..4]), [111]);
     }
@@ -272,16 +266,16 @@ mod tests {
             (21, "S", 10, 20, 7),  // in the command's group
             (22, "S", 10, 22, 7),  // in a group of its own
             (23, "S", 10, 23, 23), // after a double fork, in a session of its own
-            (24, "S", 10, 25, 25), // whose session's leader is gone
+            (24, "S", 10, 25, 25), // in a session whose leader is gone
             (26, "S", 23, 26, 26), // and so on
-            (27, "S", 22, 8, 7),   // has joined our group, and has its parent yet
-            (13, "S", 10, 13, 13), // the numbers of a daemon that is gone, used again
-            (6, "S", 10, 6, 6),    // the same of somebody's who was no child of ours
+            (27, "S", 22, 8, 7),   // has joined our group, and still has its parent
+            (13, "S", 10, 13, 13), // has the number of a daemon that is gone
+            (6, "S", 10, 6, 6),    // has the number of a process that was no child of ours
         ];
         let again =
             |number: i32, stat: Stat| if stat.pid.as_raw() == number { Stat { started: 99, ..stat } } else { stat };
         let after = after.map(stat).map(|stat| again(13, stat)).map(|stat| again(6, stat));
-        // Whether we lead our group and our session, or are in those of a shell.
+        // We may lead our group and our session, or be in those of a shell.
         for own in [(OWN, "S", 9, 8, 7), (OWN, "S", 9, 7, 7), (OWN, "S", 9, 10, 10), (OWN, "S", 0, 0, 0)].map(stat) {
             let in_our_session = |process: &Stat| match process.session.as_raw() {
                 7 => Stat { session: own.session, ..*process },
