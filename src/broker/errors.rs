@@ -330,6 +330,10 @@ impl ConnectError {
             (_, M::ExclusiveConsumer) => {
                 config(format!("queue {queue:?} has an exclusive consumer"), "stop it, or use another queue")
             }
+            (_, M::Stream) => config(
+                format!("queue {queue:?} is a stream, which keeps its messages"),
+                "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
+            ),
             (_, M::ExclusiveQueue) => {
                 config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
             }

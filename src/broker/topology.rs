@@ -1,4 +1,4 @@
-//! The queue and the bindings that are declared before a subscription.
+//! What is declared and bound before a subscription.
 
 use super::{
     errors::{Asked, ConnectError, Meaning},
@@ -20,14 +20,13 @@ pub struct Topology {
     pub routing_keys: Vec<String>,
 }
 
-/// Which queue to declare.
+/// Which queue is declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
-    /// None: it must exist.
+    /// None: it has to be there.
     #[default]
     No,
-    /// A durable queue. It is created if it doesn't exist; an existing one is used as it is. Not a transient one:
-    /// RabbitMQ 4.3 refuses those unless they are exclusive.
+    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
     /// An exclusive one, which is deleted with the connection.
     Exclusive,
@@ -72,7 +71,7 @@ impl From<ConnectError> for NotSubscribed {
 }
 
 impl Topology {
-    /// Declares the queue and binds it. Returns its name, which the broker chooses if `queue` is empty.
+    /// Declares and binds, and returns the queue's name, which the broker chooses if `queue` is empty.
     pub(super) async fn set_up(
         &self,
         connection: &mut OpenConnection,
