@@ -338,10 +338,6 @@ impl ConnectError {
                 config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
             }
             (_, M::NotPermitted) => not_permitted(format!("user {user:?} may not {action} queue {queue:?}")),
-            (_, M::Stream) => config(
-                format!("queue {queue:?} is a stream, which keeps its messages"),
-                "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
-            ),
             (_, M::QueueLimit) => {
                 config(format!("can't {action} queue {queue:?}"), "raise the limit, or delete queues")
             }
