@@ -12,7 +12,7 @@ use libfuzzer_sys::fuzz_target;
 use qconsume::{
     broker::{
         ConnectError,
-        address::{Address, Secret},
+        reach::address::{Address, Secret},
     },
     exit::Exit::{self, Config, NoPermission, Unavailable, Unconfirmed},
     fuzzing::{
