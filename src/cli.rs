@@ -1,5 +1,5 @@
 //! Options and their environment. A flag takes precedence over its variable, and the variable over the default. The
-//! only I/O is reading secret files.
+//! only I/O is reading the files with addresses, passwords and certificates.
 
 mod broker;
 mod output;

@@ -100,7 +100,7 @@ async fn publish_all(
     let mut stop: Option<(Signal, Instant)> = None;
     // What the run ends with once everything in flight is confirmed.
     let mut ended = Ok(None);
-    while is_reading || !publisher.all_confirmed() {
+    while is_reading || !publisher.none_in_flight() {
         tokio::select! {
             biased;
             signal = next_stop(signals) => match stop {
@@ -158,7 +158,7 @@ fn how_far(publisher: &Publisher, source: &Source) -> String {
     if !matches!(source, Source::Input) {
         text += &format!("; to resume, begin with {}", source.name(without_gap + 1));
     }
-    if !publisher.all_confirmed() {
+    if !publisher.none_in_flight() {
         text += "; what was sent and not confirmed may have arrived or not";
     }
     text

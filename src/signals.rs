@@ -24,7 +24,7 @@ fn handled() -> SigSet {
     STOPPING.into_iter().chain(FORWARDED).collect()
 }
 
-/// Blocks the signals until [`install`].
+/// Blocks the signals, so that those that come before [`install`] wait for it.
 ///
 /// The kernel drops a signal to PID 1 that has no handler, unless it is blocked (`sig_ignored` in Linux's
 /// kernel/signal.c).
@@ -71,8 +71,9 @@ impl Signals {
         received
     }
 
-    /// The first stop signal since the start, including signals that nobody has read yet; it drops those.
-    pub fn stopped_by(&mut self) -> Option<Signal> {
+    /// Reads all signals that have come, and returns the first stop signal since the start. Nobody forwards those that it
+    /// reads.
+    pub fn read_stop(&mut self) -> Option<Signal> {
         while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.pending()) {
             self.note(received);
         }

@@ -100,7 +100,7 @@ pub struct Policy {
     #[arg(long, value_name = "N", env = "QCONSUME_MAX_ATTEMPTS", value_parser = clap::value_parser!(u64).range(1..))]
     pub max_attempts: Option<u64>,
 
-    /// Exit with this status if the message was dead-lettered [default: the command's status]
+    /// Exit with this status if the message was dead-lettered [default: the status of the failure]
     ///
     /// With 0, a Job counts such a message as a completion.
     #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_REJECT_EXIT_CODE")]
@@ -155,9 +155,8 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     let unconfirmed = Exit::Unconfirmed.status();
     let timed_out = result.stop == Some(StopReason::TimeLimit);
     // 124 is qconsume's own status, so `--failure-exit-code` doesn't replace it.
-    let (own, replaced_by) =
-        if timed_out { (Exit::TimedOut.status(), None) } else { (result.ended.status(), policy.failure_exit_code) };
-    let failed = replaced_by.unwrap_or(own);
+    let own = if timed_out { Exit::TimedOut.status() } else { result.ended.status() };
+    let failed = policy.failure_exit_code.filter(|_| !timed_out).unwrap_or(own);
     let (settlement, exit_code, exit_code_if_unconfirmed) = if !result.still_owned {
         (None, unconfirmed, unconfirmed)
     } else if result.ended == Ended::Exited(0) && !timed_out {

@@ -49,9 +49,9 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     };
     let summary = worker.of_queue(worker.with_tally(summary));
     summary.report();
-    // Everything is settled, so a new signal only shortens the closing. Signals that came before don't: this reads
+    // Everything is settled, so a new signal only shortens the closing. Earlier signals mustn't: this reads and drops
     // them.
-    let _ = signals.stopped_by();
+    let _ = signals.read_stop();
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
     Ok(summary.status)
 }
@@ -126,7 +126,7 @@ impl Worker {
             match timeout(limit.mul_f64(ACK_WARNING), self.consumer.wait_until_lost()).await {
                 Ok(lost) => return lost,
                 Err(_) => tracing::warn!(
-                    "the command has run for 80 % of the acknowledgement timeout of {}: after that the broker requeues the message",
+                    "the command has run for 80 % of the acknowledgement timeout of {}: when all of it has passed, the broker requeues the message",
                     HumanDuration(limit)
                 ),
             }
@@ -148,9 +148,9 @@ impl Worker {
             self.warn_of_uncounted();
         }
         let is_last = self.state(signals).next(verdict, result.failures_before) != Next::Message;
-        // Subscribe again after a requeue, so that the new consumer sees the message. A quorum queue counts it among
-        // the ready messages only some time after the broker has confirmed, so `--drain` would find an empty queue
-        // (seen with RabbitMQ 3.10 under load).
+        // Cancel before a requeue, too: the next `take` then subscribes again, and the new consumer gets the message. With
+        // the old consumer `--drain` could find the queue empty, as a quorum queue counts a requeued message as ready
+        // only some time after the confirmation (seen with RabbitMQ 3.10 under load).
         let cancels = is_last || settlement == Settlement::Requeue;
         let (settled, outcome, mut description) = self.settle_unless_no_ack(settlement, cancels).await;
         if at_delivery_limit && outcome == Outcome::Requeued {
@@ -213,7 +213,7 @@ impl Worker {
         RunState {
             to_do: self.options.count().map(|count| count.saturating_sub(self.tally.done())),
             keep_going: self.options.keep_going,
-            stopped_by: signals.stopped_by().map(|signal| signal as i32),
+            stopped_by: signals.read_stop().map(|signal| signal as i32),
         }
     }
 
@@ -261,7 +261,7 @@ impl Worker {
     /// Returns the summary if the command mustn't start: the run was stopped, or the message was lost since it was
     /// taken.
     async fn must_not_start(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
-        if let Some(signal) = signals.stopped_by() {
+        if let Some(signal) = signals.read_stop() {
             let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
             let text = format!("stopped by {signal} before the command was started; {description}");
             return Some(summary(subject, status_of_signal(signal as i32), outcome, text));

@@ -9,7 +9,7 @@ use super::reach::{
     token::{Credentials, Token},
 };
 use crate::exit::{Exit, Failure};
-use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE};
+use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
 use std::{fmt, io, path::Path};
 
 /// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0. It closes the connection without
@@ -88,9 +88,10 @@ impl Refusal {
         let starts = |with: &str| text.starts_with(with);
         let ends = |with: &str| text.ends_with(with);
         let is_cut = self.text.len() > 250 && ends("...");
-        // amqproxy hands a refusal of the broker's on with this code, whatever it was.
+        // amqproxy passes the broker's refusals on with code 403, whatever their own code was. Their texts name it.
         let code = if (self.code, name) == (403, "NOT_ALLOWED") { 530 } else { self.code };
         match code {
+            403 if !["", "ACCESS_REFUSED"].contains(&name) => M::Other,
             402 => M::NoVirtualHost,
             403 if starts("queue '") || ends("' in exclusive use") => M::ExclusiveConsumer,
             403 if ends("' as it already has an existing exclusive consumer") => M::ExclusiveConsumer,
@@ -123,7 +124,7 @@ impl Refusal {
             311 => M::TooLarge,
             530 if starts("number of channels opened") => M::Limit,
             530 if starts("Connection refused for user '") => M::Limit,
-            530 if starts("New secret was refused") => M::NewTokenRefused,
+            530 if starts("New secret was refused") || starts("Secret update failed") => M::NewTokenRefused,
             // Broker-J, and two versions of GarageMQ.
             530 if ["Authentication failed", "login failure", "Authorization failed"].contains(&text) => {
                 M::LoginRefused
@@ -264,6 +265,13 @@ impl ConnectError {
         // The next connection uses the password that is in the file then.
         let renewable = login.file.is_some();
         match (asked, meaning) {
+            (Delivery { observed, .. }, M::AckTimeout) => {
+                row(Unconfirmed, "acknowledgement timeout".to_owned(), observed.what_to_raise())
+            }
+            (Delivery { closed, .. }, meaning) if !matches!(meaning, M::TokenExpired | M::NewTokenRefused) => {
+                row(Unconfirmed, format!("the broker closed the {closed}"), "")
+            }
+
             (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => row(
                 NoPermission,
                 "the broker refused the login by client certificate (EXTERNAL)".to_owned(),
@@ -286,11 +294,6 @@ impl ConnectError {
                 let exit = if renewable && matches!(asked, Publish(_)) { Unconfirmed } else { NoPermission };
                 retry_if(renewable, row(exit, what.to_owned(), &login.how_to_renew()))
             }
-
-            (Delivery { observed, .. }, M::AckTimeout) => {
-                row(Unconfirmed, "acknowledgement timeout".to_owned(), observed.what_to_raise())
-            }
-            (Delivery { closed, .. }, _) => row(Unconfirmed, format!("the broker closed the {closed}"), ""),
 
             (Publish(exchange), M::Missing | M::NoExchange) => {
                 let what = format!("there is no exchange {exchange:?} in this virtual host");
@@ -323,7 +326,7 @@ impl ConnectError {
                 config(what, "publish to it without --declare, or name another")
             }
             (_, M::ReservedName) => {
-                config(format!("can't {action} queue {queue:?}"), "names that begin with amq. are its own")
+                config(format!("can't {action} queue {queue:?}"), "names that begin with amq. are the broker's own")
             }
             (_, M::InvalidName) => config(format!("can't {action} queue {queue:?}"), "choose another name"),
             (_, M::QueueDown) => unavailable(format!("queue {queue:?} is not available now")),
@@ -440,15 +443,15 @@ fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
     let unless_unlimited = |size: Option<u32>| size.filter(|size| *size > 0).unwrap_or(u32::MAX);
     let (theirs, ours) = (unless_unlimited(observed.frame_max), unless_unlimited(address.parameters.frame_max));
     // As lapin does it.
-    let agreed = if theirs < ours { theirs.max(FRAME_MIN_SIZE) } else { ours };
+    let agreed = if theirs < ours { theirs.max(LAPIN_FRAME_MIN) } else { ours };
     if agreed > theirs {
         return Some(format!(
-            "its frame_max is {theirs} bytes, and qconsume needs {FRAME_MIN_SIZE}: raise frame_max in rabbitmq.conf"
+            "its frame_max is {theirs} bytes, and this client needs {LAPIN_FRAME_MIN}: raise frame_max in rabbitmq.conf"
         ));
     }
-    (observed.frame_max.is_some() && agreed < FRAME_MIN_SIZE && observed.version >= Some((4, 0))).then(|| {
+    (observed.frame_max.is_some() && agreed < LAPIN_FRAME_MIN && observed.version >= Some((4, 0))).then(|| {
         format!(
-            "this RabbitMQ takes no frame_max below {FRAME_MIN_SIZE} bytes, and the URL asks for {ours}: leave it out there"
+            "this RabbitMQ takes no frame_max below {LAPIN_FRAME_MIN} bytes, and the URL asks for {ours}: leave it out there"
         )
     })
 }

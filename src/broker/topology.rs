@@ -5,7 +5,7 @@ use super::{
     reach::connection::OpenConnection,
 };
 use lapin::{
-    options::{QueueBindOptions, QueueDeclareOptions},
+    options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions},
     types::FieldTable,
 };
 
@@ -32,7 +32,7 @@ pub enum Declare {
     Exclusive,
 }
 
-/// How to declare and subscribe; earlier refusals may have changed it.
+/// How to declare and subscribe. The refusal of an earlier attempt may have changed it.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) step: DeclareStep,
@@ -100,18 +100,21 @@ impl Topology {
                     DeclareStep::Create
                 }
                 (DeclareStep::Create, Some(Meaning::Precondition)) => DeclareStep::PassiveAgain(refused()),
-                // Nobody has created it: why we can't says more than that it is missing.
+                // Nobody else has created it. The reason why we can't says more than that it doesn't exist.
                 (DeclareStep::PassiveAgain(refusal), Some(Meaning::Missing)) => return refusal.into(),
                 _ => return refused().into(),
             };
             NotSubscribed::RetryWith(Request { step, ack_timeout })
         })?;
         let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
-        // A proxy's connection to the broker may be shared, and live on: the queue is deleted with ours, unless another user of
-        // that connection had it first.
-        let created = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
-        if self.declare == Declare::Exclusive && created.is_some() && connection.observed().is_another_product {
-            connection.exclusive_queue = Some(name.clone());
+        // A proxy may share its connection to the broker with other clients and keep it open. The broker then doesn't delete
+        // the queue, so we do before we close, unless it has messages or a consumer: then another client had it first.
+        let unused = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
+        if self.declare == Declare::Exclusive && unused.is_some() && connection.observed().is_another_product {
+            // If the name isn't the broker's choice, another client may have come since: its messages stay.
+            let if_empty = !queue.is_empty();
+            let options = QueueDeleteOptions { if_unused: true, if_empty, ..QueueDeleteOptions::default() };
+            connection.exclusive_queue = Some((name.clone(), options));
         }
         if creates {
             tracing::info!("declared queue {queue:?}, which was not there");

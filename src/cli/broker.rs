@@ -50,7 +50,7 @@ pub struct BrokerOptions {
 
     /// Try this long to reach the broker and the queue
     ///
-    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when qconsume's consumer is registered, or qpublish's channel is open. It starts again when qconsume loses the connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
+    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when qconsume's consumer is registered, or qpublish is connected. It starts again when qconsume loses the connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_CONNECT_TIMEOUT", default_value = "60s", value_parser = duration_above_zero)]
     pub connect_timeout: Duration,
 
@@ -108,7 +108,7 @@ pub struct BrokerOptions {
 }
 
 impl BrokerOptions {
-    /// Connects to the broker under this connection name. Logs the URLs' parameters for other clients.
+    /// A connector to these nodes, for a connection of this name. Logs the URLs' parameters for other clients.
     pub fn connector(&self, name: String) -> Connector {
         let nodes = self.nodes.known.iter();
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {

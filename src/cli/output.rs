@@ -17,7 +17,7 @@ use tracing::Level;
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputOptions {
-    /// Log messages of this level and above
+    /// Write log lines of this level and above
     ///
     /// error: why the run failed. warn: problems that don't end the run. info: which message was taken and its outcome, or how many messages were published. debug: each step.
     #[arg(long, value_name = "LEVEL", env = "QCONSUME_LOG", default_value = "info", value_parser = levels())]

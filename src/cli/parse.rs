@@ -69,7 +69,7 @@ impl Given<'_> {
         }
     }
 
-    /// The option's name for messages: the variable if it was given by that, otherwise the flag.
+    /// How an error names the option: the variable if it was given by that, otherwise the flag.
     pub(crate) fn name(&self, id: &str) -> String {
         let arg = self.command.get_arguments().find(|arg| arg.get_id() == id);
         match arg.and_then(|arg| arg.get_env()) {

@@ -125,7 +125,7 @@ impl Strangers {
 
     /// Whether this child of ours, which isn't the command itself, is one of them.
     pub(super) fn include(&self, child: &Stat) -> bool {
-        // A child that leads such a group is new itself: its number, and so the group's, was used before.
+        // If the child's own number is that of a known group or session, the number is in use again, for a new one.
         let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);
         self.processes.contains(&(child.pid, child.started))
             || is_in(&self.groups, child.group)

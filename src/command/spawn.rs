@@ -198,7 +198,7 @@ impl Process for RunningCommand {
     async fn descendants_ended(&mut self) {
         loop {
             match self.reaper.sweep() {
-                // As the subreaper we are the parent or an ancestor of every descendant.
+                // No child means no descendant: as the subreaper we become the parent of every orphan.
                 Children::None => return,
                 Children::Running if self.descendants().processes.is_empty() => return,
                 Children::Running => self.reaper.reaped().await,

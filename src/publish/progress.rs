@@ -49,7 +49,7 @@ impl Progress {
         if self.on_terminal {
             let rate = confirmed.saturating_sub(self.last.1) as f64 / self.last.0.elapsed().as_secs_f64();
             // One more byte for each line's newline.
-            show_progress(&line(confirmed, rate as u64, confirms.bytes + confirms.received, self.total));
+            show_progress(&line(confirmed, rate as u64, confirms.bytes + confirms.answered, self.total));
             self.last = (Instant::now(), confirmed);
         } else {
             let (time, messages) = (HumanDuration(self.started.elapsed()), counted(confirmed, "message", "messages"));

@@ -65,8 +65,8 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// The source that was asked for. Without an option or a message that is standard input, or nothing if a queue is
-    /// declared.
+    /// The source that was asked for. If neither an option nor a message is given, it is standard input; with --declare,
+    /// it is nothing.
     ///
     /// # Errors
     /// If a file can't be read.

@@ -60,7 +60,7 @@ pub(super) fn describe_settlement(
         ),
         Settlement::DeadLetter => (
             Outcome::DeadLettered,
-            "message dead-lettered, or dropped where the queue has no dead-letter exchange",
+            "message dead-lettered, or dropped if the queue has no dead-letter exchange",
             "rejection not confirmed, so the message may be delivered again",
         ),
         Settlement::Requeue => (Outcome::Requeued, "message requeued", requeue_unconfirmed),
@@ -69,7 +69,7 @@ pub(super) fn describe_settlement(
     match settled {
         Settled::Confirmed => (outcome, confirmed.to_owned()),
         Settled::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
-        Settled::Lost => (Outcome::Lost, format!("the delivery was lost before that: {why}")),
+        Settled::Lost => (Outcome::Lost, format!("the delivery was lost before the broker got the settlement: {why}")),
     }
 }
 

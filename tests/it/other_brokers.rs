@@ -95,7 +95,7 @@ fn what_lavinmq_declares_under_no_condition_is_78() {
     );
     declaring(406, "PRECONDITION_FAILED - Queue name isn't valid", 78, "choose another name");
     let reserved = "ACCESS_REFUSED - Prefix [\"amq.\"] forbidden, please choose another name";
-    declaring(403, reserved, 78, "names that begin with amq. are its own");
+    declaring(403, reserved, 78, "names that begin with amq. are the broker's own");
 }
 
 #[test]
@@ -154,6 +154,24 @@ fn a_virtual_host_that_is_missing_is_78_and_one_at_its_limit_is_tried_again() {
     let limited = "NOT_ALLOWED - access to vhost 'here' refused for user 'guest': connection limit (1) is reached";
     let done = worker(&closes(Method::CHANNEL_OPEN, 403, limited)).args(["--connect-timeout", "3s", "cat"]).run();
     done.assert_status(69).assert_stderr("trying again");
+    // While RabbitMQ starts. amqproxy keeps the name of the code only in the text.
+    let down = "INTERNAL_ERROR - access to vhost '/' refused for user 'guest': vhost '/' is down";
+    let done = worker(&closes(Method::CHANNEL_OPEN, 403, down)).args(["--connect-timeout", "3s", "cat"]).run();
+    done.assert_status(69).assert_stderr("trying again");
+}
+
+#[test]
+fn what_closes_a_connection_while_the_command_runs_is_not_taken_for_a_refused_login() {
+    for text in ["NOT_ALLOWED - a reason of its own", "vhost 'here' was deleted", "login failure"] {
+        let peer = Peer::new(move |request| match (request.method, with_a_message(request)) {
+            (Method::BASIC_CONSUME, Answer::Bytes(delivery)) => {
+                Answer::Bytes([delivery, frames::connection_close(530, text)].concat())
+            }
+            _ => Answer::Usual,
+        });
+        let done = worker(&peer).shell("sleep 1000").run();
+        done.assert_status(75).assert_stderr(&format!("the broker closed the connection: {text}"));
+    }
 }
 
 /// Greets as amqproxy does.
@@ -227,8 +245,8 @@ fn behind_amqproxy_an_exclusive_queue_is_deleted_at_the_end_and_no_other() {
     const RABBITMQ: &[(&str, &str)] = &[("product", "RabbitMQ"), ("version", "4.3.6")];
     let deleted = deletes(AMQPROXY, 0, &["-x"]);
     assert_eq!(deleted.len(), 1);
-    // Two reserved bytes, the name, and the flag if-unused.
-    assert_eq!(deleted[0].arguments, *b"\0\0\x01x\x01");
+    // Two reserved bytes, the name, and the flags if-unused and if-empty.
+    assert_eq!(deleted[0].arguments, *b"\0\0\x01x\x03");
     // RabbitMQ deletes it with the connection, the queue of a user stays, and one with messages isn't new.
     assert!(deletes(RABBITMQ, 0, &["-x"]).is_empty());
     assert!(deletes(AMQPROXY, 0, &["--declare"]).is_empty());

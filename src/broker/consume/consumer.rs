@@ -140,7 +140,13 @@ impl Consumer {
         let (give_up, given_up) = oneshot::channel();
         let open = Subscription::open(connection, self.options.clone(), request, declared, deadline, given_up);
         self.state = State::Subscribing(tokio::spawn(open), give_up);
-        let subscribed = self.finish_subscribing().await;
+        let mut subscribed = self.finish_subscribing().await;
+        match &mut subscribed {
+            Ok(()) => self.broker.login_accepted(),
+            // A proxy logs in to the broker when a channel is opened.
+            Err(NotSubscribed::Failed(error)) if error.login_refused => self.broker.retry_login(error),
+            Err(_) => {}
+        }
         if subscribed.is_err() {
             // A refusal closes the channel, and lapin 4.12 reports that a second time later, so the next attempt takes
             // a new connection.
@@ -217,9 +223,8 @@ impl Consumer {
         }
     }
 
-    /// Cancels the consumer. Returns the message that arrived before the reply, or that began to arrive within two
-    /// seconds if there is no reply: the reply comes after the whole body. If neither begins by then, nothing is
-    /// delivered.
+    /// Cancels the consumer. Returns the message that arrived before the reply. The reply comes after a message's whole
+    /// body, so if there is none within two seconds, returns the message that has begun to arrive by then, or `None`.
     ///
     /// # Errors
     /// Why the subscription had already ended; nothing was taken.
@@ -276,7 +281,7 @@ impl Consumer {
         false
     }
 
-    /// Closes the connection, within two seconds.
+    /// Closes the connection, within three seconds.
     pub async fn close(&mut self) {
         self.end_subscription();
         if let State::Idle(Some(connection)) = mem::replace(&mut self.state, State::Idle(None)) {

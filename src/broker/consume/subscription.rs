@@ -247,11 +247,11 @@ impl Subscription {
 /// It is here once the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel or of
 /// the connection for a reply, too: then the stream ends with the error, and the broker requeues the message.
 async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
-    let mut last = None;
+    let mut message = None;
     while let Some(next) = consumer.next().await {
-        last.get_or_insert(next?);
+        message.get_or_insert(next?);
     }
-    Ok(last)
+    Ok(message)
 }
 
 /// The queue's name, and its consumer on a channel.
@@ -297,9 +297,12 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
-    // 0 is the default. Only streams refuse the argument: their messages can't be settled, and an idle one looks like
-    // any queue (seen with RabbitMQ 3.10 and 4.3; LavinMQ's refuse it too).
-    arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
+    // Only a stream refuses this argument, and a stream must be refused: its messages can't be settled, and an idle one
+    // looks like any queue (seen with RabbitMQ 3.10 and 4.3; LavinMQ's refuse it, too). For other queues 0 is the
+    // default.
+    if connection.observed().refuses_streams {
+        arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
+    }
     if let Some(limit) = ack_timeout {
         let milliseconds = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
         let limit = AMQPValue::LongLongInt(milliseconds);

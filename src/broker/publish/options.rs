@@ -44,7 +44,9 @@ impl Route {
     pub fn why_returned(&self) -> String {
         let Self { exchange, routing_key: key, .. } = self;
         if exchange.is_empty() {
-            format!("there is no queue {key:?} in this virtual host; create it (--declare), or check the name")
+            format!(
+                "there is no queue {key:?} in this virtual host; create it (--declare --queue NAME), or check the name"
+            )
         } else {
             format!(
                 "no queue is bound to exchange {exchange:?} for routing key {key:?}; bind one, or use --no-mandatory \

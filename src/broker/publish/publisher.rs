@@ -31,14 +31,14 @@ use tokio::{
 /// size; class, weight and the body's size; the frame's end.
 const AROUND_PROPERTIES: u64 = 7 + 12 + 1;
 
-/// A message that is sent and not confirmed.
+/// A message that is sent and not answered: neither confirmed nor refused.
 struct InFlight {
     /// `None` until it is written to the socket.
     confirm: Option<PublisherConfirm>,
     /// The body's size in bytes.
     size: u64,
-    /// How many messages were confirmed when it was sent.
-    confirmed_before: u64,
+    /// How many messages were answered when it was sent.
+    answered_before: u64,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -125,11 +125,11 @@ impl Publisher {
 
     /// Sends a message. The permit to have it in flight is given back when it is confirmed.
     pub fn send(&mut self, body: Vec<u8>, permit: OwnedSemaphorePermit) {
-        if self.all_confirmed() {
+        if self.none_in_flight() {
             self.waiting_since = Instant::now();
         }
-        let (size, confirmed_before) = (body.len() as u64, self.confirms.received);
-        self.in_flight.push_back(InFlight { confirm: None, size, confirmed_before, _permit: permit });
+        let (size, answered_before) = (body.len() as u64, self.confirms.answered);
+        self.in_flight.push_back(InFlight { confirm: None, size, answered_before, _permit: permit });
         let channel = self.channel.clone().expect("it is open");
         let (exchange, key) = (self.route.exchange.as_str().into(), self.route.routing_key.as_str().into());
         let options = BasicPublishOptions { mandatory: self.route.mandatory_flag(), ..Default::default() };
@@ -144,7 +144,7 @@ impl Publisher {
     /// If no confirm arrives within the limit, or the channel or the connection is lost. If the broker's text tells
     /// which message is the cause: its number, counted from 1, and a failure whose text goes on after "MESSAGE is".
     pub async fn next(&mut self) -> Result<(), (Failure, Option<u64>)> {
-        let deadline = (!self.all_confirmed()).then(|| self.waiting_since + self.limit);
+        let deadline = (!self.none_in_flight()).then(|| self.waiting_since + self.limit);
         let confirm = self.in_flight.front_mut().and_then(|first| first.confirm.as_mut());
         let limit = HumanDuration(self.limit);
         tokio::select! {
@@ -153,7 +153,7 @@ impl Publisher {
                 let confirmation = confirmation.map_err(|error| self.lost(&error))?;
                 let sent = self.sent();
                 let message = self.in_flight.pop_front().expect("it is confirmed");
-                self.confirms.count(confirmation, message.size, message.confirmed_before, sent);
+                self.confirms.count(confirmation, message.size, message.answered_before, sent);
                 self.waiting_since = Instant::now();
             }
             sent = or_never(self.sending.as_mut()) => {
@@ -192,17 +192,17 @@ impl Publisher {
         let size = too_large.and_then(|refusal| refusal.text.split(' ').find_map(|word| word.parse().ok()));
         let place = size.and_then(|size: u64| self.in_flight.iter().position(|message| message.size == size));
         let failure = ConnectError::refused(error, &self.connection, Asked::Publish(&self.route.exchange)).failure;
-        (failure, place.map(|place| self.confirms.received + place as u64 + 1))
+        (failure, place.map(|place| self.confirms.answered + place as u64 + 1))
     }
 
     /// Whether every message that is sent is confirmed.
-    pub fn all_confirmed(&self) -> bool {
+    pub fn none_in_flight(&self) -> bool {
         self.in_flight.is_empty()
     }
 
     /// How many messages are sent or being sent.
     pub fn sent(&self) -> u64 {
-        self.confirms.received + self.in_flight.len() as u64
+        self.confirms.answered + self.in_flight.len() as u64
     }
 }
 
@@ -217,7 +217,7 @@ async fn or_never<F: Future + Unpin>(future: Option<F>) -> F::Output {
 #[derive(Debug, Default)]
 pub struct Confirms {
     /// How many confirms were received: `basic.ack` and `basic.nack`, one for each message.
-    pub received: u64,
+    pub answered: u64,
     /// The size of the confirmed bodies together, in bytes.
     pub bytes: u64,
     /// How many `basic.return` and `basic.nack` were received. LavinMQ sends both for the same message.
@@ -238,16 +238,16 @@ pub struct NotQueued {
 }
 
 impl Confirms {
-    /// Counts the confirm of the next message, which was sent after `confirmed_before` confirms; `sent` are sent by now.
-    fn count(&mut self, confirmation: Confirmation, size: u64, confirmed_before: u64, sent: u64) {
-        self.received += 1;
+    /// Counts the confirm of the next message, which was sent after `answered_before` confirms; `sent` are sent by now.
+    fn count(&mut self, confirmation: Confirmation, size: u64, answered_before: u64, sent: u64) {
+        self.answered += 1;
         self.bytes += size;
         let (nacked, returned) = (confirmation.is_nack(), confirmation.take_message().is_some());
         self.failures += u64::from(nacked) + u64::from(returned);
         // lapin 4.12 adds a return to whichever confirm it handles next, in no order if one frame confirms several. So
         // the message that was returned is this one, or was in flight together with it.
-        let first = if returned { confirmed_before + 1 } else { self.received };
-        let last = if nacked { self.received } else { sent };
+        let first = if returned { answered_before + 1 } else { self.answered };
+        let last = if nacked { self.answered } else { sent };
         if (nacked || returned) && self.not_queued.is_none_or(|earlier| first < earlier.first) {
             self.not_queued = Some(NotQueued { first, last, nacked });
         }
@@ -255,12 +255,12 @@ impl Confirms {
 
     /// How many messages are confirmed without a gap, from the first one.
     pub fn without_gap(&self) -> u64 {
-        self.not_queued.map_or(self.received, |message| message.first - 1)
+        self.not_queued.map_or(self.answered, |message| message.first - 1)
     }
 
     /// How many messages were neither returned nor nacked. With LavinMQ, which does both, this may be too low.
     pub fn confirmed(&self) -> u64 {
-        self.received.saturating_sub(self.failures).max(self.without_gap())
+        self.answered.saturating_sub(self.failures).max(self.without_gap())
     }
 }
 
@@ -277,9 +277,9 @@ mod tests {
             Some(BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() })
         };
         let acked = || (Ack(None), 0);
-        let back = |confirmed_before| (Ack(returned()), confirmed_before);
+        let back = |answered_before| (Ack(returned()), answered_before);
         let nacked = || (Nack(None), 0);
-        let both = |confirmed_before| (Nack(returned()), confirmed_before);
+        let both = |answered_before| (Nack(returned()), answered_before);
         let one_of = |first, last, nacked| Some(NotQueued { first, last, nacked });
         for (sent, answers, confirmed, expected) in [
             (3, vec![acked(), acked(), acked()], 3, None),
@@ -297,8 +297,8 @@ mod tests {
         ] {
             let mut confirms = Confirms::default();
             let (count, shown) = (answers.len() as u64, format!("{answers:?}"));
-            for (confirmation, confirmed_before) in answers {
-                confirms.count(confirmation, 1, confirmed_before, sent);
+            for (confirmation, answered_before) in answers {
+                confirms.count(confirmation, 1, answered_before, sent);
             }
             assert_eq!((confirms.confirmed(), confirms.not_queued), (confirmed, expected), "{shown}");
             assert_eq!(confirms.without_gap(), expected.map_or(count, |message| message.first - 1));

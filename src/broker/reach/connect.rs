@@ -119,8 +119,9 @@ impl Connector {
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
         let opened = opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage)));
-        if opened.is_ok() {
-            self.refused_since = None;
+        // A proxy logs in to the broker later: see `login_accepted`.
+        if opened.as_ref().is_ok_and(|connection| !connection.observed().is_another_product) {
+            self.login_accepted();
         }
         opened.map_err(|mut error| {
             let message = &mut error.failure.message;
@@ -149,9 +150,14 @@ impl Connector {
         self.read_problem = problem;
     }
 
+    /// Ends the time of [`Connector::retry_login`]: the next refused login begins a new one.
+    pub(in crate::broker) fn login_accepted(&mut self) {
+        self.refused_since = None;
+    }
+
     /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there
     /// yet.
-    fn retry_login(&mut self, error: &mut ConnectError) {
+    pub(in crate::broker) fn retry_login(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
         };

@@ -32,8 +32,8 @@ pub struct OpenConnection {
     /// The last consumer's channel, kept open until connection.close. If it is dropped, lapin sends channel.close, and
     /// lapin 4.12 ends the connection without a connection.close if the two cross.
     pub(in crate::broker) last_channel: Option<Channel>,
-    /// A queue that has to be deleted with this connection, although the broker may keep it.
-    pub(in crate::broker) exclusive_queue: Option<String>,
+    /// An exclusive queue that we delete before the connection is closed, because the broker may keep it.
+    pub(in crate::broker) exclusive_queue: Option<(String, QueueDeleteOptions)>,
     pub(super) _shutdown: ShutdownOnDrop,
 }
 
@@ -60,13 +60,14 @@ impl OpenConnection {
         }
     }
 
-    /// Sends `connection.close` and waits for the reply, two seconds at most.
+    /// Deletes `exclusive_queue`, if there is one, for one second at most. Then sends `connection.close` and waits for the
+    /// reply, two seconds at most.
     pub async fn close(&self) {
         if !self.is_connected() {
             return;
         }
-        if let Some(queue) = &self.exclusive_queue {
-            match timeout(DELETE_TIMEOUT, self.delete(queue)).await {
+        if let Some((queue, options)) = &self.exclusive_queue {
+            match timeout(DELETE_TIMEOUT, self.delete(queue, *options)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!("deleting queue {queue:?}: {}", described(&error)),
                 Err(_) => tracing::debug!("deleting queue {queue:?}: no answer within {DELETE_TIMEOUT:?}"),
@@ -79,14 +80,13 @@ impl OpenConnection {
         }
     }
 
-    /// Deletes a queue unless it has a consumer: ours has left with its channel.
-    async fn delete(&self, queue: &str) -> lapin::Result<()> {
+    async fn delete(&self, queue: &str, options: QueueDeleteOptions) -> lapin::Result<()> {
         if let Some(channel) = &self.last_channel {
-            channel.close(200, "OK".into()).await?;
+            // Our consumer leaves with its channel, which the broker may have closed already.
+            let _ = channel.close(200, "OK".into()).await;
         }
         let channel = self.lapin.create_channel().await?;
-        let unused = QueueDeleteOptions { if_unused: true, ..QueueDeleteOptions::default() };
-        channel.queue_delete(queue.into(), unused).await?;
+        channel.queue_delete(queue.into(), options).await?;
         channel.close(200, "OK".into()).await
     }
 }

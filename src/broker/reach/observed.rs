@@ -1,5 +1,5 @@
-//! What the broker has sent on one connection, as far as lapin 4.12 doesn't expose it, and checks for what crashes
-//! lapin's parser. `tap.rs` finds the frames, this reads them.
+//! What the broker has sent on one connection and lapin 4.12 doesn't expose. Also refuses what would crash lapin's
+//! parser. `tap.rs` finds the frames, this reads them.
 
 use crate::broker::errors::Refusal;
 use lapin::{
@@ -28,6 +28,9 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) version: Option<Version>,
     /// Whether the greeting is another product's: another broker's, or a proxy's that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
+    /// Whether its streams refuse `x-priority`, and its other queues take 0 for the default. Qpid Broker-J's default is the
+    /// highest priority, by its documentation.
+    pub(in crate::broker) refuses_streams: bool,
     /// The names of its login mechanisms, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
     /// The heartbeat interval that it proposed, in seconds; 0 is none.
@@ -40,7 +43,7 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) closed_unreadably: bool,
     /// Whether it has cancelled a consumer.
     pub(in crate::broker) cancelled: bool,
-    /// How many deliveries have begun. lapin drops those that come after a cancel without waiting.
+    /// How many deliveries have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
     pub(in crate::broker) deliveries: u64,
     /// When the last of them began.
     pub(in crate::broker) delivered: Option<Instant>,
@@ -58,8 +61,9 @@ impl Observed {
         self.is_another_product || self.version >= Some((4, 3))
     }
 
-    /// The refusal behind an error, if it is one. lapin has no text for a code that it doesn't know, and its own complaints
-    /// about what the broker sends are of the same kind.
+    /// The broker's refusal, if this error reports one. lapin reports its own complaints as `ProtocolError`, too: it is a
+    /// refusal only if the broker has closed something. If lapin doesn't know the code or can't read the text, what we
+    /// have read counts.
     pub(in crate::broker) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
             ErrorKind::ProtocolError(error) if self.closed.is_some() => {
@@ -132,6 +136,8 @@ impl Observed {
         match method {
             Ok(AMQPClass::Connection(Co::Start(start))) => {
                 let product = property(&start, "product");
+                self.refuses_streams =
+                    product.as_deref().is_none_or(|product| ["RabbitMQ", "LavinMQ", "AMQProxy"].contains(&product));
                 self.is_another_product = product.is_some_and(|product| product != "RabbitMQ");
                 self.version = version(&start).filter(|_| !self.is_another_product);
                 self.mechanisms = Some(start.mechanisms.to_string());

@@ -48,8 +48,8 @@ async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     Ok(tokio::net::lookup_host((host, port)).await?.collect())
 }
 
-/// Without glibc: a static program crashes in its name service switch if the image's glibc is newer and nsswitch.conf
-/// lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
+/// Doesn't call glibc's getaddrinfo(3): in a static program its name service switch crashes if the image's glibc is newer
+/// and nsswitch.conf lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
 #[cfg(target_env = "gnu")]
 async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     use hickory_resolver::{TokioResolver, config::LookupIpStrategy, proto::rr::Name};

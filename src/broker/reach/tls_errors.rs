@@ -298,10 +298,10 @@ fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectErr
                 ": {asks} (--cert and --key), or it has no cipher, curve, key or signature in common with qconsume, which knows TLS 1.3, and TLS 1.2 with ECDHE and AES-GCM or ChaCha20, on X25519, P-256 and P-384, and certificates with keys of {KEYS}, signed with SHA-256 or SHA-384"
             )
         }
-        A::CertificateExpired => ": it has expired".to_owned(),
-        A::UnknownCA => ": it is signed by none of the CAs that the broker trusts".to_owned(),
+        A::CertificateExpired if cert.is_some() => ": it has expired".to_owned(),
+        A::UnknownCA if cert.is_some() => ": it is signed by none of the CAs that the broker trusts".to_owned(),
         A::UnrecognisedName => ": it doesn't know the server name; see --server-name".to_owned(),
-        A::ProtocolVersion => ": they have no version of TLS in common (1.2 or 1.3)".to_owned(),
+        A::ProtocolVersion => ": it has no version in common with qconsume, which knows 1.2 and 1.3".to_owned(),
         A::InternalError | A::UserCanceled | A::CloseNotify => {
             return ConnectError::transient(format!("the broker ended TLS ({name})"));
         }

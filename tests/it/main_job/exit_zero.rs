@@ -43,7 +43,9 @@ fn a_redelivery_before_the_barriers_reply_is_75() {
         let peer = delivers_before_the_reply(true, b"lemon");
         let done = work_on(&peer).args(several).args(["--", "true"]).run();
         done.assert_status(75)
-            .assert_stderr("the delivery was lost before that: the broker delivered another message")
+            .assert_stderr(
+                "the delivery was lost before the broker got the settlement: the broker delivered another message",
+            )
             .assert_stderr("outcome=\"lost\" status=75 source=\"qconsume\"");
         assert_eq!(peer.count(Method::BASIC_ACK), 1);
     }

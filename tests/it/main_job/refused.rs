@@ -131,7 +131,7 @@ fn a_limit_of_channels_is_69_at_the_connect_timeout_and_named() {
 #[test]
 fn a_reserved_name_is_78_at_once() {
     let url = Broker::shared().url();
-    const ADVICE: &str = "names that begin with amq. are its own";
+    const ADVICE: &str = "names that begin with amq. are the broker's own";
     for option in ["--declare", "--exclusive"] {
         ends_at_once(qconsume().url(&url).queue("amq.mine").arg(option), 78, ADVICE);
     }

@@ -5,7 +5,7 @@ use lapin::uri::SASLMechanism;
 use std::{path::PathBuf, str::FromStr, time::Duration};
 
 /// The smallest limit on a frame that AMQP 0-9-1 allows (its `frame-min-size`), in bytes.
-const FRAME_MIN_SIZE: u32 = 4096;
+const AMQP_FRAME_MIN: u32 = 4096;
 
 const QUOTED_KEY_MAX: usize = 40;
 
@@ -91,7 +91,7 @@ impl Parameters {
                 max => self.channel_max = max,
             },
             "frame_max" => match number(&value) {
-                None | Some(1..FRAME_MIN_SIZE) => {
+                None | Some(1..AMQP_FRAME_MIN) => {
                     return Err("must be 0 (no limit) or a number of bytes from 4096");
                 }
                 max => self.frame_max = max,
@@ -129,7 +129,7 @@ impl Parameters {
     }
 }
 
-/// What messages call a query parameter: by name, unless that could be a piece of something else.
+/// How an error names a query parameter: by its name, unless that could be a piece of a password.
 fn parameter_name(key: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
     if (1..=QUOTED_KEY_MAX).contains(&key.len()) && key.bytes().all(is_plain) {
