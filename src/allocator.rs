@@ -26,7 +26,7 @@ use std::{
 /// About the size, in bytes, from which musl maps each allocation separately.
 const LARGE: usize = 128 * 1024;
 
-/// Whether a command has been started. [`Exit::OsError`] means that none was.
+/// Whether a command has been started: then the status can't be [`Exit::OsError`], which promises that none was.
 static COMMAND_STARTED: AtomicBool = AtomicBool::new(false);
 
 /// The status that a dead-lettered message gives the run with `--keep-going`, or 0.

@@ -113,7 +113,7 @@ pub const fn status_of_signal(signal: i32) -> u8 {
 /// The words for a lack of memory.
 pub const NO_MEMORY: &str = "memory has run out (on this node, or ulimit -v)";
 
-/// Errors that mean a temporary shortage: what is short, and what to raise.
+/// Errors that another try may not meet; we call all of them shortages. With each: what is short, and what to raise.
 const SHORTAGES: [(i32, &str); 8] = [
     (
         libc::EAGAIN,

@@ -2,8 +2,8 @@
 //! input, acknowledges it only after COMMAND has exited with success, and exits with COMMAND's status, so that one
 //! pod completes one unit of work.
 //!
-//! [`worker`] is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] knows lapin, and only
-//! [`command`] knows processes. [`publish`] is qpublish, which fills a queue.
+//! [`worker`] is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] uses lapin, and only
+//! [`command`] handles processes. [`publish`] is qpublish, which fills a queue.
 
 #![deny(unsafe_code)]
 
@@ -22,7 +22,7 @@ pub mod variable;
 pub mod verdict;
 pub mod worker;
 
-/// What the targets of tests/fuzz need that isn't public otherwise. cargo-fuzz sets `--cfg fuzzing`.
+/// What the fuzz targets in tests/fuzz need that isn't public otherwise. cargo-fuzz sets `--cfg fuzzing`.
 #[cfg(fuzzing)]
 pub mod fuzzing {
     pub use crate::{
@@ -51,7 +51,7 @@ pub fn main(program: Program) -> ! {
         Program::Qpublish => run(&arguments, publish::publish),
     };
     let status = ended.unwrap_or_else(|error| {
-        // Every expected error is a `Failure` with a status.
+        // `run` fails only with a `Failure`: any other error would be a defect.
         let failure =
             error.downcast::<Failure>().unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
         report::report_failure(failure)
@@ -80,8 +80,8 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     }
 }
 
-/// Runs `worker::work` or `publish::publish` on the main thread. The command must be started on a thread that outlives
-/// it: its parent-death signal comes when that thread ends.
+/// Runs `worker::work` or `publish::publish` on the main thread, which outlives the command: the command gets its
+/// parent-death signal when the thread that started it ends.
 fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -50,6 +50,7 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
     // The confirms are counted: a signal now only shortens the closing.
     let _ = unless_stopped(&mut signals, publisher.connection.close()).await;
     let (sent, confirmed) = (publisher.sent(), publisher.confirms.confirmed());
+    // A returned or nacked message is the reason to report, whatever else has happened.
     let ended = publisher.confirms.not_queued.map_or(ended, |message| Err(not_queued(message, &publisher, &source)));
     let summary = match ended {
         Err(failure) => {
@@ -66,6 +67,7 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
                 ),
                 _ => format!("{} confirmed", counted(sent, "message", "messages")),
             };
+            // Not by `RunSummary`: a success writes no termination message here, and its fields are in JSON only.
             let (status, source) = (0, Program::current().name());
             tracing::info!(
                 json.sent = sent,
@@ -98,7 +100,7 @@ async fn publish_all(
     let mut is_reading = true;
     // The first stop signal, and until when to wait after it.
     let mut stop: Option<(Signal, Instant)> = None;
-    // What the run ends with once everything in flight is confirmed.
+    // What the run ends with once everything in flight is answered.
     let mut ended = Ok(None);
     while is_reading || !publisher.none_in_flight() {
         tokio::select! {
@@ -115,6 +117,7 @@ async fn publish_all(
             () = sleep_until_or_never(stop.map(|(_, end)| end)) => return Ok(stop.map(|(signal, _)| signal)),
             next = publisher.next() => match next {
                 Ok(()) => is_reading &= publisher.confirms.not_queued.is_none(),
+                // Stopped already, so the loss changes nothing.
                 Err(_) if matches!(ended, Ok(Some(_))) => return ended,
                 Err((failure, None)) => return Err(failure),
                 Err((failure, Some(message))) => {

@@ -59,13 +59,13 @@ pub enum Outcome {
     Acknowledged,
     /// It is in the queue again, and this failure counts.
     Requeued,
-    /// It is in the queue again, which quorum queues of RabbitMQ 4.3 and newer don't count.
+    /// It is in the queue again. Quorum queues of RabbitMQ 4.3 and newer don't count this as a failure.
     Released,
     /// It was dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLettered,
     /// The broker has not confirmed the settlement.
     Unconfirmed,
-    /// The broker requeued it while the command ran.
+    /// The broker requeued it before it was settled.
     Lost,
 }
 
@@ -161,7 +161,7 @@ impl RunSummary {
         }
     }
 
-    /// The end of the termination message, which is kept however long the text is: fields as in the log.
+    /// The fields at the end of the termination message, as in the log. A text that is too long is cut before them.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {

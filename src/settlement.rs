@@ -6,9 +6,9 @@ use std::time::Duration;
 
 /// The shortest run that needs a second barrier, see [`Settling::needs_second_barrier`].
 ///
-/// A shorter run can only meet a `consumer-timeout` policy of less than five seconds. RabbitMQ 4.3.6 honours those, but
-/// most tasks would fail there anyway. The second barrier takes a tenth of a second: at most two percent of a longer
-/// run.
+/// A shorter run can lose its message only to a `consumer-timeout` policy below five seconds. RabbitMQ 4.3.6 honours
+/// those, but most tasks would fail there anyway. The second barrier takes a tenth of a second: at most two percent of
+/// a longer run.
 const SECOND_BARRIER_FROM: Duration = Duration::from_secs(5);
 
 /// Within this share of our own `--ack-timeout`, the timeout can't have come before the settlement.
@@ -30,7 +30,7 @@ pub enum Event {
     Cancelled,
     /// The channel or the connection is lost.
     Closed,
-    /// The pause is over. In any other step: the broker hasn't answered in time.
+    /// During [`Step::Pause`]: the pause is over. During any other step: the broker hasn't answered in time.
     Elapsed,
 }
 
@@ -91,11 +91,11 @@ impl Settling {
 
     /// Whether a second barrier is needed to prove that the message has left the queue.
     ///
-    /// Since RabbitMQ 4.3 the queue watches the acknowledgement timeout, not the channel. If the queue requeues the
-    /// message while the settlement is on its way, the channel still answers the barrier. It hears of the timeout some
-    /// tens of milliseconds later: then the broker cancels the consumer, or closes the channel if we have cancelled,
-    /// and a second barrier gets no reply (seen with 4.3.6). We can't go by the broker's version, because a proxy
-    /// reports its own. A requeue needs no proof.
+    /// Since RabbitMQ 4.3 the queue, not the channel, watches the acknowledgement timeout. If the queue requeues the
+    /// message while the settlement is on its way, the channel still answers the barrier, because the queue tells it
+    /// about the timeout some tens of milliseconds later. Then the broker cancels the consumer or, if we have cancelled
+    /// it, closes the channel, so that a second barrier gets no reply (seen with 4.3.6). We can't go by the broker's
+    /// version, because a proxy reports its own. A requeue needs no proof.
     pub fn needs_second_barrier(settlement: Settlement, ran: Duration, ack_timeout: Option<Duration>) -> bool {
         let removes = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
         let safe =

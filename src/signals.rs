@@ -71,8 +71,8 @@ impl Signals {
         received
     }
 
-    /// Reads all signals that have come, and returns the first stop signal since the start. Nobody forwards those that it
-    /// reads.
+    /// Reads all signals that have come, and returns the first stop signal since the start. Nobody forwards those that
+    /// it reads.
     pub fn read_stop(&mut self) -> Option<Signal> {
         while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.pending()) {
             self.note(received);
@@ -158,7 +158,8 @@ pub fn install() -> io::Result<Signals> {
         }
     }
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-    // Its successor `register` is unsafe, because of types whose descriptor may change. That of a `SignalFd` doesn't.
+    // `AsyncFd::new` is deprecated. Its successor `register` is unsafe, because of types whose descriptor may change; a
+    // `SignalFd`'s doesn't.
     #[allow(deprecated)]
     let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
     // With SIGXFSZ blocked, write(2) fails if a file would grow beyond its limit (ulimit -f); otherwise we would be

@@ -164,8 +164,8 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     } else if matches!(result.stop, Some(StopReason::Signal(_))) {
         (Some(Release), failed, failed)
     } else if rejects(own, result.failures_before, policy) {
-        // Only if it is confirmed: --reject-exit-code tells a Job that this message is done, and otherwise it may be
-        // requeued.
+        // --reject-exit-code tells a Job that this message is done. So it counts only if the broker has confirmed:
+        // without that, the message may be requeued.
         let exit_code = policy.reject_exit_code.unwrap_or(failed);
         (Some(DeadLetter), exit_code, failed)
     } else {
@@ -192,8 +192,8 @@ pub enum Next {
     Message,
     /// The end of the run, with this message's status.
     End,
-    /// The end of the run, as everything that `--count` asked for is done. Only with `--keep-going`, where
-    /// dead-lettered messages count as done.
+    /// The end of the run, as everything that `--count` asked for is done. Only with `--keep-going`: this message may
+    /// have been dead-lettered, so its status isn't the run's.
     AllDone,
     /// The end of the run by this signal, before everything is done: never with 0.
     Stopped(i32),

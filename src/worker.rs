@@ -148,9 +148,9 @@ impl Worker {
             self.warn_of_uncounted();
         }
         let is_last = self.state(signals).next(verdict, result.failures_before) != Next::Message;
-        // Cancel before a requeue, too: the next `take` then subscribes again, and the new consumer gets the message. With
-        // the old consumer `--drain` could find the queue empty, as a quorum queue counts a requeued message as ready
-        // only some time after the confirmation (seen with RabbitMQ 3.10 under load).
+        // Cancel before a requeue, too: the next `take` then subscribes again, and the new consumer gets the message.
+        // With the old consumer `--drain` could find the queue empty, as a quorum queue counts a requeued message as
+        // ready only some time after the confirmation (seen with RabbitMQ 3.10 under load).
         let cancels = is_last || settlement == Settlement::Requeue;
         let (settled, outcome, mut description) = self.settle_unless_no_ack(settlement, cancels).await;
         if at_delivery_limit && outcome == Outcome::Requeued {
@@ -174,7 +174,8 @@ impl Worker {
         let mut summary = summary(subject, verdict.status(settled), outcome, text);
         let status_is_commands = match settled {
             Settled::Confirmed => true,
-            // A failure stays one, whether or not the broker has confirmed; see `Verdict`.
+            // An unconfirmed acknowledgement ends with qconsume's own 75. After any other settlement the command's
+            // failure counts.
             Settled::Unconfirmed => settlement != Settlement::Ack,
             Settled::Lost => false,
         };

@@ -1,5 +1,5 @@
-//! What the broker's refusals mean, by reply code and the fixed parts of the text; and, in one table, what follows from that
-//! and from what was asked for: the exit status, whether a retry may help, and what to do.
+//! What the broker's refusals mean, by reply code and the fixed parts of the text; and, in one table, what follows from
+//! that and from what was asked for: the exit status, whether a retry may help, and what to do.
 
 use super::reach::{
     address::Address,
@@ -12,8 +12,8 @@ use crate::exit::{Exit, Failure};
 use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
 use std::{fmt, io, path::Path};
 
-/// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0. It closes the connection without
-/// a reason if the frame is longer (seen with 3.10 and 4.3).
+/// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0. It closes the connection
+/// without a reason if the frame is longer (seen with 3.10 and 4.3).
 const HANDSHAKE_FRAME_MAX: usize = 4096;
 const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 
@@ -32,7 +32,7 @@ pub(super) enum Meaning {
     /// The queue is there, but none of its replicas answers.
     QueueDown,
     NoExchange,
-    /// There is no such queue, unless something else was asked for.
+    /// What was asked for isn't there: usually the queue.
     Missing,
     /// Another consumer has the queue to itself.
     ExclusiveConsumer,
@@ -75,9 +75,10 @@ impl Refusal {
         Self { code, text }
     }
 
-    /// By the reply code (AMQP 0-9-1, 1.2) and the part of the text that no user chooses: names stand in its middle, in quotes.
-    /// Seen with RabbitMQ 3.10, 4.0 and 4.3, LavinMQ 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ. A beginning is better
-    /// than an end: RabbitMQ cuts a text that has more than 255 bytes, and long names push its end out.
+    /// What the refusal means, by its reply code (AMQP 0-9-1, 1.2) and by the parts of its text that no user chooses:
+    /// names stand in the middle, in quotes. Seen with RabbitMQ 3.10, 4.0 and 4.3, LavinMQ 2.9, amqproxy 3.1, Qpid
+    /// Broker-J 9.2 and GarageMQ. A beginning is better than an end: RabbitMQ cuts a text that has more than 255 bytes,
+    /// and long names push its end out.
     pub(super) fn meaning(&self) -> Meaning {
         use Meaning as M;
         // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
@@ -141,8 +142,8 @@ impl Refusal {
     }
 }
 
-/// Whether a text ends as the OAuth 2 plugin's for an expired token (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT token has expired
-/// at timestamp 1796065016 (validated at 1796065021)"`. Names stand before that.
+/// Whether a text ends as the OAuth 2 plugin's for an expired token (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT
+/// token has expired at timestamp 1796065016 (validated at 1796065021)"`. Names stand before that.
 fn token_expired(text: &str) -> bool {
     let Some((_, end)) = text.rsplit_once(": \"Provided JWT token has expired at timestamp ") else {
         return false;
@@ -156,6 +157,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.text.as_str() {
             "" => write!(f, "reply code {}", self.code),
+            // Not one of AMQP's codes, so show it.
             text if self.code < 200 => write!(f, "{text} (reply code {})", self.code),
             text => f.write_str(text),
         }
@@ -224,8 +226,8 @@ impl ConnectError {
         Failure::config(message).into()
     }
 
-    /// What an error of a system call on the way to the broker means. If memory or descriptors run out here, that isn't the
-    /// broker's fault.
+    /// What an error of a system call on the way to the broker means. If memory or descriptors run out here, that isn't
+    /// the broker's fault.
     pub(super) fn of_system(what: impl fmt::Display, error: &io::Error) -> Self {
         if crate::exit::is_shortage(error) {
             Failure::system(what, error).into()
@@ -234,8 +236,8 @@ impl ConnectError {
         }
     }
 
-    /// The table: what follows from what was asked for, and from what the refusal means. The message is "what happened: the
-    /// broker's text; what to do".
+    /// The table: what follows from what was asked for, and from what the refusal means. The message is "what happened:
+    /// the broker's text; what to do".
     pub(super) fn from_refusal(asked: Asked<'_>, refusal: &Refusal, login: Credentials<'_>) -> Self {
         use {
             Asked::{Bind, Declare, Delivery, Login, Publish, Queue},
@@ -304,6 +306,7 @@ impl ConnectError {
             }
             (Publish(_), M::NotPermitted) => not_permitted(format!("user {user:?} may not publish here")),
             (Publish(_), M::TooLarge) => {
+                // `publish_all` puts "MESSAGE is" before this, if the size tells which message it is.
                 let advice = "raise max_message_size in its rabbitmq.conf, or split it";
                 config("too large for this broker".to_owned(), advice)
             }
@@ -349,7 +352,7 @@ impl ConnectError {
         }
     }
 
-    /// What an error from `channel.open` on means.
+    /// What an error after the handshake means.
     pub(super) fn refused(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
         let observed = connection.observed();
         match (observed.refusal(error), &observed.unreadable, asked) {
@@ -374,7 +377,8 @@ impl ConnectError {
         }
         let offered = observed.mechanisms.as_deref();
         match error.kind() {
-            // The broker closes the connection without a reason if it doesn't offer what we ask for (RabbitMQ 3.10 and 4.3).
+            // The broker closes the connection without a reason if it doesn't offer what we ask for (RabbitMQ 3.10 and
+            // 4.3).
             _ if address.logs_in_by_certificate()
                 && offered.is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
             {
@@ -456,8 +460,8 @@ fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
     })
 }
 
-/// Why a delivery, or the consumer that waits for one, was lost. A type of its own, because such a loss has no exit status: the
-/// worker decides, by what the command has done.
+/// Why a delivery, or the consumer that waits for one, was lost. A type of its own, because such a loss has no exit
+/// status: the worker decides, by what the command has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryLost {
     text: String,
@@ -470,8 +474,8 @@ impl DeliveryLost {
         Self { text: text.into(), unreadable: false }
     }
 
-    /// The connection was lost before a message was whole, and so was an earlier one. Another attempt would count towards the
-    /// queue's delivery limit.
+    /// The connection was lost before a message was whole, and so was an earlier one. Another attempt would count
+    /// towards the queue's delivery limit.
     pub(super) fn cut_short_again(self) -> Self {
         let text = format!("two connections were lost while it arrived, the last one so: {}", self.text);
         Self { text, unreadable: true }
@@ -494,7 +498,7 @@ impl DeliveryLost {
         Self::because(ConnectError::from_refusal(asked, &refusal, connection.login.credentials()).failure.message)
     }
 
-    /// See `Settling::means_requeued`. The second message is requeued with the connection.
+    /// See `Settling::means_requeued`. The other message goes back to the queue when the connection ends.
     pub(super) fn delivered_again() -> Self {
         Self::because(
             "the broker delivered another message, so it has requeued this one: its nodes have lost each other, or the \
@@ -502,13 +506,13 @@ impl DeliveryLost {
         )
     }
 
-    /// The broker has closed the channel because of the acknowledgement timeout, which lapin doesn't pass on.
+    /// The broker has closed the channel because of the acknowledgement timeout; lapin doesn't report that.
     pub(super) fn timed_out(observed: &Observed) -> Self {
         Self::because(format!("acknowledgement timeout: {}", observed.what_to_raise()))
     }
 
-    /// The consumer's messages have ended without an error: it was cancelled, or lapin has dropped a close whose code it
-    /// doesn't know.
+    /// The consumer's messages have ended without an error: it was cancelled, or lapin has dropped a close whose code
+    /// it doesn't know.
     pub(super) fn ended(observed: &Observed) -> Self {
         const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
         match (&observed.unreadable, &observed.closed) {

@@ -1,5 +1,5 @@
-//! The only part that knows lapin. `reach` is the way to the broker, `consume` takes and settles messages, `publish` publishes them,
-//! `errors` says what a refusal means and what it leads to.
+//! The only part that uses lapin. `reach` is the way to the broker, `consume` takes and settles messages, `publish`
+//! publishes them, `errors` says what a refusal means and what it leads to.
 
 mod consume;
 mod errors;

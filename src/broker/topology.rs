@@ -26,7 +26,8 @@ pub enum Declare {
     /// None: it has to be there.
     #[default]
     No,
-    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared transient ones.
+    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared
+    /// transient ones.
     Durable,
     /// An exclusive one, which is deleted with the connection.
     Exclusive,
@@ -107,8 +108,9 @@ impl Topology {
             NotSubscribed::RetryWith(Request { step, ack_timeout })
         })?;
         let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
-        // A proxy may share its connection to the broker with other clients and keep it open. The broker then doesn't delete
-        // the queue, so we do before we close, unless it has messages or a consumer: then another client had it first.
+        // A proxy may share its connection to the broker with other clients and keep it open. The broker then doesn't
+        // delete the queue, so we do before we close, unless it has messages or a consumer: then another client had it
+        // first.
         let unused = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
         if self.declare == Declare::Exclusive && unused.is_some() && connection.observed().is_another_product {
             // If the name isn't the broker's choice, another client may have come since: its messages stay.

@@ -15,7 +15,8 @@ use std::{path::PathBuf, time::Duration};
 /// The variable of rabbitmq-c's newer tools, used if no other address is given.
 const AMQP_URL: &str = "AMQP_URL";
 
-/// The variables that `--hide-url` keeps from the command: the broker's address and everything to log in with.
+/// The variables that `--hide-url` removes from the command's environment: the broker's address and everything to log
+/// in with.
 pub(super) const SECRETS: [&str; 7] = [
     "BROKER_URL",
     "BROKER_URL_FILE",
@@ -176,6 +177,7 @@ impl BrokerOptions {
                 (AMQP_URL.to_owned(), parse_list(text).map(nodes))
             }
         };
+        // Before the URL's own mistakes, so that the conflict is reported first.
         for part in ["server", "port", "vhost", "username", "password", "authfile"] {
             if given.level(part) > 0 && given.level(part) >= address_level {
                 return Err(Failure::usage(format!(

@@ -78,8 +78,8 @@ impl Given<'_> {
         }
     }
 
-    /// Refuses addresses as values of other options. A message about such a value would show the password, and no name
-    /// of a file or of something on the broker looks like an address.
+    /// Refuses addresses as values of other options. An error about such a value would show the password. Names of
+    /// files, queues and so on never look like an address.
     fn refuse_misplaced_addresses(&self) -> Result<(), Failure> {
         const ALLOWED: [&str; 9] =
             ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
@@ -126,7 +126,8 @@ fn short_help<O: Options>() -> String {
 /// # Errors
 /// 64 for a usage error, 78 for a file that can't be read.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    // Built once, and without the help's texts: that costs more than anything else before the connection.
+    // Built only once, and without the texts at the help's end: to build it takes longer than anything else before the
+    // connection.
     let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,

@@ -68,8 +68,9 @@ fn read_all() -> Vec<Stat> {
     names.iter().filter_map(|name| read(name)).collect()
 }
 
-/// Children of ours that the command hasn't started: those of a shell that became qconsume by exec and, if we are PID
-/// 1, those of a `docker exec`. Processes that become our children when their parents end are included.
+/// Children of ours that the command hasn't started: those that a shell had started before it became qconsume by exec
+/// and, if we are PID 1, those of a `docker exec`. Processes that become our children when their parents end are
+/// included.
 ///
 /// A child is a stranger if it
 /// - existed before the command, or
@@ -125,7 +126,7 @@ impl Strangers {
 
     /// Whether this child of ours, which isn't the command itself, is one of them.
     pub(super) fn include(&self, child: &Stat) -> bool {
-        // If the child's own number is that of a known group or session, the number is in use again, for a new one.
+        // A child that leads such a group or session has created it: the known one with the same number is gone.
         let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);
         self.processes.contains(&(child.pid, child.started))
             || is_in(&self.groups, child.group)
@@ -137,7 +138,8 @@ impl Strangers {
 pub(super) struct Descendants {
     /// Parents before their children, without zombies that their own parents have to reap.
     pub(super) processes: Vec<Stat>,
-    /// The process groups that contain no other processes. Ours contains us, so it is never included.
+    /// The process groups whose members are all in `processes`; zombies don't count. Ours contains us, so it is never
+    /// included.
     pub(super) exclusive_groups: BTreeSet<Pid>,
 }
 

@@ -54,7 +54,7 @@ pub(super) fn exit_of(error: &io::Error) -> Exit {
     }
 }
 
-/// Whether a file system that has lost its server, its daemon or its device fails like this.
+/// Whether a file system returns this error when it has lost its server, its daemon or its device.
 fn is_dead_mount(error: &io::Error) -> bool {
     const REASONS: [i32; 17] = [
         libc::EIO,
@@ -83,7 +83,8 @@ struct Problem {
     exit: Exit,
     what: String,
     why: String,
-    /// Whether execvp(3) skips this folder of `PATH`, as if it were empty.
+    /// Whether there is no such file (ENOENT, ENOTDIR): execvp(3) then goes on to the next folder of `PATH`, as if this
+    /// one were empty.
     is_absence: bool,
 }
 
@@ -109,7 +110,7 @@ impl Problem {
         Self { is_absence, ..Self::new(exit, file.display().to_string(), why) }
     }
 
-    /// The problem of the script `file`, which asks for `name`, which has this problem.
+    /// Turns this problem of the program `name` into one of the script `file`, which asks for it.
     fn of_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
         let hint = match name {
             [.., b'\r'] => "; the file has Windows line ends",
@@ -154,13 +155,14 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     }
     let mut first: Option<Problem> = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
-        // An empty entry of PATH is the current directory. A name without a slash would be looked up in PATH again.
+        // An empty entry of PATH is the current directory. Write it as `./`: without a slash, the name would be looked
+        // up in PATH again.
         let file = Path::new(".").join(folder).join(name);
         match check_interpreters(&file, path, 0) {
             Ok(command) => return Ok((file, command)),
             Err(problem) if problem.is_absence => {}
             // A later folder may have one that works: execvp(3) goes on after EACCES, bash after every error. If none
-            // has, report 71 (a mount that doesn't answer may have it) before 126, and 126 before 127.
+            // does, report 71 before 126, as a mount that doesn't answer may hold a working one; and 126 before 127.
             Err(problem) if first.as_ref().is_none_or(|first| problem.exit.status() < first.exit.status()) => {
                 first = Some(problem);
             }
@@ -171,14 +173,14 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     Err(first.unwrap_or_else(nowhere))
 }
 
-/// Checks that the kernel would execute the file and its interpreters, as far as we can tell. Returns the command that
-/// env(1) would start for it.
+/// Checks that the kernel would execute the file and its interpreters. What can't be checked passes: the interpreter of
+/// an unreadable file, and interpreters nested too deep. Returns the command that env(1) would start for it.
 fn check_interpreters(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
     check_executable(file)?;
     let line = match first_line(file) {
         Ok(Some(line)) if level < LEVELS_MAX => line,
         Err(error) if exit_of(&error) == Exit::OsError => return Err(Problem::of_system(file, &error)),
-        // An executable file may be unreadable; then its interpreter isn't known.
+        // No `#!` line, or too many levels; or an executable file that is unreadable, so its interpreter isn't known.
         _ => return Ok(None),
     };
     let end = line.iter().position(is_blank).unwrap_or(line.len());

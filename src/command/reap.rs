@@ -64,14 +64,15 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns a receiver for the end of this child. Call it before the first await: an orphan's status is dropped.
+    /// Returns a receiver for the end of this child. Call it after the start, with no await in between: the background
+    /// task drops the status of a child that isn't watched.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
         self.state().watched = Some((child, sender));
         receiver
     }
 
-    /// Waits until a child may have ended since the last call.
+    /// Waits until a child has been reaped. Returns at once if one has been since the last call.
     pub(super) async fn reaped(&self) {
         self.reaped.notified().await;
     }
@@ -100,7 +101,7 @@ impl Reaper {
 pub(super) enum Children {
     None,
     Running,
-    /// Perhaps some that have ended: there were too many for one sweep.
+    /// Perhaps some that have ended, too: this sweep has reached its limit.
     MoreEnded,
 }
 

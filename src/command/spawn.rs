@@ -105,7 +105,8 @@ impl RunningCommand {
     }
 }
 
-/// Signals all of them, and warns about the first signal that is refused. `false` if there is none, or all refused.
+/// Signals all of them, and warns about the first signal that is refused. Returns `false` if there are none, or if the
+/// signal was refused for all.
 ///
 /// Signals go to groups if possible. A chain of processes that fork and exit could escape signals to processes, but no
 /// fork escapes a signal to its group (Linux's kernel/fork.c delivers pending signals first). In a group that includes
@@ -164,7 +165,7 @@ impl Process for RunningCommand {
     }
 
     fn signal(&self, target: Target, signal: Signal) {
-        // After it is reaped, another process may get its number.
+        // After it is reaped, another process may get its number. Its status is received then, or waits to be.
         let reaped = self.ended.is_terminated() || !self.ended.is_empty();
         if target != Target::Descendants && reaped {
             return;

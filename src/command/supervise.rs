@@ -85,7 +85,8 @@ pub struct Limits {
     pub on_lost: OnLost,
 }
 
-/// Supervises `process` until it and everything that it has started have ended. `lost_future` ends when the delivery is lost.
+/// Supervises `process` until it and everything that it has started have ended. `lost_future` ends when the delivery is
+/// lost.
 ///
 /// Returns how it ended, what asked it to stop first, and why the delivery was lost.
 pub async fn supervise<L: std::fmt::Display>(

@@ -65,8 +65,8 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// The source that was asked for. If neither an option nor a message is given, it is standard input; with --declare,
-    /// it is nothing.
+    /// The source that was asked for. If neither an option nor a message is given, it is standard input; with
+    /// --declare, it is nothing.
     ///
     /// # Errors
     /// If a file can't be read.
@@ -99,7 +99,7 @@ impl Input {
     }
 }
 
-/// A body, and its permit to be in the window, which is given back once the message is confirmed.
+/// A body, and its permit to be in the window, which is given back once the message is confirmed or refused.
 type BodyWithPermit = (Vec<u8>, OwnedSemaphorePermit);
 
 /// Where messages come from.

@@ -22,8 +22,8 @@ const WAITING_MAX: usize = 1000;
 /// How long the end of a run waits for its last lines.
 pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a line waits for the thread, so that it stands before what the command writes next. If nobody reads, only
-/// the first line waits.
+/// How long [`Writer::write`] waits for the thread, so that the line comes before what the command writes next. If
+/// nobody reads, it waits only with the first line.
 const ORDER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The thread's stack, in bytes: it does little more than write(2).
@@ -46,7 +46,7 @@ struct Backlog {
     /// The rest of a line whose beginning may be written already.
     rest: Vec<u8>,
     waiting: VecDeque<Vec<u8>>,
-    /// How many lines were dropped before the first one that waits, and not mentioned yet.
+    /// How many lines were dropped since the last line about dropped ones.
     dropped: u64,
     writing: bool,
     has_thread: bool,
@@ -161,7 +161,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
 /// Writes what can be written without waiting, and returns its length. Linux can do this with pipes (since 6.4),
 /// sockets and /dev/null, but not with terminals, FIFOs and most file systems (seen with 6.18).
 fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
-    let position = u64::MAX; // the file's own
+    let position = u64::MAX; // -1 for pwritev2(2): at the file's own offset
     pwritev2(file, &[IoSlice::new(bytes)], position, ReadWriteFlags::NOWAIT)
 }
 

@@ -9,7 +9,7 @@ use crate::{
 use nix::sys::signal::Signal;
 use std::time::Instant;
 
-/// How many messages of a run ended how.
+/// How many messages of a run had each outcome.
 #[derive(Default)]
 pub(super) struct Tally {
     pub(super) acknowledged: u64,
@@ -22,7 +22,8 @@ impl Tally {
         self.acknowledged + self.dead_lettered
     }
 
-    /// The text of a run with `--keep-going` that ends so: the reason of its status first.
+    /// The last text of a run with `--keep-going`: `end` and the counts. Dead-lettered messages come first, as they
+    /// decide the status.
     pub(super) fn describe(&self, end: &str) -> String {
         let reason = match self.dead_lettered {
             0 => String::new(),
@@ -80,7 +81,8 @@ pub(super) fn describe_end(result: CommandResult) -> String {
         Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
     };
     match result.stop {
-        // Not sent by qconsume: that happens only after a signal, after --timeout, and when the delivery is lost.
+        // qconsume didn't send this SIGKILL: it sends one only after a signal, after --timeout, or when the delivery is
+        // lost.
         None if result.ended == Ended::Killed(Signal::SIGKILL as i32) && result.still_owned => {
             format!("{ended} (often: out of memory)")
         }

@@ -82,7 +82,7 @@ impl Consumer {
     /// Fails if the queue was exclusive, because it was deleted with the lost connection.
     ///
     /// # Errors
-    /// 69, with `why` the connection was lost.
+    /// 69; its text contains `why`, the reason for the loss.
     pub fn check_queue_survives(&self, why: &str) -> Result<(), Failure> {
         match &self.queue_name {
             Some(queue) if self.options.topology.declare == Declare::Exclusive => Err(Failure::new(
@@ -254,15 +254,15 @@ impl Consumer {
         settled
     }
 
-    /// Releases every message that may have arrived while none is held, before the run ends. Returns whether the broker
-    /// has confirmed that; waits for it for two seconds at most.
+    /// Releases every message that may have arrived. Call it before the run ends, while no message is held. Waits for
+    /// two seconds at most, and returns whether the broker has confirmed.
     pub async fn release(&mut self) -> bool {
         let work = async {
             // Without a subscription there is nothing to release.
             let _ = self.finish_subscribing().await;
             match &mut self.state {
                 State::Ready(subscription) => subscription.release().await,
-                // A held message is settled, see `settle`.
+                // A held message isn't released here: `settle` settles it.
                 State::Idle(_) | State::Subscribing(..) | State::Holding(..) => Ok(()),
             }
         };

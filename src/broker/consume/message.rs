@@ -23,7 +23,7 @@ pub struct Message {
     pub attempt: Option<u64>,
     /// How many failures the queue has counted; `None` if the queue doesn't count.
     pub failures: Option<u64>,
-    /// Another failure exceeds the `delivery-limit` of a quorum queue that has the default one.
+    /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
     pub at_delivery_limit: bool,
     /// Environment variables for the command.
     pub variables: Vec<Variable>,

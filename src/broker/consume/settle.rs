@@ -133,7 +133,8 @@ async fn perform(
     Ok(Event::Written)
 }
 
-/// `None` if the broker has delivered no other message; otherwise whether it is the one that is being settled.
+/// `None` if the broker has delivered no other message; otherwise whether it is the one that is being settled. Also
+/// `false` if no other message was expected: then it doesn't matter which one it is, see [`Settling`].
 ///
 /// Without a cancel, the next message may come as soon as the broker has processed the acknowledgement. Only its
 /// content tells it apart from the message that is being settled. It is read ahead, and put back.

@@ -54,7 +54,7 @@ pub(super) struct Subscription {
     read_ahead: Option<Delivery>,
     /// How many deliveries have been handed out, or dropped.
     taken: u64,
-    /// `--ack-timeout`, even if the queue takes none.
+    /// `--ack-timeout`, also if the queue has refused it.
     pub(super) ack_timeout: Option<Duration>,
     pub(super) queue: String,
 }
@@ -187,7 +187,8 @@ impl Subscription {
         }
     }
 
-    /// Cancels the consumer. Returns the message that arrived before the reply, or that has begun to.
+    /// Cancels the consumer. Returns the message that arrived before the reply or, if there is no reply in time, has
+    /// begun to arrive.
     pub(super) async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {
         if let Some(delivery) = self.read_ahead.take() {
             return Ok(Some(delivery));
@@ -235,8 +236,8 @@ impl Subscription {
     }
 
     /// Confirms everything sent before on this channel: a channel processes its methods in order, and replies to
-    /// basic.qos only if they all went well. channel.close and connection.close may be answered in spite of a channel
-    /// error.
+    /// basic.qos only if they all went well. A reply to channel.close or connection.close would prove nothing: it may
+    /// come in spite of a channel error.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }

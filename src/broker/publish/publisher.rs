@@ -60,7 +60,7 @@ pub struct Publisher {
     sending: Option<Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send>>>,
     /// In the order of publishing.
     in_flight: VecDeque<InFlight>,
-    /// What the broker has confirmed.
+    /// What the broker has answered.
     pub confirms: Confirms,
 }
 
@@ -123,7 +123,7 @@ impl Publisher {
         self.sending.is_none()
     }
 
-    /// Sends a message. The permit to have it in flight is given back when it is confirmed.
+    /// Sends a message. The permit to have it in flight is given back when it is answered.
     pub fn send(&mut self, body: Vec<u8>, permit: OwnedSemaphorePermit) {
         if self.none_in_flight() {
             self.waiting_since = Instant::now();
@@ -141,8 +141,9 @@ impl Publisher {
     /// Waits for the next thing to happen, such as a confirm, which it counts. Dropping the future loses nothing.
     ///
     /// # Errors
-    /// If no confirm arrives within the limit, or the channel or the connection is lost. If the broker's text tells
-    /// which message is the cause: its number, counted from 1, and a failure whose text goes on after "MESSAGE is".
+    /// If no confirm arrives within the limit, or the channel or the connection is lost. The number is that of the
+    /// message that the broker refused, from 1, if its text tells which. The failure's text then goes on after "MESSAGE
+    /// is".
     pub async fn next(&mut self) -> Result<(), (Failure, Option<u64>)> {
         let deadline = (!self.none_in_flight()).then(|| self.waiting_since + self.limit);
         let confirm = self.in_flight.front_mut().and_then(|first| first.confirm.as_mut());
@@ -195,7 +196,7 @@ impl Publisher {
         (failure, place.map(|place| self.confirms.answered + place as u64 + 1))
     }
 
-    /// Whether every message that is sent is confirmed.
+    /// Whether every message that was sent is answered.
     pub fn none_in_flight(&self) -> bool {
         self.in_flight.is_empty()
     }
@@ -213,16 +214,16 @@ async fn or_never<F: Future + Unpin>(future: Option<F>) -> F::Output {
     }
 }
 
-/// What the broker has confirmed, in the order of publishing.
+/// What the broker has answered, in the order of publishing.
 #[derive(Debug, Default)]
 pub struct Confirms {
     /// How many confirms were received: `basic.ack` and `basic.nack`, one for each message.
     pub answered: u64,
-    /// The size of the confirmed bodies together, in bytes.
+    /// The size of the answered messages' bodies together, in bytes.
     pub bytes: u64,
     /// How many `basic.return` and `basic.nack` were received. LavinMQ sends both for the same message.
     failures: u64,
-    /// The first message that was returned or nacked, as far as that is known.
+    /// The first message that was returned or nacked, or the range that it is in.
     pub not_queued: Option<NotQueued>,
 }
 

@@ -65,8 +65,8 @@ pub struct Address {
     pub username: String,
     /// `guest` if the URL has no password. It may be empty (`user:@host`).
     pub password: Secret,
-    /// Whether the URL has a password, even an empty one. Without one (`user@host`) it is `guest`, as in RabbitMQ's
-    /// Erlang client, unless a client certificate logs in.
+    /// Whether a password was given, even an empty one: in the URL, by an option or in a file. Without one
+    /// (`user@host`), the password is `guest`, as in RabbitMQ's Erlang client, unless a client certificate logs in.
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
@@ -108,7 +108,7 @@ impl Address {
     /// One URL: <https://www.rabbitmq.com/docs/uri-spec>.
     ///
     /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:`
-    /// in a password needs no encoding. Narrower: an `@` in a virtual host or query does.
+    /// in a password needs no encoding. Narrower: an `@` in a virtual host or query must be encoded.
     ///
     /// # Errors
     /// The first mistake, without any text that could be part of the password.

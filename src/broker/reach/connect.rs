@@ -68,8 +68,9 @@ pub struct Connector {
     pub(in crate::broker) options: ConnectOptions,
     /// Since when the broker has refused every login.
     refused_since: Option<Instant>,
+    /// Why the files couldn't be read the last time, to log each reason once.
     read_problem: Option<String>,
-    /// What this attempt is waiting for, for the message when time runs out.
+    /// What this attempt is waiting for: the failure says so if time runs out.
     stage: String,
     /// What happened to each address that this attempt couldn't use.
     problems: Vec<String>,
@@ -114,7 +115,8 @@ impl Connector {
         let nodes = &self.nodes.known;
         let address = nodes[self.attempts % nodes.len()].clone();
         self.attempts += 1;
-        // Half of the time, at least 5 s: a node that accepts and doesn't answer leaves the rest to the next one.
+        // An attempt gets half of the time that is left, at least 5 s, so that a node that accepts and doesn't answer
+        // leaves time for the next one.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
@@ -176,8 +178,8 @@ impl Connector {
         let wanted = self.options.heartbeat.or(address.parameters.heartbeat);
         let heartbeat = wanted.unwrap_or(HEARTBEAT);
         let opened = self.open_with(address, heartbeat).await?;
-        // A proposal of 0 means none: amqproxy 3.1 makes it, and sends heartbeats only to clients that send nothing
-        // themselves. lapin 4.12 accepts it only if it has proposed 0, too.
+        // A broker that proposes 0 wants no heartbeats. amqproxy 3.1 does that, and sends heartbeats only to clients
+        // that send nothing themselves. lapin 4.12 obeys only if we propose 0, too.
         if heartbeat != 0 && opened.observed().heartbeat == Some(0) {
             tracing::debug!("{address} wants no heartbeats: connecting again without");
             opened.close().await;

@@ -23,7 +23,7 @@ const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An open connection.
 pub struct OpenConnection {
-    /// Its credentials. It holds a strong reference to the connection only while it sends a new token.
+    /// How it has logged in. `Login` holds a strong reference to the connection only while it sends a new token.
     pub(in crate::broker) login: Login,
     pub(in crate::broker) lapin: Arc<Connection>,
     /// The only listener: lapin's listeners take events from each other.
@@ -60,8 +60,8 @@ impl OpenConnection {
         }
     }
 
-    /// Deletes `exclusive_queue`, if there is one, for one second at most. Then sends `connection.close` and waits for the
-    /// reply, two seconds at most.
+    /// Deletes `exclusive_queue`, if there is one, for one second at most. Then sends `connection.close` and waits for
+    /// the reply, two seconds at most.
     pub async fn close(&self) {
         if !self.is_connected() {
             return;

@@ -102,8 +102,8 @@ impl Nodes {
     /// Reads addresses, secrets and TLS files. An error changes nothing.
     ///
     /// # Errors
-    /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for a malformed address or one
-    /// that contradicts the options.
+    /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for a malformed address or
+    /// one that contradicts the options.
     pub fn read(&mut self) -> Result<(), Failure> {
         let addresses = self.read_addresses()?;
         self.tls = Tls::load(&addresses)?;

@@ -28,8 +28,8 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) version: Option<Version>,
     /// Whether the greeting is another product's: another broker's, or a proxy's that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
-    /// Whether its streams refuse `x-priority`, and its other queues take 0 for the default. Qpid Broker-J's default is the
-    /// highest priority, by its documentation.
+    /// Whether its streams refuse `x-priority`, and its other queues take 0 for the default. Qpid Broker-J's default is
+    /// the highest priority, by its documentation.
     pub(in crate::broker) refuses_streams: bool,
     /// The names of its login mechanisms, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
@@ -37,7 +37,7 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) heartbeat: Option<u16>,
     /// The largest frame that it proposed, in bytes; 0 is no limit.
     pub(in crate::broker) frame_max: Option<u32>,
-    /// Its last `channel.close` or `connection.close`: lapin drops those of unknown codes.
+    /// Its last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know.
     pub(in crate::broker) closed: Option<Refusal>,
     /// Whether lapin can't read that close.
     pub(in crate::broker) closed_unreadably: bool,
@@ -47,6 +47,7 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) deliveries: u64,
     /// When the last of them began.
     pub(in crate::broker) delivered: Option<Instant>,
+    /// Whether the last of them is flagged as redelivered.
     pub(in crate::broker) redelivered: bool,
     /// Whether `basic.deliver` was the last method: its content follows.
     delivering: bool,
@@ -55,15 +56,15 @@ pub(in crate::broker) struct Observed {
 }
 
 impl Observed {
-    /// Whether the broker may take an acknowledgement timeout from a consumer (`x-consumer-timeout`), as RabbitMQ does since 4.3,
-    /// and watch it in the queue. Behind a proxy any version may be.
+    /// Whether the broker may take an acknowledgement timeout from a consumer (`x-consumer-timeout`), as RabbitMQ does
+    /// since 4.3, and watch it in the queue. A proxy hides the version, so it may be any.
     pub(in crate::broker) fn may_know_ack_timeout(&self) -> bool {
         self.is_another_product || self.version >= Some((4, 3))
     }
 
-    /// The broker's refusal, if this error reports one. lapin reports its own complaints as `ProtocolError`, too: it is a
-    /// refusal only if the broker has closed something. If lapin doesn't know the code or can't read the text, what we
-    /// have read counts.
+    /// The broker's refusal, if this error reports one. lapin reports its own complaints as `ProtocolError`, too: it is
+    /// a refusal only if the broker has closed something. If lapin doesn't know the code or can't read the text, what
+    /// we have read counts.
     pub(in crate::broker) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
             ErrorKind::ProtocolError(error) if self.closed.is_some() => {
@@ -93,7 +94,7 @@ impl Observed {
     /// Reads the payload of a content header frame.
     ///
     /// # Errors
-    /// Why lapin must not read them.
+    /// Why lapin must not read it.
     pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), String> {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {
@@ -103,7 +104,7 @@ impl Observed {
         self.note_unreadable(read)
     }
 
-    /// Notes a header frame above the connection's limit, both in bytes. lapin then ends the connection.
+    /// Notes that a header frame of `size` bytes exceeds the connection's `limit`. lapin then ends the connection.
     pub(super) fn too_large(&mut self, size: usize, limit: usize) {
         let problem = format!(
             "its headers are a frame of {size} bytes, and this connection takes {limit} (frame_max): raise frame_max in the URL and in rabbitmq.conf"
@@ -124,8 +125,8 @@ impl Observed {
     fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
-        // connection.close and channel.close by their bytes: RabbitMQ shortens a text to 255 bytes wherever that is in
-        // a character (seen with 3.10), and lapin can't read that.
+        // Read connection.close and channel.close from their bytes: RabbitMQ cuts a text at 255 bytes, even inside a
+        // character (seen with 3.10), and lapin's parser refuses that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {

@@ -48,12 +48,12 @@ async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     Ok(tokio::net::lookup_host((host, port)).await?.collect())
 }
 
-/// Doesn't call glibc's getaddrinfo(3): in a static program its name service switch crashes if the image's glibc is newer
-/// and nsswitch.conf lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
+/// Doesn't call glibc's getaddrinfo(3): in a static program its name service switch crashes if the image's glibc is
+/// newer and nsswitch.conf lists `myhostname` or `resolve` (seen with 2.36 in a 2.41 image).
 #[cfg(target_env = "gnu")]
 async fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     use hickory_resolver::{TokioResolver, config::LookupIpStrategy, proto::rr::Name};
-    // Like getaddrinfo(3), takes any ASCII name as it is, also with an underscore or `xn--a`.
+    // `from_ascii` takes any ASCII name as it is, as getaddrinfo(3) does: also one with an underscore, or `xn--a`.
     let name = Name::from_ascii(host).map_err(io::Error::other)?;
     let mut builder = TokioResolver::builder_tokio().map_err(io::Error::other)?;
     builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;

@@ -170,7 +170,7 @@ fn load_config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
         rustls::Error::InvalidCertificate(error) => {
             format!("the client certificate in {} can't be used: {}", cert.display(), flaw(&error))
         }
-        // Only the key is left: rustls names no reason.
+        // Any other error is the key's. rustls gives no reason.
         _ => format!(
             "the key in {} can't be used: it has to be RSA with 2048 to 4096 bits, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
             key_file.display()
@@ -271,7 +271,7 @@ fn damaged(file: &Path, error: &pem::Error) -> Failure {
     Failure::config(format!("{} is damaged PEM: {what}", file.display()))
 }
 
-/// The failure for a file without what it should contain: what it contains instead.
+/// The failure for a file that contains no `what`. It says what the file contains instead.
 fn not_in(file: &Path, what: &str, text: &[u8]) -> Failure {
     /// The tag of an ASN.1 sequence, with which everything in DER begins.
     const SEQUENCE: u8 = 0x30;

@@ -12,7 +12,7 @@ use tokio_rustls::rustls::{self, AlertDescription, CertificateError, PeerIncompa
 /// The keys that rustls 0.23 with ring checks signatures with (measured: see docs/tls.md).
 const KEYS: &str = "RSA with 2048 to 8192 bits, ECDSA with the curve P-256 or P-384, and Ed25519";
 
-/// The algorithms of certificates, by their object identifiers, as messages name them.
+/// The object identifiers of certificates' algorithms, and how error texts name them.
 const ALGORITHMS: [(&str, &str); 21] = [
     ("1.2.840.113549.1.1.1", "RSA"),
     ("1.2.840.10045.3.1.7", "ECDSA with the curve P-256"),
@@ -196,8 +196,8 @@ pub(super) fn flaw(error: &CertificateError) -> String {
     }
 }
 
-/// The name of webpki's error in there. Its type isn't public in rustls, and a dependency for it alone would have to
-/// keep the version of rustls' own.
+/// The name of the webpki error inside `error`. Its type isn't public in rustls, and a dependency for it alone would
+/// have to keep the version of rustls' own.
 fn webpki_name(error: &CertificateError) -> Option<String> {
     let CertificateError::Other(rustls::OtherError(inner)) = error else {
         return None;
@@ -242,7 +242,7 @@ fn dotted(oid: &[u8]) -> String {
             numbers.push(std::mem::take(&mut number));
         }
     }
-    // The first two share one.
+    // The first two numbers are encoded as one.
     if let Some(both) = numbers.first().copied() {
         let first = (both / 40).min(2);
         numbers.splice(..1, [first, both - 40 * first]);
@@ -267,7 +267,8 @@ fn spelled_out(text: &str) -> String {
     words
 }
 
-/// `DnsName("a.example")` and `IpAddress(127.0.0.1)` as people write them. Others, as a URI, are no broker's.
+/// `DnsName("a.example")` and `IpAddress(127.0.0.1)` as people write them. `None` for other kinds, such as a URI: no
+/// broker is reached by those.
 fn plain_name(name: &str) -> Option<&str> {
     let (kind, rest) = name.split_once('(').unwrap_or(("DnsName", name));
     let inner = rest.strip_suffix(')').unwrap_or(rest).trim_matches('"');

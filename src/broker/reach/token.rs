@@ -20,7 +20,8 @@ use tokio::{task::JoinHandle, time::sleep};
 /// expire.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 
-/// How long a changed file must stay unchanged before it is read: the broker closes the connection for half a token.
+/// How long a changed file must stay unchanged before it is read: the broker closes the connection if it gets half a
+/// token.
 const UNCHANGED_FOR: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,7 +221,8 @@ impl Renewal {
     }
 }
 
-/// It differs after the file was written or replaced. Symbolic links are followed: mounted Secrets are links.
+/// The file's state: another value after the file was written or replaced. Symbolic links are followed: mounted Secrets
+/// are links.
 fn file_state(file: &Path) -> Option<(u64, u64, i64, i64)> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))

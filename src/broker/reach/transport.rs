@@ -1,8 +1,8 @@
 //! The stream that lapin reads and writes: a socket that we have connected ourselves, plain or TLS, with a read-only
 //! tap.
 //!
-//! lapin 4.12 connects without a time limit, takes no IPv6 literals and, without its TLS features, `amqps` as plain
-//! text.
+//! We connect ourselves because lapin 4.12 connects without a time limit, takes no IPv6 literals and, built without its
+//! TLS features, sends plain text to `amqps`.
 
 use super::tap::Tap;
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};

@@ -13,7 +13,7 @@ const UNKNOWN: &str = "is unknown (known: heartbeat, connection_timeout, channel
                        cacertfile, certfile, keyfile, server_name_indication, verify)";
 
 /// Query parameters of other clients, without a meaning here: pika up to 1.4 (`URLParameters`), kombu 5.7
-/// (`Connection`) with py-amqp 5.4. amqp091-go has no more than RabbitMQ's own.
+/// (`Connection`) with py-amqp 5.4. amqp091-go has only RabbitMQ's.
 #[rustfmt::skip]
 const IGNORED: [&str; 20] = [
     "backpressure_detection", "blocked_connection_timeout", "client_properties", "connection_attempts",
@@ -103,6 +103,7 @@ impl Parameters {
                     "external" => SASLMechanism::External,
                     _ => return Err("must be plain, amqplain or external"),
                 };
+                // It may be given several times, as to RabbitMQ's Erlang client. The first one counts.
                 self.auth_mechanism.get_or_insert(mechanism);
             }
             "cacertfile" | "certfile" | "keyfile" | "server_name_indication" | "verify" if !tls => {
@@ -139,7 +140,7 @@ fn parameter_name(key: &str) -> String {
     }
 }
 
-/// A whole number of digits only: `FromStr` takes a `+`, too.
+/// A number that is written in digits only: `FromStr` takes a `+`, too.
 pub(super) fn number<T: FromStr>(text: &str) -> Option<T> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     digits.then(|| text.parse().ok()).flatten()
