@@ -47,7 +47,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
             Err(Failure { exit, message }) => break RunSummary::without_message(exit.status(), message),
         }
     };
-    let summary = worker.of_queue(worker.with_tally(summary));
+    let summary = worker.with_queue(worker.with_tally(summary));
     summary.report();
     // Everything is settled, so a new signal only shortens the closing. Earlier signals mustn't: this reads and drops
     // them.
@@ -172,14 +172,14 @@ impl Worker {
 
         let text = format!("{}; {description}", describe_end(result));
         let mut summary = summary(subject, verdict.status(settled), outcome, text);
-        let status_is_commands = match settled {
+        let command_decided = match settled {
             Settled::Confirmed => true,
             // An unconfirmed acknowledgement ends with qconsume's own 75. After any other settlement the command's
             // failure counts.
             Settled::Unconfirmed => settlement != Settlement::Ack,
             Settled::Lost => false,
         };
-        if status_is_commands && result.stop != Some(StopReason::TimeLimit) {
+        if command_decided && result.stop != Some(StopReason::TimeLimit) {
             summary.source = "command";
         }
         if settled != Settled::Confirmed {
@@ -193,11 +193,11 @@ impl Worker {
         match next {
             Next::End => Some(summary),
             Next::Message => {
-                self.of_queue(summary).log();
+                self.with_queue(summary).log();
                 None
             }
             Next::AllDone => {
-                self.of_queue(summary).log();
+                self.with_queue(summary).log();
                 Some(self.count_done())
             }
             Next::Stopped(signal) => Some(RunSummary {
@@ -253,7 +253,7 @@ impl Worker {
         }
         let why = why.map_or(String::new(), |why| why.to_string());
         let text = format!(
-            "command not started: its message's acknowledgement (--no-ack) is not confirmed, so it may be delivered again: {why}"
+            "command not started: the acknowledgement of its message (--no-ack) is not confirmed, so the message may be delivered again: {why}"
         );
         let status = Exit::Unconfirmed.status();
         Some(summary(subject, status, Outcome::Unconfirmed, text))
@@ -313,7 +313,7 @@ impl Worker {
     }
 
     /// Adds the queue's name, unless the broker is to choose it and hasn't yet.
-    fn of_queue(&self, summary: RunSummary) -> RunSummary {
+    fn with_queue(&self, summary: RunSummary) -> RunSummary {
         let queue = self.consumer.queue();
         RunSummary { queue: (!queue.is_empty()).then(|| queue.to_owned()), ..summary }
     }
@@ -323,7 +323,7 @@ impl Worker {
         let released = self.consumer.release().await;
         let mut text = format!("stopped by {signal} before a command was started");
         if !released {
-            text += "; the broker doesn't answer, so a message that had arrived is requeued when it notices that the connection has ended";
+            text += "; the broker doesn't answer, so a message that had arrived is requeued when the broker notices that the connection has ended";
         }
         RunSummary::without_message(status_of_signal(signal as i32), text)
     }

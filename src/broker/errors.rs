@@ -455,7 +455,7 @@ fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
     }
     (observed.frame_max.is_some() && agreed < LAPIN_FRAME_MIN && observed.version >= Some((4, 0))).then(|| {
         format!(
-            "this RabbitMQ takes no frame_max below {LAPIN_FRAME_MIN} bytes, and the URL asks for {ours}: leave it out there"
+            "this RabbitMQ takes no frame_max below {LAPIN_FRAME_MIN} bytes, and the URL asks for {ours}: leave frame_max out of the URL"
         )
     })
 }
@@ -477,7 +477,7 @@ impl DeliveryLost {
     /// The connection was lost before a message was whole, and so was an earlier one. Another attempt would count
     /// towards the queue's delivery limit.
     pub(super) fn cut_short_again(self) -> Self {
-        let text = format!("two connections were lost while it arrived, the last one so: {}", self.text);
+        let text = format!("two connections were lost while it arrived; the last error: {}", self.text);
         Self { text, unreadable: true }
     }
 

@@ -229,7 +229,7 @@ impl BrokerOptions {
 
 fn both_set(given: &Given<'_>, one: &str, other: &str) -> Failure {
     let (one, other) = (given.name(one), given.name(other));
-    Failure::usage(format!("{one} and {other} are both set; only one of them can count"))
+    Failure::usage(format!("{one} and {other} are both set: leave one out"))
 }
 
 /// The file that an option names, if it is given.

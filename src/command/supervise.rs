@@ -155,7 +155,7 @@ pub async fn supervise<L: std::fmt::Display>(
             since = due(&mut stop_reminder) => {
                 let then = match (kill_at, time_limit) {
                     (Some((at, _)), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
-                    (None, Some(at)) => format!("its time limit is in {}", HumanDuration(at - Instant::now())),
+                    (None, Some(at)) => format!("its time limit ends in {}", HumanDuration(at - Instant::now())),
                     (None, None) => "without --grace it isn't killed".to_owned(),
                 };
                 tracing::info!("the command was told to stop {} ago and still runs; {then}", HumanDuration(since));

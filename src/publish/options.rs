@@ -92,7 +92,7 @@ Examples:
             // QUEUE from the environment gives way to --exchange or --routing-key.
             _ if !by_queue && given.level("queue") < 2 => {}
             _ if !by_queue => {
-                let text = "--queue and --exchange or --routing-key are both set; only one of them can count";
+                let text = "--queue can't be used together with --exchange or --routing-key: leave one out";
                 return Err(Failure::usage(text));
             }
             None => {

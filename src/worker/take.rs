@@ -48,7 +48,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
                     return Err(Failure::new(
                         Exit::Unavailable,
                         format!(
-                            "every new connection was lost for {limit} (--connect-timeout), the last one so: {lost}"
+                            "every new connection was lost for {limit} (--connect-timeout); the last error: {lost}"
                         ),
                     ));
                 }

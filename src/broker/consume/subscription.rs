@@ -22,7 +22,7 @@ use tokio::{
 use tokio_stream::StreamExt;
 
 /// The consumer tag. Each channel has one consumer.
-const TAG: &str = "qconsume";
+const CONSUMER_TAG: &str = "qconsume";
 
 /// Longest wait for the number of ready messages: the queue's leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -198,7 +198,7 @@ impl Subscription {
             return Ok(None);
         };
         let cancel = BasicCancelOptions::default();
-        let last = match timeout(CANCEL_TIMEOUT, self.channel.basic_cancel(TAG.into(), cancel)).await {
+        let last = match timeout(CANCEL_TIMEOUT, self.channel.basic_cancel(CONSUMER_TAG.into(), cancel)).await {
             Ok(Ok(())) => message_before_cancel_ok(consumer).await,
             Ok(Err(error)) => Err(error),
             Err(_) if self.has_another() => {
@@ -223,7 +223,7 @@ impl Subscription {
     pub(super) async fn release(&mut self) -> lapin::Result<()> {
         if let Some(mut consumer) = self.consumer.take() {
             let cancel = BasicCancelOptions::default();
-            self.channel.basic_cancel(TAG.into(), cancel).await?;
+            self.channel.basic_cancel(CONSUMER_TAG.into(), cancel).await?;
             while let Some(delivery) = consumer.next().await {
                 let tag = delivery?.delivery_tag;
                 self.channel.basic_nack(tag, RELEASE).await?;
@@ -313,7 +313,7 @@ async fn consume(
     let (prefetch, consumer) = tokio::join!(
         biased;
         channel.basic_qos(1, BasicQosOptions::default()),
-        channel.basic_consume(queue.into(), TAG.into(), options, arguments),
+        channel.basic_consume(queue.into(), CONSUMER_TAG.into(), options, arguments),
     );
     // If the channel is closed, both fail; the consumer's error says more.
     let consumer = consumer?;
