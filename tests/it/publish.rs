@@ -623,7 +623,7 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["x"][..], "nowhere to publish to"),
         (&["-q", "", "x"], "name is empty"),
         (&["--declare", "-r", "k", "x"], "--declare"),
-        (&["-q", "a", "-r", "b", "x"], "only one of them"),
+        (&["-q", "a", "-r", "b", "x"], "leave one out"),
         (&["-q", "a", "-l", "x"], "cannot be used with"),
         (&["-q", "a", "-l", "-b", "x"], "cannot be used with"),
         (&["-q", "a", "-0", "-l"], "cannot be used with"),
