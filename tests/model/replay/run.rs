@@ -81,8 +81,19 @@ impl Run {
     }
 
     /// Whether the peer can make all of this happen. It can't place a loss between a message and its command's start,
-    /// as the program may see the loss before the message; nor there a signal together with a method.
+    /// as the program may see the loss before the message; nor there a signal together with a method. Nor can it deliver
+    /// a message on a new connection before the program cancels there, if `--wait` was over on the last one: nothing is
+    /// left of that time.
     fn is_playable(&self) -> bool {
+        let mut is_over = false;
+        for steps in self.steps.windows(2) {
+            match steps[0].what {
+                What::WaitOver => is_over = true,
+                What::Start => is_over = false,
+                What::Connect if is_over && steps[1].what != What::WaitOver => return false,
+                _ => {}
+            }
+        }
         let taken = |step: &&Step| matches!(step.before, Phase::Taken(_));
         let mut taken = self.steps.iter().filter(taken).map(|step| step.what);
         let is_stopped = taken.clone().any(|what| what == What::Stop);
