@@ -472,6 +472,10 @@ fn every_kind_of_certificate_works_or_is_refused_in_words() {
         return;
     }
     let site = site();
+    // The client does the checking, so one broker is enough.
+    if !site.broker.folder().is_some_and(|folder| folder.is_dir()) {
+        return testbed::version_lacks("this machine's files, as it runs in a container");
+    }
     let folder = temp_folder("certificates");
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/certificates.sh");
     let made = Command::new("sh").arg(script).current_dir(&folder).output().unwrap();
@@ -503,7 +507,7 @@ fn every_kind_of_certificate_works_or_is_refused_in_words() {
             .plain_worker(&format!("amqps://guest:guest@{host}:{}", port.number()))
             .env("QCONSUME_CACERT", path(name, "ca.pem"))
             .env("QCONSUME_SERVER_NAME", expected_name)
-            .env("QCONSUME_CONNECT_TIMEOUT", "5s")
+            .env("QCONSUME_CONNECT_TIMEOUT", "30s")
             .queue(queue.name())
             .args(["--", "cat"])
             .run();
