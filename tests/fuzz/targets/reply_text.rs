@@ -49,7 +49,7 @@ const TEXTS: [Row; 28] = [
     (Consume, 320, "CONNECTION_FORCED - credential expired", NoPermission, NoPermission),
     (Consume, 530, "NOT_ALLOWED - New secret was refused by one of the backends", NoPermission, NoPermission),
     (Consume, 405, "RESOURCE_LOCKED - cannot obtain exclusive access to locked queue '{Q}' in vhost '{V}'", Config, Config),
-    (Consume, 404, "queue '{Q}' not found", Config, Config),
+    (Consume, 404, "queue '{Q}' not found", Config, Unavailable),
     (Declare, 403, "ACCESS_REFUSED - queue name '{Q}' contains reserved prefix 'amq.*'", Config, Config),
     (Declare, 403, "ACCESS_REFUSED - configure access to queue '{Q}' in vhost '{V}' refused for user '{U}'", NoPermission, NoPermission),
     (Declare, 406, "PRECONDITION_FAILED - cannot declare queue '{Q}': queue limit in vhost '{V}' (1) is reached", Config, Config),
