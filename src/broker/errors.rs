@@ -453,7 +453,7 @@ fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
             "its frame_max is {theirs} bytes, and this client needs {LAPIN_FRAME_MIN}: raise frame_max in rabbitmq.conf"
         ));
     }
-    (observed.frame_max.is_some() && agreed < LAPIN_FRAME_MIN && observed.version >= Some((4, 0))).then(|| {
+    (observed.frame_max.is_some() && agreed < LAPIN_FRAME_MIN && observed.version >= Some((4, 1))).then(|| {
         format!(
             "this RabbitMQ takes no frame_max below {LAPIN_FRAME_MIN} bytes, and the URL asks for {ours}: leave frame_max out of the URL"
         )

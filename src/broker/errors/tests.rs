@@ -238,7 +238,7 @@ fn a_frame_max_that_cannot_be_agreed_on_is_named() {
     }
     assert_eq!(frame_sizes(Some((3, 10)), 131_072, Some(4096)), None);
     assert_eq!(frame_sizes(Some((3, 10)), 4096, Some(4096)), None);
-    assert!(frame_sizes(Some((4, 0)), 131_072, Some(4096)).unwrap().contains("the URL asks for 4096"));
+    assert!(frame_sizes(Some((4, 1)), 131_072, Some(4096)).unwrap().contains("the URL asks for 4096"));
     // Before the broker has proposed anything, that isn't why.
     let address = Address::parse("amqp://h?frame_max=4096").unwrap();
     let mut observed = Observed::default();

@@ -180,7 +180,8 @@ fn a_frame_max_that_the_broker_does_not_take_is_78() {
     // One of its own, as nobody else can connect to it then.
     let broker = Broker::start();
     let at = |query: &str| qconsume().url(&format!("{}{query}", broker.url())).queue("q");
-    if broker.version().0 >= 4 {
+    // 4.0.5 still takes it.
+    if broker.version() >= (4, 1, 0) {
         ends_at_once(at("?frame_max=4096"), 78, "the URL asks for 4096");
     }
     broker.ctl(&["eval", "application:set_env(rabbit, frame_max, 4096)."]).unwrap();
