@@ -287,7 +287,7 @@ fn a_frame_size_that_cannot_be_agreed_on_is_78() {
     let low = hangs_up("3.10.8", 4096);
     let program = worker(&low).args(["--connect-timeout", "20s", "cat"]);
     program.run().assert_status(78).assert_stderr("its frame_max is 4096 bytes").assert_stderr("raise frame_max");
-    let usual = hangs_up("4.0.5", 131_072);
+    let usual = hangs_up("4.3.6", 131_072);
     let program =
         worker(&usual).url(&format!("{}?frame_max=4096", usual.url())).args(["--connect-timeout", "20s", "cat"]);
     program.run().assert_status(78).assert_stderr("the URL asks for 4096");
