@@ -119,7 +119,8 @@ impl Field {
             Self::I32(n) => n.try_into().ok(),
             Self::U32(n) => Some(n.into()),
             Self::I64(n) => n.try_into().ok(),
-            Self::Time(n) => Some(n),
+            // A time is signed.
+            Self::Time(n) => n.cast_signed().try_into().ok(),
             _ => None,
         }
     }
