@@ -7,8 +7,8 @@ use std::time::Duration;
 /// The shortest run that needs a second barrier, see [`Settling::needs_second_barrier`].
 ///
 /// A shorter run can lose its message only to a `consumer-timeout` policy below five seconds. RabbitMQ 4.3.6 honours
-/// those, but most tasks would fail there anyway. The second barrier takes a tenth of a second: at most two percent of
-/// a longer run.
+/// those, but most tasks would fail there anyway. On an idle broker the second barrier takes two percent of a longer run,
+/// at most a second.
 const SECOND_BARRIER_FROM: Duration = Duration::from_secs(5);
 
 /// Within this share of our own `--ack-timeout`, the timeout can't have come before the settlement.
@@ -30,8 +30,10 @@ pub enum Event {
     Cancelled,
     /// The channel or the connection is lost.
     Closed,
-    /// During [`Step::Pause`]: the pause is over. During any other step: the broker hasn't answered in time.
-    Elapsed,
+    /// [`Step::Pause`] has taken its time.
+    PauseOver,
+    /// The broker hasn't answered in time.
+    TimedOut,
 }
 
 /// What to do next.
@@ -43,7 +45,7 @@ pub enum Step {
     Settle,
     /// Write `basic.qos`, a synchronous method, on the same channel, and wait for its reply.
     Barrier,
-    /// Wait for a tenth of a second.
+    /// Wait until the broker's channel must have heard of an acknowledgement timeout, if one came first.
     Pause,
     /// Nothing more.
     Done(Settled),
@@ -93,9 +95,9 @@ impl Settling {
     ///
     /// Since RabbitMQ 4.3 the queue, not the channel, watches the acknowledgement timeout. If the queue requeues the
     /// message while the settlement is on its way, the channel still answers the barrier, because the queue tells it
-    /// about the timeout some tens of milliseconds later. Then the broker cancels the consumer or, if we have cancelled
-    /// it, closes the channel, so that a second barrier gets no reply (seen with 4.3.6). We can't go by the broker's
-    /// version, because a proxy reports its own. A requeue needs no proof.
+    /// about the timeout later: some tens of milliseconds, or seconds on a busy broker. Then the broker cancels the
+    /// consumer or, if we have cancelled it, closes the channel, so that a second barrier gets no reply (seen with
+    /// 4.3.6). We can't go by the broker's version, because a proxy reports its own. A requeue needs no proof.
     pub fn needs_second_barrier(settlement: Settlement, ran: Duration, ack_timeout: Option<Duration>) -> bool {
         let removes = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
         let safe =
@@ -128,9 +130,9 @@ impl Settling {
             (Stage::Settling, Event::Written) => Stage::Asking,
             (Stage::Asking, Event::Reply) if self.second_barrier => Stage::Pausing,
             (Stage::Asking | Stage::AskingAgain, Event::Reply) => Stage::Done(Settled::Confirmed),
-            (Stage::Pausing, Event::Elapsed) => Stage::AskingAgain,
-            (_, Event::Elapsed) => Stage::Done(Settled::Unconfirmed),
-            (stage, Event::Written | Event::Reply) => stage,
+            (Stage::Pausing, Event::PauseOver) => Stage::AskingAgain,
+            (_, Event::TimedOut) => Stage::Done(Settled::Unconfirmed),
+            (stage, Event::Written | Event::Reply | Event::PauseOver) => stage,
         };
     }
 

@@ -12,11 +12,11 @@ fn after(cancels: bool, second_barrier: bool, events: &[Event]) -> Step {
 
 /// The events that lead to each step in turn, and the step.
 fn way(cancels: bool, second_barrier: bool) -> Vec<(Vec<Event>, Step)> {
-    use Event::{Elapsed, Reply, Written};
+    use Event::{PauseOver, Reply, Written};
     let mut events = Vec::new();
     let mut way = vec![(events.clone(), after(cancels, second_barrier, &events))];
     let written = if cancels { 2 } else { 1 };
-    let rest = if second_barrier { &[Reply, Elapsed, Reply][..] } else { &[Reply] };
+    let rest = if second_barrier { &[Reply, PauseOver, Reply][..] } else { &[Reply] };
     for event in [Written].repeat(written).into_iter().chain(rest.iter().copied()) {
         events.push(event);
         way.push((events.clone(), after(cancels, second_barrier, &events)));
@@ -51,7 +51,7 @@ fn everywhere(event: Event) -> impl Iterator<Item = (bool, Step, Step)> {
 
 #[test]
 fn only_the_last_reply_confirms() {
-    for event in [Event::Cancelled, Event::Closed, Event::Delivery { same: true }, Event::Elapsed] {
+    for event in [Event::Cancelled, Event::Closed, Event::Delivery { same: true }, Event::PauseOver, Event::TimedOut] {
         for (_, step, then) in everywhere(event) {
             assert_ne!(then, Step::Done(Confirmed), "{event:?} at {step:?}");
         }
@@ -80,9 +80,8 @@ fn another_message_may_come_once_this_one_is_settled_unless_the_consumer_is_canc
 
 #[test]
 fn without_an_answer_in_time_nothing_is_confirmed() {
-    for (_, step, then) in everywhere(Event::Elapsed) {
-        let expected = if step == Step::Pause { Step::Barrier } else { Step::Done(Unconfirmed) };
-        assert_eq!(then, expected, "{step:?}");
+    for (_, step, then) in everywhere(Event::TimedOut) {
+        assert_eq!(then, Step::Done(Unconfirmed), "{step:?}");
     }
 }
 
@@ -93,7 +92,7 @@ fn what_happens_after_the_end_changes_nothing() {
     }
     let mut settling = Settling::new(true, false);
     settling.happened(Event::Delivery { same: true });
-    for event in [Event::Written, Event::Reply, Event::Cancelled, Event::Closed, Event::Elapsed] {
+    for event in [Event::Written, Event::Reply, Event::Cancelled, Event::Closed, Event::TimedOut] {
         settling.happened(event);
         assert_eq!(settling.step(), Step::Done(Lost));
     }

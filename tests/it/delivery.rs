@@ -365,8 +365,8 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
         let file = a_file();
         let run = behind(&proxy, &queue)
             .args(["--count", count, "--ack-timeout", "20s"])
-            // Four fifths of the timeout: from then on, a second barrier is needed.
-            .shell(&format!("echo started; sleep 16; {}", until_there(&file)))
+            // From five seconds on, a second barrier is needed.
+            .shell(&format!("echo started; sleep 5; {}", until_there(&file)))
             .spawn();
         wait_started(&run);
         // The broker itself hasn't closed the channel, so channel.close-ok would make it close the connection.
@@ -380,6 +380,51 @@ fn an_acknowledgement_timeout_that_comes_to_light_after_the_barrier_is_75() {
         let run = run.wait(PATIENCE);
         run.assert_status(75).assert_stderr("raise --ack-timeout");
     }
+}
+
+#[test]
+fn a_slow_broker_gets_a_longer_pause_before_the_second_barrier() {
+    let queue = Broker::shared().queue("slow");
+    queue.publish("body");
+    let proxy = Proxy::of(Broker::shared());
+    let run = behind(&proxy, &queue).shell("echo started; sleep 5").spawn();
+    wait_started(&run);
+    let reply = Duration::from_millis(300);
+    proxy.delay(Direction::ToClient, reply);
+    run.wait(PATIENCE).assert_status(0);
+    let seen = proxy.seen();
+    let barriers: Vec<_> = seen.iter().filter(|seen| seen.method == Method::BASIC_QOS).map(|seen| seen.at).collect();
+    // The first one sets the prefetch count.
+    let [_, first, second] = barriers[..] else { panic!("{seen:?}") };
+    let between = second - first;
+    assert!(
+        between >= reply * 5,
+        "{between:?} from the first barrier to the second: its reply, then four times as long"
+    );
+}
+
+#[test]
+fn an_acknowledgement_timeout_that_waits_for_the_brokers_disk_is_75() {
+    if Broker::shared().version() < (4, 3, 0) {
+        return testbed::version_lacks("queues that watch the acknowledgement timeout");
+    }
+    let broker = Broker::start();
+    let timeout = Duration::from_secs(12);
+    let queue = broker.declare("disk").quorum();
+    let queue = queue.arg("x-consumer-timeout", AMQPValue::LongLongInt(timeout.as_millis() as i64)).create();
+    queue.publish("body");
+    let proxy = Proxy::of(&broker);
+    proxy.on(Direction::ToBroker, Method::BASIC_ACK, Action::Hold);
+    let run = behind(&proxy, &queue).shell("sleep 5.5").spawn();
+    proxy.wait_for(Direction::ToBroker, Method::BASIC_ACK);
+    // Quorum queues write to disk through one process. Without it, they note the timeout, and do nothing about it yet.
+    let stall = "spawn(fun() -> erlang:suspend_process(whereis(ra_log_wal)), timer:sleep(MILLISECONDS) end).";
+    broker.ctl(&["eval", &stall.replace("MILLISECONDS", &timeout.as_millis().to_string())]).unwrap();
+    // The acknowledgement reaches the broker after the timeout, and before the end of the stall.
+    std::thread::sleep(timeout - Duration::from_millis(1500));
+    proxy.release();
+    run.wait(PATIENCE).assert_status(75).assert_stderr("raise --ack-timeout");
+    queue.wait_ready(1);
 }
 
 /// Sets the queue's acknowledgement timeout, in seconds, for the next test (default 10). RabbitMQ recommends at least

@@ -168,7 +168,7 @@ impl Worker {
             Action::CommandEnds(_, ending) => self.command_ended(system, queue, ending),
             Action::Receive(_) => self.receive(system),
             Action::Notice(_) => self.lost(system, false),
-            Action::LookAgain(_) => self.happened(system, Event::Elapsed, true),
+            Action::LookAgain(_) => self.happened(system, Event::PauseOver, true),
             Action::Ask(_) => self.ask(),
             Action::WaitOver(_) => self.give_up(),
             Action::StopPod(_) | Action::Evict(_) => self.stop(system),

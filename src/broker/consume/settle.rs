@@ -19,9 +19,13 @@ use tokio::time::{Instant, sleep, timeout_at};
 /// (Erlang's net_ticktime of 60), and only then elects another one, which confirms.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// Pause before the second barrier. If the acknowledgement timeout came first, the queue reports it within some tens of
-/// milliseconds under load; see [`Settling::needs_second_barrier`].
-const PAUSE: Duration = Duration::from_millis(100);
+/// How long to wait between two barriers (see [`Settling::needs_second_barrier`]), for a command that ran this long:
+/// two percent of that, from a tenth of a second to a second. If the broker is so busy that its first reply took long,
+/// its channel hears of an acknowledgement timeout as late: then four times as long as the reply, up to 5 seconds.
+fn pause(ran: Duration, first_reply: Duration) -> Duration {
+    let share = (ran / 50).clamp(Duration::from_millis(100), Duration::from_secs(1));
+    share.max((first_reply * 4).min(Duration::from_secs(5)))
+}
 
 /// Settles a delivery, and waits until the broker has confirmed that. Returns the reason if it doesn't.
 pub(super) async fn carry_out(
@@ -30,10 +34,13 @@ pub(super) async fn carry_out(
     settlement: Settlement,
     cancels: bool,
 ) -> (Settled, Option<DeliveryLost>) {
-    let twice = Settling::needs_second_barrier(settlement, held.since.elapsed(), subscription.ack_timeout);
+    let ran = held.since.elapsed();
+    let twice = Settling::needs_second_barrier(settlement, ran, subscription.ack_timeout);
     let mut machine = Machine { settling: Settling::new(cancels, twice), why: None };
-    let deadline = Instant::now() + SETTLE_TIMEOUT;
-    let mut barriers = 0;
+    let begin = Instant::now();
+    let deadline = begin + SETTLE_TIMEOUT;
+    // How long the settlement and the first barrier took, once that is answered.
+    let mut first_reply = None;
     let steps = async {
         loop {
             let step = machine.settling.step();
@@ -45,16 +52,26 @@ pub(super) async fn carry_out(
             if machine.settling.step() != step {
                 continue;
             }
-            barriers += u8::from(step == Step::Barrier);
-            let done = timeout_at(deadline, perform(subscription, held, settlement, step)).await;
+            let done = match step {
+                Step::Pause => {
+                    let pause = pause(ran, first_reply.unwrap_or_default());
+                    timeout_at(deadline, sleep(pause)).await.map(|()| Ok(Event::PauseOver))
+                }
+                _ => timeout_at(deadline, perform(subscription, held, settlement, step)).await,
+            };
             if matches!(step, Step::Barrier | Step::Pause) {
                 // The broker sent this before its reply, so it counts first.
                 machine.note_arrivals(subscription, held, step, deadline).await;
             }
             match done {
-                Ok(Ok(event)) => machine.happened(event, None),
+                Ok(Ok(event)) => {
+                    if event == Event::Reply {
+                        first_reply.get_or_insert(begin.elapsed());
+                    }
+                    machine.happened(event, None);
+                }
                 Ok(Err(error)) => {
-                    let why = if barriers == 2 {
+                    let why = if first_reply.is_some() {
                         subscription.second_barrier_failed(&error)
                     } else {
                         subscription.delivery_lost(&error)
@@ -63,7 +80,7 @@ pub(super) async fn carry_out(
                 }
                 Err(_) => {
                     let why = format!("no reply from the broker within {}", HumanDuration(SETTLE_TIMEOUT));
-                    machine.happened(Event::Elapsed, Some(DeliveryLost::because(why)));
+                    machine.happened(Event::TimedOut, Some(DeliveryLost::because(why)));
                 }
             }
         }
@@ -124,11 +141,7 @@ async fn perform(
             subscription.barrier().await?;
             return Ok(Event::Reply);
         }
-        Step::Pause => {
-            sleep(PAUSE).await;
-            return Ok(Event::Elapsed);
-        }
-        Step::Done(_) => {}
+        Step::Pause | Step::Done(_) => {}
     }
     Ok(Event::Written)
 }
@@ -151,4 +164,26 @@ async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadl
     let same = Fingerprint::of(&delivery) == held.fingerprint;
     subscription.put_back(delivery);
     Some(same)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_is_two_percent_of_the_run_and_longer_on_a_busy_broker() {
+        for (ran, first_reply, expected) in [
+            (5000, 1, 100),
+            (5000, 25, 100),
+            (5000, 30, 120),
+            (20_000, 1, 400),
+            (20_000, 200, 800),
+            (3_600_000, 1, 1000),
+            (3_600_000, 300, 1200),
+            (3_600_000, 30_000, 5000),
+        ] {
+            let [ran, first_reply, expected] = [ran, first_reply, expected].map(Duration::from_millis);
+            assert_eq!(pause(ran, first_reply), expected, "{ran:?} {first_reply:?}");
+        }
+    }
 }
