@@ -32,8 +32,7 @@ const TERMINATION_MESSAGE_MAX: usize = 4096;
 
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
-/// Starts the log, with lines of this level and above, and sets the file for the termination message; an empty path
-/// means none.
+/// Starts the log. The termination message goes to this file; an empty path means none.
 pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     let _ = TERMINATION_LOG_PATH.set(termination_log.to_owned());
     log::start(level, format);
@@ -161,7 +160,7 @@ impl RunSummary {
         }
     }
 
-    /// The fields at the end of the termination message, as in the log. A text that is too long is cut before them.
+    /// As in the log. A text that is too long is cut before them.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {

@@ -85,9 +85,7 @@ pub struct Limits {
     pub on_lost: OnLost,
 }
 
-/// Supervises `process` until it and everything that it has started have ended. `lost_future` ends when the delivery is
-/// lost.
-///
+/// Waits until `process` and everything that it has started have ended. `lost_future` ends when the delivery is lost.
 /// Returns how it ended, what asked it to stop first, and why the delivery was lost.
 pub async fn supervise<L: std::fmt::Display>(
     process: &mut impl Process,
@@ -163,26 +161,22 @@ pub async fn supervise<L: std::fmt::Display>(
         }
     };
     if ended != Ended::Exited(0) {
-        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction,
-        // too.
+        // A signal to the whole group can end the command before we see our own copy: that is an eviction, too.
         stop = stop.or(signals.read_stop().map(|signal| StopReason::Signal(signal as i32)));
     }
     let succeeded = ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit);
     if succeeded && (lost.is_none() || limits.on_lost == OnLost::Finish) {
         // Processes it left behind share the command's time limit.
         let time_limit = time_limit.map(|at| (at, "--timeout"));
-        let deadline = (Instant::now() + limits.kill_after, "--kill-after");
-        let deadline = [kill_at, time_limit].into_iter().flatten().fold(deadline, Ord::min);
+        let kill_after = (Instant::now() + limits.kill_after, "--kill-after");
+        let deadline = [kill_at, time_limit].into_iter().flatten().fold(kill_after, Ord::min);
         let_finish(process, limits, signals, lost_future, deadline, (&mut stop, &mut lost)).await;
     }
     kill_all_descendants(process).await;
     (ended, stop, lost)
 }
 
-/// Lets processes that a successful command left behind finish, until the deadline, which comes with the option that
-/// set it.
-///
-/// The command stays successful, unless the delivery is lost: the time limit and signals no longer change that.
+/// Until the deadline. The command stays successful, unless the delivery is lost: signals no longer change that.
 async fn let_finish<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
@@ -233,7 +227,7 @@ async fn let_finish<L: std::fmt::Display>(
     }
 }
 
-/// Kills everything that the command left behind. It repeats that, as a process may have forked just before.
+/// Repeats that, as a process may have forked just before.
 async fn kill_all_descendants(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
     // Usually everything has ended already, so nothing needs to wait.
@@ -253,8 +247,7 @@ async fn kill_all_descendants(process: &mut impl Process) {
     }
 }
 
-/// Sends the signal, then SIGCONT as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after
-/// that.
+/// With SIGCONT, as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after that.
 fn terminate(process: &impl Process, target: Target, signal: Signal) {
     process.signal(target, signal);
     process.signal(target, Signal::SIGCONT);
