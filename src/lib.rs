@@ -11,16 +11,16 @@ mod allocator;
 pub mod broker;
 pub mod cli;
 mod clock;
-pub mod command;
+mod command;
 pub mod exit;
 mod program;
 pub mod publish;
-pub mod report;
+mod report;
 pub mod settlement;
-pub mod signals;
-pub mod variable;
+mod signals;
+mod variable;
 pub mod verdict;
-pub mod worker;
+mod worker;
 
 /// What the fuzz targets in tests/fuzz need that isn't public otherwise. cargo-fuzz sets `--cfg fuzzing`.
 #[cfg(fuzzing)]

@@ -17,7 +17,6 @@ const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, 
 /// The signals that are only forwarded to the command.
 const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
 
-/// Whether this signal asks qconsume to stop.
 pub fn is_stop(signal: Signal) -> bool {
     STOPPING.contains(&signal)
 }
@@ -35,16 +34,13 @@ pub fn hold() -> io::Result<()> {
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&handled()), None).map_err(io::Error::from)
 }
 
-/// A signal that was sent to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// The signal.
     pub signal: Signal,
     /// Whether the kernel sent it, as it does for a key on a terminal: then the whole foreground group has got it.
     pub from_terminal: bool,
 }
 
-/// The signals sent to this process.
 #[derive(Debug)]
 pub struct Signals {
     source: Source,

@@ -18,7 +18,6 @@ const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 /// The most that the client's properties take of it, in bytes.
 const START_OK_REST: usize = 1024;
 
-/// What a refusal means, whatever was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     LoginRefused,
@@ -50,7 +49,7 @@ pub(super) enum Meaning {
     Other,
 }
 
-/// What the broker said as it closed a channel or the connection.
+/// The broker's reason to close a channel or the connection.
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
     pub(super) code: u16,
@@ -143,7 +142,6 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.text.as_str() {
             "" => write!(f, "reply code {}", self.code),
-            // Not one of AMQP's codes, so show it.
             text if self.code < 200 => write!(f, "{text} (reply code {})", self.code),
             text => f.write_str(text),
         }
@@ -194,7 +192,6 @@ pub struct ConnectError {
     pub transient: bool,
     /// How the run ends if no attempt succeeds.
     pub failure: Failure,
-    /// The broker refused the user and the password.
     pub(super) login_refused: bool,
 }
 
@@ -352,7 +349,6 @@ impl ConnectError {
         }
     }
 
-    /// For errors up to `connection.open-ok`.
     pub(super) fn in_handshake(
         error: &lapin::Error,
         observed: &Observed,
@@ -527,7 +523,6 @@ impl fmt::Display for DeliveryLost {
     }
 }
 
-/// The end of a run whose next message can't be read: every new connection would get it again.
 fn unreadable_message(queue: &str, problem: &str) -> Failure {
     Failure::new(
         Exit::Software,
@@ -538,7 +533,6 @@ fn unreadable_message(queue: &str, problem: &str) -> Failure {
     )
 }
 
-/// For an error that isn't a refusal.
 pub(super) fn described(error: &lapin::Error) -> String {
     match error.kind() {
         ErrorKind::MissingHeartbeatError => {

@@ -26,7 +26,7 @@ pub enum Declare {
     /// None: it has to be there.
     #[default]
     No,
-    /// A durable one, if there is none of this name. RabbitMQ 4.3 refuses shared transient ones.
+    /// A durable one, unless there is one of this name. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
     /// An exclusive one, which is deleted with the connection.
     Exclusive,
@@ -57,7 +57,6 @@ pub(super) enum DeclareStep {
 
 #[derive(Debug)]
 pub(super) enum NotSubscribed {
-    /// At once.
     RetryWith(Attempt),
     Failed(ConnectError),
 }

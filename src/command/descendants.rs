@@ -113,7 +113,6 @@ impl Strangers {
         Self { processes, groups, sessions }
     }
 
-    /// `child` isn't the command itself.
     pub(super) fn include(&self, child: &Stat) -> bool {
         // A child that leads such a group or session has created it: the known one with the same number is gone.
         let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);

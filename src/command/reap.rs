@@ -22,7 +22,6 @@ use tokio::{
 /// How many children to reap, in about a millisecond, before other tasks get a turn.
 const SWEEP: usize = 100;
 
-/// Reaps children in the background while the runtime runs.
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
     state: Arc<Mutex<State>>,
@@ -75,7 +74,6 @@ impl Reaper {
         self.reaped.notified().await;
     }
 
-    /// Returns which children remain.
     pub(super) fn sweep(&self) -> Children {
         for _ in 0..SWEEP {
             let (child, ended) = match peek() {

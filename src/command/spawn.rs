@@ -40,7 +40,6 @@ const SIG_DFL_ACTION: [u64; 8] = [0; 8];
 /// The size of the kernel's signal set, in bytes: a bit for each of 64 signals.
 const SIGSET_BYTES: usize = 8;
 
-/// A command that was started, and the processes that it has started.
 #[derive(Debug)]
 pub struct RunningCommand {
     leader: Pid,

@@ -20,20 +20,16 @@ const KILL_AGAIN: Duration = Duration::from_millis(5);
 /// How long to wait for killed processes: a device or a network file system may hold them up.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The processes that a signal is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// The command's process group.
     Group,
-    /// The command's own process.
     Leader,
     /// Everything that the command has started, in any group and session.
     Descendants,
 }
 
-/// A process to supervise.
 pub trait Process {
-    /// Waits until it ends. Dropping the future loses nothing.
+    /// Dropping the future loses nothing.
     fn ended(&mut self) -> impl Future<Output = Ended>;
     /// Whether it is in our own process group, and so gets the signals that a terminal sends us.
     fn shares_group(&self) -> bool;
@@ -46,7 +42,6 @@ pub trait Process {
     fn descendants_ended(&mut self) -> impl Future<Output = ()>;
 }
 
-/// What to do with the command when its delivery is lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnLost {
     /// send SIGTERM, and SIGKILL after --kill-after
@@ -176,7 +171,7 @@ pub async fn supervise<L: std::fmt::Display>(
     (ended, stop, lost)
 }
 
-/// Until the deadline. The command stays successful, unless the delivery is lost: signals no longer change that.
+/// Waits for what a successful command left behind, until the deadline. Only a lost delivery changes the success.
 async fn let_finish<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
@@ -227,7 +222,7 @@ async fn let_finish<L: std::fmt::Display>(
     }
 }
 
-/// Repeats that, as a process may have forked just before.
+/// Kills again and again, as a process may have forked just before.
 async fn kill_all_descendants(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
     // Usually everything has ended already, so nothing needs to wait.

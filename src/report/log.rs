@@ -22,7 +22,6 @@ use tracing::{
     span,
 };
 
-/// What log lines look like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// for people

@@ -123,7 +123,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         }
     }
 
-    /// Writes as many lines as there is room for within `patience`.
+    /// As many lines as there is room for within `patience`.
     fn write_without_thread(&self, backlog: &mut Backlog, patience: Duration) {
         let deadline = Instant::now() + patience;
         while let Some(line) = self.next(backlog) {
@@ -133,7 +133,6 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
                 Ok(written @ 1..) => drop(backlog.rest.drain(..written)),
                 Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {}
                 Err(Errno::AGAIN | Errno::INTR) => return,
-                // Standard error may be closed, which is no failure.
                 _ => backlog.rest.clear(),
             }
         }

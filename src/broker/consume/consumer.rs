@@ -34,14 +34,13 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 const DEFAULT_DELIVERY_LIMIT: u64 = 20;
 const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
 
-/// Takes messages from one queue, one after the other, over as many connections as it needs.
+/// Takes messages from one queue, over as many connections as it needs.
 pub struct Consumer {
     broker: Connector,
     options: ConsumerOptions,
     /// Known after the first subscription.
     queue_name: Option<String>,
     state: State,
-    /// A connection was lost while a message arrived, and no message was taken since.
     lost_mid_delivery: bool,
 }
 
@@ -54,7 +53,6 @@ enum State {
     Holding(Subscription, Held),
 }
 
-/// A delivery that isn't settled.
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
     /// When the broker began to deliver it: an acknowledgement timeout starts there.
@@ -101,7 +99,7 @@ impl Consumer {
         self.lost_mid_delivery
     }
 
-    /// Connects and subscribes, with attempts for `--connect-timeout`. Dropping the future loses no message.
+    /// Connects and subscribes, and retries for `--connect-timeout`. Dropping the future loses no message.
     ///
     /// # Errors
     /// The first permanent failure, or the last transient one when the time is up.
@@ -146,7 +144,6 @@ impl Consumer {
         subscribed
     }
 
-    /// Dropping the future leaves the task running.
     async fn finish_subscribing(&mut self) -> Result<(), NotSubscribed> {
         let State::Subscribing(task, _) = &mut self.state else {
             return Ok(());
@@ -228,7 +225,7 @@ impl Consumer {
         }
     }
 
-    /// Settles the message that is held, after cancelling the consumer if `cancels`. Returns why it isn't confirmed.
+    /// Settles the held message, after cancelling the consumer if `cancels`. Returns the reason if it isn't confirmed.
     pub async fn settle(&mut self, settlement: Settlement, cancels: bool) -> (Settled, Option<DeliveryLost>) {
         let State::Holding(mut subscription, held) = mem::replace(&mut self.state, State::Idle(None)) else {
             unreachable!("only called while a message is held")
@@ -242,7 +239,7 @@ impl Consumer {
         settled
     }
 
-    /// Releases every message that has arrived, while none is held. Returns whether it is confirmed within 2 s.
+    /// Releases every message that has arrived; none may be held. Returns whether it is confirmed within 2 s.
     pub async fn release(&mut self) -> bool {
         let work = async {
             // Without a subscription there is nothing to release.
@@ -286,7 +283,7 @@ impl Consumer {
         });
     }
 
-    /// Closes the connection, even a good one, after its subscription was lost.
+    /// Closes the connection, even a good one.
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
         let mid_delivery = self.subscription().has_another();
         self.close().await;

@@ -27,7 +27,6 @@ const CONSUMER_TAG: &str = "qconsume";
 /// Longest wait for the number of ready messages: the queue's leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest wait for the reply to a cancel if nothing was delivered.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
@@ -59,7 +58,7 @@ pub(super) struct Subscription {
 }
 
 impl Subscription {
-    /// Gives up at `deadline` or when `give_up` is sent. `declared`: the queue that this connection has declared.
+    /// Gives up at `deadline` or when `give_up` is dropped. `declared`: the queue that this connection has declared.
     pub(super) async fn open(
         mut connection: OpenConnection,
         options: ConsumerOptions,
@@ -276,7 +275,7 @@ async fn subscribe(
     }
 }
 
-/// Opens a channel with a consumer. Sends qos and consume without waiting in between, which saves a round trip.
+/// Sends qos and consume without waiting in between, which saves a round trip.
 async fn consume(
     connection: &OpenConnection,
     queue: &str,

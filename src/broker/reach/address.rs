@@ -179,7 +179,6 @@ impl fmt::Display for Address {
     }
 }
 
-/// Such characters come from files, templates and unencoded secrets.
 fn check_characters(url: &str) -> Result<(), AddressError> {
     // Unicode doesn't count the byte order mark as white space.
     let is_blank = |c: char| c.is_whitespace() || c.is_control() || c == '\u{feff}';
@@ -251,7 +250,7 @@ fn ipv6(host: &str) -> Option<String> {
     (zone != "%").then(|| format!("{address}{zone}"))
 }
 
-/// In the specification `amqp://host/` means the virtual host with an empty name, which nobody has.
+/// In the specification `amqp://host/` means the virtual host with an empty name, which nobody has: here it is `/`.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
     if matches!(name, "" | "/") {

@@ -138,7 +138,7 @@ impl Connector {
         })
     }
 
-    /// Reads the files again. If one can't be used (it may be half written), its old content still counts.
+    /// If a file can't be used (it may be half written), its old content still counts.
     fn read_again(&mut self) {
         let problem = self.nodes.read().err().map(|failure| failure.message);
         if problem != self.read_problem
@@ -395,7 +395,6 @@ mod tests {
             }
             let gave_up = (false, "refused; /run/token was read again for 2m".to_owned());
             assert_eq!(retried(&mut broker), gave_up);
-            // As after a login that was not refused.
             broker.refused_since = None;
         }
     }

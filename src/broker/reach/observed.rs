@@ -19,7 +19,7 @@ const NESTING_MAX: usize = 100;
 /// RabbitMQ's version: major and minor.
 pub(in crate::broker) type Version = (u32, u32);
 
-/// On one connection.
+/// What one connection's broker has sent.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Observed {
     /// If it is RabbitMQ's.
@@ -41,7 +41,7 @@ pub(in crate::broker) struct Observed {
     /// How many deliveries have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
     pub(in crate::broker) deliveries: u64,
     pub(in crate::broker) delivery_began: Option<Instant>,
-    /// The flag of the last of them.
+    /// The flag of the last delivery.
     pub(in crate::broker) redelivered: bool,
     /// Whether `basic.deliver` was the last method: its content follows.
     delivering: bool,
@@ -80,7 +80,6 @@ impl Observed {
         self.note_unreadable(read)
     }
 
-    /// Fails if lapin must not read the payload, as above.
     pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), String> {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {

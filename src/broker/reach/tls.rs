@@ -125,7 +125,6 @@ impl Tls {
     }
 }
 
-/// The name or the IP address that the broker's certificate has to be for.
 fn server_name(address: &Address) -> Result<ServerName<'static>, Failure> {
     let given = address.parameters.server_name_indication.as_deref();
     let name = given.unwrap_or(&address.host);
