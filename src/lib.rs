@@ -2,8 +2,8 @@
 //! input, acknowledges it only after COMMAND has exited with success, and exits with COMMAND's status, so that one
 //! pod completes one unit of work.
 //!
-//! [`worker`] is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] uses lapin, and only
-//! [`command`] handles processes. [`publish`] is qpublish, which fills a queue.
+//! `worker` is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] uses lapin, and only
+//! `command` handles processes. [`publish`] is qpublish, which fills a queue.
 
 #![deny(unsafe_code)]
 

@@ -27,9 +27,6 @@ fn handled() -> SigSet {
 
 /// Blocks the signals until [`install`]: the kernel drops a signal to PID 1 that has no handler, unless it is blocked
 /// (`sig_ignored` in Linux's kernel/signal.c).
-///
-/// # Errors
-/// If the kernel refuses, for which there is no known reason.
 pub fn hold() -> io::Result<()> {
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&handled()), None).map_err(io::Error::from)
 }
@@ -135,10 +132,8 @@ fn read(fd: &SignalFd) -> io::Result<Received> {
 }
 
 /// Starts to read signals, from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were
-/// ignored stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background jobs.
-///
-/// # Errors
-/// If the system has no descriptor left.
+/// ignored stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background jobs. Fails
+/// if the system has no descriptor left.
 pub fn install() -> io::Result<Signals> {
     let ignored = ignored();
     let is_ignored = |signal: Signal| ignored & 1 << (signal as u64 - 1) != 0;
@@ -177,10 +172,7 @@ pub async fn next_stop(signals: &mut Signals) -> Signal {
     }
 }
 
-/// Runs `work`, and drops it at the first stop signal, so dropping `work` must lose nothing.
-///
-/// # Errors
-/// The stop signal.
+/// Fails with the first stop signal, at which `work` is dropped: that must lose nothing.
 pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
     tokio::select! {
         biased;

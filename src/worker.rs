@@ -24,10 +24,7 @@ use tokio::time::timeout;
 /// The share of `--ack-timeout` after which a warning says that the command still runs.
 const ACK_WARNING: f64 = 0.8;
 
-/// Works as the options say, and returns the exit status.
-///
-/// # Errors
-/// qconsume itself can't start. Any later failure is reported here, and its status returned.
+/// Returns the exit status. Fails only if qconsume can't start: any later failure is reported here.
 pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, Failure> {
     let executable = find(&options.command[0], std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start().map_err(|error| Failure::system("can't watch for ended processes", &error))?;

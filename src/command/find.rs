@@ -27,11 +27,9 @@ const LEVELS_MAX: usize = 5;
 /// Where execvp(3) looks if `PATH` isn't set (musl's default).
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
-/// Finds the program that `name` means: in the folders of `path`, unless it has a slash.
-///
-/// # Errors
-/// 127 if the file, its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; 126 if it can't
-/// be executed; 71 if it can't be checked on this node now.
+/// Finds the program that `name` means: in the folders of `path`, unless it has a slash. Fails with 127 if the file,
+/// its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; with 126 if it can't be
+/// executed; with 71 if it can't be checked on this node now.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     find_with_env(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
         let message = match exit {

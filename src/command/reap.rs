@@ -34,10 +34,7 @@ struct State {
 }
 
 impl Reaper {
-    /// Starts to reap, and makes us the parent of every process that the command orphans.
-    ///
-    /// # Errors
-    /// If the handler for `SIGCHLD` can't be installed.
+    /// Makes us the parent of every process that the command orphans. Fails without a handler for `SIGCHLD`.
     pub fn start() -> io::Result<Self> {
         let reaper = Self::default();
         let mut ended = signal(SignalKind::child())?;

@@ -52,12 +52,10 @@ pub struct RunningCommand {
 
 impl RunningCommand {
     /// Starts the program at `path`, in a process group of its own, unless we are in the foreground group of a
-    /// terminal: only that group may read from it.
+    /// terminal: only that group may read from it. Fails with 71 if the system is short of something, with 127 if the
+    /// program, its interpreter or its loader isn't there, otherwise with 126.
     ///
     /// Call this on the main thread: the parent-death signal comes when the thread that started the command ends.
-    ///
-    /// # Errors
-    /// 71 if the system is short of something, 127 if the program, interpreter or loader isn't there, otherwise 126.
     pub fn start(
         path: &Path,
         words: &[OsString],

@@ -20,13 +20,11 @@ const PIPE_MAX: usize = 1 << 20;
 /// In bytes. Memory is freed chunk by chunk, so the body is never in memory twice.
 const CHUNK: usize = 1 << 20;
 
-/// A pipe that contains the whole body, or a file if the body is too large for a pipe.
+/// A pipe that contains the whole body, or a file if the body is too large for a pipe. Fails with 71, whatever the
+/// system refuses: the command is not to blame.
 ///
 /// If the command already ran and qconsume were killed while writing, it could take a part for all of the body: the
 /// pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
-///
-/// # Errors
-/// 71, whatever the system refuses: the command is not to blame.
 pub fn stdin_with(body: Vec<u8>) -> Result<OwnedFd, Failure> {
     let what =
         format!("the command can't be started: its message of {} bytes can't be put on its standard input", body.len());
