@@ -151,24 +151,18 @@ impl fmt::Display for Refusal {
 /// What the broker was asked for when it refused.
 #[derive(Clone, Copy)]
 pub(super) enum Asked<'a> {
+    /// To log us in and open the virtual host.
     Login(&'a Address),
     /// `action` is a phrase such as "consume from".
-    Queue {
-        action: &'a str,
-        queue: &'a str,
-    },
-    Bind {
-        queue: &'a str,
-        exchange: &'a str,
-    },
+    Queue { action: &'a str, queue: &'a str },
+    /// To bind a queue to an exchange.
+    Bind { queue: &'a str, exchange: &'a str },
     /// To declare a queue of a given type.
     Declare(&'a str),
+    /// To publish to this exchange.
     Publish(&'a str),
     /// Nothing: it closed the channel or the connection while a message was held or waited for.
-    Delivery {
-        closed: &'a str,
-        observed: &'a Observed,
-    },
+    Delivery { closed: &'a str, observed: &'a Observed },
 }
 
 impl Observed {

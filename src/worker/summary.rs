@@ -9,7 +9,6 @@ use crate::{
 use nix::sys::signal::Signal;
 use std::time::Instant;
 
-/// How many messages of a run had each outcome.
 #[derive(Default)]
 pub(super) struct Tally {
     pub(super) acknowledged: u64,
@@ -32,7 +31,6 @@ impl Tally {
     }
 }
 
-/// Logs that a message was taken. Returns what later lines say about it.
 pub(super) fn log_taken(message: &Message, queue: &str) -> Subject {
     let (id, attempt, size) = (&message.id, message.attempt, message.body.len());
     tracing::info!(queue, id, attempt, size, "message taken");

@@ -14,7 +14,6 @@ use tokio::time::{Instant, sleep};
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How soon a log line mentions the wait.
 const MENTION_WAIT: Duration = Duration::from_secs(30);
 
 /// Over as many connections as needed. Dropping the future loses no message. `None` if --wait has passed or, with

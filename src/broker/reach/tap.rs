@@ -24,7 +24,6 @@ pub(in crate::broker) struct Tap {
     frame_max: usize,
     /// In bytes; at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
     payload_max: usize,
-    /// The part of the current frame that has arrived.
     frame: Vec<u8>,
     /// How many bytes to skip: the rest of a body, or everything if it isn't AMQP (lapin reports that).
     skip: usize,
