@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Five seconds of a worker that takes a hundred messages a second, besides what fits into the pipe: about 300 KiB.
+/// In lines: five seconds of a worker that takes a hundred messages a second. They take about 300 KiB.
 const WAITING_MAX: usize = 1000;
 
 /// How long the end of a run waits for its last lines.

@@ -211,7 +211,6 @@ pub fn strip_scheme(url: &str) -> Option<(bool, &str)> {
     })
 }
 
-/// The decoded host, which may be empty, and the text of the port, if any.
 fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressError> {
     if let Some(literal) = text.strip_prefix('[') {
         let Some((address, after)) = literal.split_once(']') else {
@@ -266,7 +265,6 @@ fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     Ok(name)
 }
 
-/// Percent-decodes `part`, which the error calls `name`.
 fn decode(part: &str, name: &str) -> Result<String, AddressError> {
     // `percent_decode_str` would leave a stray `%` as it is.
     let mut escapes = part.as_bytes().split(|byte| *byte == b'%').skip(1);

@@ -44,7 +44,7 @@ const HEARTBEAT: u16 = 10;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// A rotated Secret takes up to two minutes to arrive in a pod (the kubelet's sync period and its cache).
+/// How long a refused login is retried: a rotated Secret takes up to two minutes to arrive in a pod (by the kubelet).
 const LOGIN_RETRIED: Duration = Duration::from_secs(120);
 
 /// How to connect.
@@ -321,7 +321,6 @@ impl Attempts {
                 self.last = Some(failure);
                 return Ok(());
             }
-            // Time ran out during the pause.
         }
         failure.message =
             format!("gave up after {} (--connect-timeout): {}", HumanDuration(self.limit), failure.message);
