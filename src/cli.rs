@@ -1,5 +1,4 @@
-//! Options and their environment. A flag takes precedence over its variable, and the variable over the default. The
-//! only I/O is reading the files with addresses, passwords and certificates.
+//! Options and their environment. The only I/O is reading the files with addresses, passwords and certificates.
 
 mod broker;
 mod output;
@@ -8,6 +7,7 @@ mod values;
 
 pub use broker::BrokerOptions;
 pub use output::OutputOptions;
+pub(crate) use parse::Precedence;
 pub(crate) use parse::{AMQP_TOOLS, VERSION};
 pub use parse::{Given, Options, Request, command_line, parse};
 pub(crate) use values::{name, queue_name, switch};
@@ -44,7 +44,7 @@ pub struct QconsumeOptions {
     pub wait: Option<Duration>,
 
     /// Exit with this status if no message arrives within --wait
-    #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_EMPTY_EXIT_CODE", default_value_t = Exit::Empty.status(), help_heading = "Taking")]
+    #[arg(long, hide_short_help = true, value_name = "N", env = "QCONSUME_EMPTY_EXIT_CODE", default_value_t = Exit::NoInput.status(), help_heading = "Taking")]
     pub empty_exit_code: u8,
 
     /// Consume N messages, one after the other, and run the command for each [default: 1]
@@ -153,7 +153,7 @@ Examples:
             "--exchange needs --routing-key; for an exchange that ignores it: --routing-key ''"
         } else if self.exchange.is_none() && !self.routing_key.is_empty() {
             "--routing-key needs --exchange"
-        } else if self.queue.is_empty() && given.level("queue") > 0 {
+        } else if self.queue.is_empty() && given.is_given("queue") {
             "the queue's name is empty: QUEUE (or --queue) needs one"
         } else if self.queue.is_empty() && !self.creates_queue() {
             "no queue: set QUEUE, or use --queue NAME"
@@ -165,7 +165,7 @@ Examples:
             "--keep-going needs --max-attempts or --reject-on: otherwise a message that always fails is consumed for ever"
         // An address without --url before it would be looked up as a command, and the error would show its password.
         } else if self.command.first().is_some_and(parse::is_address) {
-            "there is an amqp:// address where the command should be: it goes to --url"
+            "COMMAND is an amqp:// address: give it to --url"
         } else {
             return Ok(());
         };

@@ -20,7 +20,6 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Ok(duration)
 }
 
-/// Parses a duration that must not be zero.
 pub(crate) fn duration_above_zero(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         Duration::ZERO => Err("must be more than 0".to_owned()),
@@ -28,7 +27,6 @@ pub(crate) fn duration_above_zero(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Sleeps until `deadline`, or for ever if it is `None`.
 pub async fn sleep_until_or_never(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,

@@ -5,15 +5,13 @@ use crate::program::Program;
 use nix::libc;
 use std::{fmt, io};
 
-/// Why qconsume itself, not the command, ended the run.
-///
-/// The numbers come from sysexits.h (64 to 78) and from timeout(1), env(1) and the shell (124 to 127).
+/// Why qconsume itself ended the run. Up to 78 as in sysexits.h, then as in timeout(1), env(1) and the shell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 #[allow(missing_docs, reason = "the tables have it")]
 pub enum Exit {
     Usage = 64,
-    Empty = 66,
+    NoInput = 66,
     Unavailable = 69,
     Software = 70,
     OsError = 71,
@@ -34,7 +32,7 @@ const REFUSED: Row = (Exit::NoPermission, "refused: the broker refused the crede
 
 const QCONSUME: [Row; 11] = [
     USAGE,
-    (Exit::Empty, "no message: none came within --wait", "later"),
+    (Exit::NoInput, "no message: none came within --wait", "later"),
     UNAVAILABLE,
     (Exit::Software, "defect: in qconsume; or a message that can't be read (not valid AMQP)", ""),
     (
@@ -60,7 +58,7 @@ const QCONSUME: [Row; 11] = [
 
 const QPUBLISH: [Row; 8] = [
     USAGE,
-    (Exit::Empty, "no input: a file or standard input can't be read", "no"),
+    (Exit::NoInput, "no input: a file or standard input can't be read", "no"),
     UNAVAILABLE,
     (Exit::Software, "defect: in qpublish", ""),
     (Exit::OsError, "shortage: no processes, memory or descriptors left", "yes"),

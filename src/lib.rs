@@ -2,8 +2,8 @@
 //! input, acknowledges it only after COMMAND has exited with success, and exits with COMMAND's status, so that one
 //! pod completes one unit of work.
 //!
-//! [`worker`] is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] uses lapin, and only
-//! [`command`] handles processes. [`publish`] is qpublish, which fills a queue.
+//! `worker` is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] uses lapin, and only
+//! `command` handles processes. [`publish`] is qpublish, which fills a queue.
 
 #![deny(unsafe_code)]
 
@@ -11,16 +11,16 @@ mod allocator;
 pub mod broker;
 pub mod cli;
 mod clock;
-pub mod command;
+mod command;
 pub mod exit;
 mod program;
 pub mod publish;
-pub mod report;
+mod report;
 pub mod settlement;
-pub mod signals;
-pub mod variable;
+mod signals;
+mod variable;
 pub mod verdict;
-pub mod worker;
+mod worker;
 
 /// What the fuzz targets in tests/fuzz need that isn't public otherwise. cargo-fuzz sets `--cfg fuzzing`.
 #[cfg(fuzzing)]
@@ -50,23 +50,17 @@ pub fn main(program: Program) -> ! {
         Program::Qconsume => run(&arguments, worker::work),
         Program::Qpublish => run(&arguments, publish::publish),
     };
-    let status = ended.unwrap_or_else(|error| {
-        // `run` fails only with a `Failure`: any other error would be a defect.
-        let failure =
-            error.downcast::<Failure>().unwrap_or_else(|error| Failure::new(Exit::Software, format!("{error:#}")));
-        report::report_failure(failure)
-    });
-    report::exit(status)
+    report::exit(ended.unwrap_or_else(report::report_failure))
 }
 
 fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     arguments: &[OsString],
     entry: impl FnOnce(O, signals::Signals) -> F,
-) -> anyhow::Result<u8> {
+) -> Result<u8, Failure> {
     match cli::parse::<O>(arguments) {
         Ok(Request::Run(options)) => {
             options.output().start();
-            Ok(block_on(|signals| entry(*options, signals))?)
+            block_on(|signals| entry(*options, signals))
         }
         Ok(Request::Show(text)) => {
             // Standard output may be closed: help that nobody reads is no failure.
@@ -75,13 +69,12 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
         }
         Err(failure) => {
             OutputOptions::start_as_understood(arguments);
-            Err(failure.into())
+            Err(failure)
         }
     }
 }
 
-/// Runs `worker::work` or `publish::publish` on the main thread, which outlives the command: the command gets its
-/// parent-death signal when the thread that started it ends.
+/// On the main thread: the command gets its parent-death signal when the thread that started it ends.
 fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -96,8 +89,7 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
     status
 }
 
-/// Makes a panic on any thread end the process, so that no work goes on half done. A panic is a defect, unless tokio or
-/// the standard library panicked because the system had no thread or descriptor left.
+/// On any thread, so that no work goes on half done. It is a defect, unless tokio or std got no thread or descriptor.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         let failure = match exit::shortage_behind(&panic.to_string()) {

@@ -1,4 +1,4 @@
-//! The two programs in this crate. They differ in their options and in what they do, and share the rest.
+//! The two programs in this crate.
 
 use std::{ffi::OsStr, path::Path, sync::OnceLock};
 

@@ -121,7 +121,7 @@ async fn publish_all(
                 Err(_) if matches!(ended, Ok(Some(_))) => return ended,
                 Err((failure, None)) => return Err(failure),
                 Err((failure, Some(message))) => {
-                    return Err(Failure::new(failure.exit, format!("{} is {failure}", source.name(message))));
+                    return Err(Failure::new(failure.exit, format!("{}: {failure}", source.name(message))));
                 }
             },
             () = progress.due() => progress.show(&publisher.confirms),

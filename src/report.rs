@@ -32,8 +32,7 @@ const TERMINATION_MESSAGE_MAX: usize = 4096;
 
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
-/// Starts the log, with lines of this level and above, and sets the file for the termination message; an empty path
-/// means none.
+/// Starts the log. The termination message goes to this file; an empty path means none.
 pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     let _ = TERMINATION_LOG_PATH.set(termination_log.to_owned());
     log::start(level, format);
@@ -42,20 +41,16 @@ pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
 /// What log lines and the termination message say about a message.
 #[derive(Clone, Debug)]
 pub struct Subject {
-    /// Its `message-id`.
     pub id: Option<String>,
-    /// The number of this attempt, from 1, if the queue counts them.
     pub attempt: Option<u64>,
-    /// The body's size in bytes.
+    /// The body's, in bytes.
     pub size: usize,
-    /// When it arrived.
     pub since: Instant,
 }
 
 /// What happened to a message: the field `outcome` of docs/logs.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The broker confirmed the acknowledgement.
     Acknowledged,
     /// It is in the queue again, and this failure counts.
     Requeued,
@@ -63,7 +58,6 @@ pub enum Outcome {
     Released,
     /// It was dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLettered,
-    /// The broker has not confirmed the settlement.
     Unconfirmed,
     /// The broker requeued it before it was settled.
     Lost,
@@ -87,15 +81,10 @@ impl Outcome {
 pub struct RunSummary {
     /// The program that the exit status comes from: `command`, `qconsume` or `qpublish`.
     pub source: &'static str,
-    /// The exit status.
     pub status: u8,
-    /// Why the run ended, and what happened to the message.
     pub text: String,
-    /// What happened to the message, if one was taken.
     pub outcome: Option<Outcome>,
-    /// The message, if one was taken.
     pub subject: Option<Subject>,
-    /// The queue that the run consumed from, if its name is known.
     pub queue: Option<String>,
     /// For qpublish: the number of messages sent, and the number confirmed.
     pub published: Option<(u64, u64)>,
@@ -108,7 +97,6 @@ impl RunSummary {
         Self { source, status, text, outcome: None, subject: None, queue: None, published: None }
     }
 
-    /// Writes the termination message and the last log line.
     pub fn report(&self) {
         let path = TERMINATION_LOG_PATH.get();
         if let Some(path) = path
@@ -161,7 +149,7 @@ impl RunSummary {
         }
     }
 
-    /// The fields at the end of the termination message, as in the log. A text that is too long is cut before them.
+    /// As in the log. A text that is too long is cut before them.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {

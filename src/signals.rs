@@ -1,4 +1,6 @@
-//! Signals as values: blocked from the start, then read one by one.
+//! Signals as values: blocked from the start, then read one by one. What a stop signal does is decided in three places:
+//! without a command in worker.rs (`stopped`, `must_not_start`) and publish.rs; while one runs in command/supervise.rs;
+//! for its message and the run in verdict.rs (`decide`, `RunState::next`).
 
 use nix::{
     libc,
@@ -15,7 +17,6 @@ const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, 
 /// The signals that are only forwarded to the command.
 const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
 
-/// Whether this signal asks qconsume to stop.
 pub fn is_stop(signal: Signal) -> bool {
     STOPPING.contains(&signal)
 }
@@ -24,27 +25,19 @@ fn handled() -> SigSet {
     STOPPING.into_iter().chain(FORWARDED).collect()
 }
 
-/// Blocks the signals, so that those that come before [`install`] wait for it.
-///
-/// The kernel drops a signal to PID 1 that has no handler, unless it is blocked (`sig_ignored` in Linux's
-/// kernel/signal.c).
-///
-/// # Errors
-/// If the kernel refuses, for which there is no known reason.
+/// Blocks the signals until [`install`]: the kernel drops a signal to PID 1 that has no handler, unless it is blocked
+/// (`sig_ignored` in Linux's kernel/signal.c).
 pub fn hold() -> io::Result<()> {
     sigprocmask(SigmaskHow::SIG_BLOCK, Some(&handled()), None).map_err(io::Error::from)
 }
 
-/// A signal that was sent to this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// The signal.
     pub signal: Signal,
     /// Whether the kernel sent it, as it does for a key on a terminal: then the whole foreground group has got it.
     pub from_terminal: bool,
 }
 
-/// The signals sent to this process.
 #[derive(Debug)]
 pub struct Signals {
     source: Source,
@@ -71,19 +64,17 @@ impl Signals {
         received
     }
 
-    /// Reads all signals that have come, and returns the first stop signal since the start. Nobody forwards those that
-    /// it reads.
+    /// Reads all signals that have come, for nobody to forward. Returns the first stop signal since the start.
     pub fn read_stop(&mut self) -> Option<Signal> {
-        while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.pending()) {
+        while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.try_next()) {
             self.note(received);
         }
         self.stopped_by
     }
 
-    /// Call this after starting a command. A signal that is pending now may be older than the command, so the command
-    /// hasn't got it, even if a terminal sent it to our whole process group.
+    /// Call this after starting a command: it hasn't got older signals, even those of a terminal to our whole group.
     pub fn command_started(&mut self) {
-        while let Some(received) = self.source.pending() {
+        while let Some(received) = self.source.try_next() {
             self.read_ahead.push_back(Received { from_terminal: false, ..received });
         }
     }
@@ -124,7 +115,7 @@ impl Source {
         }
     }
 
-    fn pending(&mut self) -> Option<Received> {
+    fn try_next(&mut self) -> Option<Received> {
         match self {
             // Read directly: tokio asks the kernel only when no task is ready.
             Self::Kernel(fd) => read(fd.get_ref()).ok(),
@@ -140,14 +131,9 @@ fn read(fd: &SignalFd) -> io::Result<Received> {
     Ok(Received { signal, from_terminal: info.ssi_code == libc::SI_KERNEL })
 }
 
-/// Starts to read signals, beginning with those that came since [`hold`].
-///
-/// They stay blocked and are read from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were
-/// ignored at the start stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background
-/// jobs.
-///
-/// # Errors
-/// If the system has no descriptor left.
+/// Starts to read signals, from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were
+/// ignored stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background jobs. Fails
+/// if the system has no descriptor left.
 pub fn install() -> io::Result<Signals> {
     let ignored = ignored();
     let is_ignored = |signal: Signal| ignored & 1 << (signal as u64 - 1) != 0;
@@ -158,15 +144,13 @@ pub fn install() -> io::Result<Signals> {
         }
     }
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-    // `AsyncFd::new` is deprecated. Its successor `register` is unsafe, because of types whose descriptor may change; a
-    // `SignalFd`'s doesn't.
+    // Its successor `register` is unsafe, because of types whose descriptor may change. A `SignalFd`'s doesn't.
     #[allow(deprecated)]
     let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
-    // With SIGXFSZ blocked, write(2) fails if a file would grow beyond its limit (ulimit -f); otherwise we would be
-    // killed.
+    // So that write(2) fails beyond a file's size limit (ulimit -f), instead of a signal killing us.
     let mut blocked = taken;
     blocked.add(Signal::SIGXFSZ);
-    // Unblock all others that a parent may have blocked: without SIGCHLD we would never notice the command's end.
+    // Unblocks all others: if a parent has blocked SIGCHLD, we would never notice the command's end.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
     Ok(Source::Kernel(source).into())
 }
@@ -188,10 +172,7 @@ pub async fn next_stop(signals: &mut Signals) -> Signal {
     }
 }
 
-/// Runs `work`, and drops it at the first stop signal, so dropping `work` must lose nothing.
-///
-/// # Errors
-/// The stop signal.
+/// Fails with the first stop signal, at which `work` is dropped: that must lose nothing.
 pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
     tokio::select! {
         biased;

@@ -53,8 +53,7 @@ pub enum Settlement {
     Requeue,
     /// `basic.reject(requeue=false)`: dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLetter,
-    /// `basic.nack(requeue=true)`: the command was stopped from outside, or never ran. Quorum queues since RabbitMQ 4.3
-    /// don't count that towards `delivery-limit`.
+    /// `basic.nack(requeue=true)`: stopped from outside, or never run. Since RabbitMQ 4.3 not counted by quorum queues.
     Release,
 }
 
@@ -132,24 +131,23 @@ pub struct Verdict {
     /// What to tell the broker; `None` if the delivery was lost.
     pub settlement: Option<Settlement>,
     /// The exit status if the broker confirms the settlement.
-    pub exit_code: u8,
+    pub status: u8,
     /// The exit status if it doesn't.
-    pub exit_code_if_unconfirmed: u8,
+    pub status_if_unconfirmed: u8,
 }
 
 impl Verdict {
     /// The exit status after this end of the settlement.
-    pub const fn status(self, settled: Settled) -> u8 {
+    pub const fn status_after(self, settled: Settled) -> u8 {
         match settled {
-            Settled::Confirmed => self.exit_code,
-            Settled::Unconfirmed => self.exit_code_if_unconfirmed,
+            Settled::Confirmed => self.status,
+            Settled::Unconfirmed => self.status_if_unconfirmed,
             Settled::Lost => Exit::Unconfirmed.status(),
         }
     }
 }
 
-/// The order of the cases is the contract: a loss beats everything, then comes success within the time limit, then a
-/// stop signal, then the options.
+/// The order of the cases is the contract.
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     use Settlement::{Ack, DeadLetter, Release, Requeue};
     let unconfirmed = Exit::Unconfirmed.status();
@@ -157,21 +155,20 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     // 124 is qconsume's own status, so `--failure-exit-code` doesn't replace it.
     let own = if timed_out { Exit::TimedOut.status() } else { result.ended.status() };
     let failed = policy.failure_exit_code.filter(|_| !timed_out).unwrap_or(own);
-    let (settlement, exit_code, exit_code_if_unconfirmed) = if !result.still_owned {
+    let (settlement, status, status_if_unconfirmed) = if !result.still_owned {
         (None, unconfirmed, unconfirmed)
     } else if result.ended == Ended::Exited(0) && !timed_out {
         (Some(Ack), 0, unconfirmed)
     } else if matches!(result.stop, Some(StopReason::Signal(_))) {
         (Some(Release), failed, failed)
     } else if rejects(own, result.failures_before, policy) {
-        // --reject-exit-code tells a Job that this message is done. So it counts only if the broker has confirmed:
-        // without that, the message may be requeued.
-        let exit_code = policy.reject_exit_code.unwrap_or(failed);
-        (Some(DeadLetter), exit_code, failed)
+        // It tells a Job that this message is done, which is so only if the broker has confirmed.
+        let status = policy.reject_exit_code.unwrap_or(failed);
+        (Some(DeadLetter), status, failed)
     } else {
         (Some(Requeue), failed, failed)
     };
-    Verdict { settlement, exit_code, exit_code_if_unconfirmed }
+    Verdict { settlement, status, status_if_unconfirmed }
 }
 
 /// How far a run is.
@@ -192,25 +189,23 @@ pub enum Next {
     Message,
     /// The end of the run, with this message's status.
     End,
-    /// The end of the run, as everything that `--count` asked for is done. Only with `--keep-going`: this message may
-    /// have been dead-lettered, so its status isn't the run's.
+    /// The end of the run, by `--count` with `--keep-going`. This message's status isn't the run's.
     AllDone,
     /// The end of the run by this signal, before everything is done: never with 0.
     Stopped(i32),
 }
 
 impl RunState {
-    /// What comes after a message whose settlement is confirmed. Also called before the settlement, to know whether it
-    /// is the last one: then the consumer is cancelled first.
+    /// After a confirmed settlement. Also called before it, as the last message's consumer is cancelled first.
     pub fn next(self, verdict: Verdict, failures_before: Option<u64>) -> Next {
         let done = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
         let all_done = self.to_do.is_some_and(|to_do| to_do <= u64::from(done));
-        let goes_on = verdict.exit_code == 0 || self.keep_going && !repeats_forever(verdict, failures_before);
+        let goes_on = verdict.status == 0 || self.keep_going && !repeats_forever(verdict, failures_before);
         if !goes_on {
             return Next::End;
         }
         match self.stopped_by {
-            Some(_) if all_done || verdict.exit_code != 0 => Next::End,
+            Some(_) if all_done || verdict.status != 0 => Next::End,
             Some(signal) => Next::Stopped(signal),
             None if all_done && self.keep_going => Next::AllDone,
             None if all_done => Next::End,
@@ -219,8 +214,7 @@ impl RunState {
     }
 }
 
-/// Whether the queue delivers the same message again and again: a classic queue puts a requeued message back to the
-/// front, and doesn't count its failures.
+/// A classic queue puts a requeued message back to the front, and doesn't count its failures.
 pub fn repeats_forever(verdict: Verdict, failures_before: Option<u64>) -> bool {
     verdict.settlement == Some(Settlement::Requeue) && failures_before.is_none()
 }
@@ -229,8 +223,7 @@ fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
     let is_listed = |Statuses(ranges): &Statuses| ranges.iter().any(|range| range.contains(&status));
     let is_last_attempt = |max| match failures_before {
         Some(before) => before.saturating_add(1) >= max,
-        // With 1 the first failure is the last, even if the queue doesn't count. Don't guess a count from the
-        // redelivered flag: after a restart of the broker healthy messages have it, too.
+        // Don't guess a count from the redelivered flag: after a restart of the broker healthy messages have it, too.
         None => max <= 1,
     };
     policy.reject_on.as_ref().is_some_and(is_listed) || policy.max_attempts.is_some_and(is_last_attempt)

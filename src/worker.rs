@@ -24,10 +24,7 @@ use tokio::time::timeout;
 /// The share of `--ack-timeout` after which a warning says that the command still runs.
 const ACK_WARNING: f64 = 0.8;
 
-/// Works as the options say, and returns the exit status.
-///
-/// # Errors
-/// qconsume itself can't start. Any later failure is reported here, and its status returned.
+/// Returns the exit status. Fails only if qconsume can't start: any later failure is reported here.
 pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, Failure> {
     let executable = find(&options.command[0], std::env::var_os("PATH").as_deref())?;
     let reaper = Reaper::start().map_err(|error| Failure::system("can't watch for ended processes", &error))?;
@@ -49,8 +46,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     };
     let summary = worker.with_queue(worker.with_tally(summary));
     summary.report();
-    // Everything is settled, so a new signal only shortens the closing. Earlier signals mustn't: this reads and drops
-    // them.
+    // From here on a signal only shortens the closing. This drops earlier ones, which mustn't.
     let _ = signals.read_stop();
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
     Ok(summary.status)
@@ -58,7 +54,6 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
 
 struct Worker {
     options: QconsumeOptions,
-    /// The command's file.
     executable: PathBuf,
     reaper: Reaper,
     consumer: Consumer,
@@ -111,7 +106,7 @@ impl Worker {
             let why = lost.map_or(String::new(), |lost| lost.to_string());
             let end = describe_end(result);
             let text = format!("delivery lost while the command ran, another worker may have it: {why}; {end}");
-            return Ok(Some(summary(&subject, verdict.exit_code, Outcome::Lost, text)));
+            return Ok(Some(summary(&subject, verdict.status, Outcome::Lost, text)));
         };
         Ok(self.settle(signals, &subject, result, verdict, settlement, message.at_delivery_limit).await)
     }
@@ -148,13 +143,12 @@ impl Worker {
             self.warn_of_uncounted();
         }
         let is_last = self.state(signals).next(verdict, result.failures_before) != Next::Message;
-        // Cancel before a requeue, too: the next `take` then subscribes again, and the new consumer gets the message.
-        // With the old consumer `--drain` could find the queue empty, as a quorum queue counts a requeued message as
-        // ready only some time after the confirmation (seen with RabbitMQ 3.10 under load).
+        // Cancel before a requeue, too: the next `take` subscribes again, and gets the message. Without that, `--drain`
+        // could find the queue empty: a quorum queue counts it as ready some time later (RabbitMQ 3.10 under load).
         let cancels = is_last || settlement == Settlement::Requeue;
         let (settled, outcome, mut description) = self.settle_unless_no_ack(settlement, cancels).await;
         if at_delivery_limit && outcome == Outcome::Requeued {
-            description += "; the queue's delivery-limit may drop it (20 unless set)";
+            description += "; if the queue's delivery-limit is 20 (the default), the queue drops or dead-letters it";
         }
         // A stop signal may have come during the settlement.
         let next = self.state(signals).next(verdict, result.failures_before);
@@ -171,11 +165,10 @@ impl Worker {
         }
 
         let text = format!("{}; {description}", describe_end(result));
-        let mut summary = summary(subject, verdict.status(settled), outcome, text);
+        let mut summary = summary(subject, verdict.status_after(settled), outcome, text);
         let command_decided = match settled {
             Settled::Confirmed => true,
-            // An unconfirmed acknowledgement ends with qconsume's own 75. After any other settlement the command's
-            // failure counts.
+            // An unconfirmed acknowledgement is qconsume's own 75. Other settlements follow a failure of the command.
             Settled::Unconfirmed => settlement != Settlement::Ack,
             Settled::Lost => false,
         };
@@ -186,8 +179,7 @@ impl Worker {
             return Some(summary);
         }
         if next != Next::Message && self.consumer.is_subscribed() {
-            // A stop signal came during the settlement. The next message may have come, too, and no command will run
-            // for it.
+            // A stop signal came during the settlement, and the next message may have come, too.
             self.consumer.release().await;
         }
         match next {
@@ -229,22 +221,18 @@ impl Worker {
         (settled, outcome, description)
     }
 
-    /// Warns that a queue which doesn't count failures makes `--max-attempts` and `--keep-going` useless.
     fn warn_of_uncounted(&self) {
         if let Some(max) = self.options.policy.max_attempts {
-            tracing::warn!(
-                "--max-attempts {max} has no effect: this queue doesn't count deliveries; use a quorum queue"
-            );
+            tracing::warn!("--max-attempts {max} has no effect: this queue doesn't count failures; use a quorum queue");
         }
         if self.options.keep_going {
             tracing::warn!(
-                "--keep-going ends here: this queue doesn't count deliveries, so it would deliver the failed message again and again; use a quorum queue"
+                "--keep-going ends here: this queue doesn't count failures, so it would deliver this message again and again; use a quorum queue"
             );
         }
     }
 
-    /// `--no-ack`: acknowledges the message before the command starts. Returns the summary if that isn't confirmed, as
-    /// the command mustn't start then.
+    /// For `--no-ack`. Returns the summary if the command mustn't start, because that isn't confirmed.
     async fn acknowledge_beforehand(&mut self, subject: &Subject) -> Option<RunSummary> {
         // Cancel too: don't prefetch the next message while this command runs.
         let (settled, why) = self.consumer.settle(Settlement::Ack, true).await;
@@ -259,8 +247,7 @@ impl Worker {
         Some(summary(subject, status, Outcome::Unconfirmed, text))
     }
 
-    /// Returns the summary if the command mustn't start: the run was stopped, or the message was lost since it was
-    /// taken.
+    /// Returns the summary if the run was stopped, or the message lost, since it was taken.
     async fn must_not_start(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
         if let Some(signal) = signals.read_stop() {
             let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
@@ -275,12 +262,11 @@ impl Worker {
         Some(summary(subject, Exit::Unconfirmed.status(), Outcome::Lost, text))
     }
 
-    /// The summary of a run that found nothing more to do.
     fn nothing_left(&self) -> RunSummary {
         let queue = self.consumer.queue();
         if self.options.drain && self.consumer.was_lost_mid_delivery() {
             let text = format!(
-                "queue {queue:?} looks empty, but a connection was lost while a message arrived, which may be delivered again"
+                "queue {queue:?} looks empty, but a connection was lost while a message arrived: that message may be delivered again"
             );
             return RunSummary::without_message(Exit::Unconfirmed.status(), text);
         }
@@ -292,7 +278,6 @@ impl Worker {
         RunSummary::without_message(self.options.empty_exit_code, text)
     }
 
-    /// The summary of a run that has done as many messages as it was asked for.
     fn count_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
         let text = format!("processed all messages that --count asked for, from queue {queue:?}");
@@ -318,7 +303,6 @@ impl Worker {
         RunSummary { queue: (!queue.is_empty()).then(|| queue.to_owned()), ..summary }
     }
 
-    /// The summary of a run that was told to stop before a command was started.
     async fn stopped(&mut self, signal: Signal) -> RunSummary {
         let released = self.consumer.release().await;
         let mut text = format!("stopped by {signal} before a command was started");
@@ -328,8 +312,7 @@ impl Worker {
         RunSummary::without_message(status_of_signal(signal as i32), text)
     }
 
-    /// The summary of a run whose command can't be started. The message is released, which RabbitMQ 4.3 doesn't count
-    /// as a failure.
+    /// Releases the message, which RabbitMQ 4.3 doesn't count as a failure.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
         let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
         summary(subject, failure.exit.status(), outcome, format!("{failure}; {description}"))

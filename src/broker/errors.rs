@@ -1,5 +1,4 @@
-//! What the broker's refusals mean, by reply code and the fixed parts of the text; and, in one table, what follows from
-//! that and from what was asked for: the exit status, whether a retry may help, and what to do.
+//! What the broker's refusals mean, and one table of what follows: exit status, whether a retry may help, and advice.
 
 use super::reach::{
     address::Address,
@@ -12,15 +11,13 @@ use crate::exit::{Exit, Failure};
 use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
 use std::{fmt, io, path::Path};
 
-/// Largest `connection.start-ok` frame, in bytes, that RabbitMQ takes before and since 4.0. It closes the connection
-/// without a reason if the frame is longer (seen with 3.10 and 4.3).
+/// Largest `connection.start-ok` frame, in bytes. RabbitMQ 3.10 and 4.3 close without a reason if it is larger.
 const HANDSHAKE_FRAME_MAX: usize = 4096;
 const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 
-/// What that frame holds besides the credentials, in bytes: the client's properties, at most.
+/// The most that the client's properties take of it, in bytes.
 const START_OK_REST: usize = 1024;
 
-/// What a refusal means, whatever was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     LoginRefused,
@@ -29,40 +26,30 @@ pub(super) enum Meaning {
     /// Of connections or channels.
     Limit,
     QueueLimit,
-    /// The queue is there, but none of its replicas answers.
     QueueDown,
     NoExchange,
     /// What was asked for isn't there: usually the queue.
     Missing,
-    /// Another consumer has the queue to itself.
     ExclusiveConsumer,
-    /// The queue is exclusive to another connection.
     ExclusiveQueue,
-    /// Only the broker may give this name.
     ReservedName,
     InvalidName,
-    /// Only exchanges may publish to this one.
     InternalExchange,
     NotPermitted,
-    /// The token that the user is logged in with has expired.
     TokenExpired,
-    /// The broker refused the renewed token.
     NewTokenRefused,
-    /// The delivery wasn't acknowledged in time.
     AckTimeout,
-    /// A message is larger than the broker takes.
     TooLarge,
     /// The queue is a stream: it takes no consumer priority.
     Stream,
     /// What was asked for contradicts what is there.
     Precondition,
-    /// The broker doesn't do what was asked for.
     NotImplemented,
-    /// Anything else: a problem of the broker's, which may pass.
+    /// A problem of the broker's, which may pass.
     Other,
 }
 
-/// What the broker said as it closed a channel or the connection.
+/// The broker's reason to close a channel or the connection.
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {
     pub(super) code: u16,
@@ -75,10 +62,9 @@ impl Refusal {
         Self { code, text }
     }
 
-    /// What the refusal means, by its reply code (AMQP 0-9-1, 1.2) and by the parts of its text that no user chooses:
-    /// names stand in the middle, in quotes. Seen with RabbitMQ 3.10, 4.0 and 4.3, LavinMQ 2.9, amqproxy 3.1, Qpid
-    /// Broker-J 9.2 and GarageMQ. A beginning is better than an end: RabbitMQ cuts a text that has more than 255 bytes,
-    /// and long names push its end out.
+    /// By the reply code (AMQP 0-9-1, 1.2), and by parts of the text that no user chooses: names stand in the middle,
+    /// in quotes. Prefer beginnings: RabbitMQ cuts texts at 255 bytes. Seen with RabbitMQ 3.10, 4.0 and 4.3, LavinMQ
+    /// 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ.
     pub(super) fn meaning(&self) -> Meaning {
         use Meaning as M;
         // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
@@ -142,8 +128,7 @@ impl Refusal {
     }
 }
 
-/// Whether a text ends as the OAuth 2 plugin's for an expired token (seen with RabbitMQ 3.10 and 4.0): `… "Provided JWT
-/// token has expired at timestamp 1796065016 (validated at 1796065021)"`. Names stand before that.
+/// By the text's end, as names stand before it (the OAuth 2 plugin of RabbitMQ 3.10 and 4.0).
 fn token_expired(text: &str) -> bool {
     let Some((_, end)) = text.rsplit_once(": \"Provided JWT token has expired at timestamp ") else {
         return false;
@@ -157,7 +142,6 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.text.as_str() {
             "" => write!(f, "reply code {}", self.code),
-            // Not one of AMQP's codes, so show it.
             text if self.code < 200 => write!(f, "{text} (reply code {})", self.code),
             text => f.write_str(text),
         }
@@ -169,7 +153,7 @@ impl fmt::Display for Refusal {
 pub(super) enum Asked<'a> {
     /// To log us in and open the virtual host.
     Login(&'a Address),
-    /// To do this with a queue, such as "consume from".
+    /// `action` is a phrase such as "consume from".
     Queue { action: &'a str, queue: &'a str },
     /// To bind a queue to an exchange.
     Bind { queue: &'a str, exchange: &'a str },
@@ -202,7 +186,6 @@ pub struct ConnectError {
     pub transient: bool,
     /// How the run ends if no attempt succeeds.
     pub failure: Failure,
-    /// The broker refused the user and the password.
     pub(super) login_refused: bool,
 }
 
@@ -226,8 +209,7 @@ impl ConnectError {
         Failure::config(message).into()
     }
 
-    /// What an error of a system call on the way to the broker means. If memory or descriptors run out here, that isn't
-    /// the broker's fault.
+    /// If memory or descriptors run out here, that isn't the broker's fault.
     pub(super) fn of_system(what: impl fmt::Display, error: &io::Error) -> Self {
         if crate::exit::is_shortage(error) {
             Failure::system(what, error).into()
@@ -236,8 +218,7 @@ impl ConnectError {
         }
     }
 
-    /// The table: what follows from what was asked for, and from what the refusal means. The message is "what happened:
-    /// the broker's text; what to do".
+    /// The table. Its messages are "what happened: the broker's text; what to do".
     pub(super) fn from_refusal(asked: Asked<'_>, refusal: &Refusal, login: Credentials<'_>) -> Self {
         use {
             Asked::{Bind, Declare, Delivery, Login, Publish, Queue},
@@ -306,9 +287,8 @@ impl ConnectError {
             }
             (Publish(_), M::NotPermitted) => not_permitted(format!("user {user:?} may not publish here")),
             (Publish(_), M::TooLarge) => {
-                // `publish_all` puts "MESSAGE is" before this, if the size tells which message it is.
-                let advice = "raise max_message_size in its rabbitmq.conf, or split it";
-                config("too large for this broker".to_owned(), advice)
+                let advice = "raise max_message_size in its rabbitmq.conf, or split the message";
+                config("the message is too large for this broker".to_owned(), advice)
             }
             (Publish(_), M::Precondition | M::NotImplemented) => {
                 config("the broker doesn't take messages like this".to_owned(), "")
@@ -352,7 +332,7 @@ impl ConnectError {
         }
     }
 
-    /// What an error after the handshake means.
+    /// For errors after the handshake.
     pub(super) fn refused(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
         let observed = connection.observed();
         match (observed.refusal(error), &observed.unreadable, asked) {
@@ -363,7 +343,6 @@ impl ConnectError {
         }
     }
 
-    /// What an error during the AMQP handshake, up to `connection.open-ok`, means.
     pub(super) fn in_handshake(
         error: &lapin::Error,
         observed: &Observed,
@@ -377,8 +356,7 @@ impl ConnectError {
         }
         let offered = observed.mechanisms.as_deref();
         match error.kind() {
-            // The broker closes the connection without a reason if it doesn't offer what we ask for (RabbitMQ 3.10 and
-            // 4.3).
+            // RabbitMQ 3.10 and 4.3 close without a reason if they don't offer what we ask for.
             _ if address.logs_in_by_certificate()
                 && offered.is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
             {
@@ -390,8 +368,8 @@ impl ConnectError {
             ErrorKind::IOError(error) => Self::lost_in_handshake(error, observed, address),
             ErrorKind::InvalidProtocolVersion(version) => Self::config(match version.to_string().as_str() {
                 "0.9.1" => {
-                    "the broker speaks AMQP 0-9-1, and got something else before: does a load balancer send the PROXY \
-                     protocol (HAProxy: send-proxy), and the broker doesn't expect it?"
+                    "the broker speaks AMQP 0-9-1, but got something else first: if a load balancer sends the PROXY \
+                     protocol (HAProxy: send-proxy), set proxy_protocol = true in rabbitmq.conf"
                         .to_owned()
                 }
                 version => format!("the broker speaks AMQP {version} here, not 0-9-1"),
@@ -409,7 +387,7 @@ impl ConnectError {
         if let Some(refusal) = tls_errors::refusal(error, address) {
             return refusal;
         }
-        if !closed(error) {
+        if !is_disconnect(error) {
             return Self::of_system("the AMQP handshake failed", error);
         }
         let credentials = address.username.len() + address.password.expose().len();
@@ -429,14 +407,16 @@ impl ConnectError {
             return Self::config(format!("the broker closed the connection during the AMQP handshake: {problem}"));
         }
         Self::transient(match (greeted, address.tls) {
-            (true, _) => "the broker closed the connection during the AMQP handshake without saying why; its log may",
+            (true, _) => {
+                "the broker closed the connection during the AMQP handshake without saying why; its log may tell"
+            }
             (false, true) => {
-                "the connection was closed during the AMQP handshake; is this an AMQP port, or a load balancer that has no \
-                 backend?"
+                "the connection was closed during the AMQP handshake: the port isn't for AMQP, or a load balancer has no \
+                 backend"
             }
             (false, false) => {
-                "the connection was closed during the AMQP handshake; is this an AMQP port, and not one for TLS, or a load \
-                 balancer that has no backend?"
+                "the connection was closed during the AMQP handshake: the port isn't for AMQP, or is for TLS (amqps://), \
+                 or a load balancer has no backend"
             }
         })
     }
@@ -460,8 +440,7 @@ fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
     })
 }
 
-/// Why a delivery, or the consumer that waits for one, was lost. A type of its own, because such a loss has no exit
-/// status: the worker decides, by what the command has done.
+/// Why a delivery or the consumer was lost. It has no exit status: that depends on what the command has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryLost {
     text: String,
@@ -474,8 +453,7 @@ impl DeliveryLost {
         Self { text: text.into(), unreadable: false }
     }
 
-    /// The connection was lost before a message was whole, and so was an earlier one. Another attempt would count
-    /// towards the queue's delivery limit.
+    /// The run ends here, as another attempt would count towards the queue's delivery limit.
     pub(super) fn cut_short_again(self) -> Self {
         let text = format!("two connections were lost while it arrived; the last error: {}", self.text);
         Self { text, unreadable: true }
@@ -511,8 +489,7 @@ impl DeliveryLost {
         Self::because(format!("acknowledgement timeout: {}", observed.what_to_raise()))
     }
 
-    /// The consumer's messages have ended without an error: it was cancelled, or lapin has dropped a close whose code
-    /// it doesn't know.
+    /// Without an error: the consumer was cancelled, or lapin has dropped a close whose code it doesn't know.
     pub(super) fn ended(observed: &Observed) -> Self {
         const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
         match (&observed.unreadable, &observed.closed) {
@@ -540,7 +517,6 @@ impl fmt::Display for DeliveryLost {
     }
 }
 
-/// The end of a run whose next message can't be read: every new connection would get it again.
 fn unreadable_message(queue: &str, problem: &str) -> Failure {
     Failure::new(
         Exit::Software,
@@ -551,13 +527,12 @@ fn unreadable_message(queue: &str, problem: &str) -> Failure {
     )
 }
 
-/// An error that isn't a refusal, in words for people.
 pub(super) fn described(error: &lapin::Error) -> String {
     match error.kind() {
         ErrorKind::MissingHeartbeatError => {
             "the broker has been silent for two heartbeat intervals: frozen, or cut off from here".to_owned()
         }
-        ErrorKind::IOError(error) if closed(error) => {
+        ErrorKind::IOError(error) if is_disconnect(error) => {
             "the broker closed the connection without saying why; if it does so again, the idle timeout of a load balancer \
              may be too short for --heartbeat"
                 .to_owned()
@@ -575,7 +550,7 @@ pub(super) fn described(error: &lapin::Error) -> String {
     }
 }
 
-pub(super) fn closed(error: &io::Error) -> bool {
+fn is_disconnect(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof

@@ -1,5 +1,4 @@
-//! The only part that uses lapin. `reach` is the way to the broker, `consume` takes and settles messages, `publish`
-//! publishes them, `errors` says what a refusal means and what it leads to.
+//! The only part that uses lapin. `reach` connects, `consume` takes and settles messages, `publish` publishes them.
 
 mod consume;
 mod errors;

@@ -26,8 +26,7 @@ pub enum Declare {
     /// None: it has to be there.
     #[default]
     No,
-    /// A durable one, created if it isn't there; one that is there is used as it is. RabbitMQ 4.3 refuses shared
-    /// transient ones.
+    /// A durable one, unless there is one of this name. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
     /// An exclusive one, which is deleted with the connection.
     Exclusive,
@@ -35,12 +34,12 @@ pub enum Declare {
 
 /// How to declare and subscribe. The refusal of an earlier attempt may have changed it.
 #[derive(Debug)]
-pub(super) struct Request {
+pub(super) struct Attempt {
     pub(super) step: DeclareStep,
     pub(super) ack_timeout: bool,
 }
 
-impl Default for Request {
+impl Default for Attempt {
     fn default() -> Self {
         Self { step: DeclareStep::Passive, ack_timeout: true }
     }
@@ -51,17 +50,14 @@ impl Default for Request {
 pub(super) enum DeclareStep {
     /// First passively: the queue may exist with any properties, and this needs no permission to configure it.
     Passive,
-    /// It doesn't exist: create it.
     Create,
     /// Creating it was refused with this error: somebody else may have created it meanwhile, with other properties.
     PassiveAgain(ConnectError),
 }
 
-/// Why there is no subscription.
 #[derive(Debug)]
 pub(super) enum NotSubscribed {
-    /// Try again at once, with this request.
-    RetryWith(Request),
+    RetryWith(Attempt),
     Failed(ConnectError),
 }
 
@@ -77,9 +73,9 @@ impl Topology {
         &self,
         connection: &mut OpenConnection,
         queue: &str,
-        request: Request,
+        attempt: Attempt,
     ) -> Result<String, NotSubscribed> {
-        let Request { step, ack_timeout } = request;
+        let Attempt { step, ack_timeout } = attempt;
         let creates = matches!(step, DeclareStep::Create);
         let declared = match self.declare {
             Declare::No => Ok(None),
@@ -105,12 +101,11 @@ impl Topology {
                 (DeclareStep::PassiveAgain(refusal), Some(Meaning::Missing)) => return refusal.into(),
                 _ => return refused().into(),
             };
-            NotSubscribed::RetryWith(Request { step, ack_timeout })
+            NotSubscribed::RetryWith(Attempt { step, ack_timeout })
         })?;
         let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
-        // A proxy may share its connection to the broker with other clients and keep it open. The broker then doesn't
-        // delete the queue, so we do before we close, unless it has messages or a consumer: then another client had it
-        // first.
+        // A proxy may keep its connection to the broker open, and the queue with it. So we delete the queue before we
+        // close, unless it has messages or a consumer: then another client had it first.
         let unused = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
         if self.declare == Declare::Exclusive && unused.is_some() && connection.observed().is_another_product {
             // If the name isn't the broker's choice, another client may have come since: its messages stay.

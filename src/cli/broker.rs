@@ -15,8 +15,7 @@ use std::{path::PathBuf, time::Duration};
 /// The variable of rabbitmq-c's newer tools, used if no other address is given.
 const AMQP_URL: &str = "AMQP_URL";
 
-/// The variables that `--hide-url` removes from the command's environment: the broker's address and everything to log
-/// in with.
+/// What `--hide-url` removes from the command's environment: the broker's address and everything to log in with.
 pub(super) const SECRETS: [&str; 7] = [
     "BROKER_URL",
     "BROKER_URL_FILE",
@@ -125,11 +124,10 @@ impl BrokerOptions {
         &self.nodes.known
     }
 
-    /// Finds the nodes and reads their files. A flag outranks a variable. A URL can't be combined with the parts of one
-    /// (`--server`, `--vhost` …).
+    /// Finds the nodes and reads their files.
     ///
     /// # Errors
-    /// 64 for wrong options, 78 for a file that can't be read or used, 71 if the system is short of something.
+    /// 64 for wrong options, 78 for a file that can't be used, 71 if the system is short of something.
     pub(crate) fn find_nodes(&mut self, given: &Given<'_>) -> Result<(), Failure> {
         self.nodes = self.nodes_given(given)?;
         self.nodes.tls_options = self.tls.clone();
@@ -149,19 +147,18 @@ impl BrokerOptions {
         Ok(())
     }
 
-    /// The nodes and their files, from the URL, its file, the variable AMQP_URL, or `--server`.
     fn nodes_given(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
         let nodes = |known| Nodes { known, ..Nodes::default() };
-        let (url_level, file_level) = (given.level("url"), given.level("url_file"));
-        let address_level = url_level.max(file_level);
-        if given.level("server") > address_level {
+        let (url, url_file) = (given.precedence("url"), given.precedence("url_file"));
+        let address = url.max(url_file);
+        if given.precedence("server") > address {
             return self.server(given);
         }
-        if url_level > 0 && url_level == file_level {
+        if given.is_given("url") && url == url_file {
             return Err(both_set(given, "url", "url_file"));
         }
         let (option, parsed) = match (&self.url, &self.url_file) {
-            (Some(url), _) if url_level > file_level => (given.name("url"), parse_list(url.expose()).map(nodes)),
+            (Some(text), _) if url > url_file => (given.name("url"), parse_list(text.expose()).map(nodes)),
             (_, Some(path)) => {
                 let url_file = secret_file(given, "url_file", Some(path));
                 (given.name("url_file"), Ok(Nodes { url_file, ..Nodes::default() }))
@@ -179,10 +176,10 @@ impl BrokerOptions {
         };
         // Before the URL's own mistakes, so that the conflict is reported first.
         for part in ["server", "port", "vhost", "username", "password", "authfile"] {
-            if given.level(part) > 0 && given.level(part) >= address_level {
+            if given.is_given(part) && given.precedence(part) >= address {
+                let part = given.name(part);
                 return Err(Failure::usage(format!(
-                    "{} and {option} can't be used at the same time: write it into the URL",
-                    given.name(part)
+                    "{part} and {option} can't be used at the same time: leave {part} out, and write its value into the URL"
                 )));
             }
         }
@@ -190,26 +187,25 @@ impl BrokerOptions {
         Ok(Nodes { password_file: secret_file(given, "password_file", self.password_file.as_ref()), ..nodes })
     }
 
-    /// The node that `--server` and the other parts describe. Its login is in the authfile, unless `--username`,
-    /// `--password` or `--password-file` outranks that.
+    /// The login is the authfile's, unless `--username`, `--password` or `--password-file` takes precedence.
     fn server(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
         let mut address = server_address(self.server.as_deref().unwrap_or_default(), self.ssl, self.port)?;
         if let Some(name) = self.vhost.as_ref().filter(|name| !name.is_empty()) {
             address.virtual_host.clone_from(name);
         }
-        let authfile_level = given.level("authfile");
-        let (password_level, password_file_level) = (given.level("password"), given.level("password_file"));
-        let user_level = given.level("username").max(password_level).max(password_file_level);
-        if authfile_level > 0 && authfile_level == user_level {
+        let authfile = given.precedence("authfile");
+        let (password, password_file) = (given.precedence("password"), given.precedence("password_file"));
+        let login = given.precedence("username").max(password).max(password_file);
+        if given.is_given("authfile") && authfile == login {
             return Err(Failure::usage(
                 "--authfile can't be used together with --username, --password or --password-file",
             ));
         }
-        if password_level > 0 && password_level == password_file_level {
+        if given.is_given("password") && password == password_file {
             return Err(both_set(given, "password", "password_file"));
         }
         let mut nodes = Nodes::default();
-        if authfile_level > user_level {
+        if authfile > login {
             nodes.authfile = secret_file(given, "authfile", self.authfile.as_ref());
         } else {
             if let Some(username) = &self.username {
@@ -218,7 +214,7 @@ impl BrokerOptions {
             if let Some(password) = &self.password {
                 address.set_password(password.clone());
             }
-            if password_file_level > password_level {
+            if password_file > password {
                 nodes.password_file = secret_file(given, "password_file", self.password_file.as_ref());
             }
         }
@@ -232,7 +228,6 @@ fn both_set(given: &Given<'_>, one: &str, other: &str) -> Failure {
     Failure::usage(format!("{one} and {other} are both set: leave one out"))
 }
 
-/// The file that an option names, if it is given.
 fn secret_file(given: &Given<'_>, id: &str, path: Option<&PathBuf>) -> Option<SecretFile> {
     path.map(|path| SecretFile::new(path.clone(), given.name(id)))
 }

@@ -59,27 +59,37 @@ pub struct Given<'a> {
     matches: &'a ArgMatches,
 }
 
+/// How an option was given. The greater one wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Precedence {
+    Default,
+    Variable,
+    Flag,
+}
+
 impl Given<'_> {
-    /// How an option was given: 0 not at all, 1 by its variable, 2 by a flag. The higher one wins.
-    pub(crate) fn level(&self, id: &str) -> u8 {
+    pub(crate) fn precedence(&self, id: &str) -> Precedence {
         match self.matches.value_source(id) {
-            Some(ValueSource::CommandLine) => 2,
-            Some(ValueSource::EnvVariable) => 1,
-            _ => 0,
+            Some(ValueSource::CommandLine) => Precedence::Flag,
+            Some(ValueSource::EnvVariable) => Precedence::Variable,
+            _ => Precedence::Default,
         }
+    }
+
+    pub(crate) fn is_given(&self, id: &str) -> bool {
+        self.precedence(id) > Precedence::Default
     }
 
     /// How an error names the option: the variable if it was given by that, otherwise the flag.
     pub(crate) fn name(&self, id: &str) -> String {
         let arg = self.command.get_arguments().find(|arg| arg.get_id() == id);
         match arg.and_then(|arg| arg.get_env()) {
-            Some(variable) if self.level(id) == 1 => variable.to_string_lossy().into_owned(),
+            Some(variable) if self.precedence(id) == Precedence::Variable => variable.to_string_lossy().into_owned(),
             _ => format!("--{}", id.replace('_', "-")),
         }
     }
 
-    /// Refuses addresses as values of other options. An error about such a value would show the password. Names of
-    /// files, queues and so on never look like an address.
+    /// An error about such a value would show the password. Names of files and queues never look like an address.
     fn refuse_misplaced_addresses(&self) -> Result<(), Failure> {
         const ALLOWED: [&str; 9] =
             ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
@@ -126,8 +136,7 @@ fn short_help<O: Options>() -> String {
 /// # Errors
 /// 64 for a usage error, 78 for a file that can't be read.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    // Built only once, and without the texts at the help's end: to build it takes longer than anything else before the
-    // connection.
+    // Built once, and without the texts at the help's end: nothing else before the connection takes as long.
     let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
@@ -150,8 +159,7 @@ pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> 
     Ok(Request::Run(Box::new(options)))
 }
 
-/// clap's message in one line for the log: without the usage, and with its tips and the variable that has the wrong
-/// value.
+/// clap's message in one line, without the usage, and with the variable that has the wrong value.
 fn usage_error(error: &clap::Error, command: &clap::Command) -> Failure {
     let mut text = error.render().to_string();
     if let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)

@@ -2,7 +2,6 @@
 
 pub(crate) use crate::broker::reach::address::name;
 
-/// Parses the value of a switch's variable.
 pub(crate) fn switch(text: &str) -> Result<bool, String> {
     match text.trim().to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),
@@ -11,7 +10,7 @@ pub(crate) fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-/// Parses a queue's name. One newline at its end is dropped: variables that are filled from a file have one.
+/// One newline at the end is dropped: variables that are filled from a file have one.
 pub(crate) fn queue_name(text: &str) -> Result<String, String> {
     let line = text.strip_suffix("\r\n").or(text.strip_suffix('\n'));
     name(line.unwrap_or(text))

@@ -23,9 +23,8 @@ pub(super) struct Stat {
 }
 
 impl Stat {
-    /// Our own; `None` if /proc is missing or belongs to another PID namespace.
-    ///
-    /// Group and session come from system calls: under qemu-user 7.2, /proc/self/stat shows zeroes for them.
+    /// `None` if /proc is missing or belongs to another PID namespace. Group and session come from system calls: under
+    /// qemu-user 7.2, /proc/self/stat shows zeroes for them.
     pub(super) fn own() -> Option<Self> {
         let own = read("self").filter(|own| own.pid == getpid())?;
         Some(Self { group: getpgrp(), session: getsid(None).ok()?, ..own })
@@ -68,23 +67,15 @@ fn read_all() -> Vec<Stat> {
     names.iter().filter_map(|name| read(name)).collect()
 }
 
-/// Children of ours that the command hasn't started: those that a shell had started before it became qconsume by exec
-/// and, if we are PID 1, those of a `docker exec`. Processes that become our children when their parents end are
-/// included.
-///
-/// A child is a stranger if it
+/// Children of ours that the command hasn't started. A shell may have had children before it became qconsume by exec,
+/// and PID 1 gets those of every `docker exec`. A child is a stranger if it
 /// - existed before the command, or
 /// - is in our own process group while the command has another one, or
-/// - is in a process group or a session that existed before the command, except our own session, which the command is
-///   in.
+/// - is in a group or session that existed before the command, except our own session. The command's processes can
+///   join no older session, and an older group only in our session and by its number (setpgid(2)).
 ///
-/// All other children belong to the command, and so do their descendants. The command's processes can't join an older
-/// session, as setsid(2) only makes new ones. They can join an older group only by its number (setpgid(2)), and only in
-/// our session.
-///
-/// The kernel says no more about a process whose parent is gone. So two kinds of strangers count as the command's:
-/// processes that a stranger starts in a new session while the command runs, and leaves behind; and processes left
-/// behind by a `docker exec` that began while the command ran.
+/// Two kinds of strangers can't be told apart from the command's orphans: orphans of a stranger in a new session, and
+/// those of a `docker exec` that began while the command ran.
 #[derive(Debug, Default)]
 pub(super) struct Strangers {
     /// Their process ids and start times.
@@ -94,9 +85,7 @@ pub(super) struct Strangers {
 }
 
 impl Strangers {
-    /// Finds them before the command starts; none if /proc is missing or belongs to another PID namespace.
-    ///
-    /// `shares_group`: the command will be in our own process group. `has_children`: we have children now.
+    /// Call it before the command starts. `shares_group`: the command will be in our own process group.
     pub(super) fn find(shares_group: bool, has_children: bool) -> Self {
         let Some(own) = Stat::own() else {
             return Self::default();
@@ -124,7 +113,6 @@ impl Strangers {
         Self { processes, groups, sessions }
     }
 
-    /// Whether this child of ours, which isn't the command itself, is one of them.
     pub(super) fn include(&self, child: &Stat) -> bool {
         // A child that leads such a group or session has created it: the known one with the same number is gone.
         let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);
@@ -138,8 +126,7 @@ impl Strangers {
 pub(super) struct Descendants {
     /// Parents before their children, without zombies that their own parents have to reap.
     pub(super) processes: Vec<Stat>,
-    /// The process groups whose members are all in `processes`; zombies don't count. Ours contains us, so it is never
-    /// included.
+    /// Groups whose members, except zombies, are all in `processes`. Ours contains us, so it is never one of them.
     pub(super) exclusive_groups: BTreeSet<Pid>,
 }
 

@@ -27,11 +27,9 @@ const LEVELS_MAX: usize = 5;
 /// Where execvp(3) looks if `PATH` isn't set (musl's default).
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
-/// Finds the program that a command's first word names: in the folders of `path`, unless the word has a slash.
-///
-/// # Errors
-/// 127 if the file, its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; 126 if one of
-/// them can't be executed; 71 if one of them can't be checked on this node now.
+/// Finds the program that `name` means: in the folders of `path`, unless it has a slash. Fails with 127 if the file,
+/// its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; with 126 if it can't be
+/// executed; with 71 if it can't be checked on this node now.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     find_with_env(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
         let message = match exit {
@@ -44,8 +42,7 @@ pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     })
 }
 
-/// The status for a program that can't be looked up or executed. env(1), timeout(1) and bash exit with 126 for every
-/// error except ENOENT. Some of these errors are temporary problems of the node: those are 71.
+/// env(1), timeout(1) and bash exit with 126 for every error except ENOENT. Temporary problems of the node are 71.
 pub(super) fn exit_of(error: &io::Error) -> Exit {
     match error.raw_os_error() {
         _ if shortage(error).is_some() || is_dead_mount(error) => Exit::OsError,
@@ -83,8 +80,7 @@ struct Problem {
     exit: Exit,
     what: String,
     why: String,
-    /// Whether there is no such file (ENOENT, ENOTDIR): execvp(3) then goes on to the next folder of `PATH`, as if this
-    /// one were empty.
+    /// ENOENT or ENOTDIR: execvp(3) then goes on to the next folder of `PATH`.
     is_absence: bool,
 }
 
@@ -110,7 +106,7 @@ impl Problem {
         Self { is_absence, ..Self::new(exit, file.display().to_string(), why) }
     }
 
-    /// Turns this problem of the program `name` into one of the script `file`, which asks for it.
+    /// Blames the script `file`, which asks for the program `name`.
     fn of_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
         let hint = match name {
             [.., b'\r'] => "; the file has Windows line ends",
@@ -155,14 +151,13 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     }
     let mut first: Option<Problem> = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
-        // An empty entry of PATH is the current directory. Write it as `./`: without a slash, the name would be looked
-        // up in PATH again.
+        // An empty entry is the current directory: as `./`, so that the name isn't looked up in PATH again.
         let file = Path::new(".").join(folder).join(name);
         match check_interpreters(&file, path, 0) {
             Ok(command) => return Ok((file, command)),
             Err(problem) if problem.is_absence => {}
-            // A later folder may have one that works: execvp(3) goes on after EACCES, bash after every error. If none
-            // does, report 71 before 126, as a mount that doesn't answer may hold a working one; and 126 before 127.
+            // Go on, as execvp(3) does after EACCES and bash after every error. If no folder has one that works, report
+            // 71 before 126, as a mount that doesn't answer may have it, and 126 before 127.
             Err(problem) if first.as_ref().is_none_or(|first| problem.exit.status() < first.exit.status()) => {
                 first = Some(problem);
             }
@@ -173,14 +168,12 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     Err(first.unwrap_or_else(nowhere))
 }
 
-/// Checks that the kernel would execute the file and its interpreters. What can't be checked passes: the interpreter of
-/// an unreadable file, and interpreters nested too deep. Returns the command that env(1) would start for it.
+/// What can't be checked passes: interpreters of an unreadable file, or nested too deep.
 fn check_interpreters(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
     check_executable(file)?;
     let line = match first_line(file) {
         Ok(Some(line)) if level < LEVELS_MAX => line,
         Err(error) if exit_of(&error) == Exit::OsError => return Err(Problem::of_system(file, &error)),
-        // No `#!` line, or too many levels; or an executable file that is unreadable, so its interpreter isn't known.
         _ => return Ok(None),
     };
     let end = line.iter().position(is_blank).unwrap_or(line.len());
@@ -243,8 +236,7 @@ fn trim_blanks(text: &[u8]) -> &[u8] {
     text.get(start..text.len() - end).unwrap_or_default()
 }
 
-/// The command that env(1) starts for this one argument (as in GNU coreutils 9.1). `None` if there is none or we can't
-/// tell.
+/// As in GNU coreutils 9.1. `None` if the argument names no command, or we can't tell.
 fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
     let split_options: [&[u8]; 3] = [b"-S", b"-vS", b"--split-string="];
     let text = split_options.into_iter().find_map(|option| argument.strip_prefix(option));
@@ -266,15 +258,13 @@ fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
             _ if word.starts_with(b"-u") || word.starts_with(b"--unset=") => {}
             [b'-', ..] => return None,
             _ => {
-                let equals = word.iter().position(|c| *c == b'=');
                 // The value of ${NAME} isn't known here. It matters only in PATH and in the command's name.
                 let is_expanded = is_split && word.contains(&b'$');
-                match equals {
-                    Some(4) if word.starts_with(b"PATH") && is_expanded => return None,
-                    Some(4) if word.starts_with(b"PATH") => path = Some(OsStr::from_bytes(&word[5..]).to_owned()),
-                    Some(_) => {}
-                    None if is_expanded => return None,
-                    None => return Some(EnvCommand { name: OsStr::from_bytes(word).to_owned(), path }),
+                match (word.strip_prefix(b"PATH="), word.contains(&b'=')) {
+                    (Some(_), _) | (None, false) if is_expanded => return None,
+                    (Some(folders), _) => path = Some(OsStr::from_bytes(folders).to_owned()),
+                    (None, true) => {}
+                    (None, false) => return Some(EnvCommand { name: OsStr::from_bytes(word).to_owned(), path }),
                 }
             }
         }

@@ -13,4 +13,6 @@ pub use spawn::RunningCommand;
 #[cfg(fuzzing)]
 pub use spawn::environment;
 pub use stdin::stdin_with;
-pub use supervise::{Limits, OnLost, Process, Target, supervise};
+#[cfg(test)]
+pub use supervise::OnLost;
+pub use supervise::{Limits, Process, Target, supervise};

@@ -19,11 +19,9 @@ use tokio::{
     task::yield_now,
 };
 
-/// How many children to reap, in about a millisecond, before other tasks get a turn: some may fork faster than they are
-/// reaped.
+/// How many children to reap, in about a millisecond, before other tasks get a turn.
 const SWEEP: usize = 100;
 
-/// Reaps children in the background while the runtime runs.
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
     state: Arc<Mutex<State>>,
@@ -36,10 +34,7 @@ struct State {
 }
 
 impl Reaper {
-    /// Starts to reap, and makes us the parent of every process that the command orphans.
-    ///
-    /// # Errors
-    /// If the handler for `SIGCHLD` can't be installed.
+    /// Makes us the parent of every process that the command orphans. Fails without a handler for `SIGCHLD`.
     pub fn start() -> io::Result<Self> {
         let reaper = Self::default();
         let mut ended = signal(SignalKind::child())?;
@@ -64,8 +59,7 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns a receiver for the end of this child. Call it after the start, with no await in between: the background
-    /// task drops the status of a child that isn't watched.
+    /// Call it with no await after the start: the background task drops the status of a child that isn't watched.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
         self.state().watched = Some((child, sender));
@@ -77,7 +71,6 @@ impl Reaper {
         self.reaped.notified().await;
     }
 
-    /// Reaps up to [`SWEEP`] children that have ended. Returns which children remain.
     pub(super) fn sweep(&self) -> Children {
         for _ in 0..SWEEP {
             let (child, ended) = match peek() {

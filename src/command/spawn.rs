@@ -40,7 +40,6 @@ const SIG_DFL_ACTION: [u64; 8] = [0; 8];
 /// The size of the kernel's signal set, in bytes: a bit for each of 64 signals.
 const SIGSET_BYTES: usize = 8;
 
-/// A command that was started, and the processes that it has started.
 #[derive(Debug)]
 pub struct RunningCommand {
     leader: Pid,
@@ -52,16 +51,11 @@ pub struct RunningCommand {
 }
 
 impl RunningCommand {
-    /// Starts the program at `path` with this standard input. The first word is its `argv[0]`.
-    ///
-    /// It gets a process group of its own, unless we are in the foreground group of a terminal: only that group may
-    /// read from the terminal.
+    /// Starts the program at `path`, in a process group of its own, unless we are in the foreground group of a
+    /// terminal: only that group may read from it. Fails with 71 if the system is short of something, with 127 if the
+    /// program, its interpreter or its loader isn't there, otherwise with 126.
     ///
     /// Call this on the main thread: the parent-death signal comes when the thread that started the command ends.
-    ///
-    /// # Errors
-    /// 71 if the system is short of something, 127 if the kernel doesn't find the program, its interpreter or its
-    /// loader, 126 for anything else.
     pub fn start(
         path: &Path,
         words: &[OsString],
@@ -105,12 +99,8 @@ impl RunningCommand {
     }
 }
 
-/// Signals all of them, and warns about the first signal that is refused. Returns `false` if there are none, or if the
-/// signal was refused for all.
-///
-/// Signals go to groups if possible. A chain of processes that fork and exit could escape signals to processes, but no
-/// fork escapes a signal to its group (Linux's kernel/fork.c delivers pending signals first). In a group that includes
-/// others, such a chain may escape.
+/// Returns `false` if there are none, or if the signal was refused for all. Signals groups if possible: a process can
+/// escape by a fork, its group can't (Linux's kernel/fork.c delivers pending signals first).
 fn signal_all(descendants: &Descendants, signal: Signal) -> bool {
     let target = |process: &Stat| match process.group.as_raw() {
         // kill(2) takes 0 for our own group and -1 for all processes.
@@ -132,7 +122,6 @@ fn signal_all(descendants: &Descendants, signal: Signal) -> bool {
     any_sent
 }
 
-/// Sends a signal and warns if that is refused, unless the process or the group is gone.
 fn send(signal: Signal, target: Pid) {
     if let Err(error) = kill(target, signal)
         && error != Errno::ESRCH
@@ -205,8 +194,7 @@ impl Process for RunningCommand {
                 Children::Running => self.reaper.reaped().await,
                 Children::MoreEnded => {}
             }
-            // If children end faster than they are reaped, nothing above ever waits. Give timers, signals and
-            // heartbeats a turn.
+            // If children end faster than they are reaped, nothing above waits: give signals and heartbeats a turn.
             yield_now().await;
         }
     }

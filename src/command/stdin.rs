@@ -1,6 +1,7 @@
 //! The command's standard input.
 
 use crate::exit::{Exit, Failure, is_shortage};
+use anyhow::anyhow;
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
@@ -16,39 +17,38 @@ use std::{
 /// The largest body to pass in a pipe, in bytes: Linux's default for /proc/sys/fs/pipe-max-size.
 const PIPE_MAX: usize = 1 << 20;
 
-/// Chunk size for moving a body into the file, in bytes. Memory is freed chunk by chunk, so the body is never in memory
-/// twice.
+/// In bytes. Memory is freed chunk by chunk, so the body is never in memory twice.
 const CHUNK: usize = 1 << 20;
 
-/// A standard input that contains the whole body: a pipe, or a file if the body is larger than a pipe can be.
+/// A pipe that contains the whole body, or a file if the body is too large for a pipe. Fails with 71, whatever the
+/// system refuses: the command is not to blame.
 ///
-/// The body is written before the command starts. If qconsume were killed while writing, the command could take a part
-/// for all of it: the pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
-///
-/// # Errors
-/// 71, whatever the system refuses: the command is not to blame.
+/// If the command already ran and qconsume were killed while writing, it could take a part for all of the body: the
+/// pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
 pub fn stdin_with(body: Vec<u8>) -> Result<OwnedFd, Failure> {
-    let size = body.len();
-    let hold = || -> io::Result<OwnedFd> {
-        if size <= PIPE_MAX
-            && let Some(pipe) = pipe(&body)?
-        {
-            return Ok(pipe.into());
-        }
-        let file = match file_in_memory() {
-            Err(error) if !is_shortage(&error) => temporary_file(&error)?,
-            created => created?,
-        };
-        fill(&file, body)?;
-        Ok(file.into())
-    };
-    hold().map_err(|error| {
-        let what = format!("the command can't be started: no standard input for the {size} bytes of its message");
-        Failure { exit: Exit::OsError, ..Failure::system(what, &error) }
+    let what =
+        format!("the command can't be started: its message of {} bytes can't be put on its standard input", body.len());
+    store(body).map_err(|error| match error.downcast::<io::Error>() {
+        Ok(error) => Failure { exit: Exit::OsError, ..Failure::system(what, &error) },
+        Err(error) => Failure::new(Exit::OsError, format!("{what}: {error}")),
     })
 }
 
-/// A pipe that contains the whole body. `None` if the system doesn't give it enough room.
+fn store(body: Vec<u8>) -> anyhow::Result<OwnedFd> {
+    if body.len() <= PIPE_MAX
+        && let Some(pipe) = pipe(&body)?
+    {
+        return Ok(pipe.into());
+    }
+    let file = match file_in_memory() {
+        Err(error) if !is_shortage(&error) => temporary_file(&error)?,
+        created => created?,
+    };
+    fill(&file, body)?;
+    Ok(file.into())
+}
+
+/// `None` if the system doesn't give it enough room.
 fn pipe(body: &[u8]) -> io::Result<Option<PipeReader>> {
     let (reader, mut writer) = io::pipe()?;
     let size = libc::c_int::try_from(body.len()).unwrap_or(libc::c_int::MAX);
@@ -71,13 +71,14 @@ fn file_in_memory() -> io::Result<File> {
     Ok(file.into())
 }
 
-/// A deleted temporary file, if the system refuses files in memory, as a seccomp profile may.
-fn temporary_file(refusal: &io::Error) -> io::Result<File> {
+/// A seccomp profile may refuse files in memory.
+fn temporary_file(refusal: &io::Error) -> anyhow::Result<File> {
     let folder = std::env::temp_dir();
     let file = tempfile::tempfile_in(&folder).map_err(|error| {
         let folder = folder.display();
-        let text = format!("memfd_create: {refusal}; a temporary file in {folder}: {error}");
-        io::Error::other(format!("{text}; set TMPDIR to a folder that can be written to"))
+        anyhow!(
+            "memfd_create: {refusal}; a temporary file in {folder}: {error}; set TMPDIR to a folder that can be written to"
+        )
     })?;
     tracing::debug!("memfd_create is refused ({refusal}): using a deleted temporary file for the message");
     Ok(file)
@@ -85,8 +86,7 @@ fn temporary_file(refusal: &io::Error) -> io::Result<File> {
 
 fn fill(file: &File, mut body: Vec<u8>) -> io::Result<()> {
     while !body.is_empty() {
-        // The last chunk first, as a vector can only shrink at its end. The file's offset stays 0, where the command
-        // begins to read.
+        // The last chunk first, as a vector shrinks at its end. The file's offset stays 0, for the command.
         let start = body.len().saturating_sub(CHUNK);
         file.write_all_at(&body[start..], start as u64)?;
         body.truncate(start);

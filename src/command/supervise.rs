@@ -20,20 +20,16 @@ const KILL_AGAIN: Duration = Duration::from_millis(5);
 /// How long to wait for killed processes: a device or a network file system may hold them up.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The processes that a signal is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// The command's process group.
     Group,
-    /// The command's own process.
     Leader,
     /// Everything that the command has started, in any group and session.
     Descendants,
 }
 
-/// A process to supervise.
 pub trait Process {
-    /// Waits until it ends. Dropping the future loses nothing.
+    /// Dropping the future loses nothing.
     fn ended(&mut self) -> impl Future<Output = Ended>;
     /// Whether it is in our own process group, and so gets the signals that a terminal sends us.
     fn shares_group(&self) -> bool;
@@ -46,7 +42,6 @@ pub trait Process {
     fn descendants_ended(&mut self) -> impl Future<Output = ()>;
 }
 
-/// What to do with the command when its delivery is lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnLost {
     /// send SIGTERM, and SIGKILL after --kill-after
@@ -85,9 +80,7 @@ pub struct Limits {
     pub on_lost: OnLost,
 }
 
-/// Supervises `process` until it and everything that it has started have ended. `lost_future` ends when the delivery is
-/// lost.
-///
+/// Waits until `process` and everything that it has started have ended. `lost_future` ends when the delivery is lost.
 /// Returns how it ended, what asked it to stop first, and why the delivery was lost.
 pub async fn supervise<L: std::fmt::Display>(
     process: &mut impl Process,
@@ -163,26 +156,22 @@ pub async fn supervise<L: std::fmt::Display>(
         }
     };
     if ended != Ended::Exited(0) {
-        // A signal to the whole group or service can end the command before we see our own copy: that is an eviction,
-        // too.
+        // A signal to the whole group can end the command before we see our own copy: that is an eviction, too.
         stop = stop.or(signals.read_stop().map(|signal| StopReason::Signal(signal as i32)));
     }
     let succeeded = ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit);
     if succeeded && (lost.is_none() || limits.on_lost == OnLost::Finish) {
         // Processes it left behind share the command's time limit.
         let time_limit = time_limit.map(|at| (at, "--timeout"));
-        let deadline = (Instant::now() + limits.kill_after, "--kill-after");
-        let deadline = [kill_at, time_limit].into_iter().flatten().fold(deadline, Ord::min);
+        let kill_after = (Instant::now() + limits.kill_after, "--kill-after");
+        let deadline = [kill_at, time_limit].into_iter().flatten().fold(kill_after, Ord::min);
         let_finish(process, limits, signals, lost_future, deadline, (&mut stop, &mut lost)).await;
     }
     kill_all_descendants(process).await;
     (ended, stop, lost)
 }
 
-/// Lets processes that a successful command left behind finish, until the deadline, which comes with the option that
-/// set it.
-///
-/// The command stays successful, unless the delivery is lost: the time limit and signals no longer change that.
+/// Waits for what a successful command left behind, until the deadline. Only a lost delivery changes the success.
 async fn let_finish<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
@@ -233,7 +222,7 @@ async fn let_finish<L: std::fmt::Display>(
     }
 }
 
-/// Kills everything that the command left behind. It repeats that, as a process may have forked just before.
+/// Kills again and again, as a process may have forked just before.
 async fn kill_all_descendants(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
     // Usually everything has ended already, so nothing needs to wait.
@@ -253,8 +242,7 @@ async fn kill_all_descendants(process: &mut impl Process) {
     }
 }
 
-/// Sends the signal, then SIGCONT as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after
-/// that.
+/// With SIGCONT, as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after that.
 fn terminate(process: &impl Process, target: Target, signal: Signal) {
     process.signal(target, signal);
     process.signal(target, Signal::SIGCONT);

@@ -3,7 +3,7 @@
 use super::source::Input;
 use crate::{
     broker::{Properties, Route},
-    cli::{BrokerOptions, Given, Options, OutputOptions, VERSION, queue_name},
+    cli::{BrokerOptions, Given, Options, OutputOptions, Precedence, VERSION, queue_name},
     clock::duration_above_zero,
     exit::Failure,
     program::Program,
@@ -87,10 +87,10 @@ Examples:
     }
 
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
-        let by_queue = given.level("exchange") == 0 && given.level("routing_key") == 0;
+        let by_queue = !given.is_given("exchange") && !given.is_given("routing_key");
         match self.queue.take() {
             // QUEUE from the environment gives way to --exchange or --routing-key.
-            _ if !by_queue && given.level("queue") < 2 => {}
+            _ if !by_queue && given.precedence("queue") < Precedence::Flag => {}
             _ if !by_queue => {
                 let text = "--queue can't be used together with --exchange or --routing-key: leave one out";
                 return Err(Failure::usage(text));

@@ -236,7 +236,7 @@ fn checked(body: Vec<u8>) -> io::Result<Vec<u8>> {
 }
 
 fn cannot_read(what: &str, error: &io::Error) -> Failure {
-    Failure::new(Exit::Empty, format!("{what} can't be read: {error}"))
+    Failure::new(Exit::NoInput, format!("{what} can't be read: {error}"))
 }
 
 #[cfg(test)]

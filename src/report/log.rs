@@ -22,7 +22,6 @@ use tracing::{
     span,
 };
 
-/// What log lines look like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// for people
@@ -67,8 +66,7 @@ pub(super) fn finish() {
     }
 }
 
-/// Logs an error without allocating memory. It overtakes lines that wait, and waits a second at most for a reader. The
-/// text must need no escaping in JSON.
+/// Logs an error without allocating. It overtakes lines that wait. The text must need no escaping in JSON.
 pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8) {
     let mut line = Cursor::new([0; 512]);
     let source = Program::current().name();
@@ -145,8 +143,7 @@ impl Lines {
         self.render(Level::WARN, Line { message, ..Line::default() })
     }
 
-    /// `qconsume: what happened key=value …`, with the level if it is a warning or an error. Text doesn't need the
-    /// fields that only JSON has: the message or an earlier line says the same.
+    /// Without the fields for JSON only: the message or an earlier line says the same.
     fn text(&self, level: Level, line: Line) -> String {
         let name = match (level, self.colour) {
             (Level::ERROR, false) => "error: ",

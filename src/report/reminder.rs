@@ -42,7 +42,6 @@ impl Default for Reminder {
 }
 
 impl Reminder {
-    /// A reminder that is first due after `first`.
     pub fn new(first: Duration) -> Self {
         Self { since: Instant::now(), next: first }
     }
@@ -56,7 +55,7 @@ impl Reminder {
         due
     }
 
-    /// Waits until it is due. Returns the time since the start.
+    /// Returns the time since the start.
     pub async fn due(&mut self) -> Duration {
         tokio::time::sleep_until(self.since + self.next).await;
         self.is_due();

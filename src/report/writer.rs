@@ -15,15 +15,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How many lines may wait for a reader: five seconds of a worker that takes a hundred messages a second, in addition
-/// to what fits into the pipe. They take about 300 KiB.
+/// In lines: five seconds of a worker that takes a hundred messages a second. They take about 300 KiB.
 const WAITING_MAX: usize = 1000;
 
 /// How long the end of a run waits for its last lines.
 pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long [`Writer::write`] waits for the thread, so that the line comes before what the command writes next. If
-/// nobody reads, it waits only with the first line.
+/// How long [`Writer::write`] waits for the thread, so that the line comes before what the command writes next.
 const ORDER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The thread's stack, in bytes: it does little more than write(2).
@@ -63,8 +61,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         Self { file, lines, backlog: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Writes a line, or leaves it to the thread. If too many wait, the oldest is dropped, as the last line of a run is
-    /// the most important one.
+    /// If too many lines wait, the oldest is dropped: the last line of a run is the most important one.
     pub(super) fn write(&'static self, line: String) {
         let mut line = line.into_bytes();
         let mut backlog = self.backlog();
@@ -95,7 +92,6 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         }
     }
 
-    /// Waits for the last lines to be written, for a second at most.
     pub(super) fn finish(&self) {
         let mut backlog = self.backlog();
         if backlog.has_thread {
@@ -127,7 +123,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         }
     }
 
-    /// Writes as many lines as there is room for within `patience`.
+    /// As many lines as there is room for within `patience`.
     fn write_without_thread(&self, backlog: &mut Backlog, patience: Duration) {
         let deadline = Instant::now() + patience;
         while let Some(line) = self.next(backlog) {
@@ -137,7 +133,6 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
                 Ok(written @ 1..) => drop(backlog.rest.drain(..written)),
                 Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {}
                 Err(Errno::AGAIN | Errno::INTR) => return,
-                // Standard error may be closed, which is no failure.
                 _ => backlog.rest.clear(),
             }
         }
@@ -165,11 +160,8 @@ fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     pwritev2(file, &[IoSlice::new(bytes)], position, ReadWriteFlags::NOWAIT)
 }
 
-/// Writes a part of the bytes as soon as there is room, and returns its length. Fails with EAGAIN if there is none
-/// within `patience`.
-///
-/// If Linux can't do [`write_now`] with the file, this may wait after all: when another process takes the room between
-/// poll(2) and write(2).
+/// Writes a part as soon as there is room. Fails with EAGAIN after `patience`. If Linux can't do [`write_now`], it may
+/// wait longer: when another process takes the room between poll(2) and write(2).
 pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duration) -> rustix::io::Result<usize> {
     let patience = Timespec::try_from(patience).ok();
     if poll(&mut [PollFd::new(file, PollFlags::OUT)], patience.as_ref())? == 0 {
@@ -181,8 +173,7 @@ pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duratio
     }
 }
 
-/// Writes all of it, however long that takes, even if the command has set O_NONBLOCK on the file that it has in common
-/// with us.
+/// However long it takes, even if the command has set O_NONBLOCK on the file that we share.
 fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
     while !bytes.is_empty() {
         match write(file, bytes) {

@@ -9,8 +9,8 @@ fn result(ended: Ended) -> CommandResult {
     CommandResult { ended, stop: None, still_owned: true, failures_before: Some(0) }
 }
 
-fn verdict(settlement: Option<Settlement>, exit_code: u8, exit_code_if_unconfirmed: u8) -> Verdict {
-    Verdict { settlement, exit_code, exit_code_if_unconfirmed }
+fn verdict(settlement: Option<Settlement>, status: u8, status_if_unconfirmed: u8) -> Verdict {
+    Verdict { settlement, status, status_if_unconfirmed }
 }
 
 #[test]
@@ -122,9 +122,9 @@ fn no_false_success() {
                             let result = CommandResult { ended, stop, still_owned, failures_before };
                             let policy = Policy { max_attempts, reject_exit_code, ..Policy::default() };
                             let verdict = decide(result, &policy);
-                            assert_ne!(verdict.exit_code_if_unconfirmed, 0, "{result:?}");
+                            assert_ne!(verdict.status_if_unconfirmed, 0, "{result:?}");
                             let gone = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
-                            assert!(verdict.exit_code != 0 || gone, "{result:?}");
+                            assert!(verdict.status != 0 || gone, "{result:?}");
                             assert_eq!(
                                 verdict.settlement == Some(Settlement::Ack),
                                 still_owned && ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit),
@@ -192,5 +192,8 @@ fn what_comes_after_a_message() {
 #[test]
 fn what_was_lost_while_it_was_settled_is_75() {
     let verdict = verdict(Some(Settlement::Requeue), 3, 4);
-    assert_eq!([Settled::Confirmed, Settled::Unconfirmed, Settled::Lost].map(|it| verdict.status(it)), [3, 4, 75]);
+    assert_eq!(
+        [Settled::Confirmed, Settled::Unconfirmed, Settled::Lost].map(|it| verdict.status_after(it)),
+        [3, 4, 75]
+    );
 }

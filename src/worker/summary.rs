@@ -9,7 +9,6 @@ use crate::{
 use nix::sys::signal::Signal;
 use std::time::Instant;
 
-/// How many messages of a run had each outcome.
 #[derive(Default)]
 pub(super) struct Tally {
     pub(super) acknowledged: u64,
@@ -22,8 +21,7 @@ impl Tally {
         self.acknowledged + self.dead_lettered
     }
 
-    /// The last text of a run with `--keep-going`: `end` and the counts. Dead-lettered messages come first, as they
-    /// decide the status.
+    /// Dead-lettered messages come first, as they decide the status.
     pub(super) fn describe(&self, end: &str) -> String {
         let reason = match self.dead_lettered {
             0 => String::new(),
@@ -33,7 +31,6 @@ impl Tally {
     }
 }
 
-/// Logs that a message was taken. Returns what later lines say about it.
 pub(super) fn log_taken(message: &Message, queue: &str) -> Subject {
     let (id, attempt, size) = (&message.id, message.attempt, message.body.len());
     tracing::info!(queue, id, attempt, size, "message taken");
@@ -81,8 +78,7 @@ pub(super) fn describe_end(result: CommandResult) -> String {
         Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
     };
     match result.stop {
-        // qconsume didn't send this SIGKILL: it sends one only after a signal, after --timeout, or when the delivery is
-        // lost.
+        // Not qconsume's, which sends SIGKILL only after a signal, after --timeout, or when the delivery is lost.
         None if result.ended == Ended::Killed(Signal::SIGKILL as i32) && result.still_owned => {
             format!("{ended} (often: out of memory)")
         }

@@ -10,17 +10,14 @@ use crate::{
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// First pause before an empty-looking queue is checked again, or before another connection. It doubles up to the
-/// longest.
+/// Pauses before an empty-looking queue is checked again, or before another connection, double up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How soon a log line mentions the wait.
 const MENTION_WAIT: Duration = Duration::from_secs(30);
 
-/// Waits for a message, over as many connections as needed. Dropping the future loses none.
-///
-/// `None` if --wait has passed or, with --drain, the queue is empty.
+/// Over as many connections as needed. Dropping the future loses no message. `None` if --wait has passed or, with
+/// --drain, the queue is empty.
 pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> Result<Option<Message>, Failure> {
     // `--drain` without `--wait` asks at once whether the queue is empty.
     let at_once = options.drain.then_some(Duration::ZERO);
@@ -61,8 +58,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     }
 }
 
-/// Waits for a message on one connection, until `limit` has passed. With `drain`, goes on after that until the queue is
-/// empty.
+/// On one connection, until `limit` has passed and, with `drain`, the queue is empty.
 async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> Result<Option<Message>, DeliveryLost> {
     let mut look_at = limit.map(|limit| Instant::now() + limit);
     let mut pause = FIRST_PAUSE;

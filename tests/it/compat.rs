@@ -200,7 +200,7 @@ fn contradictory_options_are_a_usage_error() {
         assert!(!ended.stderr.contains("hunter2"), "{arguments:?}: {}", ended.stderr);
     }
     let ended = qconsume().url("amqp://127.0.0.1:1").queue("q").args(["amqp://u:hunter2@h", "cat"]).run();
-    ended.assert_status(64).assert_stderr("it goes to --url");
+    ended.assert_status(64).assert_stderr("COMMAND is an amqp:// address: give it to --url");
     assert!(!ended.stderr.contains("hunter2"), "{}", ended.stderr);
     let ended =
         qconsume().url("amqp://u:hunter2@127.0.0.1:1").env("QCONSUME_SERVER", "h").args(["-q", "q", "cat"]).run();

@@ -947,7 +947,7 @@ fn with_keep_going_a_queue_that_does_not_count_ends_the_run_at_a_second_failure(
         .shell(SOME_FAIL)
         .run()
         .assert_status(3)
-        .assert_stderr("this queue doesn't count deliveries");
+        .assert_stderr("this queue doesn't count failures");
     queue.wait_ready(1);
 }
 
@@ -1025,7 +1025,8 @@ fn a_run_that_ends_by_its_count_does_not_call_the_queue_empty() {
 
 #[test]
 fn the_last_line_says_that_the_delivery_limit_may_drop_a_requeued_message() {
-    const MAY_DROP: &str = "message requeued; the queue's delivery-limit may drop it (20 unless set)";
+    const MAY_DROP: &str =
+        "message requeued; if the queue's delivery-limit is 20 (the default), the queue drops or dead-letters it";
     let broker = Broker::shared();
     // Before 4.0 a queue has no limit unless it is set.
     let limited = broker.version() >= (4, 0, 0);

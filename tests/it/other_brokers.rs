@@ -305,7 +305,7 @@ fn what_a_load_balancer_does_is_named() {
     worker(&proxied).arg("cat").run().assert_status(78).assert_stderr("send-proxy");
     let without_backend = Peer::new(|_| Answer::Last(Vec::new()));
     let done = worker(&without_backend).args(["--connect-timeout", "2s", "cat"]).run();
-    done.assert_status(69).assert_stderr("load balancer that has no backend");
+    done.assert_status(69).assert_stderr("a load balancer has no backend");
     let idle = Peer::new(|request| match request.method {
         Method::BASIC_CONSUME => {
             let Answer::Bytes(bytes) = with_a_message(request) else {

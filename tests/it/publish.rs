@@ -580,7 +580,7 @@ fn a_message_larger_than_the_broker_takes_is_named() {
     let ended = qpublish().url(&broker.url()).queue(queue.name()).arg("-f").args(&files).run();
     ended
         .assert_status(78)
-        .assert_stderr(&format!("file {:?} is too large for this broker", files[1]))
+        .assert_stderr(&format!("file {:?}: the message is too large for this broker", files[1]))
         .assert_stderr("max_message_size");
     assert_eq!(drain(&queue), ["small"]);
 }

@@ -208,7 +208,7 @@ fn the_brokers_certificate_is_checked_for_the_name_that_was_asked_for() {
     site.refuses(
         site.worker(&local),
         78,
-        "certificate is for rabbit.example, not for localhost: use a name that it is for, or tell the one to check with --server-name",
+        "certificate is for rabbit.example, not for localhost: connect by a name that it is for, or give that name with --server-name",
     );
     site.refuses(site.worker(&site.url()), 78, "is for rabbit.example, not for 127.0.0.1");
     site.takes(site.worker(&local).args(["--server-name", "rabbit.example"]));
@@ -402,8 +402,8 @@ fn keys_are_read_in_all_their_forms() {
         ("short.pem", "short.key", "RSA with 2048 to 4096 bits"),
         ("v1.pem", "rsa.key", "X.509 version 1"),
         ("ec.pem", "ed25519.key", "is not the one of the client certificate"),
-        ("ec.pem", "public.key", "the PEM in it is of something else: PUBLIC KEY"),
-        ("v1.csr", "rsa.key", "the PEM in it is of something else: CERTIFICATE REQUEST"),
+        ("ec.pem", "public.key", "only PEM of another kind: PUBLIC KEY"),
+        ("v1.csr", "rsa.key", "only PEM of another kind: CERTIFICATE REQUEST"),
         ("ec.p12", "ec.key", "it is PKCS#12 (.p12, .pfx), which `openssl pkcs12 -nodes` turns into PEM"),
     ] {
         let worker = site.worker(&url).arg("--cert").arg(site.file(cert));
@@ -574,17 +574,17 @@ fn files_are_read_before_the_broker_is_touched() {
         (&["--cacert", &folder.display().to_string()], 78, "can't be read: Is a directory"),
         (&["--cacert", &text], 78, "it isn't PEM"),
         (&["--cacert", &empty], 78, "the file is empty"),
-        (&["--cacert", &key], 78, "the PEM in it is of something else"),
+        (&["--cacert", &key], 78, "only PEM of another kind"),
         (&["--cacert", &cut], 78, "is damaged PEM: its end is missing"),
         (&["--cacert", &garbled], 78, "is damaged PEM: its base64 can't be decoded"),
         (&["--cert", &cert, "--key", &other_key], 78, "is not the one of the client certificate"),
         (&["--cert", &cert, "--key", &not_there], 78, "the key "),
         (&["--cert", &cert, "--key", &text], 78, "there is no key in"),
-        (&["--cert", &cert, "--key", &cert], 78, "the PEM in it is of something else"),
+        (&["--cert", &cert, "--key", &cert], 78, "only PEM of another kind"),
         (&["--cert", &cert, "--key", &cut_key], 78, "is damaged PEM"),
         (&["--cert", &cert], 78, "name its file with --key"),
         (&["--cert", &text, "--key", &key], 78, "there is no client certificate in"),
-        (&["--key", &key], 64, "no client certificate: --cert"),
+        (&["--key", &key], 64, "no client certificate: name that with --cert"),
         (&["--server-name", "no name"], 64, "is neither a DNS name nor an IP address"),
     ];
     for (arguments, status, text) in table {

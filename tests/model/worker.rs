@@ -342,7 +342,7 @@ impl Worker {
             // The command is stopped.
             Phase::Running(run) => {
                 let verdict = verdict(system, run, Ending::Stopped, false);
-                self.end(system, verdict.exit_code, politely);
+                self.end(system, verdict.status, politely);
             }
             Phase::Settling(_) => self.happened(system, Event::Closed, politely),
             Phase::Releasing { status, .. } => self.end(system, status, politely),
@@ -474,7 +474,7 @@ impl Worker {
                         None => UNCONFIRMED,
                         // No command ran, so it doesn't matter whether the release is confirmed.
                         Some(Ending::NotStarted(status)) => status,
-                        Some(ending) => verdict(system, it.run, ending, true).status(outcome),
+                        Some(ending) => verdict(system, it.run, ending, true).status_after(outcome),
                     };
                     return self.end(system, status, politely);
                 }
@@ -507,7 +507,7 @@ impl Worker {
             };
         };
         let verdict = verdict(system, run, ending, true);
-        let status = verdict.status(Settled::Confirmed);
+        let status = verdict.status_after(Settled::Confirmed);
         if matches!(ending, Ending::NotStarted(_)) {
             return self.end(system, status, true);
         }
@@ -624,16 +624,16 @@ fn verdict(system: &System, run: Run, ending: Ending, still_owned: bool) -> Verd
                     Some(Bug::RejectNotRun) => Settlement::Requeue,
                     _ => Settlement::Release,
                 }),
-                exit_code: status,
-                exit_code_if_unconfirmed: status,
+                status,
+                status_if_unconfirmed: status,
             };
         }
     };
     let failures_before = run.delivery.failures.map(u64::from);
     let mut verdict = decide(CommandResult { ended, stop, still_owned, failures_before }, &system.policy);
     match system.bug {
-        Some(Bug::TrustUnconfirmed) => verdict.exit_code_if_unconfirmed = verdict.exit_code,
-        Some(Bug::AlwaysZero) => verdict.exit_code = 0,
+        Some(Bug::TrustUnconfirmed) => verdict.status_if_unconfirmed = verdict.status,
+        Some(Bug::AlwaysZero) => verdict.status = 0,
         _ => {}
     }
     verdict

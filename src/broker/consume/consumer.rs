@@ -13,7 +13,7 @@ use crate::{
             connection::OpenConnection,
             observed::Version,
         },
-        topology::{Declare, NotSubscribed, Request},
+        topology::{Attempt, Declare, NotSubscribed},
     },
     exit::{Exit, Failure},
     settlement::Settled,
@@ -34,31 +34,25 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 const DEFAULT_DELIVERY_LIMIT: u64 = 20;
 const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
 
-/// Takes messages from one queue, one after the other, over as many connections as it needs.
+/// Takes messages from one queue, over as many connections as it needs.
 pub struct Consumer {
     broker: Connector,
     options: ConsumerOptions,
-    /// The queue's name, known after the first subscription.
+    /// Known after the first subscription.
     queue_name: Option<String>,
     state: State,
-    /// A connection was lost while a message arrived, and no message was taken since.
     lost_mid_delivery: bool,
 }
 
-/// What the consumer is doing.
 enum State {
     /// No subscription. The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
-    /// A task subscribes. It goes on if the future that waits for it is dropped: the broker may already have delivered
-    /// a message, which is to be released.
+    /// A task, so that dropping [`Consumer::subscribe`] loses no message that the broker has already delivered.
     Subscribing(JoinHandle<Result<Subscription, (OpenConnection, NotSubscribed)>>, oneshot::Sender<()>),
-    /// The broker may deliver.
     Ready(Subscription),
-    /// A message was delivered and isn't settled.
     Holding(Subscription, Held),
 }
 
-/// A delivery that isn't settled.
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
     /// When the broker began to deliver it: an acknowledgement timeout starts there.
@@ -99,29 +93,26 @@ impl Consumer {
         matches!(self.state, State::Ready(_))
     }
 
-    /// Whether a connection was lost while a message arrived, and no message was taken since: the queue looks empty
-    /// until the broker has requeued that message.
+    /// Whether a message was lost while it arrived: the queue looks empty until the broker has requeued it.
     #[must_use]
     pub fn was_lost_mid_delivery(&self) -> bool {
         self.lost_mid_delivery
     }
 
-    /// Connects and subscribes, with as many attempts as `--connect-timeout` allows.
-    ///
-    /// Dropping the future loses no message: see [`Consumer::release`].
+    /// Connects and subscribes, and retries for `--connect-timeout`. Dropping the future loses no message.
     ///
     /// # Errors
     /// The first permanent failure, or the last transient one when the time is up.
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
         let mut attempts = Attempts::new(self.broker.options.timeout);
-        let mut request = Request::default();
+        let mut attempt = Attempt::default();
         if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
             self.check_queue_survives("the connection was lost")?;
         }
         loop {
-            match self.try_to_subscribe(mem::take(&mut request), attempts.deadline).await {
+            match self.try_to_subscribe(mem::take(&mut attempt), attempts.deadline).await {
                 Ok(()) => return Ok(()),
-                Err(NotSubscribed::RetryWith(instead)) => request = instead,
+                Err(NotSubscribed::RetryWith(instead)) => attempt = instead,
                 Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
                     attempts.wait_or_give_up(error).await?;
@@ -130,15 +121,14 @@ impl Consumer {
         }
     }
 
-    /// One attempt, on the connection that was kept, if there is one.
-    async fn try_to_subscribe(&mut self, request: Request, deadline: Instant) -> Result<(), NotSubscribed> {
+    async fn try_to_subscribe(&mut self, attempt: Attempt, deadline: Instant) -> Result<(), NotSubscribed> {
         let (connection, declared) = match mem::replace(&mut self.state, State::Idle(None)) {
             // The queue was declared on it before.
             State::Idle(Some(kept)) if kept.is_connected() => (kept, self.queue_name.clone()),
             _ => (self.broker.attempt(deadline).await?, None),
         };
         let (give_up, given_up) = oneshot::channel();
-        let open = Subscription::open(connection, self.options.clone(), request, declared, deadline, given_up);
+        let open = Subscription::open(connection, self.options.clone(), attempt, declared, deadline, given_up);
         self.state = State::Subscribing(tokio::spawn(open), give_up);
         let mut subscribed = self.finish_subscribing().await;
         match &mut subscribed {
@@ -148,15 +138,12 @@ impl Consumer {
             Err(_) => {}
         }
         if subscribed.is_err() {
-            // A refusal closes the channel, and lapin 4.12 reports that a second time later, so the next attempt takes
-            // a new connection.
+            // lapin 4.12 reports the closed channel once more later, so the next attempt takes a new connection.
             self.close().await;
         }
         subscribed
     }
 
-    /// Waits for the task that subscribes, if there is one. Dropping the future leaves the task running. If the
-    /// subscription is refused, its connection is kept, to be closed.
     async fn finish_subscribing(&mut self) -> Result<(), NotSubscribed> {
         let State::Subscribing(task, _) = &mut self.state else {
             return Ok(());
@@ -223,8 +210,7 @@ impl Consumer {
         }
     }
 
-    /// Cancels the consumer. Returns the message that arrived before the reply. The reply comes after a message's whole
-    /// body, so if there is none within two seconds, returns the message that has begun to arrive by then, or `None`.
+    /// Cancels the consumer. Returns a message that has arrived before the reply, or has begun to arrive within 2 s.
     ///
     /// # Errors
     /// Why the subscription had already ended; nothing was taken.
@@ -239,8 +225,7 @@ impl Consumer {
         }
     }
 
-    /// Settles the message that is held. With `cancels`, the consumer is cancelled first, so that no further message is
-    /// delivered. Returns the reason, too, if the settlement isn't confirmed.
+    /// Settles the held message, after cancelling the consumer if `cancels`. Returns the reason if it isn't confirmed.
     pub async fn settle(&mut self, settlement: Settlement, cancels: bool) -> (Settled, Option<DeliveryLost>) {
         let State::Holding(mut subscription, held) = mem::replace(&mut self.state, State::Idle(None)) else {
             unreachable!("only called while a message is held")
@@ -249,20 +234,18 @@ impl Consumer {
         self.state = if settled.0 == Settled::Confirmed && subscription.consumer.is_some() {
             State::Ready(subscription)
         } else {
-            State::Idle(Some(subscription.end()))
+            State::Idle(Some(subscription.into_connection()))
         };
         settled
     }
 
-    /// Releases every message that may have arrived. Call it before the run ends, while no message is held. Waits for
-    /// two seconds at most, and returns whether the broker has confirmed.
+    /// Releases every message that has arrived; none may be held. Returns whether it is confirmed within 2 s.
     pub async fn release(&mut self) -> bool {
         let work = async {
             // Without a subscription there is nothing to release.
             let _ = self.finish_subscribing().await;
             match &mut self.state {
                 State::Ready(subscription) => subscription.release().await,
-                // A held message isn't released here: `settle` settles it.
                 State::Idle(_) | State::Subscribing(..) | State::Holding(..) => Ok(()),
             }
         };
@@ -289,7 +272,6 @@ impl Consumer {
         }
     }
 
-    /// Ends the subscription, if there is one, and keeps its connection.
     fn end_subscription(&mut self) {
         self.state = State::Idle(match mem::replace(&mut self.state, State::Idle(None)) {
             State::Idle(connection) => connection,
@@ -297,20 +279,18 @@ impl Consumer {
                 task.abort();
                 None
             }
-            State::Ready(subscription) | State::Holding(subscription, _) => Some(subscription.end()),
+            State::Ready(subscription) | State::Holding(subscription, _) => Some(subscription.into_connection()),
         });
     }
 
-    /// Closes the connection after its subscription was lost, even if the connection is still good. Returns why it was
-    /// lost.
+    /// Closes the connection, even a good one.
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
         let mid_delivery = self.subscription().has_another();
         self.close().await;
         if self.note_lost_mid_delivery(mid_delivery) && !lost.unreadable { lost.cut_short_again() } else { lost }
     }
 
-    /// Notes whether a connection was lost while a message arrived, and returns whether that is the second time.
-    /// Connections without a delivery don't count. The run ends at the second time: every try counts towards the
+    /// Returns whether a message was cut short for the second time. Then the run ends: every try counts towards the
     /// queue's `delivery-limit`, at which the broker dead-letters or drops the message.
     fn note_lost_mid_delivery(&mut self, lost: bool) -> bool {
         let again = self.lost_mid_delivery && lost;
@@ -320,11 +300,11 @@ impl Consumer {
 
     fn hold(&mut self, delivery: Delivery) -> Message {
         self.lost_mid_delivery = false;
-        let (delivered, version) = {
+        let (began, version) = {
             let observed = self.subscription().connection.observed();
-            (observed.delivered, observed.version)
+            (observed.delivery_began, observed.version)
         };
-        let since = delivered.map_or_else(Instant::now, Instant::from_std);
+        let since = began.map_or_else(Instant::now, Instant::from_std);
         let held = Held { tag: delivery.delivery_tag, since, fingerprint: Fingerprint::of(&delivery) };
         self.state = match mem::replace(&mut self.state, State::Idle(None)) {
             State::Ready(subscription) => State::Holding(subscription, held),

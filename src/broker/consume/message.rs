@@ -66,10 +66,8 @@ impl Message {
     }
 }
 
-/// Which attempt this is, and how many failures the queue has counted.
-///
-/// Quorum queues set `x-delivery-count` from the second delivery on. Since RabbitMQ 4.3 they also set
-/// `x-acquired-count`, which counts evictions, too. Classic queues only have the redelivered flag.
+/// The attempt, and the failures that the queue has counted. Quorum queues count failures in `x-delivery-count` from
+/// the second delivery on, and since RabbitMQ 4.3 evictions, too, in `x-acquired-count`. Classic queues count nothing.
 fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
     if !redelivered {
         // A count on a first delivery was published with the message, for example by a shovel.
@@ -80,8 +78,7 @@ fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>)
     let (acquired, delivered) = (count("x-acquired-count"), count("x-delivery-count"));
     let attempt = acquired.or(delivered).map(|n| n.saturating_add(1));
     let failures = match acquired {
-        // x-delivery-count is missing if it is 0. If it is greater than x-acquired-count, it was published with the
-        // message.
+        // x-delivery-count is missing if it is 0. One that exceeds x-acquired-count was published with the message.
         Some(acquired) => Some(delivered.filter(|n| *n <= acquired).unwrap_or(0)),
         None => delivered,
     };
@@ -157,8 +154,7 @@ fn signed(seconds: u64) -> i64 {
     seconds.cast_signed()
 }
 
-/// A decimal as exact text: an integer and how many of its digits come after the point. AMQP 0-9-1 says unsigned, but
-/// clients pack negative ones.
+/// Exact text: `scale` digits follow the point. AMQP 0-9-1 says unsigned, but clients pack negative ones.
 fn decimal(value: u32, scale: u8) -> String {
     let (value, scale) = (value.cast_signed(), usize::from(scale));
     let mut text = format!("{:0>width$}", value.unsigned_abs(), width = scale + 1);

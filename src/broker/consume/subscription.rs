@@ -4,7 +4,7 @@ use crate::{
     broker::{
         errors::{Asked, ConnectError, DeliveryLost, Meaning},
         reach::connection::OpenConnection,
-        topology::{Declare, DeclareStep, NotSubscribed, Request, Topology},
+        topology::{Attempt, Declare, DeclareStep, NotSubscribed, Topology},
     },
     report::with_reminders,
 };
@@ -21,13 +21,12 @@ use tokio::{
 };
 use tokio_stream::StreamExt;
 
-/// The consumer tag. Each channel has one consumer.
+/// Each channel has one consumer.
 const CONSUMER_TAG: &str = "qconsume";
 
 /// Longest wait for the number of ready messages: the queue's leader may be gone.
 const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest wait for the reply to a cancel if nothing was delivered.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
@@ -44,7 +43,6 @@ pub struct ConsumerOptions {
     pub ack_timeout: Option<Duration>,
 }
 
-/// A consumer on a channel of its own.
 pub(super) struct Subscription {
     pub(super) connection: OpenConnection,
     pub(super) channel: Channel,
@@ -60,13 +58,11 @@ pub(super) struct Subscription {
 }
 
 impl Subscription {
-    /// Subscribes. Gives up at `deadline`, or when `give_up` is sent or dropped.
-    ///
-    /// `declared`: the name of the queue, if it was declared on this connection before.
+    /// Gives up at `deadline` or when `give_up` is dropped. `declared`: the queue that this connection has declared.
     pub(super) async fn open(
         mut connection: OpenConnection,
         options: ConsumerOptions,
-        request: Request,
+        attempt: Attempt,
         declared: Option<String>,
         deadline: Instant,
         give_up: oneshot::Receiver<()>,
@@ -83,7 +79,7 @@ impl Subscription {
                 // If that fails, opening the next channel fails, too.
                 let _ = channel.close(200, "OK".into()).await;
             }
-            subscribe(&mut connection, &options, request, declared).await
+            subscribe(&mut connection, &options, attempt, declared).await
         };
         let reply = with_reminders(STAGE, reply);
         let subscribed = tokio::select! {
@@ -109,15 +105,13 @@ impl Subscription {
         }
     }
 
-    /// Gives the connection back, for another consumer or to be closed.
-    pub(super) fn end(self) -> OpenConnection {
+    pub(super) fn into_connection(self) -> OpenConnection {
         let mut connection = self.connection;
         connection.last_channel = Some(self.channel);
         connection
     }
 
-    /// The next delivery, or why the subscription has ended. The end may show among the consumer's deliveries, among
-    /// the connection's events, or in both. Dropping the future loses nothing.
+    /// The end may show among the deliveries, the connection's events, or both. Dropping the future loses nothing.
     pub(super) async fn next_delivery(&mut self) -> Result<Delivery, DeliveryLost> {
         if let Some(delivery) = self.read_ahead.take() {
             return Ok(delivery);
@@ -151,13 +145,11 @@ impl Subscription {
         }
     }
 
-    /// Puts a delivery back, to be handed out next.
     pub(super) fn put_back(&mut self, delivery: Delivery) {
         self.read_ahead = Some(delivery);
     }
 
-    /// Whether the broker has delivered more than was taken. The tap counts, because lapin 4.12 drops deliveries to a
-    /// consumer that was cancelled without waiting for the reply.
+    /// By the tap's count: lapin 4.12 drops deliveries that come after a cancel whose reply it doesn't wait for.
     pub(super) fn has_another(&self) -> bool {
         self.connection.observed().deliveries > self.taken
     }
@@ -187,8 +179,6 @@ impl Subscription {
         }
     }
 
-    /// Cancels the consumer. Returns the message that arrived before the reply or, if there is no reply in time, has
-    /// begun to arrive.
     pub(super) async fn cancel(&mut self) -> Result<Option<Delivery>, DeliveryLost> {
         if let Some(delivery) = self.read_ahead.take() {
             return Ok(Some(delivery));
@@ -219,7 +209,6 @@ impl Subscription {
         Ok(last)
     }
 
-    /// Cancels the consumer, and releases every message that was delivered.
     pub(super) async fn release(&mut self) -> lapin::Result<()> {
         if let Some(mut consumer) = self.consumer.take() {
             let cancel = BasicCancelOptions::default();
@@ -235,18 +224,15 @@ impl Subscription {
         self.barrier().await
     }
 
-    /// Confirms everything sent before on this channel: a channel processes its methods in order, and replies to
-    /// basic.qos only if they all went well. A reply to channel.close or connection.close would prove nothing: it may
-    /// come in spite of a channel error.
+    /// Its reply confirms all that was sent before on this channel, which processes methods in order and stops at an
+    /// error. A reply to channel.close or connection.close would prove nothing: it comes in spite of an error.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
 }
 
-/// The message that arrived before the reply to the consumer's cancel, if one did.
-///
-/// It is here once the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel or of
-/// the connection for a reply, too: then the stream ends with the error, and the broker requeues the message.
+/// The message is here once the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel
+/// or of the connection for a reply, too: then the stream ends with the error, and the broker requeues the message.
 async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
     let mut message = None;
     while let Some(next) = consumer.next().await {
@@ -261,16 +247,15 @@ type Subscribed = (String, Channel, lapin::Consumer);
 async fn subscribe(
     connection: &mut OpenConnection,
     options: &ConsumerOptions,
-    request: Request,
+    attempt: Attempt,
     declared: Option<String>,
 ) -> Result<Subscribed, NotSubscribed> {
-    let ask_for_timeout = request.ack_timeout;
+    let ask_for_timeout = attempt.ack_timeout;
     let queue = match declared {
         Some(queue) => queue,
-        None => options.topology.set_up(connection, &options.queue, request).await?,
+        None => options.topology.set_up(connection, &options.queue, attempt).await?,
     };
-    // Not for an exclusive queue: it is classic and refuses, and the refusal costs the connection and with it the
-    // queue.
+    // An exclusive queue is classic: it would refuse, and be gone with the connection.
     let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
         && connection.observed().may_know_ack_timeout();
@@ -281,7 +266,7 @@ async fn subscribe(
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
             // The queue exists now, so it is declared passively.
-            Err(NotSubscribed::RetryWith(Request { step: DeclareStep::Passive, ack_timeout: false }))
+            Err(NotSubscribed::RetryWith(Attempt { step: DeclareStep::Passive, ack_timeout: false }))
         }
         Err(error) => {
             Err(ConnectError::refused(&error, connection, Asked::Queue { action: "consume from", queue: &queue })
@@ -290,7 +275,7 @@ async fn subscribe(
     }
 }
 
-/// Opens a channel with a consumer. Sends qos and consume without waiting in between, which saves a round trip.
+/// Sends qos and consume without waiting in between, which saves a round trip.
 async fn consume(
     connection: &OpenConnection,
     queue: &str,
@@ -298,9 +283,8 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
-    // Only a stream refuses this argument, and a stream must be refused: its messages can't be settled, and an idle one
-    // looks like any queue (seen with RabbitMQ 3.10 and 4.3; LavinMQ's refuse it, too). For other queues 0 is the
-    // default.
+    // Only streams refuse this, and must be refused: their messages can't be settled (seen with RabbitMQ 3.10 and 4.3,
+    // and LavinMQ). For other queues 0 is the default.
     if connection.observed().refuses_streams {
         arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     }

@@ -10,7 +10,7 @@ use parameters::number;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode};
 use std::{fmt, net::Ipv6Addr};
 
-/// What is encoded when an address is printed: everything except RFC 3986's unreserved characters.
+/// Everything except RFC 3986's unreserved characters.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Longest name in AMQP 0-9-1, in bytes: a short string.
@@ -65,8 +65,7 @@ pub struct Address {
     pub username: String,
     /// `guest` if the URL has no password. It may be empty (`user:@host`).
     pub password: Secret,
-    /// Whether a password was given, even an empty one: in the URL, by an option or in a file. Without one
-    /// (`user@host`), the password is `guest`, as in RabbitMQ's Erlang client, unless a client certificate logs in.
+    /// Whether a password was given, even an empty one. Otherwise it is `guest`, unless a client certificate logs in.
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
@@ -77,9 +76,7 @@ pub struct Address {
 /// What is wrong with an address and what to do about it, in one line that contains no part of a password.
 pub type AddressError = String;
 
-/// The nodes of one cluster, at least one: URLs separated by commas, with at most one newline at the end.
-///
-/// Only a comma before `amqp://` or `amqps://` separates: a password may contain others.
+/// One or more URLs, separated by commas before `amqp://` or `amqps://`: a password may contain other commas.
 ///
 /// # Errors
 /// The first mistake, with the number of its URL if there are several.
@@ -105,10 +102,8 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
 }
 
 impl Address {
-    /// One URL: <https://www.rabbitmq.com/docs/uri-spec>.
-    ///
-    /// Wider than the specification: `amqp://host/` and Celery's `amqp://host//` mean the virtual host `/`, and a `:`
-    /// in a password needs no encoding. Narrower: an `@` in a virtual host or query must be encoded.
+    /// One URL, by <https://www.rabbitmq.com/docs/uri-spec>. Beyond that, `amqp://host/` and Celery's `amqp://host//`
+    /// mean the virtual host `/`, and a password may contain `:`. Every `@` in a name must be encoded.
     ///
     /// # Errors
     /// The first mistake, without any text that could be part of the password.
@@ -118,8 +113,7 @@ impl Address {
             return error("the URL must start with amqp:// or amqps://");
         };
         let (authority, after) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        // An `@` here probably ends a password that contains a `/` or `?`. As it is refused (rabbitmq-c does the same),
-        // nothing after the authority's `@` can be part of a password, and all of that may be printed.
+        // It probably ends a password that contains a `/` or `?`. As it is refused, path and query may be printed.
         if after.contains('@') {
             return error(
                 "there is an '@' after the first '/' or '?': in a user name or password write '/' \
@@ -185,7 +179,6 @@ impl fmt::Display for Address {
     }
 }
 
-/// Refuses characters that no URL may contain. Most come from files, templates and unencoded secrets.
 fn check_characters(url: &str) -> Result<(), AddressError> {
     // Unicode doesn't count the byte order mark as white space.
     let is_blank = |c: char| c.is_whitespace() || c.is_control() || c == '\u{feff}';
@@ -218,7 +211,6 @@ pub fn strip_scheme(url: &str) -> Option<(bool, &str)> {
     })
 }
 
-/// The decoded host, which may be empty, and the text of the port, if any.
 fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressError> {
     if let Some(literal) = text.strip_prefix('[') {
         let Some((address, after)) = literal.split_once(']') else {
@@ -239,7 +231,6 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     if text.contains(['[', ']']) || port.is_some_and(|port| port.contains(':')) {
         return error(format!("the host contains a ':' or a square bracket: {IPV6_HINT}"));
     }
-    // A comma means a list of hosts, or a list with a URL that lacks its scheme.
     if host.contains(',') {
         return error(
             "the host contains a ',': several nodes are several whole URLs, as in \
@@ -251,16 +242,14 @@ fn split_host_and_port(text: &str) -> Result<(String, Option<&str>), AddressErro
     Ok((ipv6(&host).unwrap_or(host), port))
 }
 
-/// An IPv6 address, with or without a zone (`fe80::1%eth0`, RFC 6874), in its canonical form, so that `0::1` equals
-/// `::1`.
+/// In canonical form, so that `0::1` equals `::1`. A zone may follow (`fe80::1%eth0`, RFC 6874).
 fn ipv6(host: &str) -> Option<String> {
     let (address, zone) = host.split_at(host.find('%').unwrap_or(host.len()));
     let address: Ipv6Addr = address.parse().ok()?;
     (zone != "%").then(|| format!("{address}{zone}"))
 }
 
-/// The virtual host that a path means. In the specification `amqp://host/` is the virtual host with an empty name,
-/// which nobody has: here it means `/`, and so does `amqp://host//`, which Celery's documentation has.
+/// In the specification `amqp://host/` means the virtual host with an empty name, which nobody has: here it is `/`.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
     if matches!(name, "" | "/") {
@@ -276,7 +265,6 @@ fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     Ok(name)
 }
 
-/// Percent-decodes `part`, which the error calls `name`.
 fn decode(part: &str, name: &str) -> Result<String, AddressError> {
     // `percent_decode_str` would leave a stray `%` as it is.
     let mut escapes = part.as_bytes().split(|byte| *byte == b'%').skip(1);

@@ -40,13 +40,11 @@ const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// Default heartbeat interval, in seconds: a frozen broker is noticed after 2 to 2.5 of them.
 const HEARTBEAT: u16 = 10;
 
-/// Pauses between attempts: they double up to the longest. Each is shortened at random by up to a half, so that a
-/// thousand pods don't reconnect at once.
+/// Pauses double, and vary at random by up to a half, so that a thousand pods don't reconnect at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// How long a refused login is tried again if its password comes from a file: a rotated Secret takes up to two minutes
-/// to arrive in a pod (the kubelet's sync period and its cache).
+/// How long a refused login is retried: a rotated Secret takes up to two minutes to arrive in a pod (by the kubelet).
 const LOGIN_RETRIED: Duration = Duration::from_secs(120);
 
 /// How to connect.
@@ -115,8 +113,7 @@ impl Connector {
         let nodes = &self.nodes.known;
         let address = nodes[self.attempts % nodes.len()].clone();
         self.attempts += 1;
-        // An attempt gets half of the time that is left, at least 5 s, so that a node that accepts and doesn't answer
-        // leaves time for the next one.
+        // Half of the time that is left, at least 5 s: a node that accepts but never answers mustn't use up all of it.
         let left = deadline.saturating_duration_since(Instant::now());
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
@@ -141,7 +138,7 @@ impl Connector {
         })
     }
 
-    /// Reads the files again. If one can't be used (it may be half written), its old content still counts.
+    /// If a file can't be used (it may be half written), its old content still counts.
     fn read_again(&mut self) {
         let problem = self.nodes.read().err().map(|failure| failure.message);
         if problem != self.read_problem
@@ -152,13 +149,11 @@ impl Connector {
         self.read_problem = problem;
     }
 
-    /// Ends the time of [`Connector::retry_login`]: the next refused login begins a new one.
     pub(in crate::broker) fn login_accepted(&mut self) {
         self.refused_since = None;
     }
 
-    /// Makes a refused login transient for two minutes if its password comes from a file: the new one may not be there
-    /// yet.
+    /// Makes a refused login transient for [`LOGIN_RETRIED`] if its password comes from a file.
     pub(in crate::broker) fn retry_login(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
@@ -236,8 +231,7 @@ impl Connector {
         })
     }
 
-    /// Connects to the first of these addresses that accepts. The next one is tried as soon as one fails, or after
-    /// [`NEXT_ADDRESS`] if it is silent.
+    /// The next address is tried as soon as one fails, or after [`NEXT_ADDRESS`] if it is silent.
     async fn dial(
         &mut self,
         address: &Address,
@@ -303,10 +297,7 @@ impl Attempts {
         }
     }
 
-    /// Waits before the next attempt.
-    ///
-    /// # Errors
-    /// The failure, if it is permanent or time is up.
+    /// Waits before the next attempt. Fails if the failure is permanent or time is up.
     pub(in crate::broker) async fn wait_or_give_up(&mut self, error: ConnectError) -> Result<(), Failure> {
         let mut failure = error.failure;
         if !error.transient {
@@ -330,7 +321,6 @@ impl Attempts {
                 self.last = Some(failure);
                 return Ok(());
             }
-            // Time ran out during the pause.
         }
         failure.message =
             format!("gave up after {} (--connect-timeout): {}", HumanDuration(self.limit), failure.message);
@@ -404,7 +394,6 @@ mod tests {
             }
             let gave_up = (false, "refused; /run/token was read again for 2m".to_owned());
             assert_eq!(retried(&mut broker), gave_up);
-            // As after a login that was not refused.
             broker.refused_since = None;
         }
     }

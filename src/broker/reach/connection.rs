@@ -18,7 +18,6 @@ use tokio_stream::{Stream, StreamExt};
 /// Longest wait for the reply to `connection.close`: a broker that is frozen or blocks publishers doesn't send it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Longest time that deleting a queue may take before that.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An open connection.
@@ -60,8 +59,7 @@ impl OpenConnection {
         }
     }
 
-    /// Deletes `exclusive_queue`, if there is one, for one second at most. Then sends `connection.close` and waits for
-    /// the reply, two seconds at most.
+    /// Deletes `exclusive_queue` within a second, and closes the connection within two.
     pub async fn close(&self) {
         if !self.is_connected() {
             return;
@@ -91,8 +89,7 @@ impl OpenConnection {
     }
 }
 
-/// Shuts the socket down when the connection is dropped. Without that, lapin's thread would keep an attempt that was
-/// given up, or a connection to a silent broker, beside the new one.
+/// Without it, lapin's thread would keep a connection that was given up, beside the new one.
 pub(super) struct ShutdownOnDrop(std::net::TcpStream);
 
 impl ShutdownOnDrop {

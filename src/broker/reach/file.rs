@@ -3,10 +3,9 @@
 use crate::exit::{Failure, is_shortage};
 use std::{io, path::Path};
 
-/// Some editors begin a file with it (U+FEFF in UTF-8). It is never part of what is in the file.
+/// Some editors begin a file with it (U+FEFF in UTF-8). It isn't part of the text.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// What is in a file, without a byte order mark.
 pub(super) fn read(file: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = std::fs::read(file)?;
     if bytes.starts_with(BYTE_ORDER_MARK) {
@@ -15,7 +14,6 @@ pub(super) fn read(file: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The text in a file, without a byte order mark.
 pub(super) fn read_text(file: &Path) -> io::Result<String> {
     String::from_utf8(read(file)?).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it isn't UTF-8"))
 }
@@ -29,7 +27,7 @@ pub(super) fn read_failure(what: &str, error: &io::Error) -> Failure {
     }
 }
 
-/// A file's text without the newline that most editors and tools end it with.
+/// Most editors and tools end a file with a newline.
 pub(super) fn without_newline(text: &str) -> &str {
     let line = text.strip_suffix('\n');
     line.map_or(text, |line| line.strip_suffix('\r').unwrap_or(line))

@@ -102,8 +102,7 @@ impl Nodes {
     /// Reads addresses, secrets and TLS files. An error changes nothing.
     ///
     /// # Errors
-    /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for a malformed address or
-    /// one that contradicts the options.
+    /// 78 for a file that can't be used, 71 if the system is short of something, 64 for a wrong address.
     pub fn read(&mut self) -> Result<(), Failure> {
         let addresses = self.read_addresses()?;
         self.tls = Tls::load(&addresses)?;
@@ -111,7 +110,6 @@ impl Nodes {
         Ok(())
     }
 
-    /// The addresses, with the current content of the files and the options applied.
     pub(super) fn read_addresses(&mut self) -> Result<Vec<Address>, Failure> {
         let mut addresses = match &mut self.url_file {
             Some(file) => file.addresses()?,

@@ -1,5 +1,4 @@
-//! What the broker has sent on one connection and lapin 4.12 doesn't expose. Also refuses what would crash lapin's
-//! parser. `tap.rs` finds the frames, this reads them.
+//! Reads what the broker sends and lapin 4.12 doesn't expose, and refuses what would crash lapin's parser.
 
 use crate::broker::errors::Refusal;
 use lapin::{
@@ -14,40 +13,35 @@ const DELIVER: [u8; 4] = [0, 60, 0, 60];
 /// Size of what precedes the properties in a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, body size.
 const BEFORE_PROPERTIES: usize = 12;
 
-/// How deep tables and arrays may be nested. lapin's parser is recursive: a thousand levels overflow its thread's stack
-/// of 2 MiB.
+/// For tables and arrays. lapin's parser is recursive: a thousand levels overflow its thread's stack of 2 MiB.
 const NESTING_MAX: usize = 100;
 
 /// RabbitMQ's version: major and minor.
 pub(in crate::broker) type Version = (u32, u32);
 
-/// What one connection's broker has sent so far.
+/// What one connection's broker has sent.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Observed {
-    /// The version in the broker's greeting, if it is RabbitMQ's.
+    /// If it is RabbitMQ's.
     pub(in crate::broker) version: Option<Version>,
-    /// Whether the greeting is another product's: another broker's, or a proxy's that hides the broker's version.
+    /// Another broker, or a proxy that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
-    /// Whether its streams refuse `x-priority`, and its other queues take 0 for the default. Qpid Broker-J's default is
-    /// the highest priority, by its documentation.
+    /// Whether streams refuse `x-priority`, and 0 is other queues' default: not Qpid Broker-J's, by its manual.
     pub(in crate::broker) refuses_streams: bool,
-    /// The names of its login mechanisms, separated by blanks.
+    /// For the login, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
-    /// The heartbeat interval that it proposed, in seconds; 0 is none.
+    /// Proposed interval, in seconds; 0 is none.
     pub(in crate::broker) heartbeat: Option<u16>,
-    /// The largest frame that it proposed, in bytes; 0 is no limit.
+    /// Proposed limit, in bytes; 0 is none.
     pub(in crate::broker) frame_max: Option<u32>,
     /// Its last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know.
     pub(in crate::broker) closed: Option<Refusal>,
-    /// Whether lapin can't read that close.
     pub(in crate::broker) closed_unreadably: bool,
-    /// Whether it has cancelled a consumer.
     pub(in crate::broker) cancelled: bool,
     /// How many deliveries have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
     pub(in crate::broker) deliveries: u64,
-    /// When the last of them began.
-    pub(in crate::broker) delivered: Option<Instant>,
-    /// Whether the last of them is flagged as redelivered.
+    pub(in crate::broker) delivery_began: Option<Instant>,
+    /// The flag of the last delivery.
     pub(in crate::broker) redelivered: bool,
     /// Whether `basic.deliver` was the last method: its content follows.
     delivering: bool,
@@ -56,15 +50,13 @@ pub(in crate::broker) struct Observed {
 }
 
 impl Observed {
-    /// Whether the broker may take an acknowledgement timeout from a consumer (`x-consumer-timeout`), as RabbitMQ does
-    /// since 4.3, and watch it in the queue. A proxy hides the version, so it may be any.
+    /// Since 4.3, RabbitMQ takes `x-consumer-timeout`, and the queue watches it. Behind a proxy it may be any version.
     pub(in crate::broker) fn may_know_ack_timeout(&self) -> bool {
         self.is_another_product || self.version >= Some((4, 3))
     }
 
-    /// The broker's refusal, if this error reports one. lapin reports its own complaints as `ProtocolError`, too: it is
-    /// a refusal only if the broker has closed something. If lapin doesn't know the code or can't read the text, what
-    /// we have read counts.
+    /// lapin reports its own complaints as `ProtocolError`, too: it is a refusal only if the broker has closed
+    /// something. If lapin doesn't know the code or can't read the text, what we have read counts.
     pub(in crate::broker) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
             ErrorKind::ProtocolError(error) if self.closed.is_some() => {
@@ -76,25 +68,18 @@ impl Observed {
         }
     }
 
-    /// Reads the payload of a method frame.
-    ///
-    /// # Errors
-    /// Why lapin must not read it.
+    /// Fails if lapin must not read the payload.
     pub(super) fn method(&mut self, payload: &[u8]) -> Result<(), String> {
         self.delivering = payload.starts_with(&DELIVER);
         if self.delivering {
             self.deliveries += 1;
-            self.delivered = Some(Instant::now());
+            self.delivery_began = Some(Instant::now());
             self.redelivered = redelivered(payload);
         }
         let read = check_nesting(payload).and_then(|()| self.read_method(payload));
         self.note_unreadable(read)
     }
 
-    /// Reads the payload of a content header frame.
-    ///
-    /// # Errors
-    /// Why lapin must not read it.
     pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), String> {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {
@@ -125,8 +110,7 @@ impl Observed {
     fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
-        // Read connection.close and channel.close from their bytes: RabbitMQ cuts a text at 255 bytes, even inside a
-        // character (seen with 3.10), and lapin's parser refuses that.
+        // RabbitMQ 3.10 cuts a text at 255 bytes, even inside a character: lapin's parser refuses that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {
@@ -163,7 +147,6 @@ fn redelivered(payload: &[u8]) -> bool {
     payload.get(DELIVER.len() + 1 + usize::from(tag) + 8).is_some_and(|flags| flags & 1 == 1)
 }
 
-/// One of the server's properties.
 fn property(start: &connection::Start, name: &str) -> Option<String> {
     Some(start.server_properties.inner().get(name)?.as_long_string()?.to_string())
 }
@@ -174,8 +157,7 @@ fn version(start: &connection::Start) -> Option<Version> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Refuses tables and arrays that may be nested too deep, anywhere in the payload: each begins with its type and its
-/// size (4.2.5.5). A text that looks like one counts, too, if that size would fit.
+/// Tables and arrays begin with their type and size (4.2.5.5). Text that looks like one counts, too.
 fn check_nesting(payload: &[u8]) -> Result<(), String> {
     let mut ends = Vec::new();
     for (at, field) in payload.windows(5).enumerate() {

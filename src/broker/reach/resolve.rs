@@ -5,10 +5,7 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
 };
 
-/// All addresses of `host`, with `port`, in the order to try them in.
-///
-/// # Errors
-/// If the name can't be looked up or has no address.
+/// All addresses of `host`, in the order to try them in; at least one.
 pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     match literal(host, port) {
         Some(address) => Ok(vec![address?]),

@@ -1,6 +1,4 @@
-//! A read-only tap on what the broker sends. It finds the frames in it, and gives those that matter to [`Observed`],
-//! which reads them. If lapin must not read a frame, the connection fails there. Otherwise lapin gets every byte,
-//! unchanged.
+//! A read-only tap: finds the frames that [`Observed`] reads. The connection fails at one that lapin must not read.
 
 use super::observed::Observed;
 use std::{
@@ -8,8 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-/// The largest frame that we propose by default, in bytes: RabbitMQ's own default. Without a proposal lapin 4.12
-/// allocates and fills two buffers of 4 MiB. It is also the limit for the frames before the limit is agreed on.
+/// The limit that we propose, in bytes: RabbitMQ's default. Without one, lapin 4.12 fills two buffers of 4 MiB.
 pub(in crate::broker) const FRAME_MAX: u32 = 131_072;
 
 /// Size of a frame's header (AMQP 0-9-1, 2.3.5), in bytes: type, channel (2), size of the payload (4).
@@ -20,15 +17,13 @@ const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
 
-/// Follows what one connection receives, in pieces of any size.
 #[derive(Debug)]
 pub(in crate::broker) struct Tap {
     observed: Arc<Mutex<Observed>>,
-    /// The largest frame that we have proposed, in bytes.
+    /// As proposed, in bytes.
     frame_max: usize,
-    /// The largest payload that is read, in bytes.
+    /// In bytes; at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
     payload_max: usize,
-    /// The part of the current frame that has arrived.
     frame: Vec<u8>,
     /// How many bytes to skip: the rest of a body, or everything if it isn't AMQP (lapin reports that).
     skip: usize,
@@ -40,10 +35,7 @@ impl Tap {
         Self { observed, frame_max: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
     }
 
-    /// Takes the next piece that was received.
-    ///
-    /// # Errors
-    /// `InvalidData` when lapin must not read on.
+    /// Takes the next piece, of any size. Fails with `InvalidData` if lapin must not read on.
     pub(in crate::broker) fn observe(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
@@ -61,7 +53,10 @@ impl Tap {
             }
             match self.frame[0] {
                 METHOD | CONTENT_HEADER | BODY | HEARTBEAT if size > self.payload_max => {
-                    return Err(refuse("a frame is larger than was agreed on"));
+                    let max = self.payload_max;
+                    return Err(refuse(format!(
+                        "a frame of {size} bytes, and this connection takes {max} (frame_max)"
+                    )));
                 }
                 METHOD | CONTENT_HEADER if self.frame.len() <= HEADER + size => continue,
                 kind @ (METHOD | CONTENT_HEADER) => self.inspect(kind, size)?,
@@ -83,8 +78,7 @@ impl Tap {
         read.map_err(refuse)
     }
 
-    /// Notes headers that lapin will refuse because their frame is larger than agreed. RabbitMQ sends a message's
-    /// headers in one frame, whatever the limit (seen with 3.10 and 4.3).
+    /// RabbitMQ 3.10 and 4.3 send all headers in one frame, even one larger than agreed, which lapin refuses.
     fn check_size(&self, size: usize) {
         let mut observed = self.observed();
         let theirs = observed.frame_max.filter(|max| *max > 0).map(|max| max as usize);

@@ -1,6 +1,4 @@
-//! TLS by rustls: its options, the CAs to trust, and the client certificate.
-//!
-//! Nothing turns the check of the broker's certificate off.
+//! TLS by rustls. Nothing turns the check of the broker's certificate off.
 
 use super::{
     address::{Address, Parameters},
@@ -53,7 +51,6 @@ pub struct TlsOptions {
 }
 
 impl TlsOptions {
-    /// Sets the parameters of `address` that the options name.
     pub(super) fn apply(&self, address: &mut Address) -> Result<(), Failure> {
         let options = [
             (self.cacert.is_some(), "--cacert (QCONSUME_CACERT)"),
@@ -89,10 +86,6 @@ pub struct Tls(Vec<(Parameters, Arc<ClientConfig>)>);
 
 impl Tls {
     /// Reads the files of all nodes that use TLS; the system's CAs only if a node trusts those.
-    ///
-    /// # Errors
-    /// 78 for a file that can't be read or used, 71 if the system is short of something, 64 for options that contradict
-    /// each other.
     pub(super) fn load(nodes: &[Address]) -> Result<Self, Failure> {
         let mut loaded = Self::default();
         for address in nodes {
@@ -132,7 +125,6 @@ impl Tls {
     }
 }
 
-/// The name or the IP address that the broker's certificate has to be for.
 fn server_name(address: &Address) -> Result<ServerName<'static>, Failure> {
     let given = address.parameters.server_name_indication.as_deref();
     let name = given.unwrap_or(&address.host);
@@ -155,9 +147,10 @@ fn load_config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
     let Some(cert) = &parameters.certfile else {
         return match &parameters.keyfile {
             None => Ok(builder.with_no_client_auth()),
-            Some(key) => {
-                Err(Failure::usage(format!("there is a key, {}, but no client certificate: --cert", key.display())))
-            }
+            Some(key) => Err(Failure::usage(format!(
+                "the key {} has no client certificate: name that with --cert",
+                key.display()
+            ))),
         };
     };
     let chain = certificates(cert, "client certificate")?;
@@ -271,15 +264,12 @@ fn damaged(file: &Path, error: &pem::Error) -> Failure {
     Failure::config(format!("{} is damaged PEM: {what}", file.display()))
 }
 
-/// The failure for a file that contains no `what`. It says what the file contains instead.
+/// Says what the file contains instead.
 fn not_in(file: &Path, what: &str, text: &[u8]) -> Failure {
     /// The tag of an ASN.1 sequence, with which everything in DER begins.
     const SEQUENCE: u8 = 0x30;
     if let Some(label) = pem_label(text) {
-        return Failure::config(format!(
-            "there is no {what} in {}: the PEM in it is of something else: {label}",
-            file.display()
-        ));
+        return Failure::config(format!("there is no {what} in {}, only PEM of another kind: {label}", file.display()));
     }
     let instead = match text {
         [] => "the file is empty",

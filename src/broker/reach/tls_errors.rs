@@ -63,8 +63,7 @@ pub(super) fn handshake_error(error: &io::Error, parameters: &Parameters) -> Con
     }
 }
 
-/// What an error after the TLS handshake means, if it is a TLS alert: with TLS 1.3, the refusal of our certificate
-/// comes only then.
+/// For a TLS alert after the handshake: with TLS 1.3, the refusal of our certificate comes only then.
 pub(in crate::broker) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
         rustls::Error::AlertReceived(alert) => Some(alert_meaning(*alert, &address.parameters)),
@@ -111,8 +110,7 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
     }
 }
 
-/// A signature that a CA's or the broker's key hasn't made, or that ring refuses because the key is too short: rustls
-/// doesn't tell them apart.
+/// A wrong signature, or a key that is too short for ring: rustls doesn't tell them apart.
 fn unverified(trusted: &str) -> String {
     format!(
         "the broker's certificate can't be verified with {trusted}: if the CA was created again under the same name, give its current certificate with --cacert (QCONSUME_CACERT); if the broker or the CA has an RSA key below 2048 bits, replace that key"
@@ -127,7 +125,6 @@ fn trusted(parameters: &Parameters) -> String {
     }
 }
 
-/// A certificate for other names. One that names an IP address as a DNS name isn't for that address.
 fn not_for(expected: &str, names: Vec<&str>) -> String {
     if names.contains(&expected) {
         return format!(
@@ -139,7 +136,7 @@ fn not_for(expected: &str, names: Vec<&str>) -> String {
         names => names.join(", "),
     };
     format!(
-        "the broker's certificate is for {names}, not for {expected}: use a name that it is for, or tell the one to check with --server-name (QCONSUME_SERVER_NAME)"
+        "the broker's certificate is for {names}, not for {expected}: connect by a name that it is for, or give that name with --server-name (QCONSUME_SERVER_NAME)"
     )
 }
 
@@ -196,8 +193,7 @@ pub(super) fn flaw(error: &CertificateError) -> String {
     }
 }
 
-/// The name of the webpki error inside `error`. Its type isn't public in rustls, and a dependency for it alone would
-/// have to keep the version of rustls' own.
+/// webpki's error type isn't public in rustls, so its name is taken from its `Debug` text.
 fn webpki_name(error: &CertificateError) -> Option<String> {
     let CertificateError::Other(rustls::OtherError(inner)) = error else {
         return None;
@@ -220,7 +216,6 @@ fn usable_key(id: &[u8]) -> bool {
 
 /// Where it is in [`ALGORITHMS`], or else its object identifier.
 fn index_of_algorithm(mut id: &[u8]) -> Result<usize, String> {
-    /// The tag of an object identifier.
     const OBJECT_IDENTIFIER: u8 = 6;
     let mut last = String::new();
     while let [OBJECT_IDENTIFIER, size, rest @ ..] = id
@@ -267,8 +262,7 @@ fn spelled_out(text: &str) -> String {
     words
 }
 
-/// `DnsName("a.example")` and `IpAddress(127.0.0.1)` as people write them. `None` for other kinds, such as a URI: no
-/// broker is reached by those.
+/// `DnsName("a.example")` as people write it. `None` for kinds that no broker is reached by, such as a URI.
 fn plain_name(name: &str) -> Option<&str> {
     let (kind, rest) = name.split_once('(').unwrap_or(("DnsName", name));
     let inner = rest.strip_suffix(')').unwrap_or(rest).trim_matches('"');
@@ -307,7 +301,7 @@ fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectErr
             return ConnectError::transient(format!("the broker ended TLS ({name})"));
         }
         A::CertificateRequired | A::BadCertificate if cert.is_none() => {
-            format!(" ({name}): if it asks for one, name it with --cert and --key")
+            format!(" ({name}): name one with --cert and --key")
         }
         _ => format!(" ({name}); its log says why"),
     };

@@ -16,12 +16,10 @@ use std::{
 };
 use tokio::{task::JoinHandle, time::sleep};
 
-/// How often the file is checked while a connection is open. Tokens live for minutes and are renewed well before they
-/// expire.
+/// How often the file is checked. Tokens live for minutes and are renewed well before they expire.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 
-/// How long a changed file must stay unchanged before it is read: the broker closes the connection if it gets half a
-/// token.
+/// How long a changed file must then stay unchanged: the broker closes the connection if it gets half a token.
 const UNCHANGED_FOR: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +44,6 @@ impl Token {
         Some(Self { expires: after.and_then(|after| SystemTime::UNIX_EPOCH.checked_add(after)) })
     }
 
-    /// How long ago it expired, if it has.
     pub(super) fn expired_for(self) -> Option<Duration> {
         SystemTime::now().duration_since(self.expires?).ok()
     }
@@ -86,8 +83,7 @@ pub(in crate::broker) struct Credentials<'a> {
 }
 
 impl Credentials<'_> {
-    /// What a refusal means for them. RabbitMQ cuts its text at 255 bytes, so "expired" at its end may be missing: with
-    /// a token that has expired, a 403 is about that.
+    /// RabbitMQ cuts texts at 255 bytes, perhaps before "expired": with an expired token, a 403 is about that.
     pub(in crate::broker) fn meaning_of(&self, refusal: &Refusal) -> Meaning {
         match refusal.meaning() {
             Meaning::NotPermitted if refusal.code == 403 && self.expired_for().is_some() => Meaning::TokenExpired,
@@ -95,7 +91,6 @@ impl Credentials<'_> {
         }
     }
 
-    /// What to do if the broker refuses the login.
     pub(in crate::broker) fn advice_on_login(&self) -> String {
         match (self.expired_for(), self.token) {
             (Some(ago), _) => format!("the token expired {} ago; {}", HumanDuration(ago), self.how_to_renew()),
@@ -115,7 +110,6 @@ impl Credentials<'_> {
         self.token.and_then(Token::expired_for)
     }
 
-    /// What to do about a token that has expired, or that the broker refused.
     pub(in crate::broker) fn how_to_renew(&self) -> String {
         match self.file {
             Some(file) => format!("check what renews {}", file.display()),
@@ -150,7 +144,6 @@ impl Login {
         Self { user: address.username.clone(), virtual_host: address.virtual_host.clone(), token, file, renewal }
     }
 
-    /// The credentials, with the newest token.
     pub(in crate::broker) fn credentials(&self) -> Credentials<'_> {
         let token = *self.token.lock().expect("nobody panics with it");
         Credentials { user: &self.user, virtual_host: &self.virtual_host, token, file: self.file.as_deref() }
@@ -212,7 +205,6 @@ impl Renewal {
         }
     }
 
-    /// The password that the file now has for this connection's node.
     fn password(&mut self) -> Option<Secret> {
         // Compared by the printed URL: it has neither password nor parameters.
         let node = self.address.to_string();
@@ -221,8 +213,7 @@ impl Renewal {
     }
 }
 
-/// The file's state: another value after the file was written or replaced. Symbolic links are followed: mounted Secrets
-/// are links.
+/// Changes when the file is written or replaced. Follows symbolic links, which mounted Secrets are.
 fn file_state(file: &Path) -> Option<(u64, u64, i64, i64)> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))

@@ -1,8 +1,5 @@
-//! The stream that lapin reads and writes: a socket that we have connected ourselves, plain or TLS, with a read-only
-//! tap.
-//!
-//! We connect ourselves because lapin 4.12 connects without a time limit, takes no IPv6 literals and, built without its
-//! TLS features, sends plain text to `amqps`.
+//! The stream that lapin reads and writes: our own socket, plain or TLS, with a read-only tap. lapin 4.12 itself would
+//! connect without a time limit, take no IPv6 literals and, without its TLS features, send plain text to `amqps`.
 
 use super::tap::Tap;
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
@@ -31,8 +28,7 @@ impl TappedStream {
         Pin::new(self.socket.as_mut())
     }
 
-    /// Why the peer has closed: a broker that refuses the client's certificate sends a TLS alert and closes, and our
-    /// next write fails before the alert is read.
+    /// A broker that refuses our certificate sends a TLS alert and closes: our next write fails before that is read.
     fn alert_or(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
         let mut rest = [0; 256];
         match self.socket().poll_read(cx, &mut ReadBuf::new(&mut rest)) {

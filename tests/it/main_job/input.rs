@@ -166,7 +166,7 @@ fn without_memfd_a_large_message_is_in_a_deleted_file_or_71_says_why() {
         .arg("cat")
         .run()
         .assert_status(71)
-        .assert_stderr("no standard input for the 2097152 bytes of its message")
+        .assert_stderr("its message of 2097152 bytes can't be put on its standard input")
         .assert_stderr("memfd_create: Operation not permitted (os error 1); ")
         .assert_stderr(&format!("a temporary file in {}: No such file or directory (os error 2)", folder.display()))
         .assert_stderr("; set TMPDIR")

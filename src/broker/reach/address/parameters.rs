@@ -12,8 +12,7 @@ const QUOTED_KEY_MAX: usize = 40;
 const UNKNOWN: &str = "is unknown (known: heartbeat, connection_timeout, channel_max, frame_max, auth_mechanism, \
                        cacertfile, certfile, keyfile, server_name_indication, verify)";
 
-/// Query parameters of other clients, without a meaning here: pika up to 1.4 (`URLParameters`), kombu 5.7
-/// (`Connection`) with py-amqp 5.4. amqp091-go has only RabbitMQ's.
+/// Other clients' parameters: pika's up to 1.4 (`URLParameters`), kombu 5.7's (`Connection`) with py-amqp 5.4.
 #[rustfmt::skip]
 const IGNORED: [&str; 20] = [
     "backpressure_detection", "blocked_connection_timeout", "client_properties", "connection_attempts",
@@ -22,8 +21,7 @@ const IGNORED: [&str; 20] = [
     "transport_options", "uri_prefix", "write_timeout",
 ];
 
-/// The query of an address: <https://www.rabbitmq.com/docs/uri-query-parameters>. `None` means that the URL doesn't
-/// have it.
+/// <https://www.rabbitmq.com/docs/uri-query-parameters>; `None` for those that the URL doesn't have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
     /// Seconds between heartbeats; 0 asks for none.
@@ -103,7 +101,7 @@ impl Parameters {
                     "external" => SASLMechanism::External,
                     _ => return Err("must be plain, amqplain or external"),
                 };
-                // It may be given several times, as to RabbitMQ's Erlang client. The first one counts.
+                // The first one counts, as in RabbitMQ's Erlang client.
                 self.auth_mechanism.get_or_insert(mechanism);
             }
             "cacertfile" | "certfile" | "keyfile" | "server_name_indication" | "verify" if !tls => {
