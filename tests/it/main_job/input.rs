@@ -4,7 +4,7 @@ use super::{MEBIBYTE, assert_gone, assert_returned, binary, worker};
 use crate::common::qconsume_path;
 use std::{fs, process};
 use testbed::{
-    Broker, Program, missing,
+    Broker, PATIENCE, Program, eventually, missing,
     owner::{self, temp_folder},
 };
 
@@ -258,10 +258,14 @@ fn memory_that_runs_out_after_a_dead_letter_keeps_its_status() {
         assert!(limit < 1_000_000, "no limit was just too small");
         let queue = Broker::shared().queue(&format!("memory-dead-lettered-{limit}"));
         queue.publish("bad");
-        queue.publish(binary(12 * MEBIBYTE));
         let line = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
-        let options = ["--log-format", "json", "--drain", "--keep-going", "--reject-on", "1"];
-        let done = worker(&queue).args(options).arg("false").through(["sh", "-c", &line]).run();
+        let options = ["--log-format", "json", "--count", "2", "--keep-going", "--reject-on", "1"];
+        let run = worker(&queue).args(options).arg("false").through(["sh", "-c", &line]).spawn();
+        // Only now, as memory may not run out before the dead letter is confirmed. With a small limit the run has ended.
+        let dead_lettered = || run.stderr().contains("\"outcome\":\"dead-lettered\"");
+        assert!(eventually(PATIENCE, || dead_lettered() || run.has_ended()), "{}", run.stderr());
+        queue.publish(binary(12 * MEBIBYTE));
+        let done = run.wait(PATIENCE);
         let last = done.stderr.lines().last().unwrap_or_default();
         if !last.contains("a message was dead-lettered; memory has run out") {
             continue;
