@@ -101,7 +101,7 @@ fn what_lavinmq_declares_under_no_condition_is_78() {
 #[test]
 fn garagemqs_missing_queue_may_be_declared_yet() {
     let peer = refuses(Method::BASIC_CONSUME, 404, "queue 'x' not found");
-    let done = worker(&peer).args(["--connect-timeout", "3s", "cat"]).run();
+    let done = worker(&peer).args(["--connect-timeout", "6s", "cat"]).run();
     done.assert_status(78).assert_stderr("there is no queue \"x\" to consume from").assert_stderr("trying again");
     assert!(peer.count(Method::BASIC_CONSUME) > 1);
 }
@@ -152,11 +152,11 @@ fn a_virtual_host_that_is_missing_is_78_and_one_at_its_limit_is_tried_again() {
     let refused = closes(Method::CHANNEL_OPEN, 403, "NOT_ALLOWED - access to vhost 'here' refused for user 'guest'");
     worker(&refused).arg("cat").run().assert_status(77).assert_stderr("may not use virtual host");
     let limited = "NOT_ALLOWED - access to vhost 'here' refused for user 'guest': connection limit (1) is reached";
-    let done = worker(&closes(Method::CHANNEL_OPEN, 403, limited)).args(["--connect-timeout", "3s", "cat"]).run();
+    let done = worker(&closes(Method::CHANNEL_OPEN, 403, limited)).args(["--connect-timeout", "6s", "cat"]).run();
     done.assert_status(69).assert_stderr("trying again");
     // While RabbitMQ starts. amqproxy keeps the name of the code only in the text.
     let down = "INTERNAL_ERROR - access to vhost '/' refused for user 'guest': vhost '/' is down";
-    let done = worker(&closes(Method::CHANNEL_OPEN, 403, down)).args(["--connect-timeout", "3s", "cat"]).run();
+    let done = worker(&closes(Method::CHANNEL_OPEN, 403, down)).args(["--connect-timeout", "6s", "cat"]).run();
     done.assert_status(69).assert_stderr("trying again");
 }
 
@@ -291,7 +291,7 @@ fn a_frame_size_that_cannot_be_agreed_on_is_78() {
     let program =
         worker(&usual).url(&format!("{}?frame_max=4096", usual.url())).args(["--connect-timeout", "20s", "cat"]);
     program.run().assert_status(78).assert_stderr("the URL asks for 4096");
-    let program = worker(&usual).args(["--connect-timeout", "3s", "cat"]);
+    let program = worker(&usual).args(["--connect-timeout", "6s", "cat"]);
     program.run().assert_status(69).assert_stderr("without saying why");
 }
 
@@ -304,7 +304,7 @@ fn what_a_load_balancer_does_is_named() {
     });
     worker(&proxied).arg("cat").run().assert_status(78).assert_stderr("send-proxy");
     let without_backend = Peer::new(|_| Answer::Last(Vec::new()));
-    let done = worker(&without_backend).args(["--connect-timeout", "2s", "cat"]).run();
+    let done = worker(&without_backend).args(["--connect-timeout", "6s", "cat"]).run();
     done.assert_status(69).assert_stderr("a load balancer has no backend");
     let idle = Peer::new(|request| match request.method {
         Method::BASIC_CONSUME => {
