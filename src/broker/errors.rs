@@ -306,7 +306,7 @@ impl ConnectError {
             }
             (Publish(_), M::NotPermitted) => not_permitted(format!("user {user:?} may not publish here")),
             (Publish(_), M::TooLarge) => {
-                // `publish_all` puts "MESSAGE is" before this, if the size tells which message it is.
+                // `Publisher::run` puts "MESSAGE is" before this, if the size tells which message it is.
                 let advice = "raise max_message_size in its rabbitmq.conf, or split it";
                 config("too large for this broker".to_owned(), advice)
             }
