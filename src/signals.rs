@@ -163,7 +163,7 @@ fn ignored() -> u64 {
 }
 
 /// The next stop signal. Others are dropped, as there is no command to forward them to.
-pub async fn next_stop(signals: &mut Signals) -> Signal {
+async fn next_stop(signals: &mut Signals) -> Signal {
     loop {
         let Received { signal, .. } = signals.recv().await;
         if is_stop(signal) {

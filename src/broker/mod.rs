@@ -12,8 +12,9 @@ mod topology;
 pub use consume::{consumer::Consumer, message::Message, subscription::ConsumerOptions};
 pub use errors::{ConnectError, DeliveryLost};
 pub use publish::{
+    confirms::{Confirms, NotQueued},
     options::{Properties, Route},
-    publisher::{Confirms, NotQueued, Publisher},
+    publisher::{Body, Publisher},
 };
 pub use reach::{
     connect::{ConnectOptions, Connector},

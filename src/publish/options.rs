@@ -130,11 +130,11 @@ mod tests {
             let words = ["qpublish", "-u", "amqp://h", "-q", "q", "-f"].iter();
             let words: Vec<_> = words.chain(files).map(OsString::from).collect();
             match parse::<QpublishOptions>(&words) {
-                Ok(Request::Run(mut options)) => options.input.take_source(false).unwrap(),
+                Ok(Request::Run(options)) => options.input.into_source(false).unwrap(),
                 other => panic!("{other:?}"),
             }
         };
-        assert!(matches!(source(&["-"]), Source::Input));
+        assert!(matches!(source(&["-"]), Source::Input(_)));
         let Source::Files(files) = source(&["/dev/null", "-"]) else {
             panic!("no files");
         };

@@ -1,7 +1,10 @@
 //! Where messages come from.
 
 use super::progress::Total;
-use crate::exit::{Exit, Failure};
+use crate::{
+    broker::Body,
+    exit::{Exit, Failure},
+};
 use clap::Args;
 use nix::unistd::{AccessFlags, access};
 use std::{
@@ -17,12 +20,15 @@ use std::{
 };
 use tokio::{
     runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{Semaphore, mpsc},
 };
 
 /// How much may be read and not confirmed, in bytes: enough to keep a broker busy over a slow network, and little
 /// enough for a small pod. A larger message goes alone.
-const WINDOW: usize = 16 << 20;
+const WINDOW_SIZE: usize = 16 << 20;
+
+/// A permit for each byte of it.
+static WINDOW: Semaphore = Semaphore::const_new(WINDOW_SIZE);
 
 /// What a message takes of the window at least, in bytes: at most 2,048 messages are in flight.
 const MESSAGE_MIN: usize = 8 << 10;
@@ -70,49 +76,30 @@ impl Input {
     ///
     /// # Errors
     /// If a file can't be read.
-    pub(super) fn take_source(&mut self, declares: bool) -> Result<Source, Failure> {
-        Ok(if self.lines || self.null {
-            Source::Records(if self.lines { b'\n' } else { 0 })
-        } else if let Some(body) = self.body.take() {
-            Source::Arguments(vec![body])
-        } else if self.file == [Path::new("-")] {
-            Source::Input
-        } else if !self.file.is_empty() {
-            let mut files = take(&mut self.file);
-            for file in &mut files {
-                if file.as_os_str() == "-" {
-                    *file = "/dev/stdin".into();
-                }
-                let readable = if file.is_dir() {
-                    Err(io::ErrorKind::IsADirectory.into())
-                } else {
-                    access(file, AccessFlags::R_OK).map_err(io::Error::from)
-                };
-                readable.map_err(|error| cannot_read(&format!("{file:?}"), &error))?;
-            }
-            Source::Files(files)
-        } else if !self.messages.is_empty() || declares {
-            Source::Arguments(take(&mut self.messages))
-        } else {
-            Source::Input
+    pub(super) fn into_source(self, declares: bool) -> Result<Source, Failure> {
+        Ok(match self {
+            Self { lines: true, .. } => Source::Records(standard_input()?, b'\n'),
+            Self { null: true, .. } => Source::Records(standard_input()?, 0),
+            Self { body: Some(body), .. } => Source::Arguments(vec![body]),
+            Self { file, .. } if file == [Path::new("-")] => Source::Input(standard_input()?),
+            Self { file, .. } if !file.is_empty() => Source::Files(readable(file)?),
+            Self { messages, .. } if declares || !messages.is_empty() => Source::Arguments(messages),
+            _ => Source::Input(standard_input()?),
         })
     }
 }
 
-/// A body, and its permit to be in the window, which is given back once the message is confirmed or refused.
-type BodyWithPermit = (Vec<u8>, OwnedSemaphorePermit);
-
 /// Where messages come from.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) enum Source {
     /// One message for each argument.
     Arguments(Vec<OsString>),
     /// One message for each file.
     Files(Vec<PathBuf>),
     /// All of standard input is one message.
-    Input,
+    Input(File),
     /// One message for each part of standard input that ends with this byte.
-    Records(u8),
+    Records(File, u8),
 }
 
 impl Source {
@@ -120,8 +107,8 @@ impl Source {
     pub(super) fn name(&self, message: u64) -> String {
         match self {
             Self::Files(files) if message <= files.len() as u64 => format!("file {:?}", files[message as usize - 1]),
-            Self::Records(b'\n') => format!("line {message}"),
-            Self::Input => "the message on standard input".to_owned(),
+            Self::Records(_, b'\n') => format!("line {message}"),
+            Self::Input(_) => "the message on standard input".to_owned(),
             _ => format!("message {message}"),
         }
     }
@@ -132,11 +119,10 @@ impl Source {
         let messages = match self {
             Self::Arguments(arguments) => arguments.len(),
             Self::Files(files) => files.len(),
-            Self::Input => 1,
-            Self::Records(_) => {
-                let mut input = standard_input().ok()?;
+            Self::Input(_) => 1,
+            Self::Records(input, _) => {
                 let size = input.metadata().ok().filter(Metadata::is_file)?.len();
-                return Some(Total::Bytes(size.saturating_sub(input.stream_position().ok()?)));
+                return Some(Total::Bytes(size.saturating_sub((&*input).stream_position().ok()?)));
             }
         };
         Some(Total::Messages(messages as u64))
@@ -144,28 +130,26 @@ impl Source {
 
     /// Whether somebody types the messages on a terminal.
     pub(super) fn is_typed(&self) -> bool {
-        matches!(self, Self::Input | Self::Records(_)) && io::stdin().is_terminal()
+        matches!(self, Self::Input(input) | Self::Records(input, _) if input.is_terminal())
     }
 
-    /// Starts to read, on a thread. An error is the last item.
-    pub(super) fn start(&self) -> io::Result<mpsc::Receiver<Result<BodyWithPermit, Failure>>> {
+    /// Starts to read, on a thread.
+    pub(super) fn start(self: &Arc<Self>) -> io::Result<mpsc::Receiver<Body>> {
         // The window limits what is read, not this capacity.
         let (sender, receiver) = mpsc::channel(1024);
-        let window = Arc::new(Semaphore::new(WINDOW));
-        let (source, runtime) = (self.clone(), Handle::current());
+        let (source, runtime) = (Arc::clone(self), Handle::current());
         let read = move || {
             for (index, body) in source.bodies().enumerate() {
-                let message = match (body, &source) {
+                let message = match (body, &*source) {
                     (Ok(body), _) => {
-                        let size = body.len().clamp(MESSAGE_MIN, WINDOW) as u32;
-                        let permit = runtime.block_on(Arc::clone(&window).acquire_many_owned(size));
+                        let size = body.len().clamp(MESSAGE_MIN, WINDOW_SIZE) as u32;
+                        let permit = runtime.block_on(WINDOW.acquire_many(size));
                         Ok((body, permit.expect("nobody closes the window")))
                     }
                     (Err(error), Self::Files(files)) => Err(cannot_read(&format!("{:?}", files[index]), &error)),
                     (Err(error), _) => Err(cannot_read("standard input", &error)),
                 };
-                let failed = message.is_err();
-                if sender.blocking_send(message).is_err() || failed {
+                if sender.blocking_send(message).is_err() {
                     return;
                 }
             }
@@ -177,31 +161,45 @@ impl Source {
     fn bodies(&self) -> Box<dyn Iterator<Item = io::Result<Vec<u8>>> + '_> {
         match self {
             Self::Arguments(arguments) => Box::new(arguments.iter().map(|argument| Ok(argument.clone().into_vec()))),
-            Self::Files(files) => Box::new(files.iter().map(|path| whole(File::open(path)?))),
-            Self::Input => Box::new(iter::once_with(|| {
+            Self::Files(files) => Box::new(files.iter().map(|path| whole(&File::open(path)?))),
+            Self::Input(input) => Box::new(iter::once_with(|| {
                 if self.is_typed() {
                     tracing::info!("reading one message from the terminal, to its end (Ctrl-D)");
                 }
-                let body = whole(standard_input()?)?;
+                let body = whole(input)?;
                 if body.is_empty() {
                     tracing::warn!("standard input is empty: publishing one empty message");
                 }
                 Ok(body)
             })),
-            Self::Records(separator) => match standard_input() {
-                Err(error) => Box::new(iter::once(Err(error))),
-                Ok(input) => Box::new(records(input, *separator)),
-            },
+            Self::Records(input, separator) => Box::new(records(input, *separator)),
         }
     }
 }
 
-/// Standard input as a file: std's own buffers it, and hides that it is closed.
-fn standard_input() -> io::Result<File> {
-    Ok(io::stdin().as_fd().try_clone_to_owned()?.into())
+/// The same files, with - as a path. A file that can't be read is found here, before anything is published.
+fn readable(mut files: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
+    for file in &mut files {
+        if file.as_os_str() == "-" {
+            *file = "/dev/stdin".into();
+        }
+        let readable = if file.is_dir() {
+            Err(io::ErrorKind::IsADirectory.into())
+        } else {
+            access(file, AccessFlags::R_OK).map_err(io::Error::from)
+        };
+        readable.map_err(|error| cannot_read(&format!("{file:?}"), &error))?;
+    }
+    Ok(files)
 }
 
-fn whole(file: File) -> io::Result<Vec<u8>> {
+/// Standard input as a file: `Stdin` has no size, and a buffer of its own.
+fn standard_input() -> Result<File, Failure> {
+    let input = io::stdin().as_fd().try_clone_to_owned();
+    input.map(File::from).map_err(|error| cannot_read("standard input", &error))
+}
+
+fn whole(file: &File) -> io::Result<Vec<u8>> {
     let size = file.metadata().map_or(0, |found| found.len());
     let mut body = Vec::with_capacity(usize::try_from(size.min(LARGEST)).unwrap_or(0));
     file.take(LARGEST + 1).read_to_end(&mut body)?;
@@ -256,8 +254,8 @@ mod tests {
 
     #[test]
     fn a_message_is_named_as_people_find_it() {
-        assert_eq!(Source::Records(b'\n').name(3), "line 3");
-        assert_eq!(Source::Records(0).name(3), "message 3");
+        assert_eq!(Source::Records(standard_input().unwrap(), b'\n').name(3), "line 3");
+        assert_eq!(Source::Records(standard_input().unwrap(), 0).name(3), "message 3");
         assert_eq!(Source::Files(vec!["a".into(), "b".into()]).name(2), "file \"b\"");
         assert_eq!(Source::Arguments(Vec::new()).name(1), "message 1");
     }

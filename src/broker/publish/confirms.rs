@@ -1,0 +1,140 @@
+//! What was published, what of it the broker has confirmed, and which message it has returned or refused.
+
+use lapin::Confirmation;
+use std::collections::VecDeque;
+use tokio::sync::SemaphorePermit;
+
+/// The messages that were sent, and the broker's answers, in the order of publishing.
+#[derive(Debug, Default)]
+pub struct Confirms {
+    /// The messages that are neither confirmed nor refused. The last one may still be on its way to the socket.
+    in_flight: VecDeque<InFlight>,
+    /// How many confirms were received: `basic.ack` and `basic.nack`, one for each message.
+    pub answered: u64,
+    /// The size of the answered messages' bodies together, in bytes.
+    pub bytes: u64,
+    /// How many `basic.return` and `basic.nack` were received. LavinMQ sends both for the same message.
+    failures: u64,
+    /// The first message that was returned or nacked, or the range that it is in.
+    pub not_queued: Option<NotQueued>,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    /// The body's size in bytes.
+    size: u64,
+    /// How many messages were answered when it was sent.
+    answered_before: u64,
+    _permit: SemaphorePermit<'static>,
+}
+
+/// A message that was returned or nacked: one of the messages `first` to `last`, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotQueued {
+    /// The first that it can be.
+    pub first: u64,
+    /// The last that it can be.
+    pub last: u64,
+    /// Whether it was nacked; otherwise it was returned.
+    pub nacked: bool,
+}
+
+impl Confirms {
+    /// Counts a message that is sent, with a body of this size in bytes. The permit is given back with its confirm.
+    pub(super) fn sent_one(&mut self, size: u64, permit: SemaphorePermit<'static>) {
+        self.in_flight.push_back(InFlight { size, answered_before: self.answered, _permit: permit });
+    }
+
+    /// Counts the confirm of the first message in flight.
+    pub(super) fn count(&mut self, confirmation: Confirmation) {
+        let sent = self.sent();
+        let InFlight { size, answered_before, .. } = self.in_flight.pop_front().expect("what is confirmed was sent");
+        self.answered += 1;
+        self.bytes += size;
+        let (nacked, returned) = (confirmation.is_nack(), confirmation.take_message().is_some());
+        self.failures += u64::from(nacked) + u64::from(returned);
+        // lapin 4.12 adds a return to whichever confirm it handles next, in no order if one frame confirms several. So
+        // the message that was returned is this one, or was in flight together with it.
+        let first = if returned { answered_before + 1 } else { self.answered };
+        let last = if nacked { self.answered } else { sent };
+        if (nacked || returned) && self.not_queued.is_none_or(|earlier| first < earlier.first) {
+            self.not_queued = Some(NotQueued { first, last, nacked });
+        }
+    }
+
+    /// The number of the first message in flight, from 1, whose body has this size in bytes.
+    pub(super) fn first_of_size(&self, size: u64) -> Option<u64> {
+        let place = self.in_flight.iter().position(|message| message.size == size)?;
+        Some(self.answered + place as u64 + 1)
+    }
+
+    /// How many messages are sent or being sent.
+    pub fn sent(&self) -> u64 {
+        self.answered + self.in_flight.len() as u64
+    }
+
+    /// Whether every message that was sent is answered.
+    pub fn none_in_flight(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
+    /// How many messages are confirmed without a gap, from the first one.
+    pub fn without_gap(&self) -> u64 {
+        self.not_queued.map_or(self.answered, |message| message.first - 1)
+    }
+
+    /// How many messages were neither returned nor nacked. With LavinMQ, which does both, this may be too low.
+    pub fn confirmed(&self) -> u64 {
+        self.answered.saturating_sub(self.failures).max(self.without_gap())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Confirmation::{Ack, Nack};
+    use lapin::message::BasicReturnMessage;
+    use std::iter;
+    use tokio::sync::Semaphore;
+
+    #[test]
+    fn a_returned_or_nacked_message_is_never_placed_too_late() {
+        static WINDOW: Semaphore = Semaphore::const_new(10);
+        let returned = || {
+            let delivery = lapin::message::Delivery::mock(0, "".into(), "".into(), false, Vec::new());
+            Some(BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() })
+        };
+        let acked = || (Ack(None), 0);
+        let back = |answered_before| (Ack(returned()), answered_before);
+        let nacked = || (Nack(None), 0);
+        let both = |answered_before| (Nack(returned()), answered_before);
+        let one_of = |first, last, nacked| Some(NotQueued { first, last, nacked });
+        for (sent, answers, confirmed, expected) in [
+            (3, vec![acked(), acked(), acked()], 3, None),
+            (3, vec![acked()], 1, None),
+            (4, vec![acked(), acked(), nacked(), acked()], 3, one_of(3, 3, true)),
+            // The return came with the confirm of the third, and may be that of the second.
+            (4, vec![acked(), acked(), back(1), acked()], 3, one_of(2, 4, false)),
+            (3, vec![acked(), acked(), back(2)], 2, one_of(3, 3, false)),
+            (4, vec![back(0), acked(), back(0), back(0)], 1, one_of(1, 4, false)),
+            // A nack that brings the return of an earlier message.
+            (3, vec![acked(), acked(), both(1)], 1, one_of(2, 3, true)),
+            // LavinMQ returns and nacks a message that a full queue rejects.
+            (3, vec![acked(), both(1), both(2)], 1, one_of(2, 2, true)),
+            (3, vec![nacked(), back(0), acked()], 1, one_of(1, 1, true)),
+        ] {
+            let answered_before = answers.iter().map(|(_, answered_before)| *answered_before).chain(iter::repeat(0));
+            let in_flight = answered_before.take(sent).map(|answered_before| {
+                let permit = WINDOW.try_acquire().expect("it is large enough");
+                InFlight { size: 1, answered_before, _permit: permit }
+            });
+            let mut confirms = Confirms { in_flight: in_flight.collect(), ..Confirms::default() };
+            let (count, shown) = (answers.len() as u64, format!("{answers:?}"));
+            for (confirmation, _) in answers {
+                confirms.count(confirmation);
+            }
+            assert_eq!((confirms.confirmed(), confirms.not_queued), (confirmed, expected), "{shown}");
+            assert_eq!(confirms.without_gap(), expected.map_or(count, |message| message.first - 1));
+        }
+    }
+}
