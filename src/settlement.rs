@@ -4,14 +4,15 @@
 use crate::verdict::Settlement;
 use std::time::Duration;
 
-/// The shortest run that needs a second barrier, see [`Settling::needs_second_barrier`].
+/// A message that was held as long as this needs a second barrier, see [`Settling::needs_second_barrier`].
 ///
-/// A shorter run can lose its message only to a `consumer-timeout` policy below five seconds. RabbitMQ 4.3.6 honours
+/// One that was held for less can be lost only to a `consumer-timeout` policy below five seconds. RabbitMQ 4.3.6 honours
 /// those, but most tasks would fail there anyway. On an idle broker the second barrier takes two percent of a longer run,
 /// at most a second.
 const SECOND_BARRIER_FROM: Duration = Duration::from_secs(5);
 
-/// Within this share of our own `--ack-timeout`, the timeout can't have come before the settlement.
+/// Within this share of our own `--ack-timeout`, the timeout can't have come before the reply, unless the delivery or the
+/// settlement travelled for the rest of it.
 const SAFE_SHARE: f64 = 0.8;
 
 /// What has happened.
@@ -82,27 +83,32 @@ enum Stage {
 }
 
 impl Settling {
-    /// Begins to settle a delivery that is still ours.
+    /// Begins to settle a delivery that is still ours, with one barrier.
     ///
-    /// `cancels`: the consumer is cancelled first, so that no further message is delivered.
-    /// `second_barrier`: see [`Settling::needs_second_barrier`].
-    pub fn new(cancels: bool, second_barrier: bool) -> Self {
+    /// `cancels`: the consumer is cancelled first, or was cancelled before, so that no further message is delivered.
+    pub fn new(cancels: bool) -> Self {
         let stage = if cancels { Stage::Cancelling } else { Stage::Settling };
-        Self { cancels, second_barrier, stage }
+        Self { cancels, second_barrier: false, stage }
     }
 
-    /// Whether a second barrier is needed to prove that the message has left the queue.
+    /// Asks for a second barrier, see [`Settling::needs_second_barrier`]. Call it before the first one is answered.
+    pub fn require_second_barrier(&mut self) {
+        self.second_barrier = true;
+    }
+
+    /// Whether a second barrier is needed to prove that the message has left the queue. `held` is the time from its
+    /// delivery to the reply to the first barrier.
     ///
     /// Since RabbitMQ 4.3 the queue, not the channel, watches the acknowledgement timeout. If the queue requeues the
     /// message while the settlement is on its way, the channel still answers the barrier, because the queue tells it
     /// about the timeout later: some tens of milliseconds, or seconds on a busy broker. Then the broker cancels the
     /// consumer or, if we have cancelled it, closes the channel, so that a second barrier gets no reply (seen with
     /// 4.3.6). We can't go by the broker's version, because a proxy reports its own. A requeue needs no proof.
-    pub fn needs_second_barrier(settlement: Settlement, ran: Duration, ack_timeout: Option<Duration>) -> bool {
+    pub fn needs_second_barrier(settlement: Settlement, held: Duration, ack_timeout: Option<Duration>) -> bool {
         let removes = matches!(settlement, Settlement::Ack | Settlement::DeadLetter);
         let safe =
             ack_timeout.map_or(SECOND_BARRIER_FROM, |timeout| timeout.mul_f64(SAFE_SHARE).min(SECOND_BARRIER_FROM));
-        removes && ran >= safe
+        removes && held >= safe
     }
 
     /// What to do now.

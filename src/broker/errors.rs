@@ -479,12 +479,12 @@ impl DeliveryLost {
     /// See `Settling::means_requeued`. The other message goes back to the queue when the connection ends.
     pub(super) fn delivered_again() -> Self {
         Self::because(
-            "the broker delivered another message, so it has requeued this one: its nodes have lost each other, or the \
-             queue's leader has changed",
+            "the broker delivered another message, so it has requeued this one; in a cluster, its nodes may have lost each \
+             other, or the queue's leader may have changed",
         )
     }
 
-    /// The broker has closed the channel because of the acknowledgement timeout; lapin doesn't report that.
+    /// The broker has closed the channel because of the acknowledgement timeout; lapin doesn't always say so.
     pub(super) fn timed_out(observed: &Observed) -> Self {
         Self::because(format!("acknowledgement timeout: {}", observed.what_to_raise()))
     }

@@ -3,7 +3,10 @@ use Settled::{Confirmed, Lost, Unconfirmed};
 
 /// Where these events lead, from the start.
 fn after(cancels: bool, second_barrier: bool, events: &[Event]) -> Step {
-    let mut settling = Settling::new(cancels, second_barrier);
+    let mut settling = Settling::new(cancels);
+    if second_barrier {
+        settling.require_second_barrier();
+    }
     for event in events {
         settling.happened(*event);
     }
@@ -90,7 +93,7 @@ fn what_happens_after_the_end_changes_nothing() {
     for (_, _, then) in everywhere(Event::Closed) {
         assert_eq!(then, Step::Done(Unconfirmed));
     }
-    let mut settling = Settling::new(true, false);
+    let mut settling = Settling::new(true);
     settling.happened(Event::Delivery { same: true });
     for event in [Event::Written, Event::Reply, Event::Cancelled, Event::Closed, Event::TimedOut] {
         settling.happened(event);

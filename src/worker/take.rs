@@ -23,7 +23,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     let at_once = options.drain.then_some(Duration::ZERO);
     let limit = options.wait.or(at_once);
     let mut waited = Duration::ZERO;
-    let (mut pause, mut failing_since) = (FIRST_PAUSE, Instant::now());
+    let (mut pause, mut failing_since) = (FIRST_PAUSE, None);
     loop {
         if !consumer.is_subscribed() {
             consumer.subscribe().await?;
@@ -39,8 +39,8 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
                 consumer.check_queue_survives(&lost.to_string())?;
                 // If every new connection is lost at once, slow down, and give up after --connect-timeout.
                 if subscribed.elapsed() > LONGEST_PAUSE {
-                    (pause, failing_since) = (FIRST_PAUSE, Instant::now());
-                } else if failing_since.elapsed() > options.broker.connect_timeout {
+                    (pause, failing_since) = (FIRST_PAUSE, None);
+                } else if failing_since.get_or_insert_with(Instant::now).elapsed() > options.broker.connect_timeout {
                     let limit = HumanDuration(options.broker.connect_timeout);
                     return Err(Failure::new(
                         Exit::Unavailable,

@@ -415,12 +415,13 @@ fn an_acknowledgement_timeout_that_waits_for_the_brokers_disk_is_75() {
     queue.publish("body");
     let proxy = Proxy::of(&broker);
     proxy.on(Direction::ToBroker, Method::BASIC_ACK, Action::Hold);
-    let run = behind(&proxy, &queue).shell("sleep 5.5").spawn();
+    let run = behind(&proxy, &queue).shell("sleep 1").spawn();
     proxy.wait_for(Direction::ToBroker, Method::BASIC_ACK);
     // Quorum queues write to disk through one process. Without it, they note the timeout, and do nothing about it yet.
     let stall = "spawn(fun() -> erlang:suspend_process(whereis(ra_log_wal)), timer:sleep(MILLISECONDS) end).";
     broker.ctl(&["eval", &stall.replace("MILLISECONDS", &timeout.as_millis().to_string())]).unwrap();
-    // The acknowledgement reaches the broker after the timeout, and before the end of the stall.
+    // The acknowledgement reaches the broker after the timeout, and before the end of the stall. The command has run for
+    // a second only, but the message is held for longer.
     std::thread::sleep(timeout - Duration::from_millis(1500));
     proxy.release();
     run.wait(PATIENCE).assert_status(75).assert_stderr("raise --ack-timeout");

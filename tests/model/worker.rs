@@ -419,9 +419,10 @@ impl Worker {
     fn settle(&mut self, system: &System, run: Run, ending: Option<Ending>, settlement: Settlement, cancels: bool) {
         // An already cancelled consumer gets no further message either.
         let cancels = cancels || !self.subscribed;
-        let second_barrier =
-            Settling::needs_second_barrier(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce);
-        let settling = Settling::new(cancels, second_barrier);
+        let mut settling = Settling::new(cancels);
+        if Settling::needs_second_barrier(settlement, system.ran(), None) && system.bug != Some(Bug::AsksOnce) {
+            settling.require_second_barrier();
+        }
         self.phase = Phase::Settling(UnderWay { run, ending, settling, asked: false, next: None });
         self.carry_out(system, true);
     }

@@ -19,11 +19,11 @@ use tokio::time::{Instant, sleep, timeout_at};
 /// (Erlang's net_ticktime of 60), and only then elects another one, which confirms.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// How long to wait between two barriers (see [`Settling::needs_second_barrier`]), for a command that ran this long:
-/// two percent of that, from a tenth of a second to a second. If the broker is so busy that its first reply took long,
-/// its channel hears of an acknowledgement timeout as late: then four times as long as the reply, up to 5 seconds.
-fn pause(ran: Duration, first_reply: Duration) -> Duration {
-    let share = (ran / 50).clamp(Duration::from_millis(100), Duration::from_secs(1));
+/// How long to wait between two barriers (see [`Settling::needs_second_barrier`]): two percent of the time that the
+/// message was held, from a tenth of a second to a second. If the broker is so busy that its first reply took long, its
+/// channel is told of an acknowledgement timeout just as late: then four times as long as the reply, up to 5 seconds.
+fn pause(held: Duration, first_reply: Duration) -> Duration {
+    let share = (held / 50).clamp(Duration::from_millis(100), Duration::from_secs(1));
     share.max((first_reply * 4).min(Duration::from_secs(5)))
 }
 
@@ -34,9 +34,9 @@ pub(super) async fn carry_out(
     settlement: Settlement,
     cancels: bool,
 ) -> (Settled, Option<DeliveryLost>) {
-    let ran = held.since.elapsed();
-    let twice = Settling::needs_second_barrier(settlement, ran, subscription.ack_timeout);
-    let mut machine = Machine { settling: Settling::new(cancels, twice), why: None };
+    // A cancelled consumer gets no further message either.
+    let cancels = cancels || subscription.consumer.is_none();
+    let mut machine = Machine { settling: Settling::new(cancels), why: None };
     let begin = Instant::now();
     let deadline = begin + SETTLE_TIMEOUT;
     // How long the settlement and the first barrier took, once that is answered.
@@ -54,19 +54,23 @@ pub(super) async fn carry_out(
             }
             let done = match step {
                 Step::Pause => {
-                    let pause = pause(ran, first_reply.unwrap_or_default());
+                    let pause = pause(held.since.elapsed(), first_reply.unwrap_or_default());
                     timeout_at(deadline, sleep(pause)).await.map(|()| Ok(Event::PauseOver))
                 }
                 _ => timeout_at(deadline, perform(subscription, held, settlement, step)).await,
             };
             if matches!(step, Step::Barrier | Step::Pause) {
-                // The broker sent this before its reply, so it counts first.
+                // What has arrived by now was sent before the reply, or during the pause: it counts first.
                 machine.note_arrivals(subscription, held, step, deadline).await;
             }
             match done {
                 Ok(Ok(event)) => {
-                    if event == Event::Reply {
-                        first_reply.get_or_insert(begin.elapsed());
+                    if event == Event::Reply && first_reply.is_none() {
+                        first_reply = Some(begin.elapsed());
+                        // Only now, as the reply may have taken long.
+                        if Settling::needs_second_barrier(settlement, held.since.elapsed(), subscription.ack_timeout) {
+                            machine.settling.require_second_barrier();
+                        }
                     }
                     machine.happened(event, None);
                 }
@@ -146,8 +150,8 @@ async fn perform(
     Ok(Event::Written)
 }
 
-/// `None` if the broker has delivered no other message; otherwise whether it is the one that is being settled. Also
-/// `false` if no other message was expected: then it doesn't matter which one it is, see [`Settling`].
+/// Whether the broker has delivered the message that is being settled again, if it has delivered any. It is `false`,
+/// too, if no delivery was due: then any one means that the broker has requeued the message, see [`Settling`].
 ///
 /// Without a cancel, the next message may come as soon as the broker has processed the acknowledgement. Only its
 /// content tells it apart from the message that is being settled. It is read ahead, and put back.
@@ -155,8 +159,8 @@ async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadl
     if !subscription.has_another() {
         return None;
     }
-    let expected = subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
-    if !expected || !subscription.connection.observed().redelivered {
+    let is_due = subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
+    if !is_due || !subscription.connection.observed().redelivered {
         return Some(false);
     }
     // If it doesn't arrive, the connection is lost, and the next step reports that.
@@ -171,8 +175,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pause_is_two_percent_of_the_run_and_longer_on_a_busy_broker() {
-        for (ran, first_reply, expected) in [
+    fn the_pause_is_two_percent_of_the_time_and_longer_on_a_busy_broker() {
+        for (held, first_reply, expected) in [
             (5000, 1, 100),
             (5000, 25, 100),
             (5000, 30, 120),
@@ -182,8 +186,8 @@ mod tests {
             (3_600_000, 300, 1200),
             (3_600_000, 30_000, 5000),
         ] {
-            let [ran, first_reply, expected] = [ran, first_reply, expected].map(Duration::from_millis);
-            assert_eq!(pause(ran, first_reply), expected, "{ran:?} {first_reply:?}");
+            let [held, first_reply, expected] = [held, first_reply, expected].map(Duration::from_millis);
+            assert_eq!(pause(held, first_reply), expected, "{held:?} {first_reply:?}");
         }
     }
 }

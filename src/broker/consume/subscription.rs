@@ -67,7 +67,7 @@ impl Subscription {
         deadline: Instant,
         give_up: oneshot::Receiver<()>,
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
-        const STAGE: &str = "waiting for the reply to basic.consume";
+        const STAGE: &str = "waiting for the broker to subscribe";
         {
             // Forget what an earlier consumer got on this connection.
             let mut observed = connection.observed();
@@ -158,12 +158,15 @@ impl Subscription {
         DeliveryLost::new(error, &self.connection)
     }
 
-    /// Why the second barrier got no reply. If the connection is still there, or lapin couldn't read why it was closed,
-    /// the reason is the acknowledgement timeout, see `Settling::needs_second_barrier`.
+    /// Why the second barrier got no reply. RabbitMQ 4.3.6 reports the acknowledgement timeout by closing the channel
+    /// with 406, and not the connection. lapin may be unable to read that close.
     pub(super) fn second_barrier_failed(&self, error: &lapin::Error) -> DeliveryLost {
-        if self.connection.is_connected() || self.connection.observed().closed_unreadably {
-            return DeliveryLost::timed_out(&self.connection.observed());
+        let observed = self.connection.observed();
+        let has_another_reason = observed.closed.as_ref().is_some_and(|refusal| refusal.code != 406);
+        if !has_another_reason && (self.connection.is_connected() || observed.closed_unreadably) {
+            return DeliveryLost::timed_out(&observed);
         }
+        drop(observed);
         self.delivery_lost(error)
     }
 

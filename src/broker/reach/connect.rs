@@ -118,7 +118,7 @@ impl Connector {
         let share = (left / 2).max(TCP_CONNECT).min(left);
         let opened = timeout(share, self.open(&address)).await;
         let opened = opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage)));
-        // A proxy logs in to the broker later: see `login_accepted`.
+        // A proxy logs in to the broker only when a channel is opened: then `Consumer` calls `login_accepted`.
         if opened.as_ref().is_ok_and(|connection| !connection.observed().is_another_product) {
             self.login_accepted();
         }
