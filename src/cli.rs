@@ -163,8 +163,8 @@ Examples:
             "--keep-going is only for --drain and --count"
         } else if self.keep_going && !dead_letters {
             "--keep-going needs --max-attempts or --reject-on: otherwise a message that always fails is consumed for ever"
-        // An address without --url before it would be looked up as a command, and the error would show its password.
         } else if self.command.first().is_some_and(parse::is_address) {
+            // It would be looked up as a command, and the error would show its password.
             "COMMAND is an amqp:// address: give it to --url"
         } else {
             return Ok(());

@@ -74,7 +74,7 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     }
 }
 
-/// On the main thread: the command gets its parent-death signal when the thread that started it ends.
+/// Runs `entry` on the main thread: the command gets its parent-death signal when the thread that started it ends.
 fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -89,7 +89,8 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
     status
 }
 
-/// On any thread, so that no work goes on half done. It is a defect, unless tokio or std got no thread or descriptor.
+/// Makes a panic on any thread end the process, so that no work goes on half done. A panic is a defect, unless tokio or
+/// std got no thread or descriptor.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
         let failure = match exit::shortage_behind(&panic.to_string()) {

@@ -149,7 +149,7 @@ impl RunSummary {
         }
     }
 
-    /// As in the log. A text that is too long is cut before them.
+    /// The fields at the end of the termination message, as in the log. If it is too long, the text before is cut.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {

@@ -75,10 +75,10 @@ pub struct Settling {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Stage {
     Cancelling,
-    Settling,
-    Asking,
+    Writing,
+    FirstBarrier,
     Pausing,
-    AskingAgain,
+    SecondBarrier,
     Done(Settled),
 }
 
@@ -87,7 +87,7 @@ impl Settling {
     ///
     /// `cancels`: the consumer is cancelled first, or was cancelled before, so that no further message is delivered.
     pub fn new(cancels: bool) -> Self {
-        let stage = if cancels { Stage::Cancelling } else { Stage::Settling };
+        let stage = if cancels { Stage::Cancelling } else { Stage::Writing };
         Self { cancels, second_barrier: false, stage }
     }
 
@@ -115,8 +115,8 @@ impl Settling {
     pub fn step(self) -> Step {
         match self.stage {
             Stage::Cancelling => Step::Cancel,
-            Stage::Settling => Step::Settle,
-            Stage::Asking | Stage::AskingAgain => Step::Barrier,
+            Stage::Writing => Step::Settle,
+            Stage::FirstBarrier | Stage::SecondBarrier => Step::Barrier,
             Stage::Pausing => Step::Pause,
             Stage::Done(settled) => Step::Done(settled),
         }
@@ -132,11 +132,11 @@ impl Settling {
             // The broker cancels the consumer of a deleted queue, and RabbitMQ 4.3 also after an acknowledgement
             // timeout. Whether the settlement came first is unknown.
             (_, Event::Cancelled | Event::Closed) => Stage::Done(Settled::Unconfirmed),
-            (Stage::Cancelling, Event::Written) => Stage::Settling,
-            (Stage::Settling, Event::Written) => Stage::Asking,
-            (Stage::Asking, Event::Reply) if self.second_barrier => Stage::Pausing,
-            (Stage::Asking | Stage::AskingAgain, Event::Reply) => Stage::Done(Settled::Confirmed),
-            (Stage::Pausing, Event::PauseOver) => Stage::AskingAgain,
+            (Stage::Cancelling, Event::Written) => Stage::Writing,
+            (Stage::Writing, Event::Written) => Stage::FirstBarrier,
+            (Stage::FirstBarrier, Event::Reply) if self.second_barrier => Stage::Pausing,
+            (Stage::FirstBarrier | Stage::SecondBarrier, Event::Reply) => Stage::Done(Settled::Confirmed),
+            (Stage::Pausing, Event::PauseOver) => Stage::SecondBarrier,
             (_, Event::TimedOut) => Stage::Done(Settled::Unconfirmed),
             (stage, Event::Written | Event::Reply | Event::PauseOver) => stage,
         };
@@ -146,7 +146,7 @@ impl Settling {
     /// only if the queue thinks that we hold nothing: for example a quorum queue whose leader has lost our node (seen
     /// with 4.0). It would drop our acknowledgement silently.
     fn means_requeued(self, stage: Stage, same: bool) -> bool {
-        let settled = !matches!(stage, Stage::Cancelling | Stage::Settling);
+        let settled = !matches!(stage, Stage::Cancelling | Stage::Writing);
         self.cancels || !settled || same
     }
 }

@@ -112,6 +112,13 @@ pub struct Policy {
     pub failure_exit_code: Option<u8>,
 }
 
+impl Policy {
+    /// The status of a run with `--keep-going` that has dead-lettered a message.
+    pub fn status_of_dead_letters(&self) -> u8 {
+        self.reject_exit_code.unwrap_or(1)
+    }
+}
+
 /// What the decision depends on, besides the options.
 #[derive(Clone, Copy, Debug)]
 pub struct CommandResult {
@@ -152,16 +159,16 @@ pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     use Settlement::{Ack, DeadLetter, Release, Requeue};
     let unconfirmed = Exit::Unconfirmed.status();
     let timed_out = result.stop == Some(StopReason::TimeLimit);
+    let status = if timed_out { Exit::TimedOut.status() } else { result.ended.status() };
     // 124 is qconsume's own status, so `--failure-exit-code` doesn't replace it.
-    let own = if timed_out { Exit::TimedOut.status() } else { result.ended.status() };
-    let failed = policy.failure_exit_code.filter(|_| !timed_out).unwrap_or(own);
+    let failed = policy.failure_exit_code.filter(|_| !timed_out).unwrap_or(status);
     let (settlement, status, status_if_unconfirmed) = if !result.still_owned {
         (None, unconfirmed, unconfirmed)
     } else if result.ended == Ended::Exited(0) && !timed_out {
         (Some(Ack), 0, unconfirmed)
     } else if matches!(result.stop, Some(StopReason::Signal(_))) {
         (Some(Release), failed, failed)
-    } else if rejects(own, result.failures_before, policy) {
+    } else if rejects(status, result.failures_before, policy) {
         // It tells a Job that this message is done, which is so only if the broker has confirmed.
         let status = policy.reject_exit_code.unwrap_or(failed);
         (Some(DeadLetter), status, failed)
@@ -196,7 +203,7 @@ pub enum Next {
 }
 
 impl RunState {
-    /// After a confirmed settlement. Also called before it, as the last message's consumer is cancelled first.
+    /// What comes after a confirmed settlement. Also asked before it: if nothing comes, the consumer is cancelled first.
     pub fn next(self, verdict: Verdict, failures_before: Option<u64>) -> Next {
         let done = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
         let all_done = self.to_do.is_some_and(|to_do| to_do <= u64::from(done));

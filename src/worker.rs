@@ -46,7 +46,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     };
     let summary = worker.with_queue(worker.with_tally(summary));
     summary.report();
-    // From here on a signal only shortens the closing. This drops earlier ones, which mustn't.
+    // A signal that comes now cuts the closing short. One that came earlier must not, so it is dropped here.
     let _ = signals.read_stop();
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
     Ok(summary.status)
@@ -158,7 +158,7 @@ impl Worker {
             Outcome::DeadLettered => {
                 self.tally.dead_lettered += 1;
                 if self.options.keep_going {
-                    allocator::note_dead_lettered(self.options.policy.reject_exit_code.unwrap_or(1));
+                    allocator::note_dead_lettered(self.options.policy.status_of_dead_letters());
                 }
             }
             _ => {}
@@ -289,7 +289,7 @@ impl Worker {
     fn with_tally(&self, mut summary: RunSummary) -> RunSummary {
         if self.options.keep_going {
             summary.text = self.tally.describe(&summary.text);
-            let status = self.options.policy.reject_exit_code.unwrap_or(1);
+            let status = self.options.policy.status_of_dead_letters();
             if self.tally.dead_lettered > 0 && status != 0 && summary.status != status {
                 (summary.source, summary.status) = (Program::current().name(), status);
             }

@@ -189,7 +189,7 @@ pub struct ConnectError {
     pub(super) login_refused: bool,
 }
 
-/// A failure is transient if its status is `Unavailable`.
+/// A failure is transient if its status is `Unavailable`, unless the table says otherwise.
 impl From<Failure> for ConnectError {
     fn from(failure: Failure) -> Self {
         Self { transient: failure.exit == Exit::Unavailable, failure, login_refused: false }
@@ -444,25 +444,25 @@ fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryLost {
     text: String,
-    /// The next message can't be read, and every new connection would get it again.
-    pub unreadable: bool,
+    /// The run ends: the next message can't be read or delivered, and every new connection would get it again.
+    pub ends_run: bool,
 }
 
 impl DeliveryLost {
     pub(super) fn because(text: impl Into<String>) -> Self {
-        Self { text: text.into(), unreadable: false }
+        Self { text: text.into(), ends_run: false }
     }
 
     /// The run ends here, as another attempt would count towards the queue's delivery limit.
     pub(super) fn cut_short_again(self) -> Self {
         let text = format!("two connections were lost while it arrived; the last error: {}", self.text);
-        Self { text, unreadable: true }
+        Self { text, ends_run: true }
     }
 
     pub(super) fn new(error: &lapin::Error, connection: &OpenConnection) -> Self {
         let observed = connection.observed();
         if let Some(problem) = &observed.unreadable {
-            return Self { text: problem.clone(), unreadable: true };
+            return Self { text: problem.clone(), ends_run: true };
         }
         let Some(refusal) = observed.refusal(error) else {
             return Self::because(described(error));
@@ -493,7 +493,7 @@ impl DeliveryLost {
     pub(super) fn ended(observed: &Observed) -> Self {
         const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
         match (&observed.unreadable, &observed.closed) {
-            (Some(problem), _) => Self { text: problem.clone(), unreadable: true },
+            (Some(problem), _) => Self { text: problem.clone(), ends_run: true },
             (None, Some(refusal)) if !observed.cancelled => {
                 Self::because(format!("the broker closed the channel or the connection: {refusal}"))
             }

@@ -16,10 +16,12 @@ use std::{path::PathBuf, time::Duration};
 const AMQP_URL: &str = "AMQP_URL";
 
 /// What `--hide-url` removes from the command's environment: the broker's address and everything to log in with.
-pub(super) const SECRETS: [&str; 7] = [
+pub(super) const SECRETS: [&str; 9] = [
     "BROKER_URL",
     "BROKER_URL_FILE",
     AMQP_URL,
+    "QCONSUME_SERVER",
+    "QCONSUME_USERNAME",
     "QCONSUME_PASSWORD",
     "QCONSUME_PASSWORD_FILE",
     "QCONSUME_AUTHFILE",

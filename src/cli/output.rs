@@ -58,7 +58,8 @@ impl OutputOptions {
 
     /// Starts the log after a usage error, with the log options that can be parsed.
     pub(crate) fn start_as_understood(arguments: &[OsString]) {
-        // clap stops at the first error, so it gets the log's options only.
+        // clap stops at the first error, so it gets the log's options only. Without `--` before COMMAND, also those of
+        // COMMAND: harmless, as only the error is logged.
         let mut words = arguments.iter().take_while(|word| *word != "--");
         let mut own = Vec::new();
         while let Some(word) = words.next() {

@@ -89,14 +89,14 @@ impl Given<'_> {
         }
     }
 
-    /// An error about such a value would show the password. Names of files and queues never look like an address.
+    /// Refuses an amqp:// address in an option that takes none: a later error would quote it with its password.
     fn refuse_misplaced_addresses(&self) -> Result<(), Failure> {
-        const ALLOWED: [&str; 9] =
+        const MAY_HOLD_ONE: [&str; 9] =
             ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
         for arg in self.command.get_arguments() {
             let id = arg.get_id().as_str();
             let mut given = self.matches.get_raw(id).into_iter().flatten();
-            if !ALLOWED.contains(&id) && given.any(is_address) {
+            if !MAY_HOLD_ONE.contains(&id) && given.any(is_address) {
                 return Err(Failure::usage(format!(
                     "{} is an amqp:// address, which goes to BROKER_URL or --url",
                     self.name(id)
@@ -136,7 +136,7 @@ fn short_help<O: Options>() -> String {
 /// # Errors
 /// 64 for a usage error, 78 for a file that can't be read.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    // Built once, and without the texts at the help's end: nothing else before the connection takes as long.
+    // Building clap's command takes longer than anything else before the connection: once, and without the help's end.
     let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,

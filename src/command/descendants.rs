@@ -71,8 +71,8 @@ fn read_all() -> Vec<Stat> {
 /// and PID 1 gets those of every `docker exec`. A child is a stranger if it
 /// - existed before the command, or
 /// - is in our own process group while the command has another one, or
-/// - is in a group or session that existed before the command, except our own session. The command's processes can
-///   join no older session, and an older group only in our session and by its number (setpgid(2)).
+/// - is in a group or session that existed before the command, except our own session: a process can't join an older
+///   session, and an older group only on purpose, in our session (setpgid(2)).
 ///
 /// Two kinds of strangers can't be told apart from the command's orphans: orphans of a stranger in a new session, and
 /// those of a `docker exec` that began while the command ran.

@@ -47,7 +47,7 @@ impl Reaper {
         let background = reaper.clone();
         tokio::spawn(async move {
             while ended.recv().await.is_some() {
-                while background.sweep() == Children::MoreEnded {
+                while background.sweep() == Children::LimitReached {
                     yield_now().await;
                 }
             }
@@ -59,7 +59,8 @@ impl Reaper {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Call it with no await after the start: the background task drops the status of a child that isn't watched.
+    /// Call this right after the child's start, without an await in between: the background task reaps every child, and
+    /// drops the status of one that isn't watched.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
         self.state().watched = Some((child, sender));
@@ -86,7 +87,7 @@ impl Reaper {
             }
             self.reaped.notify_one();
         }
-        Children::MoreEnded
+        Children::LimitReached
     }
 }
 
@@ -94,8 +95,8 @@ impl Reaper {
 pub(super) enum Children {
     None,
     Running,
-    /// Perhaps some that have ended, too: this sweep has reached its limit.
-    MoreEnded,
+    /// This sweep has reaped as many as it may. More may have ended.
+    LimitReached,
 }
 
 enum Peek {

@@ -192,7 +192,7 @@ impl Process for RunningCommand {
                 Children::None => return,
                 Children::Running if self.descendants().processes.is_empty() => return,
                 Children::Running => self.reaper.reaped().await,
-                Children::MoreEnded => {}
+                Children::LimitReached => {}
             }
             // If children end faster than they are reaped, nothing above waits: give signals and heartbeats a turn.
             yield_now().await;

@@ -23,8 +23,9 @@ const CHUNK: usize = 1 << 20;
 /// A pipe that contains the whole body, or a file if the body is too large for a pipe. Fails with 71, whatever the
 /// system refuses: the command is not to blame.
 ///
-/// If the command already ran and qconsume were killed while writing, it could take a part for all of the body: the
-/// pipe is closed before the parent-death signal comes (seen in 10 of 300 runs on a busy machine).
+/// It is complete before the command starts. If qconsume were killed while the command reads, the command would take
+/// what is written for the whole body: the pipe's end comes before the parent-death signal (seen in 10 of 300 runs on a
+/// busy machine).
 pub fn stdin_with(body: Vec<u8>) -> Result<OwnedFd, Failure> {
     let what =
         format!("the command can't be started: its message of {} bytes can't be put on its standard input", body.len());

@@ -1,7 +1,6 @@
 //! Writes log lines without ever waiting for a reader: a thread writes what can't be written at once.
 
 use super::log::Lines;
-use nix::sys::signal::SigSet;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, ReadWriteFlags, pwritev2, write},
@@ -106,8 +105,6 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
     }
 
     fn run(&self) {
-        // The signalfd would miss a signal that is delivered to this thread.
-        let _ = SigSet::all().thread_block();
         let mut backlog = self.backlog();
         loop {
             while let Some(line) = self.next(&mut backlog) {

@@ -34,7 +34,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
         let left = limit.map(|limit| limit.saturating_sub(waited));
         match wait(consumer, left, options.drain).await {
             Ok(taken) => return Ok(taken),
-            Err(lost) if lost.unreadable => return Err(lost.unreadable_in(consumer.queue())),
+            Err(lost) if lost.ends_run => return Err(lost.unreadable_in(consumer.queue())),
             Err(lost) => {
                 consumer.check_queue_survives(&lost.to_string())?;
                 // If every new connection is lost at once, slow down, and give up after --connect-timeout.

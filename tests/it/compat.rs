@@ -383,6 +383,8 @@ fn hide_url_keeps_the_address_and_passwords_from_the_command() {
     let password_file = password_file.display().to_string();
     let secrets = [
         ("AMQP_URL", "amqp://u:hunter2@h"),
+        ("QCONSUME_SERVER", "hunter2.example"),
+        ("QCONSUME_USERNAME", "hunter2"),
         ("QCONSUME_PASSWORD", "hunter2"),
         ("QCONSUME_PASSWORD_FILE", &password_file),
         ("QCONSUME_AUTHFILE", "/run/hunter2"),

@@ -287,7 +287,7 @@ impl Consumer {
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
         let mid_delivery = self.subscription().has_another();
         self.close().await;
-        if self.note_lost_mid_delivery(mid_delivery) && !lost.unreadable { lost.cut_short_again() } else { lost }
+        if self.note_lost_mid_delivery(mid_delivery) && !lost.ends_run { lost.cut_short_again() } else { lost }
     }
 
     /// Returns whether a message was cut short for the second time. Then the run ends: every try counts towards the

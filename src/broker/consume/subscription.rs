@@ -111,7 +111,8 @@ impl Subscription {
         connection
     }
 
-    /// The end may show among the deliveries, the connection's events, or both. Dropping the future loses nothing.
+    /// The next delivery, or why there is none: lapin 4.12 reports the subscription's end among the deliveries, the
+    /// connection's events, or both. Dropping the future loses nothing.
     pub(super) async fn next_delivery(&mut self) -> Result<Delivery, DeliveryLost> {
         if let Some(delivery) = self.read_ahead.take() {
             return Ok(delivery);
@@ -234,7 +235,7 @@ impl Subscription {
     }
 }
 
-/// The message is here once the reply is, so dropping the future loses nothing. lapin 4.12 takes the end of the channel
+/// Called once the reply to the cancel is here. The message is here then, too, so dropping the future loses nothing. lapin 4.12 takes the end of the channel
 /// or of the connection for a reply, too: then the stream ends with the error, and the broker requeues the message.
 async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
     let mut message = None;
@@ -288,7 +289,7 @@ async fn consume(
     let mut arguments = FieldTable::default();
     // Only streams refuse this, and must be refused: their messages can't be settled (seen with RabbitMQ 3.10 and 4.3,
     // and LavinMQ). For other queues 0 is the default.
-    if connection.observed().refuses_streams {
+    if connection.observed().priority_excludes_streams {
         arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     }
     if let Some(limit) = ack_timeout {

@@ -26,8 +26,9 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) version: Option<Version>,
     /// Another broker, or a proxy that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
-    /// Whether streams refuse `x-priority`, and 0 is other queues' default: not Qpid Broker-J's, by its manual.
-    pub(in crate::broker) refuses_streams: bool,
+    /// Streams refuse `x-priority`, and 0 is the default of all other queues. So it keeps us from consuming a stream. (In
+    /// Qpid Broker-J 0 isn't the default, by its manual.)
+    pub(in crate::broker) priority_excludes_streams: bool,
     /// For the login, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
     /// Proposed interval, in seconds; 0 is none.
@@ -121,7 +122,7 @@ impl Observed {
         match method {
             Ok(AMQPClass::Connection(Co::Start(start))) => {
                 let product = property(&start, "product");
-                self.refuses_streams =
+                self.priority_excludes_streams =
                     product.as_deref().is_none_or(|product| ["RabbitMQ", "LavinMQ", "AMQProxy"].contains(&product));
                 self.is_another_product = product.is_some_and(|product| product != "RabbitMQ");
                 self.version = version(&start).filter(|_| !self.is_another_product);
