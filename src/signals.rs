@@ -8,6 +8,7 @@ use nix::{
         signal::{SigSet, SigmaskHow, Signal, sigprocmask},
         signalfd::{SfdFlags, SignalFd},
     },
+    unistd::{getpid, getsid},
 };
 use std::{collections::VecDeque, future::pending, io};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -34,8 +35,8 @@ pub fn hold() -> io::Result<()> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     pub signal: Signal,
-    /// Whether the kernel sent it, as it does for a key on a terminal: then the whole foreground group has got it.
-    pub from_terminal: bool,
+    /// Whether a terminal sent it to our whole process group, as it does for a key or a new size of its window.
+    pub to_our_group: bool,
 }
 
 #[derive(Debug)]
@@ -72,10 +73,11 @@ impl Signals {
         self.stopped_by
     }
 
-    /// Call this after starting a command: it hasn't got older signals, even those of a terminal to our whole group.
+    /// Call this right after starting a command. It hasn't got the signals that came before, not even those to our whole
+    /// group.
     pub fn command_started(&mut self) {
         while let Some(received) = self.source.try_next() {
-            self.read_ahead.push_back(Received { from_terminal: false, ..received });
+            self.read_ahead.push_back(Received { to_our_group: false, ..received });
         }
     }
 
@@ -128,7 +130,14 @@ impl Source {
 fn read(fd: &SignalFd) -> io::Result<Received> {
     let info = fd.read_signal()?.ok_or(io::ErrorKind::WouldBlock)?;
     let signal = Signal::try_from(info.ssi_signo.cast_signed())?;
-    Ok(Received { signal, from_terminal: info.ssi_code == libc::SI_KERNEL })
+    let from_kernel = info.ssi_code == libc::SI_KERNEL;
+    Ok(Received { signal, to_our_group: from_kernel && !(signal == Signal::SIGHUP && leads_session()) })
+}
+
+/// Then a SIGHUP of the kernel is for us alone: a terminal that hangs up tells only the session's leader. Its foreground
+/// group gets SIGHUP at the leader's exit (seen with Linux 6.18).
+fn leads_session() -> bool {
+    getsid(None) == Ok(getpid())
 }
 
 /// Starts to read signals, from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were

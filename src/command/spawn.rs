@@ -20,7 +20,7 @@ use nix::{
         prctl::set_pdeathsig,
         signal::{SigSet, Signal, kill},
     },
-    unistd::{Pid, getpid, getppid},
+    unistd::{Pid, getpgid, getpgrp, getpid, getppid},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -43,8 +43,8 @@ const SIGSET_BYTES: usize = 8;
 #[derive(Debug)]
 pub struct RunningCommand {
     leader: Pid,
-    /// Whether it is in our own process group instead of one of its own.
-    shares_group: bool,
+    /// Whether it was started in our own process group instead of one of its own.
+    started_in_our_group: bool,
     strangers: Strangers,
     ended: oneshot::Receiver<Ended>,
     reaper: Reaper,
@@ -63,13 +63,13 @@ impl RunningCommand {
         input: OwnedFd,
         reaper: &Reaper,
     ) -> Result<Self, Failure> {
-        let shares_group = Stat::own().is_some_and(|own| own.foreground == own.group);
-        let strangers = Strangers::find(shares_group, reaper.sweep() != Children::None);
+        let started_in_our_group = Stat::own().is_some_and(|own| own.foreground == own.group);
+        let strangers = Strangers::find(started_in_our_group, reaper.sweep() != Children::None);
         let mut command = process::Command::new(path);
         command.arg0(&words[0]).args(&words[1..]);
         command.env_clear().envs(environment(variables));
         command.stdin(input);
-        if !shares_group {
+        if !started_in_our_group {
             command.process_group(0);
         }
         prepare(&mut command);
@@ -90,7 +90,13 @@ impl RunningCommand {
         })?;
         allocator::note_command_started();
         let leader = Pid::from_raw(started.id().cast_signed());
-        Ok(Self { leader, shares_group, strangers, ended: reaper.watch(leader), reaper: reaper.clone() })
+        Ok(Self { leader, started_in_our_group, strangers, ended: reaper.watch(leader), reaper: reaper.clone() })
+    }
+
+    /// Then another process may get the command's number, so the command must not be signalled any more.
+    fn is_reaped(&self) -> bool {
+        // The reaper has sent the status, and it is received or not.
+        self.ended.is_terminated() || !self.ended.is_empty()
     }
 
     fn descendants(&self) -> Descendants {
@@ -150,18 +156,14 @@ impl Process for RunningCommand {
     }
 
     fn shares_group(&self) -> bool {
-        self.shares_group
+        !self.is_reaped() && getpgid(Some(self.leader)) == Ok(getpgrp())
     }
 
     fn signal(&self, target: Target, signal: Signal) {
-        // After it is reaped, another process may get its number. Its status is received then, or waits to be.
-        let reaped = self.ended.is_terminated() || !self.ended.is_empty();
-        if target != Target::Descendants && reaped {
-            return;
-        }
         match target {
+            Target::Leader | Target::Group if self.is_reaped() => {}
             Target::Leader => send(signal, self.leader),
-            Target::Group if !self.shares_group => send(signal, Pid::from_raw(-self.leader.as_raw())),
+            Target::Group if !self.started_in_our_group => send(signal, Pid::from_raw(-self.leader.as_raw())),
             Target::Group => {
                 // Our group includes ourselves and the rest of a shell's pipeline, so signal each process.
                 let mut found = self.descendants();
@@ -173,6 +175,11 @@ impl Process for RunningCommand {
             }
             Target::Descendants => {
                 signal_all(&self.descendants(), signal);
+            }
+            Target::DescendantsElsewhere => {
+                let (mut found, ours) = (self.descendants(), getpgrp());
+                found.processes.retain(|process| process.group != ours);
+                signal_all(&found, signal);
             }
         }
     }

@@ -26,12 +26,15 @@ pub enum Target {
     Leader,
     /// Everything that the command has started, in any group and session.
     Descendants,
+    /// What the command has started, except those processes that are in our own process group now.
+    DescendantsElsewhere,
 }
 
 pub trait Process {
     /// Dropping the future loses nothing.
     fn ended(&mut self) -> impl Future<Output = Ended>;
-    /// Whether it is in our own process group, and so gets the signals that a terminal sends us.
+    /// Whether it is in our own process group now, and so gets what is sent to that group. It may leave the group at any
+    /// time, as timeout(1) does.
     fn shares_group(&self) -> bool;
     fn signal(&self, target: Target, signal: Signal);
     /// Counts the processes that it has left behind. It may miss some that fork and exit faster than it counts.
@@ -81,7 +84,7 @@ pub struct Limits {
 }
 
 /// Waits until `process` and everything that it has started have ended. `lost_future` ends when the delivery is lost.
-/// Returns how it ended, what asked it to stop first, and why the delivery was lost.
+/// Returns how it ended, the first reason to stop it that came before its end, and why the delivery was lost.
 pub async fn supervise<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
@@ -95,6 +98,7 @@ pub async fn supervise<L: std::fmt::Display>(
     // When to send SIGKILL, and the option that says so.
     let mut kill_at: Option<(Instant, &'static str)> = None;
     let mut stop_reminder: Option<Reminder> = None;
+    let mut is_killed = false;
 
     let ended = loop {
         tokio::select! {
@@ -113,8 +117,10 @@ pub async fn supervise<L: std::fmt::Display>(
                 }
                 lost = Some(why);
             }
-            Received { signal, from_terminal } = signals.recv() => {
-                let already_received = from_terminal && process.shares_group();
+            // Before the signals: one that comes after the command's end is for what it has left behind.
+            ended = process.ended() => break ended,
+            Received { signal, to_our_group } = signals.recv() => {
+                let already_received = to_our_group && process.shares_group();
                 if is_stop(signal) {
                     if !already_received {
                         tracing::debug!("forwarding {signal} to the command's process group");
@@ -129,13 +135,13 @@ pub async fn supervise<L: std::fmt::Display>(
                     process.signal(Target::Leader, signal);
                 }
             }
-            ended = process.ended() => break ended,
             () = sleep_until_or_never(kill_at.map(|(at, _)| at)) => {
                 let option = kill_at.map_or("", |(_, option)| option);
                 tracing::warn!("the command did not exit within {option}: sending SIGKILL to its process group");
                 process.signal(Target::Group, Signal::SIGKILL);
                 kill_at = None;
-                stop_reminder = None;
+                is_killed = true;
+                stop_reminder = Some(Reminder::default());
             }
             () = sleep_until_or_never(time_limit) => {
                 tracing::warn!("--timeout reached: sending SIGTERM to the command");
@@ -146,6 +152,13 @@ pub async fn supervise<L: std::fmt::Display>(
                 stop.get_or_insert(StopReason::TimeLimit);
             }
             since = due(&mut stop_reminder) => {
+                if is_killed {
+                    tracing::warn!(
+                        "the command still runs {} after SIGKILL; a device or a network file system may hold it up",
+                        HumanDuration(since)
+                    );
+                    continue;
+                }
                 let then = match (kill_at, time_limit) {
                     (Some((at, _)), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
                     (None, Some(at)) => format!("its time limit ends in {}", HumanDuration(at - Instant::now())),
@@ -165,20 +178,21 @@ pub async fn supervise<L: std::fmt::Display>(
         let time_limit = time_limit.map(|at| (at, "--timeout"));
         let kill_after = (Instant::now() + limits.kill_after, "--kill-after");
         let deadline = [kill_at, time_limit].into_iter().flatten().fold(kill_after, Ord::min);
-        let_finish(process, limits, signals, lost_future, deadline, (&mut stop, &mut lost)).await;
+        let_finish(process, limits, signals, lost_future, deadline, &mut lost).await;
     }
     kill_all_descendants(process).await;
     (ended, stop, lost)
 }
 
-/// Waits for what a successful command left behind, until the deadline. Only a lost delivery changes the success.
+/// Waits for what a successful command left behind, until the deadline. Only a lost delivery changes the success: it is
+/// set in `lost`. A stop signal came too late for the command, and is forwarded to what it left behind.
 async fn let_finish<L: std::fmt::Display>(
     process: &mut impl Process,
     limits: &Limits,
     signals: &mut Signals,
     mut lost_future: Pin<&mut impl Future<Output = L>>,
     mut deadline: (Instant, &'static str),
-    (stop, lost): (&mut Option<StopReason>, &mut Option<L>),
+    lost: &mut Option<L>,
 ) {
     let started = Instant::now();
     loop {
@@ -192,15 +206,17 @@ async fn let_finish<L: std::fmt::Display>(
                 }
             }
             () = process.descendants_ended() => return,
-            Received { signal, from_terminal } = signals.recv() => {
+            Received { signal, to_our_group } = signals.recv() => {
                 if !is_stop(signal) {
                     continue;
                 }
-                if !(from_terminal && process.shares_group()) {
+                if to_our_group {
+                    tracing::debug!("forwarding {signal} to what the command left behind in other process groups");
+                    terminate(process, Target::DescendantsElsewhere, signal);
+                } else {
                     tracing::debug!("forwarding {signal} to the processes that the command left behind");
                     terminate(process, Target::Descendants, signal);
                 }
-                stop.get_or_insert(StopReason::Signal(signal as i32));
                 if let Some(grace) = limits.grace {
                     deadline = deadline.min((Instant::now() + grace, "--grace"));
                 }

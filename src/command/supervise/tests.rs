@@ -13,6 +13,8 @@ const SECOND: Duration = Duration::from_secs(1);
 struct Fake {
     ends_at: Option<(Instant, Ended)>,
     dies_of: Vec<(Signal, Duration)>,
+    /// How long a device keeps it alive after SIGKILL.
+    held_up: Duration,
     seen: RefCell<Vec<(Target, Signal, Duration)>>,
     dying: RefCell<Option<(Instant, Ended)>>,
     shares_group: bool,
@@ -29,6 +31,7 @@ impl Fake {
         Self {
             ends_at: None,
             dies_of: dies_of.to_vec(),
+            held_up: Duration::ZERO,
             seen: RefCell::default(),
             dying: RefCell::default(),
             shares_group: false,
@@ -102,7 +105,7 @@ impl Process for Fake {
     fn signal(&self, target: Target, signal: Signal) {
         self.seen.borrow_mut().push((target, signal, self.started.elapsed()));
         let delay = match signal {
-            Signal::SIGKILL => Some(Duration::ZERO),
+            Signal::SIGKILL => Some(self.held_up),
             _ => self.dies_of.iter().find(|(s, _)| *s == signal).map(|(_, delay)| *delay),
         };
         if let Some(delay) = delay {
@@ -120,14 +123,14 @@ fn signals(at: &[(u64, Signal)]) -> Signals {
     signals_from(false, at)
 }
 
-fn signals_from(from_terminal: bool, at: &[(u64, Signal)]) -> Signals {
+fn signals_from(to_our_group: bool, at: &[(u64, Signal)]) -> Signals {
     let (sender, receiver) = mpsc::unbounded_channel();
     let at = at.to_vec();
     tokio::spawn(async move {
         let start = Instant::now();
         for (seconds, signal) in at {
             sleep_until(start + seconds as u32 * SECOND).await;
-            let _ = sender.send(Received { signal, from_terminal });
+            let _ = sender.send(Received { signal, to_our_group });
         }
         pending::<()>().await;
     });
@@ -250,7 +253,7 @@ async fn a_loss_seen_in_the_same_moment_as_the_end_is_a_loss() {
 async fn a_signal_seen_in_the_same_moment_as_the_end_is_an_eviction() {
     let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(3));
     let (sender, receiver) = mpsc::unbounded_channel();
-    let received = Received { signal: Signal::SIGTERM, from_terminal: false };
+    let received = Received { signal: Signal::SIGTERM, to_our_group: false };
     sender.send(received).unwrap();
     let (ended, stop, _) = supervise(&mut process, &limits(), &mut Signals::injected(receiver), never()).await;
     assert_eq!(stop, Some(StopReason::Signal(15)));
@@ -359,6 +362,24 @@ async fn a_command_that_does_not_stop_is_mentioned_at_growing_intervals() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_command_that_a_device_holds_up_is_mentioned_even_after_sigkill() {
+    let (said, _guard) = crate::report::tests::Said::listen();
+    let mut process = Fake::new(&[]);
+    process.held_up = 30 * SECOND;
+    let limits = Limits { timeout: Some(SECOND), ..limits() };
+    let (ended, ..) = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
+    assert_eq!(ended, Ended::Killed(9));
+    let mut mentions = said.lines();
+    mentions.retain(|line| line.contains("still runs"));
+    assert_eq!(
+        mentions,
+        ["10s", "20s"].map(|time| format!(
+            "the command still runs {time} after SIGKILL; a device or a network file system may hold it up"
+        ))
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_a_success_leaves_may_finish_within_kill_after() {
     let (said, _guard) = crate::report::tests::Said::listen();
     for (until, limit, killed) in [
@@ -409,10 +430,22 @@ async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     let mut signals = signals(&[(3, Signal::SIGUSR1), (4, Signal::SIGTERM)]);
     let (ended, stop, _) = supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(ended, Ended::Exited(0));
-    assert_eq!(stop, Some(StopReason::Signal(15)));
+    // The command had already ended.
+    assert_eq!(stop, None);
     assert_eq!(process.signals(), [(Target::Descendants, Signal::SIGTERM, 4)]);
     assert_eq!(*process.descendants_killed.borrow(), [6]);
     assert!(said.lines().iter().any(|line| line.contains("5s after it succeeded (--grace)")), "{:?}", said.lines());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_signal_seen_in_the_same_moment_as_the_success_reaches_what_is_left() {
+    let mut process = Fake::new(&[]).ending(Duration::ZERO, Ended::Exited(0)).leaving(1, 5);
+    let (sender, receiver) = mpsc::unbounded_channel();
+    sender.send(Received { signal: Signal::SIGTERM, to_our_group: false }).unwrap();
+    let (_, stop, _) = supervise(&mut process, &limits(), &mut Signals::injected(receiver), never()).await;
+    // Too late for the command: after its success it didn't stop because of the signal.
+    assert_eq!(stop, None);
+    assert_eq!(process.signals(), [(Target::Descendants, Signal::SIGTERM, 0)]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -453,4 +486,14 @@ async fn what_a_terminal_has_sent_to_both_is_not_sent_again() {
         let sent: Vec<_> = process.signals().iter().map(|sent| sent.1).collect();
         assert_eq!(sent, expected);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_terminal_has_sent_to_our_group_is_sent_to_what_is_left_elsewhere() {
+    let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 10);
+    process.shares_group = true;
+    let mut signals = signals_from(true, &[(5, Signal::SIGINT)]);
+    let (_, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
+    assert_eq!(stop, None);
+    assert_eq!(process.signals(), [(Target::DescendantsElsewhere, Signal::SIGINT, 5)]);
 }

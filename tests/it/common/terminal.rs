@@ -1,13 +1,14 @@
 //! A terminal on which a test types, and whose output it reads.
 
 use pty_process::blocking::{Command, Pty, open};
+use rustix::event::{PollFd, PollFlags, poll};
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{PipeWriter, Read, Write, pipe},
     os::fd::{AsFd, OwnedFd},
     process::{Child, ExitStatus},
     sync::mpsc::{Receiver, channel},
-    thread,
+    thread::{self, JoinHandle},
     time::Instant,
 };
 use testbed::{PATIENCE, eventually, owner};
@@ -16,8 +17,11 @@ use testbed::{PATIENCE, eventually, owner};
 pub struct Terminal {
     keys: Pty,
     output: Receiver<Vec<u8>>,
+    reader: JoinHandle<()>,
+    /// The reader ends when this is closed.
+    end_of_reader: PipeWriter,
     seen: String,
-    pub leader: Child,
+    pub leader: Leader,
 }
 
 impl Terminal {
@@ -35,17 +39,32 @@ impl Terminal {
             .unwrap();
         let (sender, output) = channel();
         let screen: OwnedFd = keys.as_fd().try_clone_to_owned().unwrap();
-        thread::spawn(move || {
+        let (ends, end_of_reader) = pipe().unwrap();
+        let reader = thread::spawn(move || {
             let mut screen = File::from(screen);
             let mut piece = [0; 4096];
-            // When the last process has exited, reading fails with EIO.
-            while let Ok(size @ 1..) = screen.read(&mut piece) {
+            loop {
+                let mut both = [PollFd::new(&screen, PollFlags::IN), PollFd::new(&ends, PollFlags::IN)];
+                poll(&mut both, None).unwrap();
+                if !both[1].revents().is_empty() {
+                    return;
+                }
+                // When the last process has exited, reading fails with EIO.
+                let Ok(size @ 1..) = screen.read(&mut piece) else { return };
                 if sender.send(piece[..size].to_vec()).is_err() {
                     return;
                 }
             }
         });
-        Self { keys, output, seen: String::new(), leader }
+        Self { keys, output, reader, end_of_reader, seen: String::new(), leader: Leader(leader) }
+    }
+
+    /// Closes the terminal, as a broken ssh connection does. Returns the session's leader.
+    pub fn hang_up(self) -> Leader {
+        drop(self.end_of_reader);
+        // The terminal is closed when the reader's descriptor is, too.
+        self.reader.join().unwrap();
+        self.leader
     }
 
     pub fn press(&mut self, keys: &str) {
@@ -73,16 +92,29 @@ impl Terminal {
 
     #[track_caller]
     pub fn wait_end(&mut self) -> ExitStatus {
-        let ended = eventually(PATIENCE, || self.leader.try_wait().unwrap().is_some());
-        assert!(ended, "still runs: {}", self.seen);
-        self.leader.wait().unwrap()
+        self.leader.wait_end(&self.seen)
     }
 }
 
-impl Drop for Terminal {
+/// The session's leader. It is killed when this is dropped: closing the terminal sends it SIGHUP, which it may ignore.
+pub struct Leader(Child);
+
+impl Leader {
+    pub fn pid(&self) -> i32 {
+        self.0.id().cast_signed()
+    }
+
+    #[track_caller]
+    pub fn wait_end(&mut self, seen: &str) -> ExitStatus {
+        let ended = eventually(PATIENCE, || self.0.try_wait().unwrap().is_some());
+        assert!(ended, "still runs: {seen}");
+        self.0.wait().unwrap()
+    }
+}
+
+impl Drop for Leader {
     fn drop(&mut self) {
-        // Closing the terminal sends SIGHUP to its processes; the leader may ignore it.
-        let _ = self.leader.kill();
-        let _ = self.leader.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
