@@ -1,6 +1,6 @@
 //! Signals as values: blocked from the start, then read one by one. What a stop signal does is decided in three places:
-//! without a command in worker.rs (`stopped`, `must_not_start`) and publish.rs; while one runs in command/supervise.rs;
-//! for its message and the run in verdict.rs (`decide`, `RunState::next`).
+//! without a command in worker.rs (`stopped`, `settle_if_stopped_or_lost`) and publish.rs; while one runs in
+//! command/supervise.rs; for its message and the run in verdict.rs (`decide`, `RunState::next`).
 
 use nix::{
     libc,

@@ -82,7 +82,7 @@ impl Worker {
             Ok(input) => input,
             Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
         };
-        if let Some(summary) = self.must_not_start(signals, &subject).await {
+        if let Some(summary) = self.settle_if_stopped_or_lost(signals, &subject).await {
             return Ok(Some(summary));
         }
 
@@ -248,7 +248,7 @@ impl Worker {
     }
 
     /// Returns the summary if the run was stopped, or the message lost, since it was taken.
-    async fn must_not_start(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
+    async fn settle_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
         if let Some(signal) = signals.read_stop() {
             let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
             let text = format!("stopped by {signal} before the command was started; {description}");

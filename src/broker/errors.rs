@@ -247,7 +247,9 @@ impl ConnectError {
         let Credentials { user, virtual_host: host, .. } = login;
         // The next connection uses the password that is in the file then.
         let renewable = login.file.is_some();
+        // The first match wins.
         match (asked, meaning) {
+            // Deliveries.
             (Delivery { observed, .. }, M::AckTimeout) => {
                 row(Unconfirmed, "acknowledgement timeout".to_owned(), observed.what_to_raise())
             }
@@ -255,6 +257,7 @@ impl ConnectError {
                 row(Unconfirmed, format!("the broker closed the {closed}"), "")
             }
 
+            // The login.
             (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => row(
                 NoPermission,
                 "the broker refused the login by client certificate (EXTERNAL)".to_owned(),
@@ -271,6 +274,7 @@ impl ConnectError {
             (_, M::VirtualHostRefused) => not_permitted(format!("user {user:?} may not use virtual host {host:?}")),
             (Login(_), _) => unavailable("the broker closed the connection".to_owned()),
 
+            // Whatever was asked.
             (_, M::TokenExpired | M::NewTokenRefused) => {
                 let expired = meaning == M::TokenExpired;
                 let what = if expired { "the token has expired" } else { "the broker refused the new token" };
@@ -278,6 +282,7 @@ impl ConnectError {
                 retry_if(renewable, row(exit, what.to_owned(), &login.how_to_renew()))
             }
 
+            // Publishing.
             (Publish(exchange), M::Missing | M::NoExchange) => {
                 let what = format!("there is no exchange {exchange:?} in this virtual host");
                 config(what, "declare it, or check the name")
@@ -295,7 +300,7 @@ impl ConnectError {
             }
             (Publish(_), _) => row(Unconfirmed, "the broker stopped the publishing".to_owned(), ""),
 
-            // Retried: somebody may still declare it.
+            // Queues. What is missing is tried again: somebody may still declare it.
             (Bind { exchange, .. }, M::NoExchange) => {
                 let what = format!("there is no exchange {exchange:?} to bind queue {queue:?} to");
                 retry_if(true, config(what, "declare it, or check the name and the virtual host"))

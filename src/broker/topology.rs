@@ -32,14 +32,14 @@ pub enum Declare {
     Exclusive,
 }
 
-/// How to declare and subscribe. The refusal of an earlier attempt may have changed it.
+/// How the next attempt declares and subscribes: a refusal may change that.
 #[derive(Debug)]
-pub(super) struct Attempt {
+pub(super) struct Plan {
     pub(super) step: DeclareStep,
     pub(super) ack_timeout: bool,
 }
 
-impl Default for Attempt {
+impl Default for Plan {
     fn default() -> Self {
         Self { step: DeclareStep::Passive, ack_timeout: true }
     }
@@ -57,7 +57,7 @@ pub(super) enum DeclareStep {
 
 #[derive(Debug)]
 pub(super) enum NotSubscribed {
-    RetryWith(Attempt),
+    RetryWith(Plan),
     Failed(ConnectError),
 }
 
@@ -73,9 +73,9 @@ impl Topology {
         &self,
         connection: &mut OpenConnection,
         queue: &str,
-        attempt: Attempt,
+        plan: Plan,
     ) -> Result<String, NotSubscribed> {
-        let Attempt { step, ack_timeout } = attempt;
+        let Plan { step, ack_timeout } = plan;
         let creates = matches!(step, DeclareStep::Create);
         let declared = match self.declare {
             Declare::No => Ok(None),
@@ -101,7 +101,7 @@ impl Topology {
                 (DeclareStep::PassiveAgain(refusal), Some(Meaning::Missing)) => return refusal.into(),
                 _ => return refused().into(),
             };
-            NotSubscribed::RetryWith(Attempt { step, ack_timeout })
+            NotSubscribed::RetryWith(Plan { step, ack_timeout })
         })?;
         let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
         // A proxy may keep its connection to the broker open, and the queue with it. So we delete the queue before we

@@ -52,8 +52,8 @@ pub struct RunningCommand {
 
 impl RunningCommand {
     /// Starts the program at `path`, in a process group of its own, unless we are in the foreground group of a
-    /// terminal: only that group may read from it. Fails with 71 if the system is short of something, with 127 if the
-    /// program, its interpreter or its loader isn't there, otherwise with 126.
+    /// terminal: only that group may read from it. Fails with 71 if the system is short of something or the program's
+    /// mount doesn't answer, with 127 if the program, its interpreter or its loader isn't there, otherwise with 126.
     ///
     /// Call this on the main thread: the parent-death signal comes when the thread that started the command ends.
     pub fn start(

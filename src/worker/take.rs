@@ -14,10 +14,11 @@ use tokio::time::{Instant, sleep};
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-const MENTION_WAIT: Duration = Duration::from_secs(30);
+/// When the log first mentions that it waits for a message.
+const FIRST_MENTION: Duration = Duration::from_secs(30);
 
-/// Over as many connections as needed. Dropping the future loses no message. `None` if --wait has passed or, with
-/// --drain, the queue is empty.
+/// Takes the next message, over as many connections as needed. `None` if --wait has passed or, with --drain, the queue
+/// is empty. Dropping the future loses no message.
 pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> Result<Option<Message>, Failure> {
     // `--drain` without `--wait` asks at once whether the queue is empty.
     let at_once = options.drain.then_some(Duration::ZERO);
@@ -58,11 +59,11 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     }
 }
 
-/// On one connection, until `limit` has passed and, with `drain`, the queue is empty.
+/// Waits for a message on one connection, until `limit` has passed and, with `drain`, the queue is empty.
 async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> Result<Option<Message>, DeliveryLost> {
     let mut look_at = limit.map(|limit| Instant::now() + limit);
     let mut pause = FIRST_PAUSE;
-    let mut mention = Reminder::new(MENTION_WAIT);
+    let mut mention = Reminder::new(FIRST_MENTION);
     let mut blocked = Reminder::default();
     loop {
         tokio::select! {

@@ -13,7 +13,7 @@ use crate::{
             connection::OpenConnection,
             observed::Version,
         },
-        topology::{Attempt, Declare, NotSubscribed},
+        topology::{Declare, NotSubscribed, Plan},
     },
     exit::{Exit, Failure},
     settlement::Settled,
@@ -36,7 +36,7 @@ const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
 
 /// Takes messages from one queue, over as many connections as it needs.
 pub struct Consumer {
-    broker: Connector,
+    connector: Connector,
     options: ConsumerOptions,
     /// Known after the first subscription.
     queue_name: Option<String>,
@@ -44,6 +44,8 @@ pub struct Consumer {
     lost_mid_delivery: bool,
 }
 
+/// `subscribe` leads from Idle to Ready, `next` and `cancel` from Ready to Holding, `settle` from Holding to Ready or Idle.
+/// A loss leads to Idle.
 enum State {
     /// No subscription. The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
@@ -63,8 +65,8 @@ pub(super) struct Held {
 impl Consumer {
     /// A consumer without a subscription.
     #[must_use]
-    pub fn new(broker: Connector, options: ConsumerOptions) -> Self {
-        Self { broker, options, queue_name: None, state: State::Idle(None), lost_mid_delivery: false }
+    pub fn new(connector: Connector, options: ConsumerOptions) -> Self {
+        Self { connector, options, queue_name: None, state: State::Idle(None), lost_mid_delivery: false }
     }
 
     /// The queue's name; empty if the broker is to choose it and hasn't yet.
@@ -104,15 +106,15 @@ impl Consumer {
     /// # Errors
     /// The first permanent failure, or the last transient one when the time is up.
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
-        let mut attempts = Attempts::new(self.broker.options.timeout);
-        let mut attempt = Attempt::default();
+        let mut attempts = Attempts::new(self.connector.options.timeout);
+        let mut plan = Plan::default();
         if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
             self.check_queue_survives("the connection was lost")?;
         }
         loop {
-            match self.try_to_subscribe(mem::take(&mut attempt), attempts.deadline).await {
+            match self.try_to_subscribe(mem::take(&mut plan), attempts.deadline).await {
                 Ok(()) => return Ok(()),
-                Err(NotSubscribed::RetryWith(instead)) => attempt = instead,
+                Err(NotSubscribed::RetryWith(instead)) => plan = instead,
                 Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
                     attempts.wait_or_give_up(error).await?;
@@ -121,20 +123,20 @@ impl Consumer {
         }
     }
 
-    async fn try_to_subscribe(&mut self, attempt: Attempt, deadline: Instant) -> Result<(), NotSubscribed> {
+    async fn try_to_subscribe(&mut self, plan: Plan, deadline: Instant) -> Result<(), NotSubscribed> {
         let (connection, declared) = match mem::replace(&mut self.state, State::Idle(None)) {
             // The queue was declared on it before.
             State::Idle(Some(kept)) if kept.is_connected() => (kept, self.queue_name.clone()),
-            _ => (self.broker.attempt(deadline).await?, None),
+            _ => (self.connector.attempt(deadline).await?, None),
         };
         let (give_up, given_up) = oneshot::channel();
-        let open = Subscription::open(connection, self.options.clone(), attempt, declared, deadline, given_up);
+        let open = Subscription::open(connection, self.options.clone(), plan, declared, deadline, given_up);
         self.state = State::Subscribing(tokio::spawn(open), give_up);
         let mut subscribed = self.finish_subscribing().await;
         match &mut subscribed {
-            Ok(()) => self.broker.login_accepted(),
+            Ok(()) => self.connector.login_accepted(),
             // A proxy logs in to the broker when a channel is opened.
-            Err(NotSubscribed::Failed(error)) if error.login_refused => self.broker.retry_login(error),
+            Err(NotSubscribed::Failed(error)) if error.login_refused => self.connector.retry_login(error),
             Err(_) => {}
         }
         if subscribed.is_err() {
@@ -164,6 +166,7 @@ impl Consumer {
             }
         };
         if self.queue_name.is_none() && self.options.queue.is_empty() {
+            // The words of amqp-consume, for scripts that look for them.
             tracing::info!("server provided queue name: {}", subscription.queue);
         }
         self.queue_name = Some(subscription.queue.clone());
@@ -283,7 +286,7 @@ impl Consumer {
         });
     }
 
-    /// Closes the connection, even a good one.
+    /// Closes the connection even if only the channel is lost: lapin 4.12 would report that to the next subscription, too.
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
         let mid_delivery = self.subscription().has_another();
         self.close().await;

@@ -29,7 +29,7 @@ pub struct Message {
     pub variables: Vec<Variable>,
 }
 
-/// Enough of a message to tell it from the next one in its queue.
+/// Enough of a message to tell it from the next one in its queue, unless both have the same content and no id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fingerprint {
     id: Option<String>,
@@ -66,8 +66,9 @@ impl Message {
     }
 }
 
-/// The attempt, and the failures that the queue has counted. Quorum queues count failures in `x-delivery-count` from
-/// the second delivery on, and since RabbitMQ 4.3 evictions, too, in `x-acquired-count`. Classic queues count nothing.
+/// The attempt, and the failures that the queue has counted. From the second delivery on, quorum queues count failures
+/// in `x-delivery-count`, and since RabbitMQ 4.3 all earlier deliveries in `x-acquired-count`. Classic queues count
+/// nothing.
 fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
     if !redelivered {
         // A count on a first delivery was published with the message, for example by a shovel.

@@ -1,4 +1,4 @@
-//! Carries out a settlement, step by step as [`Settling`] says.
+//! Carries out a settlement, step by step as [`Settling`] says. tests/model/worker.rs does the same: change both.
 
 use super::{
     consumer::Held,
@@ -102,12 +102,13 @@ struct Machine {
 impl Machine {
     /// Tells the machine what the broker has sent until now.
     async fn note_arrivals(&mut self, subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) {
+        if let Some(same) = another(subscription, held, step, deadline).await {
+            self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
+        }
+        // After a delivery, as none comes to a cancelled consumer.
         if subscription.connection.observed().cancelled {
             let why = DeliveryLost::ended(&subscription.connection.observed());
             self.happened(Event::Cancelled, Some(why));
-        }
-        if let Some(same) = another(subscription, held, step, deadline).await {
-            self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
         }
     }
 

@@ -4,7 +4,7 @@ use crate::{
     broker::{
         errors::{Asked, ConnectError, DeliveryLost, Meaning},
         reach::connection::OpenConnection,
-        topology::{Attempt, Declare, DeclareStep, NotSubscribed, Topology},
+        topology::{Declare, DeclareStep, NotSubscribed, Plan, Topology},
     },
     report::with_reminders,
 };
@@ -62,7 +62,7 @@ impl Subscription {
     pub(super) async fn open(
         mut connection: OpenConnection,
         options: ConsumerOptions,
-        attempt: Attempt,
+        plan: Plan,
         declared: Option<String>,
         deadline: Instant,
         give_up: oneshot::Receiver<()>,
@@ -79,7 +79,7 @@ impl Subscription {
                 // If that fails, opening the next channel fails, too.
                 let _ = channel.close(200, "OK".into()).await;
             }
-            subscribe(&mut connection, &options, attempt, declared).await
+            subscribe(&mut connection, &options, plan, declared).await
         };
         let reply = with_reminders(STAGE, reply);
         let subscribed = tokio::select! {
@@ -251,15 +251,15 @@ type Subscribed = (String, Channel, lapin::Consumer);
 async fn subscribe(
     connection: &mut OpenConnection,
     options: &ConsumerOptions,
-    attempt: Attempt,
+    plan: Plan,
     declared: Option<String>,
 ) -> Result<Subscribed, NotSubscribed> {
-    let ask_for_timeout = attempt.ack_timeout;
+    let ask_for_timeout = plan.ack_timeout;
     let queue = match declared {
         Some(queue) => queue,
-        None => options.topology.set_up(connection, &options.queue, attempt).await?,
+        None => options.topology.set_up(connection, &options.queue, plan).await?,
     };
-    // An exclusive queue is classic: it would refuse, and be gone with the connection.
+    // An exclusive queue is classic: it would refuse the argument, and a refusal costs the connection and the queue.
     let may_ask = ask_for_timeout
         && options.topology.declare != Declare::Exclusive
         && connection.observed().may_know_ack_timeout();
@@ -270,7 +270,7 @@ async fn subscribe(
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
             // The queue exists now, so it is declared passively.
-            Err(NotSubscribed::RetryWith(Attempt { step: DeclareStep::Passive, ack_timeout: false }))
+            Err(NotSubscribed::RetryWith(Plan { step: DeclareStep::Passive, ack_timeout: false }))
         }
         Err(error) => {
             Err(ConnectError::refused(&error, connection, Asked::Queue { action: "consume from", queue: &queue })
@@ -287,8 +287,8 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
-    // Only streams refuse this, and must be refused: their messages can't be settled (seen with RabbitMQ 3.10 and 4.3,
-    // and LavinMQ). For other queues 0 is the default.
+    // Keeps us from consuming a stream, as the messages of a stream can't be settled: streams refuse a priority (seen
+    // with RabbitMQ 3.10 and 4.3, and LavinMQ). For other queues 0 is the default.
     if connection.observed().priority_excludes_streams {
         arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     }

@@ -22,7 +22,7 @@ const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An open connection.
 pub struct OpenConnection {
-    /// How it has logged in. `Login` holds a strong reference to the connection only while it sends a new token.
+    /// How it has logged in. Its task holds a `Weak` of `lapin`, so dropping this struct ends the connection.
     pub(in crate::broker) login: Login,
     pub(in crate::broker) lapin: Arc<Connection>,
     /// The only listener: lapin's listeners take events from each other.

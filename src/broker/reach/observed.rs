@@ -37,7 +37,9 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) frame_max: Option<u32>,
     /// Its last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know.
     pub(in crate::broker) closed: Option<Refusal>,
+    /// lapin's parser can't read that.
     pub(in crate::broker) closed_unreadably: bool,
+    /// The broker has cancelled our consumer.
     pub(in crate::broker) cancelled: bool,
     /// How many deliveries have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
     pub(in crate::broker) deliveries: u64,
@@ -111,7 +113,8 @@ impl Observed {
     fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
-        // RabbitMQ 3.10 cuts a text at 255 bytes, even inside a character: lapin's parser refuses that.
+        // connection.close and channel.close, by hand: RabbitMQ 3.10 cuts a text at 255 bytes, even inside a character,
+        // and lapin's parser refuses that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {

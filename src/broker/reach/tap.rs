@@ -20,10 +20,11 @@ const HEARTBEAT: u8 = 8;
 #[derive(Debug)]
 pub(in crate::broker) struct Tap {
     observed: Arc<Mutex<Observed>>,
-    /// As proposed, in bytes.
+    /// What we propose, in bytes: headers must fit into it.
     frame_max: usize,
-    /// In bytes; at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
+    /// Largest payload of any frame, in bytes: at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
     payload_max: usize,
+    /// Empty, or the start of one frame.
     frame: Vec<u8>,
     /// How many bytes to skip: the rest of a body, or everything if it isn't AMQP (lapin reports that).
     skip: usize,

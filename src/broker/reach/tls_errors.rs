@@ -277,7 +277,7 @@ fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectErr
     use AlertDescription as A;
     let cert = parameters.certfile.as_ref();
     let what = match (cert, alert) {
-        // These concern no certificate of ours.
+        // These two have nothing to do with a client certificate.
         (_, A::UnrecognisedName | A::ProtocolVersion) => "TLS".to_owned(),
         (Some(file), _) => format!("the client certificate in {}", file.display()),
         (None, A::HandshakeFailure | A::InsufficientSecurity | A::CertificateRequired | A::BadCertificate) => {
