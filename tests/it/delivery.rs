@@ -409,20 +409,19 @@ fn an_acknowledgement_timeout_that_waits_for_the_brokers_disk_is_75() {
         return testbed::version_lacks("queues that watch the acknowledgement timeout");
     }
     let broker = Broker::start();
-    let timeout = Duration::from_secs(12);
-    let queue = broker.declare("disk").quorum();
-    let queue = queue.arg("x-consumer-timeout", AMQPValue::LongLongInt(timeout.as_millis() as i64)).create();
+    let queue = broker.declare("disk").quorum().arg("x-consumer-timeout", AMQPValue::LongLongInt(8000)).create();
     queue.publish("body");
     let proxy = Proxy::of(&broker);
     proxy.on(Direction::ToBroker, Method::BASIC_ACK, Action::Hold);
     let run = behind(&proxy, &queue).shell("sleep 1").spawn();
     proxy.wait_for(Direction::ToBroker, Method::BASIC_ACK);
     // Quorum queues write to disk through one process. Without it, they note the timeout, and do nothing about it yet.
-    let stall = "spawn(fun() -> erlang:suspend_process(whereis(ra_log_wal)), timer:sleep(MILLISECONDS) end).";
-    broker.ctl(&["eval", &stall.replace("MILLISECONDS", &timeout.as_millis().to_string())]).unwrap();
-    // The acknowledgement reaches the broker after the timeout, and before the end of the stall. The command has run for
-    // a second only, but the message is held for longer.
-    std::thread::sleep(timeout - Duration::from_millis(1500));
+    broker
+        .ctl(&["eval", "spawn(fun() -> erlang:suspend_process(whereis(ra_log_wal)), timer:sleep(12000) end)."])
+        .unwrap();
+    // So the acknowledgement reaches the broker after the timeout, and before the end of the stall. The command has run
+    // for a second only, but the message is held for longer. Nothing tells when the queue has noted the timeout.
+    std::thread::sleep(Duration::from_millis(10_500));
     proxy.release();
     run.wait(PATIENCE).assert_status(75).assert_stderr("raise --ack-timeout");
     queue.wait_ready(1);
