@@ -1,6 +1,9 @@
 //! Durations as users write them, and optional deadlines.
 
-use std::time::Duration;
+use std::{
+    future::{Future, pending},
+    time::Duration,
+};
 use tokio::time::{Instant, sleep_until};
 
 /// The longest time that an option accepts: ten years. More is a typo, and overflows clocks.
@@ -28,8 +31,12 @@ pub(crate) fn duration_above_zero(text: &str) -> Result<Duration, String> {
 }
 
 pub async fn sleep_until_or_never(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
+    or_never(deadline.map(sleep_until)).await;
+}
+
+pub async fn or_never<F: Future>(future: Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
     }
 }

@@ -91,7 +91,7 @@ impl Settling {
         Self { cancels, second_barrier: false, stage }
     }
 
-    /// Asks for a second barrier, see [`Settling::needs_second_barrier`]. Call it before the first one is answered.
+    /// Asks for a second barrier, see [`Settling::needs_second_barrier`]. Call it before [`Event::Reply`] of the first one.
     pub fn require_second_barrier(&mut self) {
         self.second_barrier = true;
     }

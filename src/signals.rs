@@ -29,7 +29,13 @@ fn handled() -> SigSet {
 /// Blocks the signals until [`install`]: the kernel drops a signal to PID 1 that has no handler, unless it is blocked
 /// (`sig_ignored` in Linux's kernel/signal.c).
 pub fn hold() -> io::Result<()> {
-    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&handled()), None).map_err(io::Error::from)
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked(handled())), None).map_err(io::Error::from)
+}
+
+/// With SIGXFSZ, so that write(2) fails beyond a file's size limit (ulimit -f), instead of that signal killing us.
+fn blocked(mut signals: SigSet) -> SigSet {
+    signals.add(Signal::SIGXFSZ);
+    signals
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,7 +140,8 @@ fn read(fd: &SignalFd) -> io::Result<Received> {
     Ok(Received { signal, to_our_group: from_kernel && !(signal == Signal::SIGHUP && leads_session()) })
 }
 
-/// Then a SIGHUP of the kernel is for us alone: a terminal that hangs up tells only the session's leader. Its foreground
+/// Whether we lead our session. If so, a SIGHUP of the kernel is for us alone: a terminal that hangs up tells only the
+/// session's leader. Its foreground
 /// group gets SIGHUP at the leader's exit (seen with Linux 6.18).
 fn leads_session() -> bool {
     getsid(None) == Ok(getpid())
@@ -156,11 +163,8 @@ pub fn install() -> io::Result<Signals> {
     // Its successor `register` is unsafe, because of types whose descriptor may change. A `SignalFd`'s doesn't.
     #[allow(deprecated)]
     let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
-    // So that write(2) fails beyond a file's size limit (ulimit -f), instead of a signal killing us.
-    let mut blocked = taken;
-    blocked.add(Signal::SIGXFSZ);
     // Unblocks all others: if a parent has blocked SIGCHLD, we would never notice the command's end.
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked(taken)), None)?;
     Ok(Source::Kernel(source).into())
 }
 

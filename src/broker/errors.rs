@@ -374,7 +374,7 @@ impl ConnectError {
             ErrorKind::InvalidProtocolVersion(version) => Self::config(match version.to_string().as_str() {
                 "0.9.1" => {
                     "the broker speaks AMQP 0-9-1, but got something else first: if a load balancer sends the PROXY \
-                     protocol (HAProxy: send-proxy), set proxy_protocol = true in rabbitmq.conf"
+                     protocol (HAProxy: send-proxy), turn that off, or set proxy_protocol = true in rabbitmq.conf"
                         .to_owned()
                 }
                 version => format!("the broker speaks AMQP {version} here, not 0-9-1"),

@@ -15,7 +15,7 @@ use std::{path::PathBuf, time::Duration};
 /// The variable of rabbitmq-c's newer tools, used if no other address is given.
 const AMQP_URL: &str = "AMQP_URL";
 
-/// What `--hide-url` removes from the command's environment: the broker's address and everything to log in with.
+/// What `--hide-url` removes from the command's environment: the broker's address and what logs in.
 pub(super) const SECRETS: [&str; 9] = [
     "BROKER_URL",
     "BROKER_URL_FILE",

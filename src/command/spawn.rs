@@ -25,8 +25,10 @@ use nix::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::{OsStr, OsString},
+    future::{Future, poll_fn},
     os::{fd::OwnedFd, unix::process::CommandExt},
     path::Path,
+    pin::Pin,
     process, ptr,
 };
 use tokio::{sync::oneshot, task::yield_now};
@@ -93,7 +95,7 @@ impl RunningCommand {
         Ok(Self { leader, started_in_our_group, strangers, ended: reaper.watch(leader), reaper: reaper.clone() })
     }
 
-    /// Then another process may get the command's number, so the command must not be signalled any more.
+    /// Whether the command is reaped. Another process may then get its number, so it must not be signalled any more.
     fn is_reaped(&self) -> bool {
         // The reaper has sent the status, and it is received or not.
         self.ended.is_terminated() || !self.ended.is_empty()
@@ -148,7 +150,12 @@ fn warn(signal: Signal, target: Pid, error: Errno) {
 
 impl Process for RunningCommand {
     async fn ended(&mut self) -> Ended {
-        match (&mut self.ended).await {
+        // Reaps at each look: otherwise a signal that comes with the command's end would be seen before the end.
+        let ended = poll_fn(|context| {
+            self.reaper.sweep();
+            Pin::new(&mut self.ended).poll(context)
+        });
+        match ended.await {
             Ok(ended) => ended,
             // The reaper is gone, so the runtime is ending.
             Err(_) => std::future::pending().await,

@@ -1,7 +1,7 @@
 //! Waits for the command's end, forwards signals, and stops the command if need be: SIGTERM, then SIGKILL.
 
 use crate::{
-    clock::{duration, duration_above_zero, sleep_until_or_never},
+    clock::{duration, duration_above_zero, or_never, sleep_until_or_never},
     report::{HumanDuration, Reminder, counted},
     signals::{Received, Signals, is_stop},
     verdict::{Ended, StopReason},
@@ -151,7 +151,7 @@ pub async fn supervise<L: std::fmt::Display>(
                 time_limit = None;
                 stop.get_or_insert(StopReason::TimeLimit);
             }
-            since = due(&mut stop_reminder) => {
+            since = or_never(stop_reminder.as_mut().map(Reminder::due)) => {
                 if is_killed {
                     tracing::warn!(
                         "the command still runs {} after SIGKILL; a device or a network file system may hold it up",
@@ -271,13 +271,6 @@ fn sooner(
 ) -> Option<(Instant, &'static str)> {
     let new = (Instant::now() + after, option);
     Some(planned.map_or(new, |planned| planned.min(new)))
-}
-
-async fn due(stop_reminder: &mut Option<Reminder>) -> Duration {
-    match stop_reminder {
-        Some(reminder) => reminder.due().await,
-        None => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]

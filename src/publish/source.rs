@@ -149,7 +149,8 @@ impl Source {
                     (Err(error), Self::Files(files)) => Err(cannot_read(&format!("{:?}", files[index]), &error)),
                     (Err(error), _) => Err(cannot_read("standard input", &error)),
                 };
-                if sender.blocking_send(message).is_err() {
+                let failed = message.is_err();
+                if sender.blocking_send(message).is_err() || failed {
                     return;
                 }
             }

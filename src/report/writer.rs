@@ -177,7 +177,11 @@ fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
             Ok(0) => return Err(Errno::IO),
             Ok(written) => bytes = &bytes[written..],
             Err(Errno::AGAIN) => {
-                poll(&mut [PollFd::new(file, PollFlags::OUT)], None)?;
+                if let Err(error) = poll(&mut [PollFd::new(file, PollFlags::OUT)], None)
+                    && error != Errno::INTR
+                {
+                    return Err(error);
+                }
             }
             Err(Errno::INTR) => {}
             Err(error) => return Err(error),

@@ -383,6 +383,7 @@ fn hide_url_keeps_the_address_and_passwords_from_the_command() {
     let password_file = password_file.display().to_string();
     let secrets = [
         ("AMQP_URL", "amqp://u:hunter2@h"),
+        ("BROKER_URL_FILE", "/run/hunter2"),
         ("QCONSUME_SERVER", "hunter2.example"),
         ("QCONSUME_USERNAME", "hunter2"),
         ("QCONSUME_PASSWORD", "hunter2"),

@@ -419,9 +419,10 @@ fn an_acknowledgement_timeout_that_waits_for_the_brokers_disk_is_75() {
     broker
         .ctl(&["eval", "spawn(fun() -> erlang:suspend_process(whereis(ra_log_wal)), timer:sleep(12000) end)."])
         .unwrap();
-    // So the acknowledgement reaches the broker after the timeout, and before the end of the stall. The command has run
-    // for a second only, but the message is held for longer. Nothing tells when the queue has noted the timeout.
-    std::thread::sleep(Duration::from_millis(10_500));
+    // So the acknowledgement reaches the broker after the timeout, and up to three seconds before the end of the stall.
+    // The command has run for a second only, but the message is held for longer. Nothing tells when the queue has noted
+    // the timeout, so the test can't wait for that.
+    std::thread::sleep(Duration::from_secs(9));
     proxy.release();
     run.wait(PATIENCE).assert_status(75).assert_stderr("raise --ack-timeout");
     queue.wait_ready(1);

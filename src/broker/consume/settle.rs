@@ -15,7 +15,7 @@ use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicRejectOptions};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// Longest wait for the broker to confirm a settlement. A cluster notices a frozen leader after 45 to 75 seconds
+/// Longest wait for the broker's reply to a barrier. A cluster notices a frozen leader after 45 to 75 seconds
 /// (Erlang's net_ticktime of 60), and only then elects another one, which confirms.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
@@ -38,7 +38,7 @@ pub(super) async fn carry_out(
     let cancels = cancels || subscription.consumer.is_none();
     let mut machine = Machine { settling: Settling::new(cancels), why: None };
     let begin = Instant::now();
-    let deadline = begin + SETTLE_TIMEOUT;
+    let mut deadline = begin + SETTLE_TIMEOUT;
     // How long the settlement and the first barrier took, once that is answered.
     let mut first_reply = None;
     let steps = async {
@@ -67,6 +67,7 @@ pub(super) async fn carry_out(
                 Ok(Ok(event)) => {
                     if event == Event::Reply && first_reply.is_none() {
                         first_reply = Some(begin.elapsed());
+                        deadline = Instant::now() + SETTLE_TIMEOUT;
                         // Only now, as the reply may have taken long.
                         if Settling::needs_second_barrier(settlement, held.since.elapsed(), subscription.ack_timeout) {
                             machine.settling.require_second_barrier();

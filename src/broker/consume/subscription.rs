@@ -6,6 +6,7 @@ use crate::{
         reach::connection::OpenConnection,
         topology::{Declare, DeclareStep, NotSubscribed, Plan, Topology},
     },
+    clock::or_never,
     report::with_reminders,
 };
 use lapin::{
@@ -14,7 +15,7 @@ use lapin::{
     options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
-use std::{future::pending, time::Duration};
+use std::time::Duration;
 use tokio::{
     sync::oneshot,
     time::{Instant, timeout, timeout_at},
@@ -117,12 +118,7 @@ impl Subscription {
         if let Some(delivery) = self.read_ahead.take() {
             return Ok(delivery);
         }
-        let delivery = async {
-            match &mut self.consumer {
-                Some(consumer) => consumer.next().await,
-                None => pending().await,
-            }
-        };
+        let delivery = or_never(self.consumer.as_mut().map(StreamExt::next));
         let connection = &mut self.connection;
         let connection_error = async {
             loop {
@@ -235,8 +231,9 @@ impl Subscription {
     }
 }
 
-/// Called once the reply to the cancel is here. The message is here then, too, so dropping the future loses nothing. lapin 4.12 takes the end of the channel
-/// or of the connection for a reply, too: then the stream ends with the error, and the broker requeues the message.
+/// Called once the reply to the cancel is here. The message is here then, too, so dropping the future loses nothing.
+/// lapin 4.12 takes the end of the channel or of the connection for a reply, too: then the stream ends with the error,
+/// and the broker requeues the message.
 async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
     let mut message = None;
     while let Some(next) = consumer.next().await {

@@ -9,6 +9,7 @@ use crate::{
         errors::{Asked, ConnectError, Meaning},
         reach::connection::OpenConnection,
     },
+    clock::or_never,
     exit::{Exit, Failure},
     report::HumanDuration,
 };
@@ -18,12 +19,7 @@ use lapin::{
     protocol::basic,
     types::{AMQPValue, FieldTable},
 };
-use std::{
-    collections::VecDeque,
-    future::{Future, pending},
-    pin::Pin,
-    time::Duration,
-};
+use std::{collections::VecDeque, future::Future, pin::Pin, time::Duration};
 use tokio::{
     sync::{SemaphorePermit, mpsc::Receiver},
     time::{Instant, sleep_until, timeout},
@@ -196,12 +192,5 @@ impl Publisher {
             Some(number) => Failure::new(failure.exit, format!("{}: {failure}", name(number))),
             None => failure,
         }
-    }
-}
-
-async fn or_never<F: Future>(future: Option<F>) -> F::Output {
-    match future {
-        Some(future) => future.await,
-        None => pending().await,
     }
 }

@@ -26,8 +26,8 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) version: Option<Version>,
     /// Another broker, or a proxy that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
-    /// Streams refuse `x-priority`, and 0 is the default of all other queues. So it keeps us from consuming a stream. (In
-    /// Qpid Broker-J 0 isn't the default, by its manual.)
+    /// On this broker streams refuse `x-priority`, and 0 is the default of all other queues, so it keeps us from consuming
+    /// a stream. (In Qpid Broker-J 0 isn't the default, by its manual.)
     pub(in crate::broker) priority_excludes_streams: bool,
     /// For the login, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,

@@ -2,7 +2,7 @@
 //! made to do these things at the right moment.
 
 use crate::common::qconsume;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use testbed::{
     Method, PATIENCE, Program, eventually, frames,
     peer::{self, Answer, Peer, Request},
@@ -64,6 +64,53 @@ fn a_failure_whose_message_is_delivered_again_is_75() {
 }
 
 #[test]
+fn a_delivery_counts_before_the_brokers_cancel_that_follows_it() {
+    let peer = Peer::new(|request| match (request.method, request.nth) {
+        (Method::BASIC_CONSUME, _) => first_message(request),
+        (Method::BASIC_QOS, 2) => {
+            let again = peer::message(request.channel, 2, true, b"lemon");
+            let cancelled = frames::basic_cancel(request.channel, "qconsume");
+            Answer::Bytes([again, cancelled, peer::usual(request)].concat())
+        }
+        _ => Answer::Usual,
+    });
+    // A dead letter that isn't confirmed has the command's status; one that is lost has 75.
+    let done = work_on(&peer).args(["--reject-on", "3"]).shell("exit 3").run();
+    done.assert_status(75).assert_stderr("outcome=\"lost\"");
+}
+
+#[test]
+fn a_cancelled_consumer_gets_no_next_message() {
+    // The reply to the cancel never comes, but a message.
+    let peer = Peer::new(|request| match (request.method, request.nth) {
+        (Method::BASIC_CANCEL, _) => Answer::Bytes(peer::message(request.channel, 1, false, b"lemon")),
+        (Method::BASIC_QOS, 2) => {
+            let again = peer::message(request.channel, 2, true, b"lemon");
+            Answer::Bytes([again, peer::usual(request)].concat())
+        }
+        _ => Answer::Usual,
+    });
+    let done = work_on(&peer).args(["--count", "2", "--wait", "100ms", "--", "true"]).run();
+    done.assert_status(75).assert_stderr("the broker delivered another message");
+    assert!(!done.stderr.contains("message acknowledged"), "{}", done.stderr);
+}
+
+#[test]
+fn the_clock_of_lost_connections_starts_at_the_first_loss() {
+    // Subscribing takes most of the time that there is.
+    let peer = Peer::new(|request| match request.method {
+        Method::BASIC_CONSUME => {
+            std::thread::sleep(Duration::from_secs(4));
+            Answer::Last(peer::usual(request))
+        }
+        _ => Answer::Usual,
+    });
+    let done = qconsume().url(&peer.url()).queue("q").args(["--connect-timeout", "6s", "true"]).run();
+    done.assert_status(69).assert_stderr("every new connection was lost for 6s (--connect-timeout)");
+    assert_eq!(peer.count(Method::BASIC_CONSUME), 3, "{}", done.stderr);
+}
+
+#[test]
 fn the_next_message_may_come_before_the_barriers_reply() {
     // It may be a redelivery, if another worker failed with it.
     for redelivered in [false, true] {
@@ -77,11 +124,12 @@ fn the_next_message_may_come_before_the_barriers_reply() {
 
 /// RabbitMQ 4.3 may report an acknowledgement timeout tens of milliseconds after the barrier's reply. These are its
 /// ways, and others that look alike.
-fn after_the_reply(channel: u16) -> [(&'static str, Answer); 4] {
+fn after_the_reply(channel: u16) -> [(&'static str, Answer); 5] {
     [
         ("reset", Answer::Last(Vec::new())),
         ("connection.close", Answer::Bytes(frames::connection_close(320, "CONNECTION_FORCED - closed"))),
         ("channel.close", Answer::Bytes(frames::channel_close(channel, 406, "PRECONDITION_FAILED - timed out"))),
+        ("another reason", Answer::Bytes(frames::channel_close(channel, 500, "UPSTREAM_ERROR"))),
         (
             "another delivery",
             Answer::Bytes(
@@ -95,7 +143,7 @@ fn after_the_reply(channel: u16) -> [(&'static str, Answer); 4] {
 #[test]
 fn no_reply_to_the_second_barrier_is_75_whatever_the_version() {
     for version in ["4.3.6", "3.1.3"] {
-        for case in 0..4 {
+        for case in 0..5 {
             let peer = Peer::new(move |request| match (request.method, request.nth) {
                 (Method::PROTOCOL_HEADER, _) => Answer::Bytes(peer::greeting(version)),
                 (Method::BASIC_CONSUME, _) => first_message(request),
@@ -106,6 +154,9 @@ fn no_reply_to_the_second_barrier_is_75_whatever_the_version() {
             let done = work_on(&peer).args(["--ack-timeout", "200ms", "--", "sleep", "0.3"]).run();
             assert_eq!(done.status(), 75, "{version}, {what}: {}", done.stderr);
             assert_eq!(peer.count(Method::BASIC_QOS), 3, "{version}, {what}: {}", done.stderr);
+            let is_timeout = done.stderr.contains("acknowledgement not confirmed")
+                && done.stderr.contains("acknowledgement timeout: ");
+            assert_eq!(is_timeout, what == "channel.close", "{version}, {what}: {}", done.stderr);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The command's standard input: a pipe for bodies up to a mebibyte, a file for larger ones; each holds the whole body.
 
 use super::{MEBIBYTE, assert_gone, assert_returned, binary, worker};
-use crate::common::qconsume_path;
+use crate::common::{qconsume, qconsume_path};
 use std::{fs, process};
 use testbed::{
     Broker, PATIENCE, Program, eventually, missing,
@@ -227,6 +227,12 @@ fn a_message_larger_than_files_may_be_is_a_shortage() {
     let run = worker(&queue).arg("cat").through(["sh", "-c", "ulimit -f 100; exec \"$0\" \"$@\""]).run();
     run.assert_status(71).assert_stderr("the message is larger than files may be (ulimit -f)");
     assert_returned(&queue, &body);
+}
+
+#[test]
+fn a_usage_error_that_no_file_takes_is_still_64() {
+    // The signal SIGXFSZ would end the program while it writes.
+    qconsume().arg("--nonsense").through(["sh", "-c", "ulimit -f 0; exec \"$0\" \"$@\""]).run().assert_status(64);
 }
 
 #[test]

@@ -98,6 +98,9 @@ fn ctrl_c_reaches_a_command_that_has_left_the_terminals_group() {
     let script = "echo run''ning; exec sleep 1000";
     let mut terminal = start(&queue, &proxy, &[], &["timeout", "1000", "sh", "-c", script]);
     terminal.wait_for("running");
+    // Before that, the key counts as older than the command.
+    let stat = format!("/proc/{}/stat", terminal.leader.pid());
+    assert!(eventually(PATIENCE, || std::fs::read_to_string(&stat).unwrap().contains(") S")), "it doesn't wait");
     terminal.press(CTRL_C);
     assert_eq!(terminal.wait_end().code(), Some(130));
     assert_back(&queue);
