@@ -107,7 +107,8 @@ pub struct Policy {
 
     /// Exit with this status for every failure of the command
     ///
-    /// A podFailurePolicy can then tell the command's failures from qconsume's own.
+    /// A podFailurePolicy can then tell the command's failures from qconsume's own. After --timeout the status is still
+    /// 124.
     #[arg(long, value_name = "N", env = "QCONSUME_FAILURE_EXIT_CODE", value_parser = clap::value_parser!(u8).range(1..))]
     pub failure_exit_code: Option<u8>,
 }

@@ -42,12 +42,14 @@ DIFFERENT = {
         "--queue": "Or `QUEUE`. Without a queue, and without `-e`, `-d` or `-x`, it is a usage error: an empty "
         "variable in a manifest must not create a queue that no publisher fills.",
         "--exchange": "Without `-r` it is an error, not a crash. Without `-q` the new queue is exclusive, as the "
-        "manual page says. With `-q` the queue is declared as with `-d`.",
+        "manual page says; the log has its name, after `qconsume: server provided queue name: ` instead of "
+        "`Server provided queue name: `. With `-q` the queue is declared as with `-d`: it stays when qconsume ends, "
+        "and its binding goes on to fill it.",
         "--routing-key": "An empty key binds with the empty key, instead of creating no binding.",
         "--declare": "A queue that exists is used as it is. A new one is durable, and not deleted with its last "
-        "consumer: RabbitMQ 4.3 refuses shared transient queues.",
-        "--exclusive": "If the connection is lost, so is the queue: qconsume exits 69, instead of consuming from a "
-        "new, empty queue.",
+        "consumer: RabbitMQ 4.3 refuses shared transient queues. Without `-q` it is exclusive.",
+        "--exclusive": "If the connection is lost, so is the queue with its messages: qconsume exits 69, or 75 if the "
+        "command is running.",
         "--no-ack": "Takes one message (or as many as `-c` says), not the whole queue. Before the command starts, the "
         "message is acknowledged, and the acknowledgement is confirmed. The exit status is the command's.",
         "--count": "The default is 1, instead of no limit. 0 means no limit, instead of no message. A failure ends "
@@ -57,12 +59,14 @@ DIFFERENT = {
     },
     "amqp-publish": {
         **CONNECTION,
-        "--exchange": "It is an error if the exchange doesn't exist, or routes a message to no queue: publishing is "
-        "mandatory and confirmed.",
+        "--exchange": "It is an error (78) if the exchange doesn't exist, or routes a message to no queue: publishing "
+        "is mandatory and confirmed. `--no-mandatory` allows a message that no queue takes.",
         "--routing-key": "Without an exchange it is an error if no queue has this name; amqp-publish's message is "
         "silently dropped.",
         "--persistent": "Accepted, without effect: messages are always persistent.",
         "--line-buffered": "The newline is not part of the message.",
+        "--header": "Without a colon it is an error, not a warning. A name can be given only once.",
+        "--heartbeat": "The default is 10 seconds. With 0 the broker's proposal is used.",
     },
 }
 

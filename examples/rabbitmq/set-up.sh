@@ -51,8 +51,8 @@ timeout='"consumer-timeout": 43200000'
 
 # delayed-retry, from 4.3.1 on (in 4.3.0 it exists as queue arguments only): a failed message is delivered again after min times its
 #   number of failures, but at most max: 10 s, 20 s, 30 s, 30 s … Until then no consumer can get it. So max must be less than the
-#   QCONSUME_WAIT of a drainer (1m): otherwise the drainer finds the queue empty and exits 0. With the type "failed", a rejected
-#   message waits, and a message that was released (a nack) after an eviction is ready at once.
+#   QCONSUME_WAIT of a drainer (1m): otherwise the drainer finds the queue empty and exits 0. With the type "failed", a message
+#   that failed (a reject with requeue) waits, and one that was released (a nack) after an eviction is ready at once.
 retry='"delayed-retry-type": "failed", "delayed-retry-min": 10000, "delayed-retry-max": 30000'
 
 # Older brokers refuse a policy with keys that they don't know, so try the longest policy first.

@@ -166,7 +166,8 @@ impl Consumer {
             }
         };
         if self.queue_name.is_none() && self.options.queue.is_empty() {
-            // The words of amqp-consume, for scripts that look for them.
+            // Scripts that look for amqp-consume's "Server provided queue name: NAME" have to change their pattern: our
+            // lines begin with a small letter, after the program's name.
             tracing::info!("server provided queue name: {}", subscription.queue);
         }
         self.queue_name = Some(subscription.queue.clone());

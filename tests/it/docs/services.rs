@@ -90,8 +90,10 @@ fn the_systemd_unit_is_not_restarted_if_a_retry_does_not_help() {
         .filter(|(_, _, retry)| *retry == "no")
         .map(|(status, _, _)| status)
         .collect();
+    // 70 too: each delivery of a message that can't be read counts towards the queue's delivery-limit.
+    let permanent = permanent.join(" ").replace("64 ", "64 70 ");
     let unit = recipe("ini", "[Service]");
-    assert_eq!(setting(&unit, "RestartPreventExitStatus"), permanent.join(" "));
+    assert_eq!(setting(&unit, "RestartPreventExitStatus"), permanent);
 }
 
 /// Runs a recipe's commands; the status is that of the last one.

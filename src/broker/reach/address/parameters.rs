@@ -77,7 +77,7 @@ impl Parameters {
     fn set(&mut self, key: &str, value: String, tls: bool) -> Result<(), &'static str> {
         match key {
             "heartbeat" => match number(&value) {
-                None => return Err("must be a number of seconds from 0 (none) to 65535"),
+                None => return Err("must be a number of seconds from 0 (the broker's proposal) to 65535"),
                 seconds => self.heartbeat = seconds,
             },
             "connection_timeout" => match number(&value) {

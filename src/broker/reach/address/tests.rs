@@ -315,7 +315,8 @@ fn lists() {
     assert_eq!(parse_list("amqp://a\n"), Ok(vec![a.clone()]));
     assert_eq!(
         parse_list("amqp://u:p,q,amqp@a/x,y,amqps://b?heartbeat=x,amqp://"),
-        Err("URL 2 of 3: the query parameter heartbeat must be a number of seconds from 0 (none) to 65535".to_owned()),
+        Err("URL 2 of 3: the query parameter heartbeat must be a number of seconds from 0 (the broker's proposal) to 65535"
+            .to_owned()),
     );
     assert_eq!(
         parse_list("amqp://u:p,q,amqp@a/x,y,amqps://b,amqp://"),
@@ -421,7 +422,7 @@ fn wrong_query_parameters() {
     for value in ["", "x", "-1", "+1", "65536", "1.5", "10s", "S3CRET"] {
         refused(
             &format!("heartbeat={value}"),
-            "the query parameter heartbeat must be a number of seconds from 0 (none) to 65535",
+            "the query parameter heartbeat must be a number of seconds from 0 (the broker's proposal) to 65535",
         );
     }
     for value in ["", "0", "-1", "18446744073709551616", "1s"] {
