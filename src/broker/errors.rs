@@ -1,11 +1,8 @@
 //! What the broker's refusals mean, and one table of what follows: exit status, whether a retry may help, and advice.
 
 use super::reach::{
-    address::Address,
-    connection::OpenConnection,
-    observed::Observed,
-    tls_errors,
-    token::{Credentials, Token},
+    address::Address, connection::OpenConnection, credentials::Credentials, observed::Observed, tls_errors,
+    token::Token,
 };
 use crate::exit::{Exit, Failure};
 use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
@@ -342,7 +339,7 @@ impl ConnectError {
         let observed = connection.observed();
         match (observed.refusal(error), &observed.unreadable, asked) {
             (_, Some(problem), Asked::Queue { queue, .. }) => unreadable_message(queue, problem).into(),
-            (Some(refusal), ..) => Self::from_refusal(asked, &refusal, connection.login.credentials()),
+            (Some(refusal), ..) => Self::from_refusal(asked, &refusal, connection.credentials.now()),
             (None, _, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),
             (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
         }
@@ -478,7 +475,7 @@ impl DeliveryLost {
             _ => "connection",
         };
         let asked = Asked::Delivery { closed, observed: &observed };
-        Self::because(ConnectError::from_refusal(asked, &refusal, connection.login.credentials()).failure.message)
+        Self::because(ConnectError::from_refusal(asked, &refusal, connection.credentials.now()).failure.message)
     }
 
     /// See `Settling::means_requeued`. The other message goes back to the queue when the connection ends.

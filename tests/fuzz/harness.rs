@@ -6,9 +6,9 @@ use super::{
     errors::{Asked, ConnectError},
     reach::{
         address::Address,
+        credentials::Credentials,
         observed::Observed,
         tap::{FRAME_MAX, Tap},
-        token::Credentials,
     },
 };
 use lapin::{

@@ -446,7 +446,7 @@ fn a_wrong_token_after_a_right_one_costs_the_connection() {
     running.wait_for_stderr("; check the token", PATIENCE);
     mount.put(site.issuer.token(LONG));
     queue.publish(MESSAGE);
-    mount.finish(&running).assert_status(0).assert_stderr("again before each new attempt");
+    mount.finish(&running).assert_status(0).assert_stderr("again before each new connection");
     site.assert_goodbyes(&queue);
 }
 
@@ -534,7 +534,7 @@ fn a_login_that_is_refused_is_tried_again_with_the_files_new_content() {
         mount.put("guest\n");
         let done = running.wait(PATIENCE);
         done.assert_status(0);
-        assert_eq!(done.stderr.matches("again before each new attempt").count(), 1, "{}", done.stderr);
+        assert_eq!(done.stderr.matches("again before each new connection").count(), 1, "{}", done.stderr);
     }
 }
 
@@ -557,7 +557,7 @@ fn a_login_that_stays_refused_is_77_at_the_connect_timeout() {
         let done = program.args(["--connect-timeout", "3s", "cat"]).run();
         done.assert_status(77).assert_stderr("gave up after 3s (--connect-timeout)");
         done.assert_stderr("the broker refused the login of user \"guest\"");
-        assert_eq!(done.stderr.matches("again before each new attempt").count(), 1, "{}", done.stderr);
+        assert_eq!(done.stderr.matches("again before each new connection").count(), 1, "{}", done.stderr);
         assert!(!done.stderr.contains("hunter2"), "{}", done.stderr);
         let logins = proxy.accepted() - before;
         assert!((2..=12).contains(&logins), "{logins} logins");

@@ -8,11 +8,7 @@ use super::{
 use crate::{
     broker::{
         errors::{DeliveryLost, described},
-        reach::{
-            connect::{Attempts, Connector},
-            connection::OpenConnection,
-            observed::Version,
-        },
+        reach::{connect::Connector, connection::OpenConnection, observed::Version, tries::Tries},
         topology::{Declare, NotSubscribed, Plan},
     },
     exit::{Exit, Failure},
@@ -106,18 +102,18 @@ impl Consumer {
     /// # Errors
     /// The first permanent failure, or the last transient one when the time is up.
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
-        let mut attempts = Attempts::new(self.connector.options.timeout);
+        let mut tries = Tries::new(self.connector.options.timeout);
         let mut plan = Plan::default();
         if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
             self.check_queue_survives("the connection was lost")?;
         }
         loop {
-            match self.try_to_subscribe(mem::take(&mut plan), attempts.deadline).await {
+            match self.try_to_subscribe(mem::take(&mut plan), tries.deadline).await {
                 Ok(()) => return Ok(()),
                 Err(NotSubscribed::RetryWith(instead)) => plan = instead,
                 Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
-                    attempts.wait_or_give_up(error).await?;
+                    tries.pause_after(error).await?;
                 }
             }
         }
@@ -127,7 +123,7 @@ impl Consumer {
         let (connection, declared) = match mem::replace(&mut self.state, State::Idle(None)) {
             // The queue was declared on it before.
             State::Idle(Some(kept)) if kept.is_connected() => (kept, self.queue_name.clone()),
-            _ => (self.connector.attempt(deadline).await?, None),
+            _ => (self.connector.try_to_connect(deadline).await?, None),
         };
         let (give_up, given_up) = oneshot::channel();
         let open = Subscription::open(connection, self.options.clone(), plan, declared, deadline, given_up);
@@ -140,7 +136,7 @@ impl Consumer {
             Err(_) => {}
         }
         if subscribed.is_err() {
-            // lapin 4.12 reports the closed channel once more later, so the next attempt takes a new connection.
+            // lapin 4.12 reports the closed channel once more later, so the next try takes a new connection.
             self.close().await;
         }
         subscribed

@@ -3,16 +3,18 @@
 use super::{
     address::Address,
     connection::{OpenConnection, ShutdownOnDrop},
+    credentials::CredentialsInUse,
     nodes::{Nodes, SecretFile},
+    observed::Observed,
     resolve::resolve,
     tap::{FRAME_MAX, Tap},
-    token::Login,
     transport::{Socket, TappedStream, lapin_runtime},
+    tries::Tries,
 };
 use crate::{
     broker::errors::ConnectError,
     exit::Failure,
-    report::{HumanDuration, Reminder, with_reminders},
+    report::{HumanDuration, with_reminders},
 };
 use lapin::{
     AsyncTcpStream, Connection, ConnectionProperties,
@@ -28,26 +30,21 @@ use std::{
 use tokio::{
     net::TcpStream,
     task::JoinSet,
-    time::{Instant, sleep, timeout},
+    time::{Instant, timeout},
 };
 
 /// Longest wait for one address to accept: a host that doesn't answer mustn't use up the time of the others.
-const TCP_CONNECT: Duration = Duration::from_secs(5);
+const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long one address of a name may be silent before the next one is tried, too: RFC 8305's recommendation.
-const NEXT_ADDRESS: Duration = Duration::from_millis(250);
+/// How long an address may be silent before the next one is dialled, too (RFC 8305's recommendation).
+const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
-/// Default heartbeat interval, in seconds: a frozen broker is noticed after 2 to 2.5 of them.
-const HEARTBEAT: u16 = 10;
+/// In seconds. A frozen broker is noticed after 2 to 2.5 intervals.
+const DEFAULT_HEARTBEAT: u16 = 10;
 
-/// Pauses double, and vary at random by up to a half, so that a thousand pods don't reconnect at once.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(3);
+/// The kubelet takes up to two minutes to bring a rotated Secret into a pod.
+const RETRY_LOGIN_FOR: Duration = Duration::from_secs(120);
 
-/// How long a refused login is retried: a rotated Secret takes up to two minutes to arrive in a pod (by the kubelet).
-const LOGIN_RETRIED: Duration = Duration::from_secs(120);
-
-/// How to connect.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
     /// `--connect-timeout`: from the first look-up until there is a consumer.
@@ -62,116 +59,126 @@ pub struct ConnectOptions {
 #[derive(Debug)]
 pub struct Connector {
     nodes: Nodes,
-    attempts: usize,
     pub(in crate::broker) options: ConnectOptions,
+    /// How many tries there were, over all connections: each takes the next node.
+    tries: usize,
     /// Since when the broker has refused every login.
-    refused_since: Option<Instant>,
+    login_refused_since: Option<Instant>,
     /// Why the files couldn't be read the last time, to log each reason once.
-    read_problem: Option<String>,
-    /// What this attempt is waiting for: the failure says so if time runs out.
+    unreadable_files: Option<String>,
+    /// What this try is waiting for: if time runs out, the failure says so.
     stage: String,
-    /// What happened to each address that this attempt couldn't use.
-    problems: Vec<String>,
+    /// What happened to each address that this try couldn't use.
+    unusable_addresses: Vec<String>,
     /// The addresses that have accepted a connection, the latest last.
-    reached: Vec<SocketAddr>,
+    accepted: Vec<SocketAddr>,
 }
 
 impl Connector {
-    /// For these nodes.
     #[must_use]
     pub fn new(nodes: Nodes, options: ConnectOptions) -> Self {
         Self {
             nodes,
-            attempts: 0,
             options,
-            refused_since: None,
-            read_problem: None,
+            tries: 0,
+            login_refused_since: None,
+            unreadable_files: None,
             stage: String::new(),
-            problems: Vec::new(),
-            reached: Vec::new(),
+            unusable_addresses: Vec::new(),
+            accepted: Vec::new(),
         }
     }
 
-    /// Connects, with as many attempts as it takes within `--connect-timeout`.
+    /// Connects, with as many tries as it takes within `--connect-timeout`.
     ///
     /// # Errors
     /// A permanent failure, or the last transient one when time is up.
     pub async fn connect(&mut self) -> Result<OpenConnection, Failure> {
-        let mut attempts = Attempts::new(self.options.timeout);
+        let mut tries = Tries::new(self.options.timeout);
         loop {
-            match self.attempt(attempts.deadline).await {
+            match self.try_to_connect(tries.deadline).await {
                 Ok(connection) => return Ok(connection),
-                Err(error) => attempts.wait_or_give_up(error).await?,
+                Err(error) => tries.pause_after(error).await?,
             }
         }
     }
 
-    pub(in crate::broker) async fn attempt(&mut self, deadline: Instant) -> Result<OpenConnection, ConnectError> {
-        if self.attempts > 0 && self.nodes.may_change() {
-            self.read_again();
+    /// Tries the next node.
+    pub(in crate::broker) async fn try_to_connect(
+        &mut self,
+        deadline: Instant,
+    ) -> Result<OpenConnection, ConnectError> {
+        if self.tries > 0 && self.nodes.may_change() {
+            self.read_files_again();
         }
         let nodes = &self.nodes.known;
-        let address = nodes[self.attempts % nodes.len()].clone();
-        self.attempts += 1;
+        let address = nodes[self.tries % nodes.len()].clone();
+        self.tries += 1;
         // Half of the time that is left, at least 5 s: a node that accepts but never answers mustn't use up all of it.
         let left = deadline.saturating_duration_since(Instant::now());
-        let share = (left / 2).max(TCP_CONNECT).min(left);
+        let share = (left / 2).max(TCP_CONNECT_TIMEOUT).min(left);
         let opened = timeout(share, self.open(&address)).await;
-        let opened = opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage)));
-        // A proxy logs in to the broker only when a channel is opened: then `Consumer` calls `login_accepted`.
-        if opened.as_ref().is_ok_and(|connection| !connection.observed().is_another_product) {
-            self.login_accepted();
-        }
-        opened.map_err(|mut error| {
-            let message = &mut error.failure.message;
-            *message = format!("{address}: {message}");
-            // A permanent failure is the broker's reply: the other addresses don't matter.
-            if error.transient {
-                for problem in &self.problems {
-                    *message = format!("{message}; {problem}");
+        match opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage))) {
+            Ok(connection) => {
+                // A proxy logs in to the broker only when a channel is opened, so `Consumer` calls this for it.
+                if !connection.observed().is_another_product {
+                    self.login_accepted();
                 }
+                Ok(connection)
             }
-            if error.login_refused {
-                self.retry_login(&mut error);
-            }
-            error
-        })
+            Err(error) => Err(self.describe(error, &address)),
+        }
     }
 
     /// If a file can't be used (it may be half written), its old content still counts.
-    fn read_again(&mut self) {
+    fn read_files_again(&mut self) {
         let problem = self.nodes.read().err().map(|failure| failure.message);
-        if problem != self.read_problem
+        if problem != self.unreadable_files
             && let Some(problem) = &problem
         {
             tracing::warn!("{problem}; using what it said before");
         }
-        self.read_problem = problem;
+        self.unreadable_files = problem;
+    }
+
+    fn describe(&mut self, mut error: ConnectError, address: &Address) -> ConnectError {
+        let message = &mut error.failure.message;
+        *message = format!("{address}: {message}");
+        // A permanent failure is the broker's reply: the other addresses don't matter.
+        if error.transient {
+            for problem in &self.unusable_addresses {
+                *message = format!("{message}; {problem}");
+            }
+        }
+        if error.login_refused {
+            self.retry_login(&mut error);
+        }
+        error
     }
 
     pub(in crate::broker) fn login_accepted(&mut self) {
-        self.refused_since = None;
+        self.login_refused_since = None;
     }
 
-    /// Makes a refused login transient for [`LOGIN_RETRIED`] if its password comes from a file.
+    /// Makes a refused login transient for [`RETRY_LOGIN_FOR`] if its password comes from a file.
     pub(in crate::broker) fn retry_login(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
         };
         let file = file.path().display();
-        if self.refused_since.is_none() {
-            tracing::info!("the login is refused: reading {file} again before each new attempt");
+        if self.login_refused_since.is_none() {
+            tracing::info!("the login is refused: reading {file} again before each new connection");
         }
-        let refused = self.refused_since.get_or_insert_with(Instant::now).elapsed();
-        error.transient = refused < LOGIN_RETRIED;
+        let refused_for = self.login_refused_since.get_or_insert_with(Instant::now).elapsed();
+        error.transient = refused_for < RETRY_LOGIN_FOR;
         if !error.transient {
-            error.failure.message += &format!("; {file} was read again for {}", HumanDuration(refused));
+            error.failure.message += &format!("; {file} was read again for {}", HumanDuration(refused_for));
         }
     }
 
     async fn open(&mut self, address: &Address) -> Result<OpenConnection, ConnectError> {
         let wanted = self.options.heartbeat.or(address.parameters.heartbeat);
-        let heartbeat = wanted.unwrap_or(HEARTBEAT);
+        let heartbeat = wanted.unwrap_or(DEFAULT_HEARTBEAT);
         let opened = self.open_with(address, heartbeat).await?;
         // A broker that proposes 0 wants no heartbeats. amqproxy 3.1 does that, and sends heartbeats only to clients
         // that send nothing themselves. lapin 4.12 obeys only if we propose 0, too.
@@ -184,14 +191,8 @@ impl Connector {
     }
 
     async fn open_with(&mut self, address: &Address, heartbeat: u16) -> Result<OpenConnection, ConnectError> {
-        self.problems.clear();
-        self.stage = format!("looking up {}", address.host);
-        let mut found = with_reminders(&self.stage, resolve(&address.host, address.port)).await.map_err(|error| {
-            let what = format!("the name {:?} can't be looked up", address.host);
-            ConnectError::of_system(what, &error)
-        })?;
-        // Addresses that accepted before come last: they gave no connection, or one that was lost.
-        found.sort_by_key(|target| self.reached.iter().position(|reached| reached == target));
+        self.unusable_addresses.clear();
+        let found = self.look_up(address).await?;
         let (target, socket) = self.dial(address, found).await?;
         let shutdown = ShutdownOnDrop::new(&socket)
             .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
@@ -203,25 +204,10 @@ impl Connector {
             Box::new(socket)
         };
         self.stage = format!("waiting for the AMQP handshake with {target}");
-        let observed = Arc::default();
-        let tap = Tap::new(frame_max(address), Arc::clone(&observed));
-        let stream = Mutex::new(Some(TappedStream { socket, tap }));
-        // lapin wants a closure that it can call again to reconnect. We reconnect ourselves, so it is called once.
-        let dial_for_lapin = async move |_, _| {
-            let stream = stream.lock().expect("nobody panics with it").take();
-            Ok(AsyncTcpStream::Plain(stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?))
-        };
-        let (uri, properties) = (uri(address, heartbeat), properties(&self.options.name));
-        let handshake = Connection::connector(uri, lapin_runtime(), dial_for_lapin, properties);
-        let lapin = with_reminders(&self.stage, handshake).await.map_err(|error| {
-            let observed = observed.lock().expect("nobody panics with it");
-            let file = self.nodes.file_with_password().map(SecretFile::path);
-            ConnectError::in_handshake(&error, &observed, address, file)
-        })?;
+        let (lapin, observed) = self.amqp_handshake(address, heartbeat, socket).await?;
         tracing::debug!("connected to {address} at {target}");
-        let lapin = Arc::new(lapin);
         Ok(OpenConnection {
-            login: Login::new(&lapin, address, &self.nodes),
+            credentials: CredentialsInUse::new(&lapin, address, &self.nodes),
             events: Box::pin(lapin.events_listener()),
             lapin,
             observed,
@@ -231,15 +217,26 @@ impl Connector {
         })
     }
 
-    /// The next address is tried as soon as one fails, or after [`NEXT_ADDRESS`] if it is silent.
+    async fn look_up(&mut self, address: &Address) -> Result<Vec<SocketAddr>, ConnectError> {
+        self.stage = format!("looking up {}", address.host);
+        let mut found = with_reminders(&self.stage, resolve(&address.host, address.port)).await.map_err(|error| {
+            let what = format!("the name {:?} can't be looked up", address.host);
+            ConnectError::of_system(what, &error)
+        })?;
+        // Addresses that accepted before come last: their connection failed, or was lost.
+        found.sort_by_key(|target| self.accepted.iter().position(|accepted| accepted == target));
+        Ok(found)
+    }
+
+    /// Dials the next address as soon as one fails, or after [`NEXT_ADDRESS_AFTER`] if it is silent.
     async fn dial(
         &mut self,
         address: &Address,
         found: Vec<SocketAddr>,
     ) -> Result<(SocketAddr, TcpStream), ConnectError> {
-        let limit = address.parameters.connection_timeout.unwrap_or(TCP_CONNECT);
-        // Shorter if there are many addresses: all of them are tried within a quarter of the time.
-        let pause = NEXT_ADDRESS.min(self.options.timeout.div_f64(4.0 * found.len().max(1) as f64));
+        let limit = address.parameters.connection_timeout.unwrap_or(TCP_CONNECT_TIMEOUT);
+        // Shorter if there are many addresses: all of them are dialled within a quarter of the time.
+        let pause = NEXT_ADDRESS_AFTER.min(self.options.timeout.div_f64(4.0 * found.len().max(1) as f64));
         let mut untried = found.into_iter();
         let mut silent = Vec::new();
         let mut dialling = JoinSet::new();
@@ -259,9 +256,9 @@ impl Connector {
             let problem = match dialled {
                 Ok(Ok(socket)) => {
                     let _ = socket.set_nodelay(true);
-                    self.problems.extend(silent.iter().map(|other| format!("{other}: no answer")));
-                    self.reached.retain(|other| *other != target);
-                    self.reached.push(target);
+                    self.unusable_addresses.extend(silent.iter().map(|other| format!("{other}: no answer")));
+                    self.accepted.retain(|other| *other != target);
+                    self.accepted.push(target);
                     return Ok((target, socket));
                 }
                 Ok(Err(error)) if crate::exit::is_shortage(&error) => {
@@ -270,61 +267,36 @@ impl Connector {
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => format!("no answer within {limit:?}"),
             };
-            self.problems.push(format!("{target}: {problem}"));
+            self.unusable_addresses.push(format!("{target}: {problem}"));
         }
-        let problems = std::mem::take(&mut self.problems).join("; ");
+        let problems = std::mem::take(&mut self.unusable_addresses).join("; ");
         Err(ConnectError::transient(format!("can't connect: {problems}")))
     }
-}
 
-/// The attempts within one `--connect-timeout`, and the pauses between them.
-pub(in crate::broker) struct Attempts {
-    pub(in crate::broker) deadline: Instant,
-    limit: Duration,
-    pause: Duration,
-    last: Option<Failure>,
-    reminder: Reminder,
-}
-
-impl Attempts {
-    pub(in crate::broker) fn new(limit: Duration) -> Self {
-        Self {
-            deadline: Instant::now() + limit,
-            limit,
-            pause: FIRST_PAUSE,
-            last: None,
-            reminder: Reminder::new(Duration::ZERO),
-        }
-    }
-
-    /// Waits before the next attempt. Fails if the failure is permanent or time is up.
-    pub(in crate::broker) async fn wait_or_give_up(&mut self, error: ConnectError) -> Result<(), Failure> {
-        let mut failure = error.failure;
-        if !error.transient {
-            return Err(failure);
-        }
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            // Report the previous failure: this one was cut short by the deadline.
-            failure = self.last.take().unwrap_or(failure);
-        } else {
-            if self.reminder.is_due() {
-                let left = HumanDuration(left);
-                tracing::warn!("{failure}; trying again for up to {left}");
-            } else {
-                tracing::debug!("{failure}; trying again");
-            }
-            let pause = self.pause.mul_f64(1.0 - fastrand::f64() / 2.0);
-            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-            sleep(pause.min(left)).await;
-            if pause < left {
-                self.last = Some(failure);
-                return Ok(());
+    async fn amqp_handshake(
+        &self,
+        address: &Address,
+        heartbeat: u16,
+        socket: Box<dyn Socket>,
+    ) -> Result<(Arc<Connection>, Arc<Mutex<Observed>>), ConnectError> {
+        let observed = Arc::default();
+        let tap = Tap::new(frame_max(address), Arc::clone(&observed));
+        let stream = Mutex::new(Some(TappedStream { socket, tap }));
+        // lapin wants a closure that it can call again to reconnect. We reconnect ourselves, so it is called once.
+        let dial_for_lapin = async move |_, _| {
+            let stream = stream.lock().expect("nobody panics with it").take();
+            Ok(AsyncTcpStream::Plain(stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?))
+        };
+        let (uri, properties) = (uri(address, heartbeat), properties(&self.options.name));
+        let handshake = Connection::connector(uri, lapin_runtime(), dial_for_lapin, properties);
+        match with_reminders(&self.stage, handshake).await {
+            Ok(lapin) => Ok((Arc::new(lapin), observed)),
+            Err(error) => {
+                let observed = observed.lock().expect("nobody panics with it");
+                let file = self.nodes.file_with_password().map(SecretFile::path);
+                Err(ConnectError::in_handshake(&error, &observed, address, file))
             }
         }
-        failure.message =
-            format!("gave up after {} (--connect-timeout): {}", HumanDuration(self.limit), failure.message);
-        Err(failure)
     }
 }
 
@@ -394,7 +366,7 @@ mod tests {
             }
             let gave_up = (false, "refused; /run/token was read again for 2m".to_owned());
             assert_eq!(retried(&mut broker), gave_up);
-            broker.refused_since = None;
+            broker.login_refused_since = None;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! An open connection: what the broker has sent on it, and how it is closed.
 
-use super::{observed::Observed, token::Login};
+use super::{credentials::CredentialsInUse, observed::Observed};
 use crate::broker::errors::{Meaning, described};
 use lapin::{Channel, Connection, Event, options::QueueDeleteOptions};
 use std::{
@@ -20,16 +20,14 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// An open connection.
 pub struct OpenConnection {
-    /// How it has logged in. Its task holds a `Weak` of `lapin`, so dropping this struct ends the connection.
-    pub(in crate::broker) login: Login,
+    pub(in crate::broker) credentials: CredentialsInUse,
     pub(in crate::broker) lapin: Arc<Connection>,
     /// The only listener: lapin's listeners take events from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     pub(in crate::broker) observed: Arc<Mutex<Observed>>,
-    /// The last consumer's channel, kept open until connection.close. If it is dropped, lapin sends channel.close, and
-    /// lapin 4.12 ends the connection without a connection.close if the two cross.
+    /// The last consumer's channel. If it were dropped, lapin 4.12 would send a channel.close, which may cross our
+    /// connection.close: then lapin ends the connection without it.
     pub(in crate::broker) last_channel: Option<Channel>,
     /// An exclusive queue that we delete before the connection is closed, because the broker may keep it.
     pub(in crate::broker) exclusive_queue: Option<(String, QueueDeleteOptions)>,
@@ -89,7 +87,7 @@ impl OpenConnection {
     }
 }
 
-/// Without it, lapin's thread would keep a connection that was given up, beside the new one.
+/// Ends a connection that is dropped without being closed: lapin's thread would keep it, beside the next one.
 pub(super) struct ShutdownOnDrop(std::net::TcpStream);
 
 impl ShutdownOnDrop {

@@ -3,6 +3,7 @@
 pub mod address;
 pub(super) mod connect;
 pub(super) mod connection;
+pub(super) mod credentials;
 mod file;
 pub(super) mod nodes;
 pub(super) mod observed;
@@ -12,3 +13,4 @@ pub(super) mod tls;
 pub(super) mod tls_errors;
 pub(super) mod token;
 mod transport;
+pub(super) mod tries;
