@@ -496,7 +496,7 @@ impl DeliveryLost {
         const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
         match (&observed.unreadable, &observed.closed) {
             (Some(problem), _) => Self { text: problem.clone(), ends_run: true },
-            (None, Some(refusal)) if !observed.cancelled => {
+            (None, Some(refusal)) if !observed.consumer.cancelled => {
                 Self::because(format!("the broker closed the channel or the connection: {refusal}"))
             }
             _ if observed.may_know_ack_timeout() => Self::because(format!(

@@ -8,6 +8,7 @@ use testbed::owner::temp_folder;
 use testbed::{
     Action, BasicProperties, Broker, Direction, Method, PATIENCE, Proxy, Queue, QueueKind, Running, Signal, eventually,
     frames,
+    peer::{self, Answer, Peer},
     types::{AMQPValue, FieldTable, LongString},
 };
 
@@ -1012,6 +1013,45 @@ fn a_part_of_a_message_never_looks_like_all_of_it() {
         running.wait_for_stdout(&format!("{size}\n"), PATIENCE);
         queue.wait_ready(1);
     }
+}
+
+/// After a requeue the next consumer uses the same connection. What the broker still sends to the last one mustn't count
+/// for the next message: before its channel is closed it may be cancelled, or its channel be closed by the broker.
+#[test]
+fn what_comes_late_for_the_last_consumer_does_not_concern_the_next_message() {
+    let cancelled = |channel| {
+        frames::method_frame(channel, Method::BASIC_CANCEL, &[&frames::short(b"qconsume")[..], &[1]].concat())
+    };
+    let timed_out = |channel| {
+        frames::channel_close(channel, 406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out")
+    };
+    let run = |late: Method, nth, sends: fn(u16) -> Vec<u8>, before: bool| {
+        let peer = Peer::new(move |request| {
+            let first = request.connection == 1 && request.nth == 1;
+            match request.method {
+                Method::BASIC_CONSUME => {
+                    let body: &[u8] = if first { b"bad" } else { b"good" };
+                    let message = peer::counted_message(request.channel, 1, true, &[("x-delivery-count", 1)], body);
+                    Answer::Bytes([peer::usual(request), message].concat())
+                }
+                method if method == late && (request.connection, request.nth) == (1, nth) => {
+                    let (late, usual) = (sends(request.channel), peer::usual(request));
+                    Answer::Bytes(if before { [late, usual] } else { [usual, late] }.concat())
+                }
+                _ => Answer::Usual,
+            }
+        });
+        let options = ["--count", "1", "--keep-going", "--max-attempts", "9", "--log-level", "debug"];
+        let done = qconsume().url(&peer.url()).queue("q").args(options).shell("grep -q good && sleep 0.2").run();
+        done.assert_status(0).assert_stderr("message requeued").assert_stderr("message acknowledged");
+        (done, peer.count(Method::CONNECTION_OPEN))
+    };
+    // The second basic.qos is the barrier.
+    let (done, connections) = run(Method::BASIC_QOS, 2, timed_out, false);
+    done.assert_stderr("the broker closed the channel of the last consumer: PRECONDITION_FAILED");
+    assert_eq!(connections, 2);
+    let (_, connections) = run(Method::CHANNEL_CLOSE, 1, cancelled, true);
+    assert_eq!(connections, 1);
 }
 
 #[test]

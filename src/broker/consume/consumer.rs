@@ -149,7 +149,7 @@ impl Consumer {
         let subscription = match task.await.expect("subscribing doesn't panic") {
             Ok(subscription) => subscription,
             Err((connection, why)) => {
-                let mid_delivery = connection.observed().deliveries > 0;
+                let mid_delivery = connection.observed().consumer.deliveries > 0;
                 let again = self.note_lost_mid_delivery(mid_delivery);
                 self.state = State::Idle(Some(connection));
                 return Err(match why {
@@ -302,7 +302,7 @@ impl Consumer {
         self.lost_mid_delivery = false;
         let (began, version) = {
             let observed = self.subscription().connection.observed();
-            (observed.delivery_began, observed.version)
+            (observed.consumer.delivery_began, observed.version)
         };
         let since = began.map_or_else(Instant::now, Instant::from_std);
         let held = Held { tag: delivery.delivery_tag, since, fingerprint: Fingerprint::of(&delivery) };

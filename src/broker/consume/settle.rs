@@ -107,7 +107,7 @@ impl Machine {
             self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
         }
         // After a delivery, as none comes to a cancelled consumer.
-        if subscription.connection.observed().cancelled {
+        if subscription.connection.observed().consumer.cancelled {
             let why = DeliveryLost::ended(&subscription.connection.observed());
             self.happened(Event::Cancelled, Some(why));
         }
@@ -162,7 +162,7 @@ async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadl
         return None;
     }
     let is_due = subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
-    if !is_due || !subscription.connection.observed().redelivered {
+    if !is_due || !subscription.connection.observed().consumer.redelivered {
         return Some(false);
     }
     // If it doesn't arrive, the connection is lost, and the next step reports that.

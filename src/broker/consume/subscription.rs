@@ -69,16 +69,18 @@ impl Subscription {
         give_up: oneshot::Receiver<()>,
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
         const STAGE: &str = "waiting for the broker to subscribe";
-        {
-            // Forget what an earlier consumer got on this connection.
-            let mut observed = connection.observed();
-            (observed.cancelled, observed.deliveries) = (false, 0);
-        }
         let last_channel = connection.last_channel.take();
         let reply = async {
             if let Some(channel) = last_channel {
                 // If that fails, opening the next channel fails, too.
                 let _ = channel.close(200, "OK".into()).await;
+            }
+            // Only now, as the broker may have cancelled that consumer, or closed its channel, until it got our close.
+            connection.observed().forget_consumer();
+            if let Some(refusal) = connection.observed().closed.clone() {
+                // lapin 4.12 reports that close as an event later, which would be taken for the loss of a delivery.
+                let problem = format!("the broker closed the channel of the last consumer: {refusal}");
+                return Err(ConnectError::transient(problem).into());
             }
             subscribe(&mut connection, &options, plan, declared).await
         };
@@ -148,7 +150,7 @@ impl Subscription {
 
     /// By the tap's count: lapin 4.12 drops deliveries that come after a cancel whose reply it doesn't wait for.
     pub(super) fn has_another(&self) -> bool {
-        self.connection.observed().deliveries > self.taken
+        self.connection.observed().consumer.deliveries > self.taken
     }
 
     pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
@@ -203,7 +205,7 @@ impl Subscription {
         self.taken += u64::from(last.is_some());
         self.consumer = None;
         let observed = self.connection.observed();
-        if last.is_none() && observed.cancelled {
+        if last.is_none() && observed.consumer.cancelled {
             return Err(DeliveryLost::ended(&observed));
         }
         Ok(last)

@@ -7,27 +7,27 @@ use lapin::{
 };
 use std::time::Instant;
 
-/// Class and method of `basic.deliver`, as its payload begins.
+/// A `basic.deliver` begins with its class and method.
 const DELIVER: [u8; 4] = [0, 60, 0, 60];
 
-/// Size of what precedes the properties in a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, body size.
+/// What precedes the properties in a content header (AMQP 0-9-1, 2.3.5.2), in bytes: class, weight, body size.
 const BEFORE_PROPERTIES: usize = 12;
 
-/// For tables and arrays. lapin's parser is recursive: a thousand levels overflow its thread's stack of 2 MiB.
+/// Of tables and arrays. lapin's parser is recursive: a thousand levels overflow its thread's stack of 2 MiB.
 const NESTING_MAX: usize = 100;
 
-/// RabbitMQ's version: major and minor.
+/// Major and minor.
 pub(in crate::broker) type Version = (u32, u32);
 
-/// What one connection's broker has sent.
+/// What the broker has sent on one connection.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Observed {
     /// If it is RabbitMQ's.
     pub(in crate::broker) version: Option<Version>,
     /// Another broker, or a proxy that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
-    /// On this broker streams refuse `x-priority`, and 0 is the default of all other queues, so it keeps us from consuming
-    /// a stream. (In Qpid Broker-J 0 isn't the default, by its manual.)
+    /// On this broker streams refuse `x-priority`, and 0 is the default of all other queues, so it keeps us from
+    /// consuming a stream. (In Qpid Broker-J 0 isn't the default, by its manual.)
     pub(in crate::broker) priority_excludes_streams: bool,
     /// For the login, separated by blanks.
     pub(in crate::broker) mechanisms: Option<String>,
@@ -35,21 +35,29 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) heartbeat: Option<u16>,
     /// Proposed limit, in bytes; 0 is none.
     pub(in crate::broker) frame_max: Option<u32>,
-    /// Its last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know.
+    /// The last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know. No consumer
+    /// is subscribed on a connection that has one, so it is never that of an earlier consumer.
     pub(in crate::broker) closed: Option<Refusal>,
-    /// lapin's parser can't read that.
+    /// lapin's parser can't read that close.
     pub(in crate::broker) closed_unreadably: bool,
-    /// The broker has cancelled our consumer.
+    /// Why a delivered message can't be read. The connection ends with it.
+    pub(in crate::broker) unreadable: Option<String>,
+    pub(in crate::broker) consumer: ObservedConsumer,
+    /// Whether `basic.deliver` was the last method: its content follows.
+    delivering: bool,
+}
+
+/// What the broker has sent to the present consumer.
+#[derive(Debug, Default)]
+pub(in crate::broker) struct ObservedConsumer {
+    /// The broker has cancelled it.
     pub(in crate::broker) cancelled: bool,
     /// How many deliveries have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
     pub(in crate::broker) deliveries: u64,
+    /// When the last delivery began.
     pub(in crate::broker) delivery_began: Option<Instant>,
     /// The flag of the last delivery.
     pub(in crate::broker) redelivered: bool,
-    /// Whether `basic.deliver` was the last method: its content follows.
-    delivering: bool,
-    /// Why a delivered message can't be read.
-    pub(in crate::broker) unreadable: Option<String>,
 }
 
 impl Observed {
@@ -58,7 +66,7 @@ impl Observed {
         self.is_another_product || self.version >= Some((4, 3))
     }
 
-    /// lapin reports its own complaints as `ProtocolError`, too: it is a refusal only if the broker has closed
+    /// lapin reports its own complaints as `ProtocolError`, too: the error is a refusal only if the broker has closed
     /// something. If lapin doesn't know the code or can't read the text, what we have read counts.
     pub(in crate::broker) fn refusal(&self, error: &lapin::Error) -> Option<Refusal> {
         match error.kind() {
@@ -71,19 +79,27 @@ impl Observed {
         }
     }
 
-    /// Fails if lapin must not read the payload.
-    pub(super) fn method(&mut self, payload: &[u8]) -> Result<(), String> {
+    /// To be called when the consumer's channel is closed: until then the broker may still send it something.
+    pub(in crate::broker) fn forget_consumer(&mut self) {
+        self.consumer = ObservedConsumer::default();
+    }
+
+    /// # Errors
+    /// Why lapin must not read this payload.
+    pub(super) fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         self.delivering = payload.starts_with(&DELIVER);
         if self.delivering {
-            self.deliveries += 1;
-            self.delivery_began = Some(Instant::now());
-            self.redelivered = redelivered(payload);
+            self.consumer.deliveries += 1;
+            self.consumer.delivery_began = Some(Instant::now());
+            self.consumer.redelivered = redelivered(payload);
         }
-        let read = check_nesting(payload).and_then(|()| self.read_method(payload));
+        let read = check_nesting(payload).and_then(|()| self.note_method(payload));
         self.note_unreadable(read)
     }
 
-    pub(super) fn content_header(&mut self, payload: &[u8]) -> Result<(), String> {
+    /// # Errors
+    /// Why lapin must not read this payload.
+    pub(super) fn read_content_header(&mut self, payload: &[u8]) -> Result<(), String> {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {
             let read = basic::parse_properties(properties);
@@ -93,7 +109,7 @@ impl Observed {
     }
 
     /// Notes that a header frame of `size` bytes exceeds the connection's `limit`. lapin then ends the connection.
-    pub(super) fn too_large(&mut self, size: usize, limit: usize) {
+    pub(super) fn note_too_large(&mut self, size: usize, limit: usize) {
         let problem = format!(
             "its headers are a frame of {size} bytes, and this connection takes {limit} (frame_max): raise frame_max in the URL and in rabbitmq.conf"
         );
@@ -104,17 +120,17 @@ impl Observed {
         if let Err(problem) = &read
             && self.delivering
         {
-            // Only a delivered message is delivered again on the next connection.
+            // Any other frame isn't sent again on the next connection.
             self.unreadable.get_or_insert_with(|| problem.clone());
         }
         read
     }
 
-    fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
+    fn note_method(&mut self, payload: &[u8]) -> Result<(), String> {
         use {basic::AMQPMethod as B, connection::AMQPMethod as Co};
         let method = parse_class(payload).map(|(_, class)| class);
-        // connection.close and channel.close, by hand: RabbitMQ 3.10 cuts a text at 255 bytes, even inside a character,
-        // and lapin's parser refuses that.
+        // connection.close and channel.close are read by hand: RabbitMQ 3.10 cuts a text at 255 bytes, even inside a
+        // character, and lapin's parser refuses that.
         if let [0, 10, 0, 50, a, b, size, rest @ ..] | [0, 20, 0, 40, a, b, size, rest @ ..] = payload
             && let Some(text) = rest.get(..usize::from(*size))
         {
@@ -135,7 +151,7 @@ impl Observed {
                 self.heartbeat = Some(tune.heartbeat);
                 self.frame_max = Some(tune.frame_max);
             }
-            Ok(AMQPClass::Basic(B::Cancel(_))) => self.cancelled = true,
+            Ok(AMQPClass::Basic(B::Cancel(_))) => self.consumer.cancelled = true,
             Err(_) if self.delivering => {
                 return Err("its exchange or routing key is not UTF-8".to_owned());
             }
@@ -191,7 +207,7 @@ mod tests {
         let error = ErrorKind::ParsingError(error).into();
         let mut observed =
             Observed { closed: Some(Refusal::new(404, "NOT_FOUND - no queue 'q\u{fffd}...")), ..Observed::default() };
-        // An earlier close is not what lapin stumbled over.
+        // lapin could read that close, so the error is about something else.
         assert!(observed.refusal(&error).is_none());
         observed.closed_unreadably = true;
         let refusal = observed.refusal(&error).unwrap();

@@ -6,12 +6,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-/// The limit that we propose, in bytes: RabbitMQ's default. Without one, lapin 4.12 fills two buffers of 4 MiB.
+/// The limit to propose, in bytes: RabbitMQ's default. Without one, lapin 4.12 fills two buffers of 4 MiB.
 pub(in crate::broker) const FRAME_MAX: u32 = 131_072;
 
 /// Size of a frame's header (AMQP 0-9-1, 2.3.5), in bytes: type, channel (2), size of the payload (4).
 const HEADER: usize = 7;
-/// The frame types. Bodies and heartbeats are skipped.
+/// The types of frames.
 const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
@@ -20,9 +20,9 @@ const HEARTBEAT: u8 = 8;
 #[derive(Debug)]
 pub(in crate::broker) struct Tap {
     observed: Arc<Mutex<Observed>>,
-    /// What we propose, in bytes: headers must fit into it.
-    frame_max: usize,
-    /// Largest payload of any frame, in bytes: at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
+    /// The limit that we propose, in bytes.
+    proposed: usize,
+    /// Largest payload to read, in bytes: at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
     payload_max: usize,
     /// Empty, or the start of one frame.
     frame: Vec<u8>,
@@ -33,10 +33,13 @@ pub(in crate::broker) struct Tap {
 impl Tap {
     pub(in crate::broker) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
         let payload_max = frame_max.max(FRAME_MAX) as usize;
-        Self { observed, frame_max: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
+        Self { observed, proposed: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
     }
 
-    /// Takes the next piece, of any size. Fails with `InvalidData` if lapin must not read on.
+    /// Takes the next piece, of any size.
+    ///
+    /// # Errors
+    /// `InvalidData` if lapin must not read on.
     pub(in crate::broker) fn observe(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
@@ -50,7 +53,7 @@ impl Tap {
                 continue;
             };
             if self.frame.len() == HEADER && self.frame[0] == CONTENT_HEADER {
-                self.check_size(size);
+                self.note_if_too_large(size);
             }
             match self.frame[0] {
                 METHOD | CONTENT_HEADER | BODY | HEARTBEAT if size > self.payload_max => {
@@ -70,20 +73,20 @@ impl Tap {
         let payload = &self.frame[HEADER..HEADER + size];
         let mut observed = self.observed();
         let read = match kind {
-            METHOD => observed.method(payload),
-            _ => observed.content_header(payload),
+            METHOD => observed.read_method(payload),
+            _ => observed.read_content_header(payload),
         };
         read.map_err(refuse)
     }
 
-    /// RabbitMQ 3.10 and 4.3 send all headers in one frame, even one larger than agreed, which lapin refuses.
-    fn check_size(&self, size: usize) {
+    /// RabbitMQ 3.10 and 4.3 send all headers in one frame, even if it is larger than agreed. lapin refuses it then.
+    fn note_if_too_large(&self, size: usize) {
         let mut observed = self.observed();
         let theirs = observed.frame_max.filter(|max| *max > 0).map(|max| max as usize);
-        let agreed = theirs.map_or(self.frame_max, |theirs| theirs.min(self.frame_max));
+        let agreed = theirs.map_or(self.proposed, |theirs| theirs.min(self.proposed));
         let frame = HEADER + size + 1;
         if frame > agreed {
-            observed.too_large(frame, agreed);
+            observed.note_too_large(frame, agreed);
         }
     }
 

@@ -1,5 +1,3 @@
-//! What the tap notes of the broker's frames, and what it keeps from lapin.
-
 use super::*;
 
 const START: &[u8] = b"\0\x0a\0\x0a\0\x09\0\0\0\x13\x07versionS\0\0\0\x064.3.61\0\0\0\x0ePLAIN AMQPLAIN\0\0\0\x05en_US";
@@ -52,7 +50,7 @@ fn what_the_broker_says_is_noted_however_it_is_cut() {
         assert_eq!(seen.heartbeat, Some(60));
         let closed = seen.closed.as_ref().unwrap();
         assert_eq!((closed.code, closed.text.as_str()), (500, "oops"));
-        assert!(seen.cancelled && seen.unreadable.is_none(), "{seen:?}");
+        assert!(seen.consumer.cancelled && seen.unreadable.is_none(), "{seen:?}");
     }
 }
 
@@ -122,9 +120,9 @@ fn header(size: u64) -> Vec<u8> {
 fn deliveries_are_counted_and_the_last_ones_flag_is_kept() {
     let again = b"\0\x3c\0\x3c\x01t\0\0\0\0\0\0\0\x02\x01\0\x01q";
     let (observed, _) = observe(&[frame(METHOD, DELIVER), header(0), frame(METHOD, again), header(0)], 64);
-    assert_eq!((observed.deliveries, observed.redelivered), (2, true));
+    assert_eq!((observed.consumer.deliveries, observed.consumer.redelivered), (2, true));
     let (observed, _) = observe(&[frame(METHOD, again), header(0), frame(METHOD, DELIVER)], 64);
-    assert_eq!((observed.deliveries, observed.redelivered), (2, false));
+    assert_eq!((observed.consumer.deliveries, observed.consumer.redelivered), (2, false));
 }
 
 #[test]
