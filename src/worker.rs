@@ -5,7 +5,7 @@ mod take;
 
 use crate::{
     allocator,
-    broker::{Consumer, ConsumerOptions, DeliveryLost},
+    broker::{Consumer, ConsumerOptions, DeliveryLost, Message},
     cli::QconsumeOptions,
     command::{Reaper, RunningCommand, find, stdin_with, supervise},
     exit::{Exit, Failure, status_of_signal},
@@ -14,11 +14,15 @@ use crate::{
     settlement::Settled,
     signals::{Signals, unless_stopped},
     variable::Variable,
-    verdict::{CommandResult, Next, RunState, Settlement, StopReason, Verdict, decide, repeats_forever},
+    verdict::{CommandResult, Next, RunState, Settlement, Verdict, decide, repeats_forever},
 };
 use nix::sys::signal::Signal;
-use std::{future::pending, path::PathBuf};
-use summary::{Tally, describe_end, describe_settlement, log_taken, summary};
+use std::{
+    future::pending,
+    ops::ControlFlow::{self, Break, Continue},
+    path::PathBuf,
+};
+use summary::{SettledMessage, Tally, describe_end, log_taken, reason, summary};
 use tokio::time::timeout;
 
 /// The share of `--ack-timeout` after which a warning says that the command still runs.
@@ -38,13 +42,10 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     );
     let mut worker = Worker { options, executable, reaper, consumer, tally: Tally::default() };
     let summary = loop {
-        match worker.one_message(&mut signals).await {
-            Ok(None) => {}
-            Ok(Some(summary)) => break summary,
-            Err(Failure { exit, message }) => break RunSummary::without_message(exit.status(), message),
+        if let Break(summary) = worker.one_message(&mut signals).await {
+            break worker.with_queue(worker.with_tally(summary));
         }
     };
-    let summary = worker.with_queue(worker.with_tally(summary));
     summary.report();
     // A signal that comes now cuts the closing short. One that came earlier must not, so it is dropped here.
     let _ = signals.read_stop();
@@ -60,41 +61,16 @@ struct Worker {
     tally: Tally,
 }
 
+/// Each step of a message breaks with the summary if the run ends there.
 impl Worker {
-    /// Handles one message, from waiting to settling. Returns the summary if the run ends.
-    async fn one_message(&mut self, signals: &mut Signals) -> Result<Option<RunSummary>, Failure> {
-        let taken = match unless_stopped(signals, take::take(&mut self.consumer, &self.options)).await {
-            Ok(taken) => taken?,
-            Err(signal) => return Ok(Some(self.stopped(signal).await)),
-        };
-        let Some(message) = taken else {
-            return Ok(Some(self.nothing_left()));
-        };
+    async fn one_message(&mut self, signals: &mut Signals) -> ControlFlow<RunSummary> {
+        let message = self.take(signals).await?;
         let subject = log_taken(&message, self.consumer.queue());
-
-        if self.options.no_ack
-            && let Some(summary) = self.acknowledge_beforehand(&subject).await
-        {
-            return Ok(Some(summary));
+        if self.options.no_ack {
+            self.acknowledge_beforehand(&subject).await?;
         }
-        // Copying a large body takes time, so a signal or a loss is checked for after it.
-        let input = match stdin_with(message.body) {
-            Ok(input) => input,
-            Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
-        };
-        if let Some(summary) = self.settle_if_stopped_or_lost(signals, &subject).await {
-            return Ok(Some(summary));
-        }
+        let mut command = self.start(signals, message.body, message.variables, &subject).await?;
 
-        let mut variables = message.variables;
-        let hidden = self.options.hidden_variables().iter();
-        variables.extend(hidden.map(|name| Variable { name, value: None }));
-        let spawned = RunningCommand::start(&self.executable, &self.options.command, &variables, input, &self.reaper);
-        let mut command = match spawned {
-            Ok(command) => command,
-            Err(failure) => return Ok(Some(self.not_started(&failure, &subject).await)),
-        };
-        signals.command_started();
         let limits = self.options.limits.clone();
         let (ended, stop, mut lost) = supervise(&mut command, &limits, signals, self.wait_until_lost()).await;
         if lost.is_none() && !self.options.no_ack {
@@ -103,12 +79,61 @@ impl Worker {
         let result = CommandResult { ended, stop, still_owned: lost.is_none(), failures_before: message.failures };
         let verdict = decide(result, &self.options.policy);
         let Some(settlement) = verdict.settlement else {
-            let why = lost.map_or(String::new(), |lost| lost.to_string());
-            let end = describe_end(result);
+            let (why, end) = (reason(lost), describe_end(result));
             let text = format!("delivery lost while the command ran, another worker may have it: {why}; {end}");
-            return Ok(Some(summary(&subject, verdict.status, Outcome::Lost, text)));
+            return Break(summary(&subject, verdict.status, Outcome::Lost, text));
         };
-        Ok(self.settle(signals, &subject, result, verdict, settlement, message.at_delivery_limit).await)
+
+        if repeats_forever(verdict, result.failures_before) {
+            self.warn_of_uncounted();
+        }
+        let is_last = self.next(signals, verdict, result) != Next::Message;
+        // Cancel before a requeue, too: the next `take` subscribes again, and gets the message. Without that, `--drain`
+        // could find the queue empty: a quorum queue counts it as ready some time later (RabbitMQ 3.10 under load).
+        let cancels = is_last || settlement == Settlement::Requeue;
+        let settled = self.settle_unless_no_ack(settlement, cancels).await;
+        // Asked again, as a stop signal may have come during the settlement.
+        let next = self.next(signals, verdict, result);
+        self.count(settled.outcome);
+        let summary = settled.summary(&subject, verdict, result, message.at_default_delivery_limit);
+        if settled.end != Settled::Confirmed {
+            return Break(summary);
+        }
+        self.go_on(next, summary).await
+    }
+
+    async fn take(&mut self, signals: &mut Signals) -> ControlFlow<RunSummary, Message> {
+        match unless_stopped(signals, take::take(&mut self.consumer, &self.options)).await {
+            Ok(Ok(Some(message))) => Continue(message),
+            Ok(Ok(None)) => Break(self.nothing_left()),
+            Ok(Err(Failure { exit, message })) => Break(RunSummary::without_message(exit.status(), message)),
+            Err(signal) => Break(self.stopped(signal).await),
+        }
+    }
+
+    /// Starts the command, unless a stop signal or the loss of the delivery has come first.
+    async fn start(
+        &mut self,
+        signals: &mut Signals,
+        body: Vec<u8>,
+        mut variables: Vec<Variable>,
+        subject: &Subject,
+    ) -> ControlFlow<RunSummary, RunningCommand> {
+        let input = match stdin_with(body) {
+            Ok(input) => input,
+            Err(failure) => return Break(self.not_started(&failure, subject).await),
+        };
+        // Only now, as copying a large body takes time.
+        self.settle_if_stopped_or_lost(signals, subject).await?;
+        let hidden = self.options.hidden_variables().iter();
+        variables.extend(hidden.map(|name| Variable { name, value: None }));
+        match RunningCommand::start(&self.executable, &self.options.command, &variables, input, &self.reaper) {
+            Ok(command) => {
+                signals.command_started();
+                Continue(command)
+            }
+            Err(failure) => Break(self.not_started(&failure, subject).await),
+        }
     }
 
     /// Waits until the delivery is lost. Warns when the broker is about to requeue the message.
@@ -129,29 +154,26 @@ impl Worker {
         self.consumer.wait_until_lost().await
     }
 
-    /// Settles the message as the verdict says. Returns the summary if the run ends.
-    async fn settle(
-        &mut self,
-        signals: &mut Signals,
-        subject: &Subject,
-        result: CommandResult,
-        verdict: Verdict,
-        settlement: Settlement,
-        at_delivery_limit: bool,
-    ) -> Option<RunSummary> {
-        if repeats_forever(verdict, result.failures_before) {
-            self.warn_of_uncounted();
+    /// Settles the message (with --no-ack it already is).
+    async fn settle_unless_no_ack(&mut self, settlement: Settlement, cancels: bool) -> SettledMessage {
+        if self.options.no_ack {
+            return SettledMessage::before_the_command();
         }
-        let is_last = self.state(signals).next(verdict, result.failures_before) != Next::Message;
-        // Cancel before a requeue, too: the next `take` subscribes again, and gets the message. Without that, `--drain`
-        // could find the queue empty: a quorum queue counts it as ready some time later (RabbitMQ 3.10 under load).
-        let cancels = is_last || settlement == Settlement::Requeue;
-        let (settled, outcome, mut description) = self.settle_unless_no_ack(settlement, cancels).await;
-        if at_delivery_limit && outcome == Outcome::Requeued {
-            description += "; if the queue's delivery-limit is 20 (the default), the queue drops or dead-letters it";
-        }
-        // A stop signal may have come during the settlement.
-        let next = self.state(signals).next(verdict, result.failures_before);
+        let (settled, why) = self.consumer.settle(settlement, cancels).await;
+        SettledMessage::new(settlement, settled, why)
+    }
+
+    /// What comes after this message, which isn't counted yet.
+    fn next(&self, signals: &mut Signals, verdict: Verdict, result: CommandResult) -> Next {
+        let state = RunState {
+            to_do: self.options.count().map(|count| count.saturating_sub(self.tally.done())),
+            keep_going: self.options.keep_going,
+            stopped_by: signals.read_stop().map(|signal| signal as i32),
+        };
+        state.next(verdict, result.failures_before)
+    }
+
+    fn count(&mut self, outcome: Outcome) {
         match outcome {
             Outcome::Acknowledged => self.tally.acknowledged += 1,
             Outcome::Requeued => self.tally.requeued += 1,
@@ -161,64 +183,33 @@ impl Worker {
                     allocator::note_dead_lettered(self.options.policy.status_of_dead_letters());
                 }
             }
-            _ => {}
+            Outcome::Released | Outcome::Unconfirmed | Outcome::Lost => {}
         }
+    }
 
-        let text = format!("{}; {description}", describe_end(result));
-        let mut summary = summary(subject, verdict.status_after(settled), outcome, text);
-        let command_decided = match settled {
-            Settled::Confirmed => true,
-            // An unconfirmed acknowledgement is qconsume's own 75. Other settlements follow a failure of the command.
-            Settled::Unconfirmed => settlement != Settlement::Ack,
-            Settled::Lost => false,
-        };
-        if command_decided && result.stop != Some(StopReason::TimeLimit) {
-            summary.source = "command";
-        }
-        if settled != Settled::Confirmed {
-            return Some(summary);
-        }
+    /// After a confirmed settlement.
+    async fn go_on(&mut self, next: Next, summary: RunSummary) -> ControlFlow<RunSummary> {
         if next != Next::Message && self.consumer.is_subscribed() {
             // A stop signal came during the settlement, and the next message may have come, too.
             self.consumer.release().await;
         }
         match next {
-            Next::End => Some(summary),
             Next::Message => {
                 self.with_queue(summary).log();
-                None
+                Continue(())
             }
+            Next::End => Break(summary),
             Next::AllDone => {
                 self.with_queue(summary).log();
-                Some(self.count_done())
+                Break(self.count_done())
             }
-            Next::Stopped(signal) => Some(RunSummary {
+            Next::Stopped(signal) => Break(RunSummary {
                 source: Program::current().name(),
                 status: status_of_signal(signal),
                 text: format!("{}; stopped by a signal before everything was done", summary.text),
                 ..summary
             }),
         }
-    }
-
-    /// How far the run is, before this message is counted.
-    fn state(&self, signals: &mut Signals) -> RunState {
-        RunState {
-            to_do: self.options.count().map(|count| count.saturating_sub(self.tally.done())),
-            keep_going: self.options.keep_going,
-            stopped_by: signals.read_stop().map(|signal| signal as i32),
-        }
-    }
-
-    /// Settles the message (with --no-ack it already is). Returns how that ended, the outcome and its description.
-    async fn settle_unless_no_ack(&mut self, settlement: Settlement, cancels: bool) -> (Settled, Outcome, String) {
-        if self.options.no_ack {
-            let before = "message was acknowledged before the command (--no-ack)";
-            return (Settled::Confirmed, Outcome::Acknowledged, before.to_owned());
-        }
-        let (settled, why) = self.consumer.settle(settlement, cancels).await;
-        let (outcome, description) = describe_settlement(settlement, settled, why);
-        (settled, outcome, description)
     }
 
     fn warn_of_uncounted(&self) {
@@ -232,34 +223,33 @@ impl Worker {
         }
     }
 
-    /// For `--no-ack`. Returns the summary if the command mustn't start, because that isn't confirmed.
-    async fn acknowledge_beforehand(&mut self, subject: &Subject) -> Option<RunSummary> {
+    /// For `--no-ack`. If it isn't confirmed, the command mustn't start.
+    async fn acknowledge_beforehand(&mut self, subject: &Subject) -> ControlFlow<RunSummary> {
         // Cancel too: don't prefetch the next message while this command runs.
         let (settled, why) = self.consumer.settle(Settlement::Ack, true).await;
         if settled == Settled::Confirmed {
-            return None;
+            return Continue(());
         }
-        let why = why.map_or(String::new(), |why| why.to_string());
         let text = format!(
-            "command not started: the acknowledgement of its message (--no-ack) is not confirmed, so the message may be delivered again: {why}"
+            "command not started: the acknowledgement of its message (--no-ack) is not confirmed, so the message may be delivered again: {}",
+            reason(why)
         );
-        let status = Exit::Unconfirmed.status();
-        Some(summary(subject, status, Outcome::Unconfirmed, text))
+        Break(summary(subject, Exit::Unconfirmed.status(), Outcome::Unconfirmed, text))
     }
 
-    /// Returns the summary if the run was stopped, or the message lost, since it was taken.
-    async fn settle_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> Option<RunSummary> {
+    async fn settle_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> ControlFlow<RunSummary> {
         if let Some(signal) = signals.read_stop() {
-            let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
-            let text = format!("stopped by {signal} before the command was started; {description}");
-            return Some(summary(subject, status_of_signal(signal as i32), outcome, text));
+            let released = self.settle_unless_no_ack(Settlement::Release, true).await;
+            let text = format!("stopped by {signal} before the command was started; {}", released.text);
+            return Break(summary(subject, status_of_signal(signal as i32), released.outcome, text));
         }
-        if self.options.no_ack {
-            return None;
+        if !self.options.no_ack
+            && let Some(lost) = self.consumer.known_loss().await
+        {
+            let text = format!("delivery lost before the command was started, another worker may have it: {lost}");
+            return Break(summary(subject, Exit::Unconfirmed.status(), Outcome::Lost, text));
         }
-        let lost = self.consumer.known_loss().await?;
-        let text = format!("delivery lost before the command was started, another worker may have it: {lost}");
-        Some(summary(subject, Exit::Unconfirmed.status(), Outcome::Lost, text))
+        Continue(())
     }
 
     fn nothing_left(&self) -> RunSummary {
@@ -314,8 +304,8 @@ impl Worker {
 
     /// Releases the message, which RabbitMQ 4.3 doesn't count as a failure.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
-        let (_, outcome, description) = self.settle_unless_no_ack(Settlement::Release, true).await;
-        summary(subject, failure.exit.status(), outcome, format!("{failure}; {description}"))
+        let released = self.settle_unless_no_ack(Settlement::Release, true).await;
+        summary(subject, failure.exit.status(), released.outcome, format!("{failure}; {}", released.text))
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{
     broker::{DeliveryLost, Message},
     report::{Outcome, RunSummary, Subject, counted},
     settlement::Settled,
-    verdict::{CommandResult, Ended, Settlement, StopReason},
+    verdict::{CommandResult, Ended, Settlement, StopReason, Verdict},
 };
 use nix::sys::signal::Signal;
 use std::time::Instant;
@@ -42,32 +42,75 @@ pub(super) fn summary(subject: &Subject, status: u8, outcome: Outcome, text: Str
     RunSummary { outcome: Some(outcome), subject: Some(subject.clone()), ..RunSummary::without_message(status, text) }
 }
 
-/// What became of the message, for machines and for people. `why`: the reason if the settlement isn't confirmed.
-pub(super) fn describe_settlement(
+/// Why a delivery was lost or its settlement isn't confirmed.
+pub(super) fn reason(why: Option<DeliveryLost>) -> String {
+    why.map_or(String::new(), |why| why.to_string())
+}
+
+/// What became of a message.
+pub(super) struct SettledMessage {
     settlement: Settlement,
-    settled: Settled,
-    why: Option<DeliveryLost>,
-) -> (Outcome, String) {
-    let why = why.map_or(String::new(), |why| why.to_string());
-    let requeue_unconfirmed = "message is requeued, though the broker has not confirmed it";
-    let (outcome, confirmed, unconfirmed) = match settlement {
-        Settlement::Ack => (
-            Outcome::Acknowledged,
-            "message acknowledged",
-            "acknowledgement not confirmed, so the message may be delivered again",
-        ),
-        Settlement::DeadLetter => (
-            Outcome::DeadLettered,
-            "message dead-lettered, or dropped if the queue has no dead-letter exchange",
-            "rejection not confirmed, so the message may be delivered again",
-        ),
-        Settlement::Requeue => (Outcome::Requeued, "message requeued", requeue_unconfirmed),
-        Settlement::Release => (Outcome::Released, "message released", requeue_unconfirmed),
-    };
-    match settled {
-        Settled::Confirmed => (outcome, confirmed.to_owned()),
-        Settled::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
-        Settled::Lost => (Outcome::Lost, format!("the delivery was lost before the broker got the settlement: {why}")),
+    pub(super) end: Settled,
+    pub(super) outcome: Outcome,
+    pub(super) text: String,
+}
+
+impl SettledMessage {
+    pub(super) fn new(settlement: Settlement, end: Settled, why: Option<DeliveryLost>) -> Self {
+        let requeue_unconfirmed = "message is requeued, though the broker has not confirmed it";
+        let (outcome, confirmed, unconfirmed) = match settlement {
+            Settlement::Ack => (
+                Outcome::Acknowledged,
+                "message acknowledged",
+                "acknowledgement not confirmed, so the message may be delivered again",
+            ),
+            Settlement::DeadLetter => (
+                Outcome::DeadLettered,
+                "message dead-lettered, or dropped if the queue has no dead-letter exchange",
+                "rejection not confirmed, so the message may be delivered again",
+            ),
+            Settlement::Requeue => (Outcome::Requeued, "message requeued", requeue_unconfirmed),
+            Settlement::Release => (Outcome::Released, "message released", requeue_unconfirmed),
+        };
+        let why = reason(why);
+        let (outcome, text) = match end {
+            Settled::Confirmed => (outcome, confirmed.to_owned()),
+            Settled::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
+            Settled::Lost => {
+                (Outcome::Lost, format!("the delivery was lost before the broker got the settlement: {why}"))
+            }
+        };
+        Self { settlement, end, outcome, text }
+    }
+
+    /// For `--no-ack`.
+    pub(super) fn before_the_command() -> Self {
+        let text = "message was acknowledged before the command (--no-ack)".to_owned();
+        Self { settlement: Settlement::Ack, end: Settled::Confirmed, outcome: Outcome::Acknowledged, text }
+    }
+
+    pub(super) fn summary(
+        &self,
+        subject: &Subject,
+        verdict: Verdict,
+        result: CommandResult,
+        at_default_delivery_limit: bool,
+    ) -> RunSummary {
+        let mut text = format!("{}; {}", describe_end(result), self.text);
+        if at_default_delivery_limit && self.outcome == Outcome::Requeued {
+            text += "; if the queue's delivery-limit is 20 (the default), the queue drops or dead-letters it";
+        }
+        let mut summary = summary(subject, verdict.status_after(self.end), self.outcome, text);
+        let status_is_qconsumes = match self.end {
+            Settled::Confirmed => false,
+            // 75, while the status after other settlements is that of the command's failure.
+            Settled::Unconfirmed => self.settlement == Settlement::Ack,
+            Settled::Lost => true,
+        };
+        if !status_is_qconsumes && result.stop != Some(StopReason::TimeLimit) {
+            summary.source = "command";
+        }
+        summary
     }
 }
 
@@ -78,7 +121,7 @@ pub(super) fn describe_end(result: CommandResult) -> String {
         Ended::Killed(signal) => format!("command was killed by {}", signal_name(signal)),
     };
     match result.stop {
-        // Not qconsume's, which sends SIGKILL only after a signal, after --timeout, or when the delivery is lost.
+        // qconsume sends SIGKILL only after a signal, after --timeout, or when the delivery is lost: not here.
         None if result.ended == Ended::Killed(Signal::SIGKILL as i32) && result.still_owned => {
             format!("{ended} (often: out of memory)")
         }

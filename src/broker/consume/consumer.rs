@@ -311,7 +311,7 @@ impl Consumer {
             other => other,
         };
         let mut message = Message::new(delivery, self.queue());
-        message.at_delivery_limit =
+        message.at_default_delivery_limit =
             version >= Some(DEFAULT_DELIVERY_LIMIT_SINCE) && message.failures >= Some(DEFAULT_DELIVERY_LIMIT);
         message
     }

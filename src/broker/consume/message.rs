@@ -15,17 +15,16 @@ use std::{
 /// A message that was delivered and not settled yet.
 #[derive(Debug)]
 pub struct Message {
-    /// The body, byte for byte.
     pub body: Vec<u8>,
     /// The `message-id` property, for log lines.
     pub id: Option<String>,
-    /// Which attempt this is, the first being 1; `None` if the queue doesn't tell.
+    /// `MESSAGE_ATTEMPT`: the number of this delivery, from 1; `None` if the queue doesn't tell.
     pub attempt: Option<u64>,
     /// How many failures the queue has counted; `None` if the queue doesn't count.
     pub failures: Option<u64>,
     /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
-    pub at_delivery_limit: bool,
-    /// Environment variables for the command.
+    pub at_default_delivery_limit: bool,
+    /// For the command.
     pub variables: Vec<Variable>,
 }
 
@@ -53,23 +52,22 @@ impl Fingerprint {
 impl Message {
     pub(in crate::broker) fn new(delivery: Delivery, queue: &str) -> Self {
         let headers = delivery.properties.headers().clone().unwrap_or_default();
-        let (attempt, failures) = counts(&headers, delivery.redelivered);
+        let (attempt, failures) = attempt_and_failures(&headers, delivery.redelivered);
         let id = delivery.properties.message_id().as_ref();
         Self {
             id: id.map(ToString::to_string),
             attempt,
             failures,
-            at_delivery_limit: false,
+            at_default_delivery_limit: false,
             variables: variables(&delivery, &headers, attempt, queue),
             body: delivery.data,
         }
     }
 }
 
-/// The attempt, and the failures that the queue has counted. From the second delivery on, quorum queues count failures
-/// in `x-delivery-count`, and since RabbitMQ 4.3 all earlier deliveries in `x-acquired-count`. Classic queues count
-/// nothing.
-fn counts(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
+/// [`Message::attempt`] and [`Message::failures`]. From the second delivery on, quorum queues count failures in
+/// `x-delivery-count`, and since RabbitMQ 4.3 all earlier deliveries in `x-acquired-count`. Classic queues count nothing.
+fn attempt_and_failures(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
     if !redelivered {
         // A count on a first delivery was published with the message, for example by a shovel.
         return (Some(1), Some(0));
