@@ -1,4 +1,5 @@
-//! What the broker's refusals mean, and one table of what follows: exit status, whether a retry may help, and advice.
+//! What the broker's refusals mean ([`Refusal::meaning`]), and one table of what follows ([`row`]): exit status, whether a
+//! retry may help, and advice. Then errors that aren't refusals, in words.
 
 use super::reach::{
     address::Address, connection::OpenConnection, credentials::Credentials, observed::Observed, tls_errors,
@@ -8,12 +9,15 @@ use crate::exit::{Exit, Failure};
 use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
 use std::{fmt, io, path::Path};
 
+/// Removes the next message of a queue; in the syntax of rabbitmqadmin 2. No command of rabbitmqctl's does that.
+const REMOVE_MESSAGE: &str = "rabbitmqadmin get messages --queue NAME --ack-mode reject_requeue_false";
+
 /// Largest `connection.start-ok` frame, in bytes. RabbitMQ 3.10 and 4.3 close without a reason if it is larger.
 const HANDSHAKE_FRAME_MAX: usize = 4096;
 const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 
-/// The most that the client's properties take of it, in bytes.
-const START_OK_REST: usize = 1024;
+/// The most that the client's properties take of that frame, in bytes.
+const CLIENT_PROPERTIES_MAX: usize = 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
@@ -25,7 +29,7 @@ pub(super) enum Meaning {
     QueueLimit,
     QueueDown,
     NoExchange,
-    /// What was asked for isn't there: usually the queue.
+    /// Usually the queue.
     Missing,
     ExclusiveConsumer,
     ExclusiveQueue,
@@ -37,12 +41,12 @@ pub(super) enum Meaning {
     NewTokenRefused,
     AckTimeout,
     TooLarge,
-    /// The queue is a stream: it takes no consumer priority.
+    /// Streams take no consumer priority.
     Stream,
     /// What was asked for contradicts what is there.
     Precondition,
     NotImplemented,
-    /// A problem of the broker's, which may pass.
+    /// It may pass.
     Other,
 }
 
@@ -59,9 +63,9 @@ impl Refusal {
         Self { code, text }
     }
 
-    /// By the reply code (AMQP 0-9-1, 1.2), and by parts of the text that no user chooses: names stand in the middle,
-    /// in quotes. Prefer beginnings: RabbitMQ cuts texts at 255 bytes. Seen with RabbitMQ 3.10, 4.0 and 4.3, LavinMQ
-    /// 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ.
+    /// Goes by the reply code (AMQP 0-9-1, 1.2), and by parts of the text that no user chooses: names stand in the middle,
+    /// in quotes. Prefer beginnings: RabbitMQ cuts texts at 255 bytes. The texts are those of RabbitMQ 3.10, 4.0 and 4.3,
+    /// LavinMQ 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ.
     pub(super) fn meaning(&self) -> Meaning {
         use Meaning as M;
         // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
@@ -116,7 +120,7 @@ impl Refusal {
             530 if starts("vhost ") => M::NoVirtualHost,
             530 if ends(") is reached") => M::Limit,
             530 if ends("not found") || ends("doesn't exist") => M::NoVirtualHost,
-            // A limit or a permission: what is left of the text doesn't tell.
+            // A limit or a permission: the end of the text, which is cut off, would tell.
             530 if is_cut => M::Other,
             530 => M::VirtualHostRefused,
             540 => M::NotImplemented,
@@ -125,7 +129,7 @@ impl Refusal {
     }
 }
 
-/// By the text's end, as names stand before it (the OAuth 2 plugin of RabbitMQ 3.10 and 4.0).
+/// Goes by the text's end, as names stand before it (the OAuth 2 plugin of RabbitMQ 3.10 and 4.0).
 fn token_expired(text: &str) -> bool {
     let Some((_, end)) = text.rsplit_once(": \"Provided JWT token has expired at timestamp ") else {
         return false;
@@ -151,37 +155,181 @@ pub(super) enum Asked<'a> {
     /// To log us in and open the virtual host.
     Login(&'a Address),
     /// `action` is a phrase such as "consume from".
-    Queue { action: &'a str, queue: &'a str },
-    /// To bind a queue to an exchange.
-    Bind { queue: &'a str, exchange: &'a str },
+    Queue {
+        action: &'a str,
+        queue: &'a str,
+    },
+    Bind {
+        queue: &'a str,
+        exchange: &'a str,
+    },
     /// To declare a queue of a given type.
     Declare(&'a str),
     /// To publish to this exchange.
     Publish(&'a str),
     /// Nothing: it closed the channel or the connection while a message was held or waited for.
-    Delivery { closed: &'a str, observed: &'a Observed },
+    Delivery {
+        closed: &'a str,
+        observed: &'a Observed,
+    },
 }
 
-impl Observed {
-    /// The setting behind the acknowledgement timeout, which has moved with RabbitMQ's versions.
-    fn what_to_raise(&self) -> &'static str {
-        if self.may_know_ack_timeout() {
-            "raise --ack-timeout, the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in the \
-             broker's configuration"
-        } else if self.version >= Some((3, 12)) {
-            "raise the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
-        } else {
-            "raise consumer_timeout in the broker's rabbitmq.conf"
-        }
+/// What follows from a refusal.
+struct Row {
+    exit: Exit,
+    transient: bool,
+    login_refused: bool,
+    what: String,
+    advice: String,
+}
+
+impl Row {
+    fn new(exit: Exit, what: impl Into<String>, advice: impl Into<String>) -> Self {
+        let transient = exit == Exit::Unavailable;
+        Self { exit, transient, login_refused: false, what: what.into(), advice: advice.into() }
+    }
+
+    fn config(what: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self::new(Exit::Config, what, advice)
+    }
+
+    fn unavailable(what: impl Into<String>) -> Self {
+        Self::new(Exit::Unavailable, what, "")
+    }
+
+    fn not_permitted(what: impl Into<String>, credentials: Credentials<'_>) -> Self {
+        Self::new(Exit::NoPermission, what, credentials.how_to_grant())
+    }
+
+    fn transient_if(self, transient: bool) -> Self {
+        Self { transient, ..self }
     }
 }
 
-/// An attempt that failed: whether another one may help, and how the run ends if none does.
+/// The table: the first match wins. Each row has a line in `every_row_of_the_table`.
+fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row {
+    use Asked::{Bind, Declare, Delivery, Login, Publish, Queue};
+    use Meaning as M;
+    let Credentials { user, virtual_host, file, .. } = credentials;
+    // The next connection uses the password that is in the file then.
+    let renewable = file.is_some();
+    match (asked, meaning) {
+        (Delivery { observed, .. }, M::AckTimeout) => {
+            Row::new(Exit::Unconfirmed, "acknowledgement timeout", how_to_raise_ack_timeout(observed))
+        }
+        (_, M::TokenExpired | M::NewTokenRefused) if !matches!(asked, Login(_)) => {
+            let expired = meaning == M::TokenExpired;
+            let what = if expired { "the token has expired" } else { "the broker refused the new token" };
+            let exit = match asked {
+                Publish(_) if renewable => Exit::Unconfirmed,
+                _ => Exit::NoPermission,
+            };
+            Row::new(exit, what, credentials.how_to_renew()).transient_if(renewable)
+        }
+        (Delivery { closed, .. }, _) => Row::new(Exit::Unconfirmed, format!("the broker closed the {closed}"), ""),
+
+        // The login. A proxy logs in to the broker only when a channel is opened, so anything may have been asked.
+        (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => Row::new(
+            Exit::NoPermission,
+            "the broker refused the login by client certificate (EXTERNAL)",
+            "create a user of the certificate's name, or give a password",
+        ),
+        (_, M::LoginRefused) => {
+            let what = format!("the broker refused the login of user {user:?}");
+            let row = Row::new(Exit::NoPermission, what, credentials.advice_on_login());
+            Row { login_refused: true, ..row.transient_if(renewable) }
+        }
+        (_, M::NoVirtualHost) | (Login(_), M::Missing) => {
+            let what = format!("the broker has no virtual host {virtual_host:?}");
+            Row::config(what, "create it, or correct the URL's path")
+        }
+        (_, M::VirtualHostRefused) => {
+            Row::not_permitted(format!("user {user:?} may not use virtual host {virtual_host:?}"), credentials)
+        }
+        (Login(_), _) => Row::unavailable("the broker closed the connection"),
+
+        (Publish(exchange), M::Missing | M::NoExchange) => Row::config(
+            format!("there is no exchange {exchange:?} in this virtual host"),
+            "declare it, or check the name",
+        ),
+        (Publish(exchange), M::InternalExchange) => {
+            Row::config(format!("exchange {exchange:?} is internal"), "only exchanges publish to it: name another")
+        }
+        (Publish(_), M::NotPermitted) => Row::not_permitted(format!("user {user:?} may not publish here"), credentials),
+        (Publish(_), M::TooLarge) => Row::config(
+            "the message is too large for this broker",
+            "raise max_message_size in its rabbitmq.conf, or split the message",
+        ),
+        (Publish(_), M::Precondition | M::NotImplemented) => {
+            Row::config("the broker doesn't take messages like this", "")
+        }
+        (Publish(_), _) => Row::new(Exit::Unconfirmed, "the broker stopped the publishing", ""),
+
+        // What is missing is tried again: somebody may still declare it.
+        (Bind { queue, exchange }, M::NoExchange) => {
+            let what = format!("there is no exchange {exchange:?} to bind queue {queue:?} to");
+            Row::config(what, "declare it, or check the name and the virtual host").transient_if(true)
+        }
+        (Declare(queue), M::Precondition) => {
+            let what = format!("queue {queue:?} exists and is another kind of queue");
+            Row::config(what, "publish to it without --declare, or name another")
+        }
+        (Queue { action, queue }, _) => queue_row(action, queue, meaning, credentials),
+        (Bind { queue, .. }, _) => queue_row("bind", queue, meaning, credentials),
+        (Declare(queue), _) => queue_row("declare", queue, meaning, credentials),
+    }
+}
+
+/// The rows for everything that is done with a queue.
+fn queue_row(action: &str, queue: &str, meaning: Meaning, credentials: Credentials<'_>) -> Row {
+    use Meaning as M;
+    let cannot = format!("can't {action} queue {queue:?}");
+    match meaning {
+        M::Missing | M::NoExchange => {
+            let what = format!("there is no queue {queue:?} to {action}");
+            Row::config(what, "declare it, or check QUEUE and the virtual host").transient_if(true)
+        }
+        M::ReservedName => Row::config(cannot, "names that begin with amq. are the broker's own"),
+        M::InvalidName => Row::config(cannot, "choose another name"),
+        M::QueueDown => Row::unavailable(format!("queue {queue:?} is not available now")),
+        M::ExclusiveConsumer => {
+            Row::config(format!("queue {queue:?} has an exclusive consumer"), "stop it, or use another queue")
+        }
+        M::Stream => Row::config(
+            format!("queue {queue:?} is a stream, which keeps its messages"),
+            "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
+        ),
+        M::ExclusiveQueue => {
+            Row::config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
+        }
+        M::NotPermitted => {
+            let user = credentials.user;
+            Row::not_permitted(format!("user {user:?} may not {action} queue {queue:?}"), credentials)
+        }
+        M::QueueLimit => Row::config(cannot, "raise the limit, or delete queues"),
+        M::Limit | M::Other => Row::unavailable(format!("{cannot} now")),
+        _ => Row::config(format!("{cannot} like this"), ""),
+    }
+}
+
+/// The acknowledgement timeout has moved: since RabbitMQ 3.12 a queue can set it, since 4.3 a consumer.
+fn how_to_raise_ack_timeout(observed: &Observed) -> &'static str {
+    if observed.may_know_ack_timeout() {
+        "raise --ack-timeout, the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in the \
+         broker's configuration"
+    } else if observed.version >= Some((3, 12)) {
+        "raise the queue's x-consumer-timeout or consumer-timeout policy, or consumer_timeout in rabbitmq.conf"
+    } else {
+        "raise consumer_timeout in the broker's rabbitmq.conf"
+    }
+}
+
+/// Why connecting, subscribing or publishing failed.
 #[derive(Debug)]
 pub struct ConnectError {
-    /// Another attempt may succeed.
+    /// Another try may succeed.
     pub transient: bool,
-    /// How the run ends if no attempt succeeds.
+    /// How the run ends if no try succeeds.
     pub failure: Failure,
     pub(super) login_refused: bool,
 }
@@ -215,133 +363,28 @@ impl ConnectError {
         }
     }
 
-    /// The table. Its messages are "what happened: the broker's text; what to do".
-    pub(super) fn from_refusal(asked: Asked<'_>, refusal: &Refusal, login: Credentials<'_>) -> Self {
-        use {
-            Asked::{Bind, Declare, Delivery, Login, Publish, Queue},
-            Exit::{Config, NoPermission, Unavailable, Unconfirmed},
-            Meaning as M,
-        };
+    /// The message is "what happened: the broker's text; what to do".
+    pub(super) fn from_refusal(asked: Asked<'_>, refusal: &Refusal, credentials: Credentials<'_>) -> Self {
         let meaning = match asked {
             // Before connection.open-ok a 403 is always the login; for the virtual host it is 530.
-            Login(_) if refusal.code == 403 => M::LoginRefused,
-            _ => login.meaning_of(refusal),
+            Asked::Login(_) if refusal.code == 403 => Meaning::LoginRefused,
+            _ => credentials.meaning_of(refusal),
         };
-        let row = |exit, what: String, advice: &str| {
-            let separator = if advice.is_empty() { "" } else { "; " };
-            Self::from(Failure::new(exit, format!("{what}: {refusal}{separator}{advice}")))
-        };
-        let config = |what, advice| row(Config, what, advice);
-        let not_permitted = |what| row(NoPermission, what, login.how_to_grant());
-        let unavailable = |what| row(Unavailable, what, "");
-        let retry_if = |transient, row: Self| Self { transient, ..row };
-        let (action, queue) = match asked {
-            Queue { action, queue } => (action, queue),
-            Bind { queue, .. } => ("bind", queue),
-            Declare(queue) => ("declare", queue),
-            Login(_) | Publish(_) | Delivery { .. } => ("", ""),
-        };
-        let Credentials { user, virtual_host: host, .. } = login;
-        // The next connection uses the password that is in the file then.
-        let renewable = login.file.is_some();
-        // The first match wins.
-        match (asked, meaning) {
-            // Deliveries.
-            (Delivery { observed, .. }, M::AckTimeout) => {
-                row(Unconfirmed, "acknowledgement timeout".to_owned(), observed.what_to_raise())
-            }
-            (Delivery { closed, .. }, meaning) if !matches!(meaning, M::TokenExpired | M::NewTokenRefused) => {
-                row(Unconfirmed, format!("the broker closed the {closed}"), "")
-            }
-
-            // The login.
-            (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => row(
-                NoPermission,
-                "the broker refused the login by client certificate (EXTERNAL)".to_owned(),
-                "create a user of the certificate's name, or give a password",
-            ),
-            (_, M::LoginRefused) => {
-                let what = format!("the broker refused the login of user {user:?}");
-                let row = row(NoPermission, what, &login.advice_on_login());
-                Self { login_refused: true, ..retry_if(renewable, row) }
-            }
-            (Login(_), M::NoVirtualHost | M::Missing) | (_, M::NoVirtualHost) => {
-                config(format!("the broker has no virtual host {host:?}"), "create it, or correct the URL's path")
-            }
-            (_, M::VirtualHostRefused) => not_permitted(format!("user {user:?} may not use virtual host {host:?}")),
-            (Login(_), _) => unavailable("the broker closed the connection".to_owned()),
-
-            // Whatever was asked.
-            (_, M::TokenExpired | M::NewTokenRefused) => {
-                let expired = meaning == M::TokenExpired;
-                let what = if expired { "the token has expired" } else { "the broker refused the new token" };
-                let exit = if renewable && matches!(asked, Publish(_)) { Unconfirmed } else { NoPermission };
-                retry_if(renewable, row(exit, what.to_owned(), &login.how_to_renew()))
-            }
-
-            // Publishing.
-            (Publish(exchange), M::Missing | M::NoExchange) => {
-                let what = format!("there is no exchange {exchange:?} in this virtual host");
-                config(what, "declare it, or check the name")
-            }
-            (Publish(exchange), M::InternalExchange) => {
-                config(format!("exchange {exchange:?} is internal"), "only exchanges publish to it: name another")
-            }
-            (Publish(_), M::NotPermitted) => not_permitted(format!("user {user:?} may not publish here")),
-            (Publish(_), M::TooLarge) => {
-                let advice = "raise max_message_size in its rabbitmq.conf, or split the message";
-                config("the message is too large for this broker".to_owned(), advice)
-            }
-            (Publish(_), M::Precondition | M::NotImplemented) => {
-                config("the broker doesn't take messages like this".to_owned(), "")
-            }
-            (Publish(_), _) => row(Unconfirmed, "the broker stopped the publishing".to_owned(), ""),
-
-            // Queues. What is missing is tried again: somebody may still declare it.
-            (Bind { exchange, .. }, M::NoExchange) => {
-                let what = format!("there is no exchange {exchange:?} to bind queue {queue:?} to");
-                retry_if(true, config(what, "declare it, or check the name and the virtual host"))
-            }
-            (_, M::Missing | M::NoExchange) => {
-                let what = format!("there is no queue {queue:?} to {action}");
-                retry_if(true, config(what, "declare it, or check QUEUE and the virtual host"))
-            }
-            (Declare(_), M::Precondition) => {
-                let what = format!("queue {queue:?} exists and is another kind of queue");
-                config(what, "publish to it without --declare, or name another")
-            }
-            (_, M::ReservedName) => {
-                config(format!("can't {action} queue {queue:?}"), "names that begin with amq. are the broker's own")
-            }
-            (_, M::InvalidName) => config(format!("can't {action} queue {queue:?}"), "choose another name"),
-            (_, M::QueueDown) => unavailable(format!("queue {queue:?} is not available now")),
-            (_, M::ExclusiveConsumer) => {
-                config(format!("queue {queue:?} has an exclusive consumer"), "stop it, or use another queue")
-            }
-            (_, M::Stream) => config(
-                format!("queue {queue:?} is a stream, which keeps its messages"),
-                "bind a quorum queue to the same exchange and use that, or read the stream with a client that keeps its offset",
-            ),
-            (_, M::ExclusiveQueue) => {
-                config(format!("queue {queue:?} is exclusive to another connection"), "use another queue")
-            }
-            (_, M::NotPermitted) => not_permitted(format!("user {user:?} may not {action} queue {queue:?}")),
-            (_, M::QueueLimit) => {
-                config(format!("can't {action} queue {queue:?}"), "raise the limit, or delete queues")
-            }
-            (_, M::Limit | M::Other) => unavailable(format!("can't {action} queue {queue:?} now")),
-            _ => config(format!("can't {action} queue {queue:?} like this"), ""),
-        }
+        let Row { exit, transient, login_refused, what, advice } = row(asked, meaning, credentials);
+        let separator = if advice.is_empty() { "" } else { "; " };
+        let failure = Failure::new(exit, format!("{what}: {refusal}{separator}{advice}"));
+        Self { transient, failure, login_refused }
     }
 
-    /// For errors after the handshake.
-    pub(super) fn refused(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
+    pub(super) fn after_handshake(error: &lapin::Error, connection: &OpenConnection, asked: Asked<'_>) -> Self {
         let observed = connection.observed();
-        match (observed.refusal(error), &observed.unreadable, asked) {
-            (_, Some(problem), Asked::Queue { queue, .. }) => unreadable_message(queue, problem).into(),
-            (Some(refusal), ..) => Self::from_refusal(asked, &refusal, connection.credentials.now()),
-            (None, _, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),
-            (None, ..) => Self::transient(format!("the connection failed: {}", described(error))),
+        if let (Some(problem), Asked::Queue { queue, .. }) = (&observed.unreadable, asked) {
+            return unreadable_message(queue, problem).into();
+        }
+        match (observed.refusal(error), asked) {
+            (Some(refusal), _) => Self::from_refusal(asked, &refusal, connection.credentials.now()),
+            (None, Asked::Publish(_)) => Failure::new(Exit::Unconfirmed, described(error)).into(),
+            (None, _) => Self::transient(format!("the connection failed: {}", described(error))),
         }
     }
 
@@ -353,20 +396,20 @@ impl ConnectError {
     ) -> Self {
         if let Some(refusal) = observed.refusal(error) {
             let token = Token::parse(address.password.expose());
-            let login = Credentials { user: &address.username, virtual_host: &address.virtual_host, token, file };
-            return Self::from_refusal(Asked::Login(address), &refusal, login);
+            let credentials = Credentials { user: &address.username, virtual_host: &address.virtual_host, token, file };
+            return Self::from_refusal(Asked::Login(address), &refusal, credentials);
         }
-        let offered = observed.mechanisms.as_deref();
+        let mechanisms = observed.mechanisms.as_deref();
+        // RabbitMQ 3.10 and 4.3 close without a reason if they don't offer what we ask for.
+        if address.logs_in_by_certificate()
+            && mechanisms.is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL"))
+        {
+            return Self::config(
+                "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin \
+                 rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
+            );
+        }
         match error.kind() {
-            // RabbitMQ 3.10 and 4.3 close without a reason if they don't offer what we ask for.
-            _ if address.logs_in_by_certificate()
-                && offered.is_some_and(|names| !names.split(' ').any(|name| name == "EXTERNAL")) =>
-            {
-                Self::config(
-                    "the broker doesn't offer the login by client certificate (EXTERNAL): enable its plugin \
-                     rabbitmq_auth_mechanism_ssl and list EXTERNAL in auth_mechanisms, or give a password",
-                )
-            }
             ErrorKind::IOError(error) => Self::lost_in_handshake(error, observed, address),
             ErrorKind::InvalidProtocolVersion(version) => Self::config(match version.to_string().as_str() {
                 "0.9.1" => {
@@ -376,7 +419,7 @@ impl ConnectError {
                 }
                 version => format!("the broker speaks AMQP {version} here, not 0-9-1"),
             }),
-            ErrorKind::ParsingError(_) if offered.is_none() => Self::config(if address.tls {
+            ErrorKind::ParsingError(_) if mechanisms.is_none() => Self::config(if address.tls {
                 "what answers isn't AMQP: check the port"
             } else {
                 "what answers isn't AMQP: check the port; one for TLS needs amqps://"
@@ -386,28 +429,19 @@ impl ConnectError {
     }
 
     fn lost_in_handshake(error: &io::Error, observed: &Observed, address: &Address) -> Self {
-        if let Some(refusal) = tls_errors::refusal(error, address) {
-            return refusal;
+        if let Some(alert) = tls_errors::alert_after_handshake(error, address) {
+            return alert;
         }
         if !is_disconnect(error) {
             return Self::of_system("the AMQP handshake failed", error);
         }
-        let credentials = address.username.len() + address.password.expose().len();
-        let limit = match observed.version {
-            Some((4.., _)) => HANDSHAKE_FRAME_MAX_SINCE_4,
-            _ => HANDSHAKE_FRAME_MAX,
-        };
-        let greeted = observed.mechanisms.is_some();
-        if greeted && observed.heartbeat.is_none() && credentials + START_OK_REST > limit {
-            return Self::config(format!(
-                "the broker closed the connection when it got the credentials: \
-                 user and password have {credentials} bytes, and this RabbitMQ takes {limit} for the whole frame; \
-                 use a shorter token"
-            ));
+        if let Some(problem) = credentials_problem(observed, address) {
+            return Self::config(format!("the broker closed the connection when it got the credentials: {problem}"));
         }
         if let Some(problem) = frame_max_problem(observed, address) {
             return Self::config(format!("the broker closed the connection during the AMQP handshake: {problem}"));
         }
+        let greeted = observed.mechanisms.is_some();
         Self::transient(match (greeted, address.tls) {
             (true, _) => {
                 "the broker closed the connection during the AMQP handshake without saying why; its log may tell"
@@ -424,47 +458,67 @@ impl ConnectError {
     }
 }
 
-/// What is wrong with the size of a frame that was agreed on: RabbitMQ then closes the connection without a reason.
+/// Whether the broker has closed the connection because the credentials are too long for its first frame.
+fn credentials_problem(observed: &Observed, address: &Address) -> Option<String> {
+    let bytes = address.username.len() + address.password.expose().len();
+    let limit = match observed.version {
+        Some((4.., _)) => HANDSHAKE_FRAME_MAX_SINCE_4,
+        _ => HANDSHAKE_FRAME_MAX,
+    };
+    // Between connection.start and connection.tune, which proposes a heartbeat.
+    let got_credentials_last = observed.mechanisms.is_some() && observed.heartbeat.is_none();
+    (got_credentials_last && bytes + CLIENT_PROPERTIES_MAX > limit).then(|| {
+        format!(
+            "user and password have {bytes} bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter \
+             token"
+        )
+    })
+}
+
+/// Whether the broker has closed the connection, as it then does without a reason, because of the frame size.
 fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
-    let unless_unlimited = |size: Option<u32>| size.filter(|size| *size > 0).unwrap_or(u32::MAX);
-    let (theirs, ours) = (unless_unlimited(observed.frame_max), unless_unlimited(address.parameters.frame_max));
-    // As lapin does it.
-    let agreed = if theirs < ours { theirs.max(LAPIN_FRAME_MIN) } else { ours };
-    if agreed > theirs {
+    let or_unlimited = |size: Option<u32>| size.filter(|size| *size > 0).unwrap_or(u32::MAX);
+    let (theirs, ours) = (or_unlimited(observed.frame_max), or_unlimited(address.parameters.frame_max));
+    // What lapin 4.12 answers.
+    let answered = if theirs < ours { theirs.max(LAPIN_FRAME_MIN) } else { ours };
+    if answered > theirs {
         return Some(format!(
             "its frame_max is {theirs} bytes, and this client needs {LAPIN_FRAME_MIN}: raise frame_max in rabbitmq.conf"
         ));
     }
-    (observed.frame_max.is_some() && agreed < LAPIN_FRAME_MIN && observed.version >= Some((4, 1))).then(|| {
+    let has_proposed = observed.frame_max.is_some();
+    (has_proposed && answered < LAPIN_FRAME_MIN && observed.version >= Some((4, 1))).then(|| {
         format!(
             "this RabbitMQ takes no frame_max below {LAPIN_FRAME_MIN} bytes, and the URL asks for {ours}: leave frame_max out of the URL"
         )
     })
 }
 
-/// Why a delivery or the consumer was lost. It has no exit status: that depends on what the command has done.
+/// Why a delivery or the subscription was lost. It has no exit status: that depends on what the command has done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryLost {
+    cause: Cause,
     text: String,
-    /// The run ends: the next message can't be read or delivered, and every new connection would get it again.
-    pub ends_run: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The broker delivered a message that can't be read.
+    Unreadable,
+    /// Two connections in succession were lost while a message arrived.
+    LostTwice,
+    Other,
 }
 
 impl DeliveryLost {
     pub(super) fn because(text: impl Into<String>) -> Self {
-        Self { text: text.into(), ends_run: false }
+        Self { cause: Cause::Other, text: text.into() }
     }
 
-    /// The run ends here, as another attempt would count towards the queue's delivery limit.
-    pub(super) fn cut_short_again(self) -> Self {
-        let text = format!("two connections were lost while it arrived; the last error: {}", self.text);
-        Self { text, ends_run: true }
-    }
-
-    pub(super) fn new(error: &lapin::Error, connection: &OpenConnection) -> Self {
+    pub(super) fn from_error(error: &lapin::Error, connection: &OpenConnection) -> Self {
         let observed = connection.observed();
         if let Some(problem) = &observed.unreadable {
-            return Self { text: problem.clone(), ends_run: true };
+            return Self { cause: Cause::Unreadable, text: problem.clone() };
         }
         let Some(refusal) = observed.refusal(error) else {
             return Self::because(described(error));
@@ -478,7 +532,23 @@ impl DeliveryLost {
         Self::because(ConnectError::from_refusal(asked, &refusal, connection.credentials.now()).failure.message)
     }
 
-    /// See `Settling::means_requeued`. The other message goes back to the queue when the connection ends.
+    /// Without an error: the consumer was cancelled, or lapin has dropped a close whose code it doesn't know.
+    pub(super) fn ended(observed: &Observed) -> Self {
+        const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
+        match (&observed.unreadable, &observed.closed) {
+            (Some(problem), _) => Self { cause: Cause::Unreadable, text: problem.clone() },
+            (None, Some(refusal)) if !observed.consumer.cancelled => {
+                Self::because(format!("the broker closed the channel or the connection: {refusal}"))
+            }
+            _ if observed.may_know_ack_timeout() => Self::because(format!(
+                "{CANCELLED}, or its acknowledgement timeout has passed ({})",
+                how_to_raise_ack_timeout(observed)
+            )),
+            _ => Self::because(CANCELLED),
+        }
+    }
+
+    /// See `Settling::means_requeued`. The other message is requeued when the connection ends.
     pub(super) fn delivered_again() -> Self {
         Self::because(
             "the broker delivered another message, so it has requeued this one; in a cluster, its nodes may have lost each \
@@ -488,34 +558,32 @@ impl DeliveryLost {
 
     /// The broker has closed the channel because of the acknowledgement timeout; lapin doesn't always say so.
     pub(super) fn timed_out(observed: &Observed) -> Self {
-        Self::because(format!("acknowledgement timeout: {}", observed.what_to_raise()))
+        Self::because(format!("acknowledgement timeout: {}", how_to_raise_ack_timeout(observed)))
     }
 
-    /// Without an error: the consumer was cancelled, or lapin has dropped a close whose code it doesn't know.
-    pub(super) fn ended(observed: &Observed) -> Self {
-        const CANCELLED: &str = "the broker cancelled the consumer: the queue was deleted or has moved";
-        match (&observed.unreadable, &observed.closed) {
-            (Some(problem), _) => Self { text: problem.clone(), ends_run: true },
-            (None, Some(refusal)) if !observed.consumer.cancelled => {
-                Self::because(format!("the broker closed the channel or the connection: {refusal}"))
-            }
-            _ if observed.may_know_ack_timeout() => Self::because(format!(
-                "{CANCELLED}, or its acknowledgement timeout has passed ({})",
-                observed.what_to_raise()
-            )),
-            _ => Self::because(CANCELLED),
+    /// This was the second connection in succession that was lost while a message arrived.
+    pub(super) fn for_the_second_time(self) -> Self {
+        let cause = if self.cause == Cause::Unreadable { Cause::Unreadable } else { Cause::LostTwice };
+        Self { cause, ..self }
+    }
+
+    /// The end of the run, if a new connection would only get the same message: each delivery counts towards the queue's
+    /// `delivery-limit`, at which the broker dead-letters or drops the message.
+    pub fn end_of_run(&self, queue: &str) -> Option<Failure> {
+        match self.cause {
+            Cause::Unreadable => Some(unreadable_message(queue, &self.text)),
+            Cause::LostTwice => Some(lost_twice(queue, &self.text)),
+            Cause::Other => None,
         }
-    }
-
-    /// The end of the run, as the next message of this queue can't be read.
-    pub fn unreadable_in(&self, queue: &str) -> Failure {
-        unreadable_message(queue, &self.text)
     }
 }
 
 impl fmt::Display for DeliveryLost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        match self.cause {
+            Cause::Unreadable => write!(f, "the broker delivered another message, which can't be read: {}", self.text),
+            Cause::LostTwice | Cause::Other => f.write_str(&self.text),
+        }
     }
 }
 
@@ -524,7 +592,19 @@ fn unreadable_message(queue: &str, problem: &str) -> Failure {
         Exit::Software,
         format!(
             "the next message in queue {queue:?} can't be read: {problem}; it is requeued, and every worker gets it: \
-             remove it, for example with `rabbitmqadmin get queue=NAME ackmode=reject_requeue_false`"
+             remove it, for example with `{REMOVE_MESSAGE}`"
+        ),
+    )
+}
+
+/// Whether the message or something else ended both connections can't be known here.
+pub(super) fn lost_twice(queue: &str, last_error: &str) -> Failure {
+    Failure::new(
+        Exit::Software,
+        format!(
+            "two connections in succession were lost while a message from queue {queue:?} arrived; the last error: \
+             {last_error}; the message is requeued: check the broker's log, and what is between it and here; if you find \
+             nothing, the message may be one that can't be read: remove it, for example with `{REMOVE_MESSAGE}`"
         ),
     )
 }

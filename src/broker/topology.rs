@@ -91,7 +91,8 @@ impl Topology {
         };
         let declared = declared.map_err(|error| {
             let meaning = connection.meaning(&error);
-            let refused = || ConnectError::refused(&error, connection, Asked::Queue { action: "declare", queue });
+            let refused =
+                || ConnectError::after_handshake(&error, connection, Asked::Queue { action: "declare", queue });
             let step = match (step, meaning) {
                 (DeclareStep::Passive, Some(Meaning::Missing)) if self.declare == Declare::Durable => {
                     DeclareStep::Create
@@ -118,7 +119,9 @@ impl Topology {
         }
         if let Some(exchange) = &self.exchange {
             let bound = self.bind(connection, &name, exchange).await;
-            bound.map_err(|error| ConnectError::refused(&error, connection, Asked::Bind { queue: &name, exchange }))?;
+            bound.map_err(|error| {
+                ConnectError::after_handshake(&error, connection, Asked::Bind { queue: &name, exchange })
+            })?;
         }
         Ok(name)
     }

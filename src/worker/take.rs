@@ -35,8 +35,10 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
         let left = limit.map(|limit| limit.saturating_sub(waited));
         match wait(consumer, left, options.drain).await {
             Ok(taken) => return Ok(taken),
-            Err(lost) if lost.ends_run => return Err(lost.unreadable_in(consumer.queue())),
             Err(lost) => {
+                if let Some(failure) = lost.end_of_run(consumer.queue()) {
+                    return Err(failure);
+                }
                 consumer.check_queue_survives(&lost.to_string())?;
                 // If every new connection is lost at once, slow down, and give up after --connect-timeout.
                 if subscribed.elapsed() > LONGEST_PAUSE {

@@ -95,8 +95,9 @@ pub fn answer(request: Request, address: &Address, name: &str, code: u16, text: 
         Request::Declare => Asked::Declare(name),
         Request::Publish => Asked::Publish(name),
     };
-    let login = Credentials { user: &address.username, virtual_host: &address.virtual_host, token: None, file: None };
-    Some(ConnectError::from_refusal(asked, &refusal, login))
+    let credentials =
+        Credentials { user: &address.username, virtual_host: &address.virtual_host, token: None, file: None };
+    Some(ConnectError::from_refusal(asked, &refusal, credentials))
 }
 
 fn observe(bytes: &[u8], piece: NonZeroUsize) -> io::Result<Arc<Mutex<Observed>>> {

@@ -273,7 +273,7 @@ fn headers_nested_a_thousand_deep_end_the_run_and_stay_in_the_queue() {
         done.assert_status(70);
         assert!(done.stdout.is_empty());
         let last = done.stderr.lines().last().unwrap_or_default();
-        for part in [queue.name(), "nested more than 100 deep", "rabbitmqadmin get queue=", "status=70"] {
+        for part in [queue.name(), "nested more than 100 deep", "rabbitmqadmin get messages --queue", "status=70"] {
             assert!(last.contains(part), "{part:?} is missing: {last}");
         }
         queue.wait_ready(1);

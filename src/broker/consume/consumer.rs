@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     broker::{
-        errors::{DeliveryLost, described},
+        errors::{DeliveryLost, described, lost_twice},
         reach::{connect::Connector, connection::OpenConnection, observed::Version, tries::Tries},
         topology::{Declare, NotSubscribed, Plan},
     },
@@ -37,18 +37,29 @@ pub struct Consumer {
     /// Known after the first subscription.
     queue_name: Option<String>,
     state: State,
+    /// A connection was lost while a message arrived, and no message has arrived since.
     lost_mid_delivery: bool,
 }
 
 /// `subscribe` leads from Idle to Ready, `next` and `cancel` from Ready to Holding, `settle` from Holding to Ready or Idle.
 /// A loss leads to Idle.
 enum State {
-    /// No subscription. The connection of an ended subscription may be kept.
+    /// The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
-    /// A task, so that dropping [`Consumer::subscribe`] loses no message that the broker has already delivered.
-    Subscribing(JoinHandle<Result<Subscription, (OpenConnection, NotSubscribed)>>, oneshot::Sender<()>),
+    Subscribing {
+        /// A task, so that dropping [`Consumer::subscribe`] loses no message that the broker has already delivered.
+        task: JoinHandle<Result<Subscription, (OpenConnection, NotSubscribed)>>,
+        /// The task gives up when this is dropped.
+        give_up: oneshot::Sender<()>,
+    },
     Ready(Subscription),
     Holding(Subscription, Held),
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::Idle(None)
+    }
 }
 
 pub(super) struct Held {
@@ -59,10 +70,9 @@ pub(super) struct Held {
 }
 
 impl Consumer {
-    /// A consumer without a subscription.
     #[must_use]
     pub fn new(connector: Connector, options: ConsumerOptions) -> Self {
-        Self { connector, options, queue_name: None, state: State::Idle(None), lost_mid_delivery: false }
+        Self { connector, options, queue_name: None, state: State::default(), lost_mid_delivery: false }
     }
 
     /// The queue's name; empty if the broker is to choose it and hasn't yet.
@@ -91,7 +101,8 @@ impl Consumer {
         matches!(self.state, State::Ready(_))
     }
 
-    /// Whether a message was lost while it arrived: the queue looks empty until the broker has requeued it.
+    /// Whether the queue may look empty only because the broker hasn't requeued the message that was arriving when a
+    /// connection was lost.
     #[must_use]
     pub fn was_lost_mid_delivery(&self) -> bool {
         self.lost_mid_delivery
@@ -103,31 +114,32 @@ impl Consumer {
     /// The first permanent failure, or the last transient one when the time is up.
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
         let mut tries = Tries::new(self.connector.options.timeout);
-        let mut plan = Plan::default();
         if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
             self.check_queue_survives("the connection was lost")?;
         }
+        let mut plan = Plan::default();
         loop {
-            match self.try_to_subscribe(mem::take(&mut plan), tries.deadline).await {
+            plan = match self.try_to_subscribe(plan, tries.deadline).await {
                 Ok(()) => return Ok(()),
-                Err(NotSubscribed::RetryWith(instead)) => plan = instead,
+                Err(NotSubscribed::RetryWith(plan)) => plan,
                 Err(NotSubscribed::Failed(error)) => {
                     self.check_queue_survives(&error.failure.message)?;
                     tries.pause_after(error).await?;
+                    Plan::default()
                 }
-            }
+            };
         }
     }
 
     async fn try_to_subscribe(&mut self, plan: Plan, deadline: Instant) -> Result<(), NotSubscribed> {
-        let (connection, declared) = match mem::replace(&mut self.state, State::Idle(None)) {
+        let (connection, declared) = match mem::take(&mut self.state) {
             // The queue was declared on it before.
             State::Idle(Some(kept)) if kept.is_connected() => (kept, self.queue_name.clone()),
             _ => (self.connector.try_to_connect(deadline).await?, None),
         };
         let (give_up, given_up) = oneshot::channel();
         let open = Subscription::open(connection, self.options.clone(), plan, declared, deadline, given_up);
-        self.state = State::Subscribing(tokio::spawn(open), give_up);
+        self.state = State::Subscribing { task: tokio::spawn(open), give_up };
         let mut subscribed = self.finish_subscribing().await;
         match &mut subscribed {
             Ok(()) => self.connector.login_accepted(),
@@ -143,32 +155,32 @@ impl Consumer {
     }
 
     async fn finish_subscribing(&mut self) -> Result<(), NotSubscribed> {
-        let State::Subscribing(task, _) = &mut self.state else {
+        let State::Subscribing { task, .. } = &mut self.state else {
             return Ok(());
         };
-        let subscription = match task.await.expect("subscribing doesn't panic") {
-            Ok(subscription) => subscription,
+        match task.await.expect("subscribing doesn't panic") {
+            Ok(subscription) => {
+                if self.queue_name.is_none() && self.options.queue.is_empty() {
+                    // Scripts that look for amqp-consume's "Server provided queue name: NAME" have to change their
+                    // pattern: our lines begin with a small letter, after the program's name.
+                    tracing::info!("server provided queue name: {}", subscription.queue);
+                }
+                self.queue_name = Some(subscription.queue.clone());
+                self.state = State::Ready(subscription);
+                Ok(())
+            }
             Err((connection, why)) => {
                 let mid_delivery = connection.observed().consumer.deliveries > 0;
-                let again = self.note_lost_mid_delivery(mid_delivery);
+                let is_second = self.note_loss(mid_delivery);
                 self.state = State::Idle(Some(connection));
-                return Err(match why {
-                    NotSubscribed::Failed(error) if again => {
-                        let lost = DeliveryLost::because(error.failure.message).cut_short_again();
-                        NotSubscribed::Failed(lost.unreadable_in(self.queue()).into())
+                Err(match why {
+                    NotSubscribed::Failed(error) if is_second && error.transient => {
+                        NotSubscribed::Failed(lost_twice(self.queue(), &error.failure.message).into())
                     }
                     why => why,
-                });
+                })
             }
-        };
-        if self.queue_name.is_none() && self.options.queue.is_empty() {
-            // Scripts that look for amqp-consume's "Server provided queue name: NAME" have to change their pattern: our
-            // lines begin with a small letter, after the program's name.
-            tracing::info!("server provided queue name: {}", subscription.queue);
         }
-        self.queue_name = Some(subscription.queue.clone());
-        self.state = State::Ready(subscription);
-        Ok(())
     }
 
     /// The next message. Dropping the future loses none.
@@ -227,55 +239,63 @@ impl Consumer {
 
     /// Settles the held message, after cancelling the consumer if `cancels`. Returns the reason if it isn't confirmed.
     pub async fn settle(&mut self, settlement: Settlement, cancels: bool) -> (Settled, Option<DeliveryLost>) {
-        let State::Holding(mut subscription, held) = mem::replace(&mut self.state, State::Idle(None)) else {
+        let State::Holding(mut subscription, held) = mem::take(&mut self.state) else {
             unreachable!("only called while a message is held")
         };
-        let settled = settle::carry_out(&mut subscription, &held, settlement, cancels).await;
-        self.state = if settled.0 == Settled::Confirmed && subscription.consumer.is_some() {
+        let (settled, why) = settle::carry_out(&mut subscription, &held, settlement, cancels).await;
+        self.state = if settled == Settled::Confirmed && subscription.consumer.is_some() {
             State::Ready(subscription)
         } else {
             State::Idle(Some(subscription.into_connection()))
         };
-        settled
+        (settled, why)
     }
 
     /// Releases every message that has arrived; none may be held. Returns whether it is confirmed within 2 s.
     pub async fn release(&mut self) -> bool {
-        let work = async {
+        let released = timeout(RELEASE_TIMEOUT, async {
             // Without a subscription there is nothing to release.
             let _ = self.finish_subscribing().await;
             match &mut self.state {
                 State::Ready(subscription) => subscription.release().await,
-                State::Idle(_) | State::Subscribing(..) | State::Holding(..) => Ok(()),
+                State::Idle(_) | State::Subscribing { .. } | State::Holding(..) => Ok(()),
             }
-        };
-        match timeout(RELEASE_TIMEOUT, work).await {
+        });
+        match released.await {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => tracing::debug!("releasing: {}", described(&error)),
             Err(_) => tracing::debug!("releasing: no answer within {RELEASE_TIMEOUT:?}"),
         }
-        if let State::Subscribing(task, give_up) = mem::replace(&mut self.state, State::Idle(None)) {
-            drop(give_up);
-            self.state = match task.await.expect("subscribing doesn't panic") {
-                Ok(subscription) => State::Ready(subscription),
-                Err((connection, _)) => State::Idle(Some(connection)),
-            };
-        }
+        self.give_up_subscribing().await;
         false
+    }
+
+    /// Keeps the connection, so that `close` can close it.
+    async fn give_up_subscribing(&mut self) {
+        match mem::take(&mut self.state) {
+            State::Subscribing { task, give_up } => {
+                drop(give_up);
+                self.state = match task.await.expect("subscribing doesn't panic") {
+                    Ok(subscription) => State::Ready(subscription),
+                    Err((connection, _)) => State::Idle(Some(connection)),
+                };
+            }
+            other => self.state = other,
+        }
     }
 
     /// Closes the connection, within three seconds.
     pub async fn close(&mut self) {
         self.end_subscription();
-        if let State::Idle(Some(connection)) = mem::replace(&mut self.state, State::Idle(None)) {
+        if let State::Idle(Some(connection)) = mem::take(&mut self.state) {
             connection.close().await;
         }
     }
 
     fn end_subscription(&mut self) {
-        self.state = State::Idle(match mem::replace(&mut self.state, State::Idle(None)) {
+        self.state = State::Idle(match mem::take(&mut self.state) {
             State::Idle(connection) => connection,
-            State::Subscribing(task, _) => {
+            State::Subscribing { task, .. } => {
                 task.abort();
                 None
             }
@@ -286,30 +306,30 @@ impl Consumer {
     /// Closes the connection even if only the channel is lost: lapin 4.12 would report that to the next subscription, too.
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
         let mid_delivery = self.subscription().has_another();
+        let is_second = self.note_loss(mid_delivery);
         self.close().await;
-        if self.note_lost_mid_delivery(mid_delivery) && !lost.ends_run { lost.cut_short_again() } else { lost }
+        if is_second { lost.for_the_second_time() } else { lost }
     }
 
-    /// Returns whether a message was cut short for the second time. Then the run ends: every try counts towards the
-    /// queue's `delivery-limit`, at which the broker dead-letters or drops the message.
-    fn note_lost_mid_delivery(&mut self, lost: bool) -> bool {
-        let again = self.lost_mid_delivery && lost;
-        self.lost_mid_delivery |= lost;
-        again
+    /// Returns whether this is the second connection in succession that was lost while a message arrived.
+    fn note_loss(&mut self, mid_delivery: bool) -> bool {
+        let is_second = self.lost_mid_delivery && mid_delivery;
+        self.lost_mid_delivery |= mid_delivery;
+        is_second
     }
 
     fn hold(&mut self, delivery: Delivery) -> Message {
         self.lost_mid_delivery = false;
+        let State::Ready(subscription) = mem::take(&mut self.state) else {
+            unreachable!("only called after a subscription's delivery")
+        };
         let (began, version) = {
-            let observed = self.subscription().connection.observed();
+            let observed = subscription.connection.observed();
             (observed.consumer.delivery_began, observed.version)
         };
         let since = began.map_or_else(Instant::now, Instant::from_std);
         let held = Held { tag: delivery.delivery_tag, since, fingerprint: Fingerprint::of(&delivery) };
-        self.state = match mem::replace(&mut self.state, State::Idle(None)) {
-            State::Ready(subscription) => State::Holding(subscription, held),
-            other => other,
-        };
+        self.state = State::Holding(subscription, held);
         let mut message = Message::new(delivery, self.queue());
         message.at_default_delivery_limit =
             version >= Some(DEFAULT_DELIVERY_LIMIT_SINCE) && message.failures >= Some(DEFAULT_DELIVERY_LIMIT);
@@ -319,7 +339,7 @@ impl Consumer {
     fn subscription(&mut self) -> &mut Subscription {
         match &mut self.state {
             State::Ready(subscription) | State::Holding(subscription, _) => subscription,
-            State::Idle(_) | State::Subscribing(..) => unreachable!("only called while there is a subscription"),
+            State::Idle(_) | State::Subscribing { .. } => unreachable!("only called while there is a subscription"),
         }
     }
 }

@@ -154,7 +154,7 @@ impl Subscription {
     }
 
     pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
-        DeliveryLost::new(error, &self.connection)
+        DeliveryLost::from_error(error, &self.connection)
     }
 
     /// Why the second barrier got no reply. RabbitMQ 4.3.6 reports the acknowledgement timeout by closing the channel
@@ -271,10 +271,12 @@ async fn subscribe(
             // The queue exists now, so it is declared passively.
             Err(NotSubscribed::RetryWith(Plan { step: DeclareStep::Passive, ack_timeout: false }))
         }
-        Err(error) => {
-            Err(ConnectError::refused(&error, connection, Asked::Queue { action: "consume from", queue: &queue })
-                .into())
-        }
+        Err(error) => Err(ConnectError::after_handshake(
+            &error,
+            connection,
+            Asked::Queue { action: "consume from", queue: &queue },
+        )
+        .into()),
     }
 }
 

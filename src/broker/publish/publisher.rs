@@ -109,7 +109,7 @@ impl Publisher {
             Failure::new(Exit::Unavailable, format!("no reply from the broker within {limit} (--timeout)"))
         })?;
         let asked = if declare.is_some() { Asked::Declare(routing_key) } else { Asked::Publish(exchange) };
-        opened.map_err(|error| ConnectError::refused(&error, &self.connection, asked).failure)
+        opened.map_err(|error| ConnectError::after_handshake(&error, &self.connection, asked).failure)
     }
 
     /// Publishes the bodies, and waits until each message is answered. When they end, or a message is returned or
@@ -183,7 +183,8 @@ impl Publisher {
     }
 
     fn lost(&self, error: &lapin::Error, name: impl Fn(u64) -> String) -> Failure {
-        let failure = ConnectError::refused(error, &self.connection, Asked::Publish(&self.route.exchange)).failure;
+        let failure =
+            ConnectError::after_handshake(error, &self.connection, Asked::Publish(&self.route.exchange)).failure;
         let refusal = self.connection.observed().refusal(error);
         // "message size 2000 is larger than configured max size 1000": only the size tells which message it was.
         let too_large = refusal.filter(|refusal| refusal.meaning() == Meaning::TooLarge);

@@ -63,8 +63,8 @@ pub(super) fn handshake_error(error: &io::Error, parameters: &Parameters) -> Con
     }
 }
 
-/// For a TLS alert after the handshake: with TLS 1.3, the refusal of our certificate comes only then.
-pub(in crate::broker) fn refusal(error: &io::Error, address: &Address) -> Option<ConnectError> {
+/// With TLS 1.3, a broker that refuses our certificate says so only after the handshake.
+pub(in crate::broker) fn alert_after_handshake(error: &io::Error, address: &Address) -> Option<ConnectError> {
     match tls_error(error)? {
         rustls::Error::AlertReceived(alert) => Some(alert_meaning(*alert, &address.parameters)),
         _ => None,
