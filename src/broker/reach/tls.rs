@@ -58,7 +58,9 @@ impl TlsOptions {
             (self.key.is_some(), "--key (QCONSUME_KEY)"),
             (self.server_name.is_some(), "--server-name (QCONSUME_SERVER_NAME)"),
         ];
-        if let Some((_, option)) = options.iter().find(|(set, _)| *set && !address.tls) {
+        if !address.tls
+            && let Some((_, option)) = options.iter().find(|(is_set, _)| *is_set)
+        {
             return Err(Failure::usage(format!(
                 "{option} needs TLS: an amqps:// URL, or --ssl together with --server"
             )));
@@ -80,7 +82,7 @@ impl TlsOptions {
     }
 }
 
-/// A configuration of TLS for each distinct set of parameters, read before anything is connected.
+/// The configurations of TLS, one for each distinct set of parameters. Their files are read before connecting.
 #[derive(Clone, Debug, Default)]
 pub struct Tls(Vec<(Parameters, Arc<ClientConfig>)>);
 
@@ -128,7 +130,7 @@ impl Tls {
 fn server_name(address: &Address) -> Result<ServerName<'static>, Failure> {
     let given = address.parameters.server_name_indication.as_deref();
     let name = given.unwrap_or(&address.host);
-    // Certificates contain no IPv6 zones, and no final dot (which keeps a resolver from trying search domains).
+    // Certificates contain neither IPv6 zones nor the final dot that keeps a resolver from trying search domains.
     let name = name.split_once('%').map_or(name, |(ip, _)| ip);
     let name = name.strip_suffix('.').unwrap_or(name);
     ServerName::try_from(name.to_owned()).map_err(|_| {
@@ -156,7 +158,11 @@ fn load_config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
     let chain = certificates(cert, "client certificate")?;
     let key_file = parameters.keyfile.as_ref().unwrap_or(cert);
     let key = key(key_file, parameters.keyfile.is_some())?;
-    let unusable = |error| match error {
+    builder.with_client_auth_cert(chain, key).map_err(|error| unusable_client_certificate(error, cert, key_file))
+}
+
+fn unusable_client_certificate(error: rustls::Error, cert: &Path, key_file: &Path) -> Failure {
+    Failure::config(match error {
         rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
             format!("the key in {} is not the one of the client certificate in {}", key_file.display(), cert.display())
         }
@@ -168,9 +174,7 @@ fn load_config(parameters: &Parameters) -> Result<ClientConfig, Failure> {
             "the key in {} can't be used: it has to be RSA with 2048 to 4096 bits, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
             key_file.display()
         ),
-    };
-    let config = builder.with_client_auth_cert(chain, key);
-    config.map_err(|error| Failure::config(unusable(error)))
+    })
 }
 
 fn roots(file: &Path) -> Result<RootCertStore, Failure> {
@@ -254,7 +258,7 @@ fn read(file: &Path, what: &str) -> Result<Vec<u8>, Failure> {
     file::read(file).map_err(|error| file::read_failure(&format!("the {what} {}", file.display()), &error))
 }
 
-/// The error's details are left out: some of them contain pieces of the file, which may be a key.
+/// Leaves out the error's details: some of them contain pieces of the file, which may be a key.
 fn damaged(file: &Path, error: &pem::Error) -> Failure {
     let what = match error {
         pem::Error::MissingSectionEnd { .. } => "its end is missing",

@@ -12,12 +12,19 @@ use tokio_rustls::rustls::{self, AlertDescription, CertificateError, PeerIncompa
 /// The keys that rustls 0.23 with ring checks signatures with (measured: see docs/tls.md).
 const KEYS: &str = "RSA with 2048 to 8192 bits, ECDSA with the curve P-256 or P-384, and Ed25519";
 
-/// The object identifiers of certificates' algorithms, and how error texts name them.
-const ALGORITHMS: [(&str, &str); 21] = [
+/// An object identifier, and how error texts name the algorithm or the curve.
+type Algorithm = (&'static str, &'static str);
+
+/// The algorithms of [`KEYS`].
+const USABLE: [Algorithm; 4] = [
     ("1.2.840.113549.1.1.1", "RSA"),
     ("1.2.840.10045.3.1.7", "ECDSA with the curve P-256"),
     ("1.3.132.0.34", "ECDSA with the curve P-384"),
     ("1.3.101.112", "Ed25519"),
+];
+
+/// Of other keys, and of signatures.
+const UNUSABLE: [Algorithm; 17] = [
     ("1.3.132.0.35", "ECDSA with the curve P-521"),
     ("1.3.132.0.33", "ECDSA with the curve P-224"),
     ("1.3.132.0.10", "ECDSA with the curve secp256k1"),
@@ -39,9 +46,6 @@ const ALGORITHMS: [(&str, &str); 21] = [
     ),
     ("1.2.156.10197.1.501", "SM2 with SM3"),
 ];
-
-/// How many of [`ALGORITHMS`], from the first on, are keys that rustls with ring can use: [`KEYS`].
-const USABLE_KEYS: usize = 4;
 
 pub(super) fn handshake_error(error: &io::Error, parameters: &Parameters) -> ConnectError {
     use PeerIncompatible as P;
@@ -100,7 +104,9 @@ fn untrusted(error: &CertificateError, parameters: &Parameters) -> String {
             format!("{NAME} is not one for servers: its extended key usage lacks serverAuth")
         }
         E::BadSignature => unverified(&trusted(parameters)),
-        E::UnsupportedSignatureAlgorithmForPublicKeyContext { public_key_algorithm_id: id, .. } if usable_key(id) => {
+        E::UnsupportedSignatureAlgorithmForPublicKeyContext { public_key_algorithm_id: id, .. }
+            if is_usable_key(id) =>
+        {
             unverified(&trusted(parameters))
         }
         error if webpki_name(error).as_deref() == Some("CaUsedAsEndEntity") => format!(
@@ -140,12 +146,12 @@ fn not_for(expected: &str, names: Vec<&str>) -> String {
     )
 }
 
-/// What is wrong with a certificate, which the text calls "it", and what to do about that.
+/// What is wrong with a certificate ("it"), and what to do about that.
 pub(super) fn flaw(error: &CertificateError) -> String {
     use CertificateError as E;
     match error {
         E::BadEncoding => "it is damaged, or not a valid X.509 certificate".to_owned(),
-        // One that has expired is ExpiredContext.
+        // A certificate that has expired is ExpiredContext.
         E::Expired => "its validity ends before it begins".to_owned(),
         E::UnsupportedSignatureAlgorithmContext { signature_algorithm_id: id, .. } => format!(
             "it is signed with {}, which qconsume doesn't accept: sign it with SHA-256 or SHA-384, by a CA whose key is one of {KEYS}",
@@ -202,20 +208,21 @@ fn webpki_name(error: &CertificateError) -> Option<String> {
     debug.split(|c: char| !c.is_ascii_alphanumeric()).next().map(str::to_owned)
 }
 
-/// What an `AlgorithmIdentifier`'s content (RFC 5280, 4.1.1.2) names: for a key on a named curve that curve.
 fn algorithm(id: &[u8]) -> String {
-    match index_of_algorithm(id) {
-        Ok(index) => ALGORITHMS[index].1.to_owned(),
-        Err(oid) => format!("the algorithm {oid}"),
+    let oid = last_object_identifier(id);
+    match USABLE.iter().chain(&UNUSABLE).find(|(known, _)| *known == oid) {
+        Some((_, name)) => (*name).to_owned(),
+        None => format!("the algorithm {oid}"),
     }
 }
 
-fn usable_key(id: &[u8]) -> bool {
-    index_of_algorithm(id).is_ok_and(|index| index < USABLE_KEYS)
+fn is_usable_key(id: &[u8]) -> bool {
+    let oid = last_object_identifier(id);
+    USABLE.iter().any(|(known, _)| *known == oid)
 }
 
-/// Where it is in [`ALGORITHMS`], or else its object identifier.
-fn index_of_algorithm(mut id: &[u8]) -> Result<usize, String> {
+/// Of an `AlgorithmIdentifier`'s content (RFC 5280, 4.1.1.2): the algorithm or, for a key on a named curve, the curve.
+fn last_object_identifier(mut id: &[u8]) -> String {
     const OBJECT_IDENTIFIER: u8 = 6;
     let mut last = String::new();
     while let [OBJECT_IDENTIFIER, size, rest @ ..] = id
@@ -224,10 +231,10 @@ fn index_of_algorithm(mut id: &[u8]) -> Result<usize, String> {
         last = dotted(oid);
         id = rest;
     }
-    ALGORITHMS.iter().position(|(oid, _)| *oid == last).ok_or(last)
+    last
 }
 
-/// An object identifier (X.690, 8.19) as people write it. Numbers of more than 32 bits come out wrong.
+/// Writes an object identifier (X.690, 8.19) with dots. Numbers of more than 32 bits come out wrong.
 fn dotted(oid: &[u8]) -> String {
     let mut numbers = Vec::new();
     let mut number = 0_u32;
@@ -245,7 +252,7 @@ fn dotted(oid: &[u8]) -> String {
     numbers.iter().map(u32::to_string).collect::<Vec<_>>().join(".")
 }
 
-/// An error of rustls' whose words are Rust's: `HandshakeFailure` becomes "handshake failure", without its fields.
+/// Turns Rust's names in an error of rustls into words, without fields: "handshake failure" for `HandshakeFailure`.
 fn spelled_out(text: &str) -> String {
     let text = text.split(['{', '(', '[']).next().unwrap_or_default().trim_end();
     let mut words = String::new();
@@ -262,7 +269,7 @@ fn spelled_out(text: &str) -> String {
     words
 }
 
-/// `DnsName("a.example")` as people write it. `None` for kinds that no broker is reached by, such as a URI.
+/// `a.example` for `DnsName("a.example")`. `None` for a kind that isn't for a broker, such as a URI.
 fn plain_name(name: &str) -> Option<&str> {
     let (kind, rest) = name.split_once('(').unwrap_or(("DnsName", name));
     let inner = rest.strip_suffix(')').unwrap_or(rest).trim_matches('"');
@@ -313,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_certificates_read_as_people_write_them() {
+    fn names_in_certificates_are_printed_without_their_kind() {
         assert_eq!(plain_name("DnsName(\"a.example\")"), Some("a.example"));
         assert_eq!(plain_name("IpAddress(127.0.0.1)"), Some("127.0.0.1"));
         assert_eq!(plain_name("a.example"), Some("a.example"));
@@ -325,9 +332,9 @@ mod tests {
         // As RFC 5480 and RFC 8017 encode them.
         let p521 = [6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 5, 0x2b, 0x81, 4, 0, 35];
         assert_eq!(algorithm(&p521), "ECDSA with the curve P-521");
-        assert!(!usable_key(&p521));
+        assert!(!is_usable_key(&p521));
         let p256 = [6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7];
-        assert!(usable_key(&p256));
+        assert!(is_usable_key(&p256));
         let sha1 = [6, 9, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 5, 5, 0];
         assert_eq!(algorithm(&sha1), "RSA with SHA-1");
         assert_eq!(algorithm(&[6, 3, 0x55, 4, 3]), "the algorithm 2.5.4.3");
