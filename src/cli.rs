@@ -7,10 +7,9 @@ mod values;
 
 pub use broker::BrokerOptions;
 pub use output::OutputOptions;
-pub(crate) use parse::Precedence;
-pub(crate) use parse::{AMQP_TOOLS, VERSION};
+pub(crate) use parse::{AMQP_TOOLS, Precedence, VERSION};
 pub use parse::{Given, Options, Request, command_line, parse};
-pub(crate) use values::{name, queue_name, switch};
+pub(crate) use values::{amqp_name, queue_name, switch};
 
 use crate::{
     broker::{Declare, Topology},
@@ -62,17 +61,18 @@ pub struct QconsumeOptions {
 
     /// Take the next message after a failure, instead of ending the run
     ///
-    /// Needs --drain or --count, and --max-attempts or --reject-on. The exit status is 0 if every message was acknowledged. If one was dead-lettered, it is --reject-exit-code, or 1.
+    /// Needs --drain or --count, and --max-attempts or --reject-on. The exit status is 0 if every message was
+    /// acknowledged. If one was dead-lettered, it is --reject-exit-code, or 1.
     #[arg(short, long, env = "QCONSUME_KEEP_GOING", value_parser = switch, help_heading = "Taking")]
     pub keep_going: bool,
 
     /// Ask the broker to wait this long for the acknowledgement
     ///
-    /// Only quorum queues of RabbitMQ 4.3 and newer obey. With any broker, qconsume logs a warning when the command has run for 80 % of this time.
+    /// Only quorum queues of RabbitMQ 4.3 and newer obey. With any broker, qconsume logs a warning when the command has
+    /// run for 80 % of this time.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_ACK_TIMEOUT", value_parser = duration_above_zero, help_heading = "Taking")]
     pub ack_timeout: Option<Duration>,
 
-    /// The time limits of the command.
     #[command(flatten)]
     pub limits: Limits,
 
@@ -80,17 +80,16 @@ pub struct QconsumeOptions {
     #[arg(long, hide_short_help = true, env = "QCONSUME_HIDE_URL", value_parser = switch, help_heading = "Running")]
     hide_url: bool,
 
-    /// What to do about failures.
     #[command(flatten)]
     pub policy: Policy,
 
-    /// The log and the termination message.
     #[command(flatten)]
     pub output: OutputOptions,
 
     /// The command and its arguments
     ///
-    /// Everything from the first word that isn't an option belongs to the command. It gets the message on standard input, and its properties in MESSAGE_* variables.
+    /// Everything from the first word that isn't an option belongs to the command. It gets the message on standard
+    /// input, and its properties in MESSAGE_* variables.
     #[arg(
         hide_short_help = true,
         value_name = "COMMAND",
@@ -100,23 +99,29 @@ pub struct QconsumeOptions {
     )]
     pub command: Vec<OsString>,
 
-    /// Where the broker is, and how to reach it.
     #[command(flatten)]
     pub broker: BrokerOptions,
 
-    /// Bind the queue to this exchange; without --queue, a new exclusive queue
-    #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = name, help_heading = AMQP_TOOLS)]
+    /// Bind the queue to this exchange
+    ///
+    /// The queue is declared first, as by --declare.
+    #[arg(short, long, hide_short_help = true, value_name = "EXCHANGE", env = "QCONSUME_EXCHANGE", value_parser = amqp_name, help_heading = AMQP_TOOLS)]
     exchange: Option<String>,
 
     /// Bind with these routing keys, separated by commas
-    #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", value_delimiter = ',', value_parser = name, help_heading = AMQP_TOOLS)]
+    #[arg(short, long, hide_short_help = true, value_name = "KEYS", env = "QCONSUME_ROUTING_KEY", value_delimiter = ',', value_parser = amqp_name, help_heading = AMQP_TOOLS)]
     routing_key: Vec<String>,
 
-    /// Declare the queue as durable if it doesn't exist
+    /// Declare the queue if it doesn't exist
+    ///
+    /// The new queue is durable, and of the virtual host's default type. A queue that exists is used as it is, whatever
+    /// its properties are. Without --queue, a new queue is declared as by --exclusive, and the broker chooses its name.
     #[arg(short, long, hide_short_help = true, env = "QCONSUME_DECLARE", value_parser = switch, help_heading = AMQP_TOOLS)]
     declare: bool,
 
-    /// Declare the queue as exclusive; it is deleted when the connection ends
+    /// Declare an exclusive queue, which is deleted when the connection ends
+    ///
+    /// No other connection can use it. If a queue of this name exists, it isn't used: the exit status is 78.
     #[arg(short = 'x', long, hide_short_help = true, env = "QCONSUME_EXCLUSIVE", value_parser = switch, help_heading = AMQP_TOOLS)]
     exclusive: bool,
 
@@ -179,7 +184,6 @@ impl QconsumeOptions {
         self.declare || self.exclusive || self.exchange.is_some()
     }
 
-    /// What to declare and bind before consuming.
     pub fn topology(&self) -> Topology {
         let declare = if !self.creates_queue() {
             Declare::No

@@ -1,6 +1,6 @@
 //! The options for reaching the broker, of qconsume and qpublish.
 
-use super::{AMQP_TOOLS, Given, name, switch};
+use super::{AMQP_TOOLS, Given, Precedence, amqp_name, switch};
 use crate::{
     broker::{
         ConnectOptions, Connector, Nodes, SecretFile, TlsOptions,
@@ -10,7 +10,7 @@ use crate::{
     exit::Failure,
 };
 use clap::{ArgAction, Args};
-use std::{path::PathBuf, time::Duration};
+use std::{cmp::Ordering, path::PathBuf, time::Duration};
 
 /// The variable of rabbitmq-c's newer tools, used if no other address is given.
 const AMQP_URL: &str = "AMQP_URL";
@@ -28,7 +28,6 @@ pub(super) const SECRETS: [&str; 9] = [
     "QCONSUME_KEY",
 ];
 
-/// Where the broker is, and how to reach it.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Broker")]
 pub struct BrokerOptions {
@@ -46,19 +45,24 @@ pub struct BrokerOptions {
 
     /// Read the password, such as an OAuth 2 token, from this file
     ///
-    /// It takes precedence over the URL's password. The file is read again for each new connection. If it gets a new token (a JWT) while a connection is open, the broker gets that too, so a command may run longer than a token is valid.
+    /// It takes precedence over the URL's password. The file is read again for each new connection. If it gets a new
+    /// token (a JWT) while a connection is open, the broker gets that too, so a command may run longer than a token is
+    /// valid.
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_PASSWORD_FILE")]
     password_file: Option<PathBuf>,
 
     /// Try this long to reach the broker and the queue
     ///
-    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and ends when qconsume's consumer is registered, or qpublish is connected. It starts again when qconsume loses the connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
+    /// A DURATION is 500ms, 10s, 5m, 1h30m, or plain seconds. The time starts with the first look-up of a name, and
+    /// ends when qconsume's consumer is registered, or qpublish is connected. It starts again when qconsume loses the
+    /// connection while it waits for a message. qconsume also waits for a queue that doesn't exist yet.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_CONNECT_TIMEOUT", default_value = "60s", value_parser = duration_above_zero)]
     pub connect_timeout: Duration,
 
     /// Propose a heartbeat interval of this many seconds; 0 leaves it to the broker [default: 10]
     ///
-    /// A broker that no longer answers is noticed after 2 to 2.5 intervals. When the broker or a proxy proposes 0, there are no heartbeats.
+    /// A broker that no longer answers is noticed after 2 to 2.5 intervals. If the broker or a proxy proposes 0, there
+    /// are no heartbeats.
     #[arg(long, hide_short_help = true, value_name = "SECONDS", env = "QCONSUME_HEARTBEAT")]
     heartbeat: Option<u16>,
 
@@ -75,7 +79,7 @@ pub struct BrokerOptions {
     port: Option<u16>,
 
     /// Use this virtual host [default: /]
-    #[arg(long, hide_short_help = true, value_name = "VHOST", env = "QCONSUME_VHOST", value_parser = name, help_heading = AMQP_TOOLS)]
+    #[arg(long, hide_short_help = true, value_name = "VHOST", env = "QCONSUME_VHOST", value_parser = amqp_name, help_heading = AMQP_TOOLS)]
     vhost: Option<String>,
 
     /// Log in as this user [default: guest]
@@ -110,7 +114,7 @@ pub struct BrokerOptions {
 }
 
 impl BrokerOptions {
-    /// A connector to these nodes, for a connection of this name. Logs the URLs' parameters for other clients.
+    /// For connections of this name. Logs the URLs' parameters that are meant for other clients.
     pub fn connector(&self, name: String) -> Connector {
         let nodes = self.nodes.known.iter();
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
@@ -150,93 +154,163 @@ impl BrokerOptions {
     }
 
     fn nodes_given(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
-        let nodes = |known| Nodes { known, ..Nodes::default() };
-        let (url, url_file) = (given.precedence("url"), given.precedence("url_file"));
-        let address = url.max(url_file);
-        if given.precedence("server") > address {
-            return self.server(given);
-        }
-        if given.is_given("url") && url == url_file {
-            return Err(both_set(given, "url", "url_file"));
-        }
-        let (option, parsed) = match (&self.url, &self.url_file) {
-            (Some(text), _) if url > url_file => (given.name("url"), parse_list(text.expose()).map(nodes)),
-            (_, Some(path)) => {
-                let url_file = secret_file(given, "url_file", Some(path));
-                (given.name("url_file"), Ok(Nodes { url_file, ..Nodes::default() }))
-            }
-            _ => {
-                let text = std::env::var_os(AMQP_URL).unwrap_or_default();
-                let text = text.to_str().ok_or_else(|| Failure::usage("AMQP_URL isn't UTF-8"))?;
-                if text.is_empty() {
-                    return Err(Failure::usage(
-                        "no broker: set BROKER_URL (amqp://user:password@host/vhost) or BROKER_URL_FILE, or use --url, or --server",
-                    ));
-                }
-                (AMQP_URL.to_owned(), parse_list(text).map(nodes))
-            }
+        let amqp_url = std::env::var_os(AMQP_URL).filter(|url| !url.is_empty());
+        let source = AddressSource::choose(|id| given.precedence(id), amqp_url.is_some())
+            .map_err(|conflict| conflict.failure(given))?;
+        let parse = |text: &str| {
+            let known = parse_list(text).map_err(|error| Failure::usage(format!("{}: {error}", source.name(given))))?;
+            Ok(Nodes { known, ..Nodes::default() })
         };
-        // Before the URL's own mistakes, so that the conflict is reported first.
-        for part in ["server", "port", "vhost", "username", "password", "authfile"] {
-            if given.is_given(part) && given.precedence(part) >= address {
-                let part = given.name(part);
-                return Err(Failure::usage(format!(
-                    "{part} and {option} can't be used at the same time: leave {part} out, and write its value into the URL"
-                )));
+        let nodes = match source {
+            AddressSource::Url => parse(self.url.as_ref().map_or("", Secret::expose))?,
+            AddressSource::UrlFile => {
+                Nodes { url_file: secret_file(given, "url_file", self.url_file.as_ref()), ..Nodes::default() }
             }
-        }
-        let nodes = parsed.map_err(|error| Failure::usage(format!("{option}: {error}")))?;
+            AddressSource::AmqpUrl => match amqp_url.unwrap_or_default().to_str() {
+                Some(text) => parse(text)?,
+                None => return Err(Failure::usage("AMQP_URL isn't UTF-8")),
+            },
+            AddressSource::Server => return self.nodes_of_server(given),
+        };
         Ok(Nodes { password_file: secret_file(given, "password_file", self.password_file.as_ref()), ..nodes })
     }
 
-    /// The login is the authfile's, unless `--username`, `--password` or `--password-file` takes precedence.
-    fn server(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
+    fn nodes_of_server(&self, given: &Given<'_>) -> Result<Nodes, Failure> {
         let mut address = server_address(self.server.as_deref().unwrap_or_default(), self.ssl, self.port)?;
         if let Some(name) = self.vhost.as_ref().filter(|name| !name.is_empty()) {
             address.virtual_host.clone_from(name);
         }
-        let authfile = given.precedence("authfile");
-        let (password, password_file) = (given.precedence("password"), given.precedence("password_file"));
-        let login = given.precedence("username").max(password).max(password_file);
-        if given.is_given("authfile") && authfile == login {
-            return Err(Failure::usage(
-                "--authfile can't be used together with --username, --password or --password-file",
-            ));
-        }
-        if given.is_given("password") && password == password_file {
-            return Err(both_set(given, "password", "password_file"));
-        }
+        let source =
+            CredentialsSource::choose(|id| given.precedence(id)).map_err(|conflict| conflict.failure(given))?;
         let mut nodes = Nodes::default();
-        if authfile > login {
+        if source == CredentialsSource::Authfile {
             nodes.authfile = secret_file(given, "authfile", self.authfile.as_ref());
-        } else {
-            if let Some(username) = &self.username {
-                address.username.clone_from(username);
-            }
-            if let Some(password) = &self.password {
-                address.set_password(password.clone());
-            }
-            if password_file > password {
+        } else if let Some(username) = &self.username {
+            address.username.clone_from(username);
+        }
+        match (source, &self.password) {
+            (CredentialsSource::Password, Some(password)) => address.set_password(password.clone()),
+            (CredentialsSource::PasswordFile, _) => {
                 nodes.password_file = secret_file(given, "password_file", self.password_file.as_ref());
             }
+            _ => {}
         }
         nodes.known = vec![address];
         Ok(nodes)
     }
 }
 
-fn both_set(given: &Given<'_>, one: &str, other: &str) -> Failure {
-    let (one, other) = (given.name(one), given.name(other));
-    Failure::usage(format!("{one} and {other} are both set: leave one out"))
+/// Where the broker's address comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AddressSource {
+    Url,
+    UrlFile,
+    AmqpUrl,
+    /// `--server` and the other options for parts of an address.
+    Server,
+}
+
+/// Where user and password come from if the address is that of `--server`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CredentialsSource {
+    Authfile,
+    /// `--username` and `--password`, or their defaults.
+    Password,
+    /// `--username` and `--password-file`.
+    PasswordFile,
+}
+
+/// Why there is no source. Options are named by their ids.
+#[derive(Debug, PartialEq, Eq)]
+enum Conflict {
+    NoAddress,
+    BothSet(&'static str, &'static str),
+    PartOfAddress(&'static str, AddressSource),
+    AuthfileAndOthers,
+}
+
+impl AddressSource {
+    /// A flag takes precedence over variables, and all of them over `AMQP_URL`. An option for a part of the address
+    /// conflicts with a whole address that doesn't take precedence over it.
+    fn choose(precedence: impl Fn(&str) -> Precedence, amqp_url_is_set: bool) -> Result<Self, Conflict> {
+        const PARTS: [&str; 6] = ["server", "port", "vhost", "username", "password", "authfile"];
+        let (url, url_file) = (precedence("url"), precedence("url_file"));
+        let whole = url.max(url_file);
+        if precedence("server") > whole {
+            return Ok(Self::Server);
+        }
+        let source = match url.cmp(&url_file) {
+            Ordering::Greater => Self::Url,
+            Ordering::Less => Self::UrlFile,
+            Ordering::Equal if whole > Precedence::Default => return Err(Conflict::BothSet("url", "url_file")),
+            Ordering::Equal if amqp_url_is_set => Self::AmqpUrl,
+            Ordering::Equal => return Err(Conflict::NoAddress),
+        };
+        let conflicting = |part: &&str| precedence(part) >= whole.max(Precedence::Variable);
+        match PARTS.into_iter().find(conflicting) {
+            Some(part) => Err(Conflict::PartOfAddress(part, source)),
+            None => Ok(source),
+        }
+    }
+
+    fn name(self, given: &Given<'_>) -> String {
+        match self {
+            Self::Url => given.name("url"),
+            Self::UrlFile => given.name("url_file"),
+            Self::AmqpUrl => AMQP_URL.to_owned(),
+            Self::Server => given.name("server"),
+        }
+    }
+}
+
+impl CredentialsSource {
+    fn choose(precedence: impl Fn(&str) -> Precedence) -> Result<Self, Conflict> {
+        let (password, password_file) = (precedence("password"), precedence("password_file"));
+        let authfile = precedence("authfile");
+        let others = precedence("username").max(password).max(password_file);
+        if authfile > Precedence::Default && authfile == others {
+            Err(Conflict::AuthfileAndOthers)
+        } else if password > Precedence::Default && password == password_file {
+            Err(Conflict::BothSet("password", "password_file"))
+        } else if authfile > others {
+            Ok(Self::Authfile)
+        } else if password_file > password {
+            Ok(Self::PasswordFile)
+        } else {
+            Ok(Self::Password)
+        }
+    }
+}
+
+impl Conflict {
+    fn failure(self, given: &Given<'_>) -> Failure {
+        Failure::usage(match self {
+            Self::NoAddress => {
+                "no broker: set BROKER_URL (amqp://user:password@host/vhost) or BROKER_URL_FILE, or use --url, or --server"
+                    .to_owned()
+            }
+            Self::BothSet(one, other) => {
+                format!("{} and {} are both set: leave one out", given.name(one), given.name(other))
+            }
+            Self::PartOfAddress(part, source) => format!(
+                "{part} and {source} can't be used at the same time: leave {part} out, and write its value into the URL",
+                part = given.name(part),
+                source = source.name(given),
+            ),
+            Self::AuthfileAndOthers => {
+                "--authfile can't be used together with --username, --password or --password-file".to_owned()
+            }
+        })
+    }
 }
 
 fn secret_file(given: &Given<'_>, id: &str, path: Option<&PathBuf>) -> Option<SecretFile> {
     path.map(|path| SecretFile::new(path.clone(), given.name(id)))
 }
 
-/// The address for a host or an IPv6 address, with or without brackets and a port.
+/// `server` is a host or an IPv6 address, with or without brackets and a port.
 fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address, Failure> {
-    // So that no part of a URL's password is taken for a port and printed.
+    // Otherwise a part of a URL's password might be taken for a port, and printed.
     if server.contains(['/', '@', '?']) {
         return Err(Failure::usage("--server names a host; a whole URL goes to --url"));
     }
@@ -259,6 +333,91 @@ fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The precedence of options, by the ids of those that are given as flags and as variables.
+    fn given(flags: &str, variables: &str) -> impl Fn(&str) -> Precedence {
+        let [flags, variables] = [flags, variables].map(|ids| ids.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        move |id| match id {
+            id if flags.iter().any(|flag| flag == id) => Precedence::Flag,
+            id if variables.iter().any(|variable| variable == id) => Precedence::Variable,
+            _ => Precedence::Default,
+        }
+    }
+
+    #[test]
+    fn a_flag_precedes_a_variable_and_a_whole_address_conflicts_with_parts_of_one() {
+        use {
+            AddressSource::{AmqpUrl, Server, Url, UrlFile},
+            Conflict::{BothSet, NoAddress, PartOfAddress},
+        };
+        for (flags, variables, expected) in [
+            // One source.
+            ("url", "", Ok(Url)),
+            ("", "url", Ok(Url)),
+            ("url_file", "", Ok(UrlFile)),
+            ("", "url_file", Ok(UrlFile)),
+            ("server", "", Ok(Server)),
+            ("", "server", Ok(Server)),
+            ("", "AMQP_URL", Ok(AmqpUrl)),
+            ("", "", Err(NoAddress)),
+            // Flags, then variables, then AMQP_URL.
+            ("url", "url_file AMQP_URL", Ok(Url)),
+            ("url_file", "url AMQP_URL", Ok(UrlFile)),
+            ("server", "url url_file AMQP_URL", Ok(Server)),
+            ("url", "server port vhost username password authfile", Ok(Url)),
+            ("url_file", "server port vhost username password authfile", Ok(UrlFile)),
+            ("", "url AMQP_URL", Ok(Url)),
+            ("", "url_file AMQP_URL", Ok(UrlFile)),
+            ("", "server AMQP_URL", Ok(Server)),
+            // Two of the same precedence.
+            ("url url_file", "", Err(BothSet("url", "url_file"))),
+            ("", "url url_file", Err(BothSet("url", "url_file"))),
+            ("url server", "", Err(PartOfAddress("server", Url))),
+            ("", "url server", Err(PartOfAddress("server", Url))),
+            ("", "url_file server", Err(PartOfAddress("server", UrlFile))),
+            // Parts beside --server, or beside a whole address that they don't yield to.
+            ("port", "server vhost username password authfile", Ok(Server)),
+            ("port", "url", Err(PartOfAddress("port", Url))),
+            ("vhost", "url_file", Err(PartOfAddress("vhost", UrlFile))),
+            ("", "username url", Err(PartOfAddress("username", Url))),
+            ("password url", "", Err(PartOfAddress("password", Url))),
+            ("", "authfile AMQP_URL", Err(PartOfAddress("authfile", AmqpUrl))),
+            ("username", "", Err(NoAddress)),
+            // A whole address may have the password in a file.
+            ("password_file", "url", Ok(Url)),
+            ("url", "password_file", Ok(Url)),
+        ] {
+            let chosen = AddressSource::choose(given(flags, variables), variables.contains(AMQP_URL));
+            assert_eq!(chosen, expected, "flags: {flags}; variables: {variables}");
+        }
+    }
+
+    #[test]
+    fn beside_a_server_the_credentials_of_the_greatest_precedence_count() {
+        use {
+            Conflict::{AuthfileAndOthers, BothSet},
+            CredentialsSource::{Authfile, Password, PasswordFile},
+        };
+        for (flags, variables, expected) in [
+            ("", "", Ok(Password)),
+            ("username", "", Ok(Password)),
+            ("", "password", Ok(Password)),
+            ("", "password_file", Ok(PasswordFile)),
+            ("password", "password_file", Ok(Password)),
+            ("password_file", "password", Ok(PasswordFile)),
+            ("username", "password_file", Ok(PasswordFile)),
+            ("password password_file", "", Err(BothSet("password", "password_file"))),
+            ("", "authfile", Ok(Authfile)),
+            ("authfile", "username password", Ok(Authfile)),
+            ("username", "authfile", Ok(Password)),
+            ("password_file", "authfile", Ok(PasswordFile)),
+            ("authfile username", "", Err(AuthfileAndOthers)),
+            ("", "authfile password_file", Err(AuthfileAndOthers)),
+        ] {
+            let chosen = CredentialsSource::choose(given(flags, variables));
+            assert_eq!(chosen, expected, "flags: {flags}; variables: {variables}");
+        }
+    }
 
     #[test]
     fn a_server_is_a_host_and_perhaps_a_port() {

@@ -13,13 +13,13 @@ use std::{
 };
 use tracing::Level;
 
-/// The options for the log and the termination message.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Output")]
 pub struct OutputOptions {
     /// Write log lines of this level and above
     ///
-    /// error: why the run failed. warn: problems that don't end the run. info: which message was taken and its outcome, or how many messages were published. debug: each step.
+    /// error: why the run failed. warn: problems that don't end the run. info: which message was taken and its outcome,
+    /// or how many messages were published. debug: each step.
     #[arg(long, value_name = "LEVEL", env = "QCONSUME_LOG", default_value = "info", value_parser = levels())]
     log_level: Level,
 
@@ -36,7 +36,9 @@ pub struct OutputOptions {
 
     /// Write the termination message to this file
     ///
-    /// It is written at the end of the run if the file exists and is empty. With an empty name, nothing is written. The command gets an empty QCONSUME_TERMINATION_LOG, so a qconsume or qpublish that it calls writes no termination message.
+    /// It is written at the end of the run if the file exists and is empty. With an empty name, nothing is written. The
+    /// command gets an empty QCONSUME_TERMINATION_LOG, so a qconsume or qpublish that it calls writes no termination
+    /// message.
     #[arg(long, hide_short_help = true, value_name = "FILE", env = "QCONSUME_TERMINATION_LOG", default_value = TERMINATION_LOG, value_parser = OsStringValueParser::new().map(PathBuf::from))]
     termination_log: PathBuf,
 }
@@ -46,7 +48,6 @@ fn levels() -> impl TypedValueParser<Value = Level> {
 }
 
 impl OutputOptions {
-    /// Starts the log.
     pub fn start(&self) {
         report::start(self.log_level, self.log_format, &self.termination_log);
     }
@@ -56,10 +57,10 @@ impl OutputOptions {
         self.log_level >= Level::INFO && self.log_format == LogFormat::Text && io::stderr().is_terminal()
     }
 
-    /// Starts the log after a usage error, with the log options that can be parsed.
-    pub(crate) fn start_as_understood(arguments: &[OsString]) {
-        // clap stops at the first error, so it gets the log's options only. Without `--` before COMMAND, also those of
-        // COMMAND: harmless, as only the error is logged.
+    /// Starts the log with those of its options that can be parsed.
+    pub(crate) fn start_despite_usage_error(arguments: &[OsString]) {
+        // clap stops at the first error, so it gets the log's options only. Without `--` before COMMAND these may be
+        // COMMAND's options. That is harmless, as only the error is logged.
         let mut words = arguments.iter().take_while(|word| *word != "--");
         let mut own = Vec::new();
         while let Some(word) = words.next() {

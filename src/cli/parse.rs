@@ -1,4 +1,4 @@
-//! From the words of a command line to a program's options, and from clap's errors to ours.
+//! Parses a program's command line and environment, and words clap's errors.
 
 use super::{OutputOptions, values::without_empty_variables};
 use crate::{
@@ -28,15 +28,13 @@ const WIDTH: usize = 80;
 /// What the command line asks for.
 #[derive(Debug)]
 pub enum Request<T> {
-    /// A run.
     Run(Box<T>),
-    /// This text on standard output and no run: `--help`, `--version`.
+    /// Show this text on standard output, and end: `--help`, `--version`.
     Show(String),
 }
 
 /// A program's options.
 pub trait Options: Parser {
-    /// The program that has these options.
     const PROGRAM: Program;
 
     /// The end of the long help.
@@ -48,7 +46,6 @@ pub trait Options: Parser {
     /// 64 for a usage error, 78 for a file that can't be read.
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure>;
 
-    /// The options for the log.
     fn output(&self) -> &OutputOptions;
 }
 
@@ -91,12 +88,12 @@ impl Given<'_> {
 
     /// Refuses an amqp:// address in an option that takes none: a later error would quote it with its password.
     fn refuse_misplaced_addresses(&self) -> Result<(), Failure> {
-        const MAY_HOLD_ONE: [&str; 9] =
+        const MAY_HOLD_ADDRESS: [&str; 9] =
             ["url", "password", "command", "messages", "body", "headers", "reply_to", "correlation_id", "message_id"];
         for arg in self.command.get_arguments() {
             let id = arg.get_id().as_str();
             let mut given = self.matches.get_raw(id).into_iter().flatten();
-            if !MAY_HOLD_ONE.contains(&id) && given.any(is_address) {
+            if !MAY_HOLD_ADDRESS.contains(&id) && given.any(is_address) {
                 return Err(Failure::usage(format!(
                     "{} is an amqp:// address, which goes to BROKER_URL or --url",
                     self.name(id)
@@ -112,17 +109,17 @@ pub(super) fn is_address(text: impl AsRef<OsStr>) -> bool {
     strip_scheme(text.trim_start()).is_some()
 }
 
-/// A program's command line, as help and the documentation show it.
+/// The command line as the help and the documentation show it.
 pub fn command_line<O: Options>() -> clap::Command {
     O::command()
         .term_width(WIDTH)
-        .after_help(help_of_statuses(O::PROGRAM, false))
-        .after_long_help(help_of_statuses(O::PROGRAM, true) + O::EXAMPLES)
+        .after_help(paragraph_of_statuses(O::PROGRAM))
+        .after_long_help(list_of_statuses(O::PROGRAM) + O::EXAMPLES)
         // Help is pasted into issues and chats: it must not show the values of variables.
         .mut_args(|arg| arg.hide_env_values(true))
 }
 
-/// The help that fits on one screen. It shows only the variables that matter most.
+/// Fits on one screen, and shows only the variables that matter most.
 fn short_help<O: Options>() -> String {
     let mut command = command_line::<O>().mut_args(|arg| {
         let matters = matches!(arg.get_id().as_str(), "url" | "queue");
@@ -136,7 +133,8 @@ fn short_help<O: Options>() -> String {
 /// # Errors
 /// 64 for a usage error, 78 for a file that can't be read.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
-    // Building clap's command takes longer than anything else before the connection: once, and without the help's end.
+    // Building clap's command takes longer than anything else before the connection, so it is built once, and without
+    // the help's end.
     let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,
@@ -191,21 +189,17 @@ fn usage_error(error: &clap::Error, command: &clap::Command) -> Failure {
     Failure::usage(format!("{text}; see --help"))
 }
 
-/// The exit statuses for the end of the help: as a paragraph, or with `in_full` as a list.
-fn help_of_statuses(program: Program, in_full: bool) -> String {
-    let own = match program {
-        Program::Qconsume => "COMMAND's own, and qconsume's",
-        Program::Qpublish => "qpublish's",
-    };
-    if !in_full {
-        let short = |(status, meaning, _): (String, &'static str, _)| {
-            let short = meaning.split(':').next().unwrap_or_default();
-            format!("{status} {short}")
-        };
-        let all: Vec<_> = exit::table(program).into_iter().map(short).collect();
-        return format!("Exit status, {own}: {}. All options, their variables and examples: --help", all.join(", "));
-    }
-    let mut text = format!("Exit status, {own}:");
+fn paragraph_of_statuses(program: Program) -> String {
+    let statuses = exit::table(program).into_iter().map(|(status, meaning, _)| {
+        let short = meaning.split(':').next().unwrap_or_default();
+        format!("{status} {short}")
+    });
+    let statuses = statuses.collect::<Vec<_>>().join(", ");
+    format!("{}: {statuses}. All options, their variables and examples: --help", title_of_statuses(program))
+}
+
+fn list_of_statuses(program: Program) -> String {
+    let mut text = format!("{}:", title_of_statuses(program));
     for (status, meaning, _) in exit::table(program) {
         let mut line = format!("\n  {status:<5}");
         for word in meaning.split(' ') {
@@ -218,4 +212,11 @@ fn help_of_statuses(program: Program, in_full: bool) -> String {
         text.push_str(&line);
     }
     text
+}
+
+const fn title_of_statuses(program: Program) -> &'static str {
+    match program {
+        Program::Qconsume => "Exit status, COMMAND's own, and qconsume's",
+        Program::Qpublish => "Exit status, qpublish's",
+    }
 }

@@ -1,9 +1,9 @@
-//! The command line. What depends on the environment is tested with the binary: here it belongs to all threads.
+//! What depends on the environment is tested with the binary: here all threads share it.
 
 use super::*;
 use crate::{command::OnLost, verdict::Statuses};
 
-/// Parses these words behind an address and a queue, which go over whatever the environment says.
+/// Parses these words after flags for an address and a queue, which take precedence over the environment.
 fn parsed(words: &[&str]) -> Result<QconsumeOptions, Failure> {
     let given = ["qconsume", "--url", "amqp://127.0.0.1", "--queue", "q"];
     let words = given.iter().chain(words).map(OsString::from);
@@ -19,7 +19,6 @@ fn options(words: &[&str]) -> QconsumeOptions {
     parsed(words).unwrap_or_else(|failure| panic!("{words:?}: {failure}"))
 }
 
-/// Checks that it is a usage error that says this.
 #[track_caller]
 fn refused(words: &[&str], says: &str) {
     let failure = parsed(words).expect_err("accepted");
@@ -157,7 +156,7 @@ fn a_slip_is_answered_with_what_was_meant() {
 }
 
 #[test]
-fn an_address_behind_the_wrong_option_is_not_quoted() {
+fn an_address_after_the_wrong_option_is_not_quoted() {
     let url = "amqp://user:hunter2@host";
     for option in ["--wait", "--count", "--on-lost", "--reject-on", "--log-level", "--heartbeat"] {
         let failure = parsed(&[option, url, "cat"]).expect_err(option);

@@ -1,6 +1,6 @@
 //! The values of options, from flags and from variables.
 
-pub(crate) use crate::broker::reach::address::name;
+pub(crate) use crate::broker::reach::address::amqp_name;
 
 pub(crate) fn switch(text: &str) -> Result<bool, String> {
     match text.trim().to_ascii_lowercase().as_str() {
@@ -10,10 +10,10 @@ pub(crate) fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-/// One newline at the end is dropped: variables that are filled from a file have one.
+/// Drops one newline at the end: variables that are filled from a file have one.
 pub(crate) fn queue_name(text: &str) -> Result<String, String> {
     let line = text.strip_suffix("\r\n").or(text.strip_suffix('\n'));
-    name(line.unwrap_or(text))
+    amqp_name(line.unwrap_or(text))
 }
 
 /// An empty variable counts as unset, except BROKER_URL and QUEUE (an error) and QCONSUME_TERMINATION_LOG (turns it
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn switches_are_told_in_any_usual_way_and_nothing_else() {
+    fn switches_take_the_usual_words_and_no_others() {
         for on in ["true", "YES", "On", "1", " true ", "true\n"] {
             assert_eq!(switch(on), Ok(true), "{on:?}");
         }

@@ -1,6 +1,6 @@
 //! The options that the publisher takes: where messages go, and what they carry.
 
-use crate::broker::reach::address::name;
+use crate::broker::reach::address::amqp_name;
 use clap::Args;
 use lapin::{
     BasicProperties,
@@ -15,11 +15,11 @@ const PERSISTENT: u8 = 2;
 #[command(next_help_heading = "Destination")]
 pub struct Route {
     /// Publish to this exchange, instead of --queue
-    #[arg(short, long, value_name = "NAME", default_value = "", hide_default_value = true, value_parser = name)]
+    #[arg(short, long, value_name = "NAME", default_value = "", hide_default_value = true, value_parser = amqp_name)]
     pub exchange: String,
 
     /// Publish with this routing key; without --exchange it names a queue
-    #[arg(short, long, value_name = "KEY", default_value = "", hide_default_value = true, value_parser = name)]
+    #[arg(short, long, value_name = "KEY", default_value = "", hide_default_value = true, value_parser = amqp_name)]
     pub routing_key: String,
 
     /// Let the broker drop a message that no queue takes
@@ -61,15 +61,15 @@ impl Route {
 #[command(next_help_heading = "Properties of every message")]
 pub struct Properties {
     /// Content type, such as text/plain
-    #[arg(short = 'C', long, value_name = "TYPE", value_parser = name)]
+    #[arg(short = 'C', long, value_name = "TYPE", value_parser = amqp_name)]
     pub content_type: Option<String>,
 
     /// Content encoding, such as gzip; the message is sent as it is
-    #[arg(short = 'E', long, hide_short_help = true, value_name = "ENCODING", value_parser = name)]
+    #[arg(short = 'E', long, hide_short_help = true, value_name = "ENCODING", value_parser = amqp_name)]
     pub content_encoding: Option<String>,
 
     /// Queue for replies
-    #[arg(short = 't', long, hide_short_help = true, value_name = "NAME", value_parser = name)]
+    #[arg(short = 't', long, hide_short_help = true, value_name = "NAME", value_parser = amqp_name)]
     pub reply_to: Option<String>,
 
     /// Add a header (repeatable)
@@ -77,19 +77,19 @@ pub struct Properties {
     pub headers: Vec<(String, String)>,
 
     /// Message id; the command gets it as MESSAGE_ID
-    #[arg(long, value_name = "ID", value_parser = name)]
+    #[arg(long, value_name = "ID", value_parser = amqp_name)]
     pub message_id: Option<String>,
 
     /// Correlation id, which relates a reply to its request
-    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name)]
+    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = amqp_name)]
     pub correlation_id: Option<String>,
 
     /// Type, for the consumer to tell messages apart
-    #[arg(long = "type", hide_short_help = true, value_name = "TYPE", value_parser = name)]
+    #[arg(long = "type", hide_short_help = true, value_name = "TYPE", value_parser = amqp_name)]
     pub kind: Option<String>,
 
     /// Application that publishes the message
-    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = name)]
+    #[arg(long, hide_short_help = true, value_name = "ID", value_parser = amqp_name)]
     pub app_id: Option<String>,
 
     /// Milliseconds in the queue after which the message expires
@@ -144,7 +144,7 @@ fn header(text: &str) -> Result<(String, String), String> {
     match text.split_once(':') {
         None => Err("has no colon between a name and a value".to_owned()),
         Some(("", _)) => Err("has no name before its colon".to_owned()),
-        Some((key, value)) => Ok((name(key)?, value.trim_start().to_owned())),
+        Some((key, value)) => Ok((amqp_name(key)?, value.trim_start().to_owned())),
     }
 }
 

@@ -16,11 +16,11 @@ const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 /// Longest name in AMQP 0-9-1, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
 
-/// A name that isn't too long for AMQP.
+/// Checks the length of a name.
 ///
 /// # Errors
 /// How long it is.
-pub fn name(text: &str) -> Result<String, String> {
+pub fn amqp_name(text: &str) -> Result<String, String> {
     if text.len() > NAME_MAX {
         return Err(format!("has {} bytes; AMQP allows {NAME_MAX}", text.len()));
     }
@@ -34,7 +34,6 @@ const IPV6_HINT: &str = "an IPv6 address goes in square brackets, as in amqp://[
 pub struct Secret(String);
 
 impl Secret {
-    /// The password itself, only for the broker.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -69,11 +68,10 @@ pub struct Address {
     pub password_given: bool,
     /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
-    /// The query.
     pub parameters: Parameters,
 }
 
-/// What is wrong with an address and what to do about it, in one line that contains no part of a password.
+/// What is wrong with an address, and what to do about it: one line, without any part of a password.
 pub type AddressError = String;
 
 /// One or more URLs, separated by commas before `amqp://` or `amqps://`: a password may contain other commas.
@@ -102,18 +100,19 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
 }
 
 impl Address {
-    /// One URL, by <https://www.rabbitmq.com/docs/uri-spec>. Beyond that, `amqp://host/` and Celery's `amqp://host//`
-    /// mean the virtual host `/`, and a password may contain `:`. Every `@` in a name must be encoded.
+    /// One URL, by <https://www.rabbitmq.com/docs/uri-spec>, with three differences: `amqp://host/` and Celery's
+    /// `amqp://host//` mean the virtual host `/`, a password may contain `:`, and every `@` in a name must be encoded.
     ///
     /// # Errors
-    /// The first mistake, without any text that could be part of the password.
+    /// The first mistake.
     pub fn parse(url: &str) -> Result<Self, AddressError> {
         check_characters(url)?;
         let Some((tls, rest)) = strip_scheme(url) else {
             return error("the URL must start with amqp:// or amqps://");
         };
         let (authority, after) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        // It probably ends a password that contains a `/` or `?`. As it is refused, path and query may be printed.
+        // The `@` probably ends a password that contains a `/` or `?`. Refused here, it leaves path and query free of
+        // passwords, so that errors may quote them.
         if after.contains('@') {
             return error(
                 "there is an '@' after the first '/' or '?': in a user name or password write '/' \
@@ -155,7 +154,6 @@ impl Address {
         })
     }
 
-    /// Replaces the URL's password.
     pub fn set_password(&mut self, password: Secret) {
         self.password = password;
         self.password_given = true;
@@ -197,12 +195,11 @@ fn check_characters(url: &str) -> Result<(), AddressError> {
     }
 }
 
-/// The scheme of a URL with or without TLS.
 pub const fn scheme(tls: bool) -> &'static str {
     if tls { "amqps" } else { "amqp" }
 }
 
-/// Whether a URL's scheme means TLS, and what follows its `://`; `None` if the URL isn't an AMQP URL.
+/// Whether an AMQP URL asks for TLS, and what follows its `://`.
 pub fn strip_scheme(url: &str) -> Option<(bool, &str)> {
     [false, true].into_iter().find_map(|tls| {
         let (start, rest) = url.split_at_checked(scheme(tls).len())?;
@@ -249,7 +246,7 @@ fn ipv6(host: &str) -> Option<String> {
     (zone != "%").then(|| format!("{address}{zone}"))
 }
 
-/// In the specification `amqp://host/` means the virtual host with an empty name, which nobody has: here it is `/`.
+/// In the specification `amqp://host/` means a virtual host with an empty name, which no broker has.
 fn parse_virtual_host(path: &str) -> Result<String, AddressError> {
     let name = path.strip_prefix('/').unwrap_or(path);
     if matches!(name, "" | "/") {

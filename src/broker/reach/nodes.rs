@@ -8,17 +8,17 @@ use super::{
 use crate::exit::{Exit, Failure};
 use std::path::{Path, PathBuf};
 
-/// A file that holds a secret, and the option or variable that names it.
+/// A file that holds a secret.
 #[derive(Clone, Debug)]
 pub struct SecretFile {
     path: PathBuf,
+    /// The option or variable that names it, for errors.
     option: String,
     /// The content of a pipe, such as a shell's `<(…)`: it can be read only once.
     from_pipe: Option<Secret>,
 }
 
 impl SecretFile {
-    /// The file at `path`, which `option` names.
     pub const fn new(path: PathBuf, option: String) -> Self {
         Self { path, option, from_pipe: None }
     }
@@ -42,7 +42,7 @@ impl SecretFile {
         Ok(text)
     }
 
-    fn error(&self, exit: Exit, problem: &str) -> Failure {
+    fn unusable(&self, exit: Exit, problem: &str) -> Failure {
         Failure::new(exit, format!("{}: {} {problem}", self.option, self.path.display()))
     }
 
@@ -53,7 +53,7 @@ impl SecretFile {
     fn password(&mut self) -> Result<Secret, Failure> {
         let password = without_newline(&self.read()?).to_owned();
         if password.is_empty() {
-            return Err(self.error(Exit::Config, "is empty"));
+            return Err(self.unusable(Exit::Config, "is empty"));
         }
         Ok(password.into())
     }
@@ -65,7 +65,7 @@ impl SecretFile {
         let mut line = |prefix| lines.next().and_then(|line| line.strip_prefix(prefix));
         match (line("username:"), line("password:"), lines.next()) {
             (Some(username), Some(password), None) => Ok((username.to_owned(), password.to_owned().into())),
-            _ => Err(self.error(Exit::Usage, "has to consist of two lines, username:USER and password:PASSWORD")),
+            _ => Err(self.unusable(Exit::Usage, "has to consist of two lines, username:USER and password:PASSWORD")),
         }
     }
 }
@@ -75,15 +75,11 @@ impl SecretFile {
 pub struct Nodes {
     /// Their addresses, as last read.
     pub known: Vec<Address>,
-    /// The file with the addresses.
     pub url_file: Option<SecretFile>,
-    /// The file with the user and the password for all nodes.
     pub authfile: Option<SecretFile>,
-    /// The file with the password for all nodes. It takes precedence over any other password.
+    /// It takes precedence over any other password.
     pub password_file: Option<SecretFile>,
-    /// The TLS options for all nodes.
     pub tls_options: TlsOptions,
-    /// The TLS configurations of the nodes.
     pub tls: Tls,
 }
 
@@ -115,10 +111,10 @@ impl Nodes {
             Some(file) => file.addresses()?,
             None => self.known.clone(),
         };
-        let login = self.authfile.as_mut().map(SecretFile::user_and_password).transpose()?;
+        let user_and_password = self.authfile.as_mut().map(SecretFile::user_and_password).transpose()?;
         let password = self.password_file.as_mut().map(SecretFile::password).transpose()?;
         for address in &mut addresses {
-            if let Some((username, password)) = &login {
+            if let Some((username, password)) = &user_and_password {
                 address.username.clone_from(username);
                 address.set_password(password.clone());
             }
@@ -141,7 +137,7 @@ mod tests {
         SecretFile::new(path, format!("--{name}"))
     }
 
-    fn login(nodes: &mut Nodes) -> (String, String) {
+    fn read(nodes: &mut Nodes) -> (String, String) {
         nodes.read().unwrap();
         let address = &nodes.known[0];
         (address.username.clone(), address.password.expose().to_owned())
@@ -155,7 +151,7 @@ mod tests {
         assert_eq!(nodes.read().unwrap_err().exit, Exit::Config);
         for (text, password) in [("amqp://u:one@h\n", "one"), ("\u{feff}amqp://u:two@h", "two")] {
             fs::write(&path, text).unwrap();
-            assert_eq!(login(&mut nodes).1, password);
+            assert_eq!(read(&mut nodes).1, password);
         }
         fs::remove_file(&path).unwrap();
         assert_eq!(nodes.read().unwrap_err().exit, Exit::Config);
@@ -177,22 +173,22 @@ mod tests {
     }
 
     #[test]
-    fn a_password_file_goes_over_every_other_password_and_one_newline_is_dropped() {
+    fn a_password_file_takes_precedence_over_every_other_password_and_one_newline_is_dropped() {
         let files = [file("url-file-2"), file("authfile"), file("password-file")];
         let [urls, authfile, passwords] = files.clone().map(|file| file.path);
         fs::write(&urls, "amqp://u:url@h,amqp://u:url@i").unwrap();
         fs::write(&authfile, "username:someone\npassword:auth\n").unwrap();
         let [url_file, auth, password_file] = files.map(Some);
         let mut nodes = Nodes { url_file, ..Nodes::default() };
-        assert_eq!(login(&mut nodes), ("u".to_owned(), "url".to_owned()));
+        assert_eq!(read(&mut nodes), ("u".to_owned(), "url".to_owned()));
         nodes.authfile = auth;
-        assert_eq!(login(&mut nodes), ("someone".to_owned(), "auth".to_owned()));
+        assert_eq!(read(&mut nodes), ("someone".to_owned(), "auth".to_owned()));
         nodes.password_file = password_file;
         for (text, password) in
             [("token", "token"), ("token\n", "token"), ("\u{feff}token\r\n", "token"), ("a\n\n", "a\n")]
         {
             fs::write(&passwords, text).unwrap();
-            assert_eq!(login(&mut nodes), ("someone".to_owned(), password.to_owned()));
+            assert_eq!(read(&mut nodes), ("someone".to_owned(), password.to_owned()));
             assert_eq!(nodes.known[1].password, nodes.known[0].password);
         }
         // Empty for a moment: an error, which changes nothing.
@@ -206,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_from_a_file_is_none_that_is_not_given() {
+    fn with_a_password_file_the_client_certificate_does_not_log_in() {
         let passwords = file("password-file-2");
         fs::write(&passwords.path, "token").unwrap();
         let path = passwords.path.clone();

@@ -1,4 +1,4 @@
-//! The query of an address.
+//! The query of a URL.
 
 use super::{AddressError, decode, error};
 use lapin::uri::SASLMechanism;
@@ -7,12 +7,13 @@ use std::{path::PathBuf, str::FromStr, time::Duration};
 /// The smallest limit on a frame that AMQP 0-9-1 allows (its `frame-min-size`), in bytes.
 const AMQP_FRAME_MIN: u32 = 4096;
 
+/// Longest key that an error quotes, in bytes.
 const QUOTED_KEY_MAX: usize = 40;
 
 const UNKNOWN: &str = "is unknown (known: heartbeat, connection_timeout, channel_max, frame_max, auth_mechanism, \
                        cacertfile, certfile, keyfile, server_name_indication, verify)";
 
-/// Other clients' parameters: pika's up to 1.4 (`URLParameters`), kombu 5.7's (`Connection`) with py-amqp 5.4.
+/// For other clients: pika up to 1.4 (`URLParameters`), and kombu 5.7 (`Connection`) with py-amqp 5.4.
 #[rustfmt::skip]
 const IGNORED: [&str; 20] = [
     "backpressure_detection", "blocked_connection_timeout", "client_properties", "connection_attempts",
@@ -32,13 +33,12 @@ pub struct Parameters {
     pub channel_max: Option<u16>,
     /// The largest frame to agree on, in bytes, at least 4096; 0 is no limit.
     pub frame_max: Option<u32>,
-    /// How to log in.
     pub auth_mechanism: Option<SASLMechanism>,
-    /// The file with the CAs to trust (PEM). This and the next three need TLS.
+    /// The CAs to trust. This and the next three need TLS.
     pub cacertfile: Option<PathBuf>,
-    /// The file with the client certificate (PEM).
+    /// The client certificate.
     pub certfile: Option<PathBuf>,
-    /// The file with the client certificate's key (PEM).
+    /// The client certificate's key.
     pub keyfile: Option<PathBuf>,
     /// The name to expect in the broker's certificate, instead of the host.
     pub server_name_indication: Option<String>,
@@ -47,7 +47,7 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Parses what follows the `?`. Empty pairs (`?`, `a=1&`) are ignored.
+    /// Parses what follows the `?`. Empty pairs are ignored, as in `?` and `a=1&`.
     pub(in crate::broker) fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
         let mut parameters = Self::default();
         let mut seen = Vec::new();
@@ -58,7 +58,7 @@ impl Parameters {
                 return error(format!("{name} is there twice"));
             }
             seen.push(key);
-            // `ssl=true` and `ssl_options` ask pika and kombu for TLS, even with amqp://: no plain text for those.
+            // `ssl=true` and `ssl_options` ask pika and kombu for TLS, even with amqp://. Refuse to use plain text then.
             let asks_for_tls = key.starts_with("ssl") && !matches!(value, "false" | "False" | "0" | "");
             if asks_for_tls && !tls {
                 return error(format!("{name} needs TLS: an amqps:// URL"));
@@ -128,7 +128,7 @@ impl Parameters {
     }
 }
 
-/// How an error names a query parameter: by its name, unless that could be a piece of a password.
+/// How an error names a query parameter: by its key, unless that could be a piece of a password.
 fn parameter_name(key: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
     if (1..=QUOTED_KEY_MAX).contains(&key.len()) && key.bytes().all(is_plain) {
@@ -138,7 +138,7 @@ fn parameter_name(key: &str) -> String {
     }
 }
 
-/// A number that is written in digits only: `FromStr` takes a `+`, too.
+/// Takes digits only; `FromStr` would take a `+`, too.
 pub(super) fn number<T: FromStr>(text: &str) -> Option<T> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     digits.then(|| text.parse().ok()).flatten()
