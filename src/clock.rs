@@ -1,4 +1,4 @@
-//! Durations as users write them, and optional deadlines.
+//! Durations in options, and optional deadlines.
 
 use std::{
     future::{Future, pending},
@@ -6,7 +6,7 @@ use std::{
 };
 use tokio::time::{Instant, sleep_until};
 
-/// The longest time that an option accepts: ten years. More is a typo, and overflows clocks.
+/// Ten years: more is a typo, and overflows clocks.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Parses `500ms`, `10s`, `5m`, `1h30m`, or plain seconds, which may have a fraction.

@@ -1,14 +1,13 @@
-//! The exit statuses that are qconsume's own: an interface for `podFailurePolicy`, so they never change. Help, man
-//! pages and the documentation's tables are generated from here.
+//! The programs' own exit statuses, which never change, as `podFailurePolicy` relies on them. Help, man pages and the
+//! documentation's tables are generated from here.
 
 use crate::program::Program;
 use nix::libc;
 use std::{fmt, io};
 
-/// Why qconsume itself ended the run. Up to 78 as in sysexits.h, then as in timeout(1), env(1) and the shell.
+/// Up to 78 as in sysexits.h, then as in timeout(1), env(1) and the shell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-#[allow(missing_docs, reason = "the tables have it")]
 pub enum Exit {
     Usage = 64,
     NoInput = 66,
@@ -23,7 +22,7 @@ pub enum Exit {
     NotFound = 127,
 }
 
-/// An exit status; its meaning, with a short form before the colon; whether a retry helps.
+/// The status; its meaning, after a short form and a colon, for `-h`; whether a retry helps, if that can be said.
 type Row = (Exit, &'static str, &'static str);
 
 const USAGE: Row = (Exit::Usage, "usage: wrong options, or a malformed or empty BROKER_URL or QUEUE", "no");
@@ -34,7 +33,11 @@ const QCONSUME: [Row; 11] = [
     USAGE,
     (Exit::NoInput, "no message: none came within --wait", "later"),
     UNAVAILABLE,
-    (Exit::Software, "defect: in qconsume; or a message that can't be read (not valid AMQP)", ""),
+    (
+        Exit::Software,
+        "defect: a bug in qconsume, or a message that it can't decode (invalid AMQP, or headers too large or too deep)",
+        "",
+    ),
     (
         Exit::OsError,
         "shortage: no processes, memory or descriptors left, or the command's mount doesn't answer; the command was not run",
@@ -60,7 +63,7 @@ const QPUBLISH: [Row; 8] = [
     USAGE,
     (Exit::NoInput, "no input: a file or standard input can't be read", "no"),
     UNAVAILABLE,
-    (Exit::Software, "defect: in qpublish", ""),
+    (Exit::Software, "defect: a bug in qpublish", ""),
     (Exit::OsError, "shortage: no processes, memory or descriptors left", "yes"),
     (
         Exit::Unconfirmed,
@@ -76,13 +79,11 @@ const QPUBLISH: [Row; 8] = [
 ];
 
 impl Exit {
-    /// The number that the process exits with.
     pub const fn status(self) -> u8 {
         self as u8
     }
 }
 
-/// Every exit status of a program: the number, what it means, and whether a retry helps.
 pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
     let (own, success, signal) = match program {
         Program::Qconsume => (
@@ -102,16 +103,14 @@ pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
     rows
 }
 
-/// The status of something that ended on a signal, as shells report it.
+/// As shells report it. Can't overflow, as signals end at 64 on Linux.
 pub const fn status_of_signal(signal: i32) -> u8 {
-    // Signals end at 64 on Linux, so this can't overflow.
     128 + signal as u8
 }
 
-/// The words for a lack of memory.
 pub const NO_MEMORY: &str = "memory has run out (on this node, or ulimit -v)";
 
-/// Errors that another try may not meet; we call all of them shortages. With each: what is short, and what to raise.
+/// Errors that a retry may not meet, because the system was only short of something: of what, and what to raise.
 const SHORTAGES: [(i32, &str); 8] = [
     (
         libc::EAGAIN,
@@ -127,50 +126,43 @@ const SHORTAGES: [(i32, &str); 8] = [
     (libc::ETXTBSY, "the program's file is being written"),
 ];
 
-/// What the system is short of, and what to raise; `None` if the error means no temporary shortage.
 pub fn shortage(error: &io::Error) -> Option<&'static str> {
     let code = error.raw_os_error()?;
     SHORTAGES.into_iter().find_map(|(short, words)| (short == code).then_some(words))
 }
 
-/// Whether the error means a temporary shortage.
 pub fn is_shortage(error: &io::Error) -> bool {
     shortage(error).is_some()
 }
 
-/// The shortage behind a panic, by its message: tokio and std panic if they get no thread or descriptor.
-pub fn shortage_behind(panic: &str) -> Option<io::Error> {
+/// The shortage that caused a panic, by the panic's message: tokio and std panic if they get no thread or descriptor.
+pub fn shortage_in_panic(panic: &str) -> Option<io::Error> {
     let shown = |code| [format!("(os error {code})"), format!("Os {{ code: {code},")];
     let is_named = |code: &i32| shown(*code).iter().any(|text| panic.contains(text));
     SHORTAGES.into_iter().map(|(code, _)| code).find(is_named).map(io::Error::from_raw_os_error)
 }
 
-/// An error that ends the run, with the status that it ends with.
 #[derive(Debug)]
 pub struct Failure {
-    /// What the process exits with.
     pub exit: Exit,
     /// One line: what happened, to what, and what to do about it.
     pub message: String,
 }
 
 impl Failure {
-    /// A failure with this status and message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self { exit, message: message.into() }
     }
 
-    /// A usage error.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Exit::Usage, message)
     }
 
-    /// A configuration error.
     pub fn config(message: impl Into<String>) -> Self {
         Self::new(Exit::Config, message)
     }
 
-    /// A system call of ours that failed: 71 and what to raise if the system is short of something, otherwise a defect.
+    /// For a failed system call of ours: 71 and what to raise if the system is short of something, otherwise a defect.
     pub fn system(what: impl fmt::Display, error: &io::Error) -> Self {
         match shortage(error) {
             Some(words) => Self::new(Exit::OsError, format!("{what}: {words}: {error}; another try may help")),
@@ -217,12 +209,12 @@ mod tests {
             assert_eq!(failure(code).exit, Exit::OsError);
             let error = io::Error::from_raw_os_error(code);
             assert_eq!(failure(code).message, format!("can't start: {words}: {error}; another try may help"));
-            assert!(shortage_behind(&format!("can't spawn thread: {error}")).is_some());
-            assert!(shortage_behind(&format!("failed to create: {error:?}")).is_some());
+            assert!(shortage_in_panic(&format!("can't spawn thread: {error}")).is_some());
+            assert!(shortage_in_panic(&format!("failed to create: {error:?}")).is_some());
         }
         let processes = "no more processes or threads may be started (pids limit, ulimit -u)";
         assert!(failure(libc::EAGAIN).message.contains(processes));
         assert_eq!(failure(libc::EINVAL).exit, Exit::Software);
-        assert!(shortage_behind("index out of bounds (os error 1)").is_none());
+        assert!(shortage_in_panic("index out of bounds (os error 1)").is_none());
     }
 }

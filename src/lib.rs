@@ -3,7 +3,7 @@
 //! pod completes one unit of work.
 //!
 //! `worker` is one run, from top to bottom. [`verdict`] decides, without I/O. Only [`broker`] uses lapin, and only
-//! `command` handles processes. [`publish`] is qpublish, which fills a queue.
+//! `command` handles processes. [`publish`] is the other program, qpublish, which fills a queue.
 
 #![deny(unsafe_code)]
 
@@ -38,11 +38,9 @@ use exit::{Exit, Failure};
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
-/// Parses the command line, runs the program, logs its error if there is one, and exits.
 pub fn main(program: Program) -> ! {
-    // Before anything else: PID 1 loses a signal that arrives before its handler is installed.
-    let held = signals::hold();
-    debug_assert!(held.is_ok());
+    // Before anything else: a signal that arrives earlier is lost if we are PID 1, and otherwise kills us.
+    signals::block();
     program.set_current();
     exit_on_panic();
     let arguments: Vec<_> = std::env::args_os().collect();
@@ -63,7 +61,7 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
             block_on(|signals| entry(*options, signals))
         }
         Ok(Request::Show(text)) => {
-            // Standard output may be closed: help that nobody reads is no failure.
+            // If standard output is closed, nobody wants the help: that is no failure.
             let _ = std::io::stdout().write_all(text.as_bytes());
             Ok(0)
         }
@@ -74,7 +72,7 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
     }
 }
 
-/// Runs `entry` on the main thread: the command gets its parent-death signal when the thread that started it ends.
+/// Runs `entry` on the main thread, as `RunningCommand::start` requires.
 fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals::Signals) -> F) -> Result<u8, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -84,16 +82,15 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
         let signals = signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
         entry(signals).await
     });
-    // Dropping the runtime would wait for a name look-up that is still running; the process ends soon anyway.
+    // The process ends soon. Dropping the runtime would wait for a name look-up that is still running.
     std::mem::forget(runtime);
     status
 }
 
-/// Makes a panic on any thread end the process, so that no work goes on half done. A panic is a defect, unless tokio or
-/// std got no thread or descriptor.
+/// A panic on any thread ends the process, so that the other threads don't go on with half the work.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        let failure = match exit::shortage_behind(&panic.to_string()) {
+        let failure = match exit::shortage_in_panic(&panic.to_string()) {
             Some(error) => Failure::system("can't go on", &error),
             None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
         };

@@ -1,20 +1,17 @@
-//! The two programs in this crate.
+//! Which of the crate's two programs this process runs.
 
 use std::{ffi::OsStr, path::Path, sync::OnceLock};
 
-/// The program that this process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
-    /// Takes messages.
     Qconsume,
-    /// Publishes messages.
     Qpublish,
 }
 
 static CURRENT: OnceLock<Program> = OnceLock::new();
 
 impl Program {
-    /// The program that this file name, with or without its path, stands for: qconsume unless it is `qpublish`.
+    /// Takes the first word of the command line, with or without a path. It means qconsume unless it is `qpublish`.
     pub fn called(name: Option<&OsStr>) -> Self {
         match name.and_then(|name| Path::new(name).file_name()) {
             Some(name) if name == "qpublish" => Self::Qpublish,
@@ -22,17 +19,15 @@ impl Program {
         }
     }
 
-    /// Makes it the program that this process runs.
     pub fn set_current(self) {
         let _ = CURRENT.set(self);
     }
 
-    /// The program that this process runs: qconsume if [`Program::set_current`] was never called, as in unit tests.
+    /// Qconsume if [`Program::set_current`] was never called, as in unit tests.
     pub fn current() -> Self {
         CURRENT.get().copied().unwrap_or(Self::Qconsume)
     }
 
-    /// Its name, as log lines and the field `source` have it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Qconsume => "qconsume",

@@ -1,6 +1,9 @@
-//! Signals as values: blocked from the start, then read one by one. What a stop signal does is decided in three places:
-//! without a command in worker.rs (`stopped`, `settle_if_stopped_or_lost`) and publish.rs; while one runs in
-//! command/supervise.rs; for its message and the run in verdict.rs (`decide`, `RunState::next`).
+//! Signals as values: blocked from the start, then read one by one.
+//!
+//! What a stop signal does is decided in three places:
+//! - no command runs: src/worker.rs (`stopped`, `settle_if_stopped_or_lost`); in qpublish src/publish.rs
+//! - the command runs: src/command/supervise.rs
+//! - the command has ended: src/verdict.rs (`decide` for its message, `RunState::next` for the run)
 
 use nix::{
     libc,
@@ -13,42 +16,41 @@ use nix::{
 use std::{collections::VecDeque, future::pending, io};
 use tokio::io::{Interest, unix::AsyncFd};
 
-const STOPPING: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
+const STOP_SIGNALS: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 
-/// The signals that are only forwarded to the command.
-const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
+/// The command gets these, too, but they stop nothing.
+const OTHER_SIGNALS: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGWINCH];
 
 pub fn is_stop(signal: Signal) -> bool {
-    STOPPING.contains(&signal)
+    STOP_SIGNALS.contains(&signal)
 }
 
-fn handled() -> SigSet {
-    STOPPING.into_iter().chain(FORWARDED).collect()
+fn handled() -> impl Iterator<Item = Signal> {
+    STOP_SIGNALS.into_iter().chain(OTHER_SIGNALS)
 }
 
-/// Blocks the signals until [`install`]: the kernel drops a signal to PID 1 that has no handler, unless it is blocked
-/// (`sig_ignored` in Linux's kernel/signal.c).
-pub fn hold() -> io::Result<()> {
-    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked(handled())), None).map_err(io::Error::from)
+/// Until [`install`]: the kernel drops a signal to PID 1 that is neither handled nor blocked (kernel/signal.c: sig_ignored).
+pub fn block() {
+    let blocked = block_as(SigmaskHow::SIG_BLOCK, handled().collect());
+    debug_assert!(blocked.is_ok(), "sigprocmask(2) fails only for invalid arguments");
 }
 
-/// With SIGXFSZ, so that write(2) fails beyond a file's size limit (ulimit -f), instead of that signal killing us.
-fn blocked(mut signals: SigSet) -> SigSet {
+/// Also blocks SIGXFSZ: otherwise a write beyond a file's size limit (ulimit -f) would kill us instead of failing.
+fn block_as(how: SigmaskHow, mut signals: SigSet) -> io::Result<()> {
     signals.add(Signal::SIGXFSZ);
-    signals
+    Ok(sigprocmask(how, Some(&signals), None)?)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     pub signal: Signal,
-    /// Whether a terminal sent it to our whole process group, as it does for a key or a new size of its window.
+    /// A terminal sent it to our whole process group, as for Ctrl-C or when the size of its window changes.
     pub to_our_group: bool,
 }
 
 #[derive(Debug)]
 pub struct Signals {
     source: Source,
-    /// Signals that [`Signals::command_started`] has read and [`Signals::recv`] has not returned yet.
     read_ahead: VecDeque<Received>,
     stopped_by: Option<Signal>,
 }
@@ -71,16 +73,21 @@ impl Signals {
         received
     }
 
-    /// Reads all signals that have come, for nobody to forward. Returns the first stop signal since the start.
-    pub fn read_stop(&mut self) -> Option<Signal> {
-        while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.try_next()) {
-            self.note(received);
-        }
+    /// The first stop signal since qconsume started, if one has come; doesn't wait. Call it only while no command runs: it
+    /// drops all pending signals, so none is forwarded.
+    pub fn stopped_by(&mut self) -> Option<Signal> {
+        self.drop_pending();
         self.stopped_by
     }
 
-    /// Call this right after starting a command. It hasn't got the signals that came before, not even those to our whole
-    /// group.
+    /// [`Signals::recv`] then returns only signals that come later. Call this only while no command runs.
+    pub fn drop_pending(&mut self) {
+        while let Some(received) = self.read_ahead.pop_front().or_else(|| self.source.try_next()) {
+            self.note(received);
+        }
+    }
+
+    /// Call this right after the command's start: earlier signals have missed the command, even those to our whole group.
     pub fn command_started(&mut self) {
         while let Some(received) = self.source.try_next() {
             self.read_ahead.push_back(Received { to_our_group: false, ..received });
@@ -93,9 +100,27 @@ impl Signals {
         }
     }
 
+    async fn next_stop(&mut self) -> Signal {
+        loop {
+            let Received { signal, .. } = self.recv().await;
+            if is_stop(signal) {
+                return signal;
+            }
+        }
+    }
+
     #[cfg(test)]
     pub fn injected(receiver: tokio::sync::mpsc::UnboundedReceiver<Received>) -> Self {
         Self::from(Source::Injected(receiver))
+    }
+}
+
+/// Drops `work` at a stop signal, which must lose nothing. Drops other signals, so call it only while no command runs.
+pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
+    tokio::select! {
+        biased;
+        signal = signals.next_stop() => Err(signal),
+        done = work => Ok(done),
     }
 }
 
@@ -136,60 +161,30 @@ impl Source {
 fn read(fd: &SignalFd) -> io::Result<Received> {
     let info = fd.read_signal()?.ok_or(io::ErrorKind::WouldBlock)?;
     let signal = Signal::try_from(info.ssi_signo.cast_signed())?;
-    let from_kernel = info.ssi_code == libc::SI_KERNEL;
-    Ok(Received { signal, to_our_group: from_kernel && !(signal == Signal::SIGHUP && leads_session()) })
+    let from_terminal = info.ssi_code == libc::SI_KERNEL;
+    // A terminal that hangs up tells only the session's leader. Its foreground group gets SIGHUP when the leader exits
+    // (seen with Linux 6.18).
+    let to_us_alone = signal == Signal::SIGHUP && getsid(None) == Ok(getpid());
+    Ok(Received { signal, to_our_group: from_terminal && !to_us_alone })
 }
 
-/// Whether we lead our session. If so, a SIGHUP of the kernel is for us alone: a terminal that hangs up tells only the
-/// session's leader. Its foreground
-/// group gets SIGHUP at the leader's exit (seen with Linux 6.18).
-fn leads_session() -> bool {
-    getsid(None) == Ok(getpid())
-}
-
-/// Starts to read signals, from a signalfd(2): unlike tokio's handlers it shows who sent them. Signals that were
-/// ignored stay ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for background jobs. Fails
-/// if the system has no descriptor left.
+/// Reads signals from a signalfd(2): unlike tokio's handlers it shows who sent them. Fails if no descriptor is left.
 pub fn install() -> io::Result<Signals> {
-    let ignored = ignored();
-    let is_ignored = |signal: Signal| ignored & 1 << (signal as u64 - 1) != 0;
-    let mut taken = SigSet::empty();
-    for signal in &handled() {
-        if !is_ignored(signal) {
-            taken.add(signal);
-        }
-    }
+    let signals = not_ignored();
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
     // Its successor `register` is unsafe, because of types whose descriptor may change. A `SignalFd`'s doesn't.
     #[allow(deprecated)]
-    let source = AsyncFd::new(SignalFd::with_flags(&taken, flags)?)?;
+    let source = AsyncFd::new(SignalFd::with_flags(&signals, flags)?)?;
     // Unblocks all others: if a parent has blocked SIGCHLD, we would never notice the command's end.
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked(taken)), None)?;
+    block_as(SigmaskHow::SIG_SETMASK, signals)?;
     Ok(Source::Kernel(source).into())
 }
 
-/// The ignored signals, as bits; none if /proc is missing.
-fn ignored() -> u64 {
+/// What was ignored at our start stays ignored: nohup(1) ignores HUP, and a shell without job control INT and QUIT for
+/// background jobs. Without /proc, nothing counts as ignored.
+fn not_ignored() -> SigSet {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or_default()
-}
-
-/// The next stop signal. Others are dropped, as there is no command to forward them to.
-async fn next_stop(signals: &mut Signals) -> Signal {
-    loop {
-        let Received { signal, .. } = signals.recv().await;
-        if is_stop(signal) {
-            return signal;
-        }
-    }
-}
-
-/// Fails with the first stop signal, at which `work` is dropped: that must lose nothing.
-pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
-    tokio::select! {
-        biased;
-        signal = next_stop(signals) => Err(signal),
-        done = work => Ok(done),
-    }
+    let ignored = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or_default();
+    handled().filter(|signal| ignored & 1 << (*signal as u64 - 1) == 0).collect()
 }

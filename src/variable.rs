@@ -1,8 +1,7 @@
-//! An environment variable of the command.
+//! A variable of the command's environment to set, or to remove if it has no value.
 
 use std::ffi::OsString;
 
-/// An environment variable to set, or, without a value, to remove.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variable {
     pub name: &'static str,

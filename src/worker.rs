@@ -48,7 +48,7 @@ pub async fn work(options: QconsumeOptions, mut signals: Signals) -> Result<u8, 
     };
     summary.report();
     // A signal that comes now cuts the closing short. One that came earlier must not, so it is dropped here.
-    let _ = signals.read_stop();
+    signals.drop_pending();
     let _ = unless_stopped(&mut signals, worker.consumer.close()).await;
     Ok(summary.status)
 }
@@ -168,7 +168,7 @@ impl Worker {
         let state = RunState {
             to_do: self.options.count().map(|count| count.saturating_sub(self.tally.done())),
             keep_going: self.options.keep_going,
-            stopped_by: signals.read_stop().map(|signal| signal as i32),
+            stopped_by: signals.stopped_by().map(|signal| signal as i32),
         };
         state.next(verdict, result.failures_before)
     }
@@ -238,7 +238,7 @@ impl Worker {
     }
 
     async fn settle_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> ControlFlow<RunSummary> {
-        if let Some(signal) = signals.read_stop() {
+        if let Some(signal) = signals.stopped_by() {
             let released = self.settle_unless_no_ack(Settlement::Release, true).await;
             let text = format!("stopped by {signal} before the command was started; {}", released.text);
             return Break(summary(subject, status_of_signal(signal as i32), released.outcome, text));

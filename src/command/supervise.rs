@@ -170,7 +170,7 @@ pub async fn supervise<L: std::fmt::Display>(
     };
     if ended != Ended::Exited(0) {
         // A signal to the whole group can end the command before we see our own copy: that is an eviction, too.
-        stop = stop.or(signals.read_stop().map(|signal| StopReason::Signal(signal as i32)));
+        stop = stop.or(signals.stopped_by().map(|signal| StopReason::Signal(signal as i32)));
     }
     let succeeded = ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit);
     if succeeded && (lost.is_none() || limits.on_lost == OnLost::Finish) {
