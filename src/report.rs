@@ -1,13 +1,15 @@
 //! Log lines on standard error, and the termination message.
 
+mod human;
 mod log;
 mod reminder;
 mod writer;
 
+pub use human::{HumanDuration, counted};
 #[cfg(fuzzing)]
 pub use log::log_lines;
 pub use log::{LogFormat, log_without_memory, show_progress};
-pub use reminder::{HumanDuration, Reminder, counted, with_reminders};
+pub use reminder::{Reminder, with_reminders};
 
 use crate::{exit::Failure, program::Program};
 use log::one_line;
@@ -24,42 +26,36 @@ use tracing::Level;
 /// Where Kubernetes looks for a container's termination message.
 pub const TERMINATION_LOG: &str = "/dev/termination-log";
 
-/// The variable that names another file for it; with an empty value nothing is written.
+/// The variable that names another file for the termination message; if it is empty, none is written.
 pub const TERMINATION_LOG_VARIABLE: &str = "QCONSUME_TERMINATION_LOG";
 
-/// The longest termination message that Kubernetes keeps, in bytes.
+/// In bytes. Kubernetes cuts longer ones.
 const TERMINATION_MESSAGE_MAX: usize = 4096;
 
 static TERMINATION_LOG_PATH: OnceLock<PathBuf> = OnceLock::new();
 
-/// Starts the log. The termination message goes to this file; an empty path means none.
+/// Starts the log, unless it is started. An empty path means no termination message.
 pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     let _ = TERMINATION_LOG_PATH.set(termination_log.to_owned());
     log::start(level, format);
 }
 
-/// What log lines and the termination message say about a message.
 #[derive(Clone, Debug)]
 pub struct Subject {
     pub id: Option<String>,
     pub attempt: Option<u64>,
-    /// The body's, in bytes.
     pub size: usize,
     pub since: Instant,
 }
 
-/// What happened to a message: the field `outcome` of docs/logs.md.
+/// What happened to a message: docs/logs.md explains each `outcome`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Acknowledged,
-    /// It is in the queue again, and this failure counts.
     Requeued,
-    /// It is in the queue again. Quorum queues of RabbitMQ 4.3 and newer don't count this as a failure.
     Released,
-    /// It was dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLettered,
     Unconfirmed,
-    /// The broker requeued it before it was settled.
     Lost,
 }
 
@@ -76,30 +72,27 @@ impl Outcome {
     }
 }
 
-/// The end of a run: its last log line, and the termination message.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
-    /// The program that the exit status comes from: `command`, `qconsume` or `qpublish`.
+    /// Whose status it is: `command`, `qconsume` or `qpublish`.
     pub source: &'static str,
     pub status: u8,
     pub text: String,
     pub outcome: Option<Outcome>,
     pub subject: Option<Subject>,
     pub queue: Option<String>,
-    /// For qpublish: the number of messages sent, and the number confirmed.
+    /// qpublish's: how many messages were sent, and how many of them confirmed.
     pub published: Option<(u64, u64)>,
 }
 
 impl RunSummary {
-    /// The end of a run without a message. Its status is always the program's own.
     pub fn without_message(status: u8, text: String) -> Self {
         let source = Program::current().name();
         Self { source, status, text, outcome: None, subject: None, queue: None, published: None }
     }
 
     pub fn report(&self) {
-        let path = TERMINATION_LOG_PATH.get();
-        if let Some(path) = path
+        if let Some(path) = TERMINATION_LOG_PATH.get()
             && let Err(error) = write_termination_message(path, &self.text, &self.fields())
         {
             tracing::debug!("no termination message: {}: {error}", path.display());
@@ -108,7 +101,7 @@ impl RunSummary {
         self.log();
     }
 
-    /// Logs it. A failure is logged at every level, a success from `info` on.
+    /// A failure is logged at every level, a success from `info` on.
     pub fn log(&self) {
         let (status, source) = (self.status, self.source);
         let (text, outcome, queue) = (&self.text, self.outcome.map(Outcome::name), self.queue.as_deref());
@@ -118,38 +111,29 @@ impl RunSummary {
         let attempt = subject.and_then(|subject| subject.attempt);
         let size = subject.map(|subject| subject.size);
         let seconds = subject.map(|subject| subject.since.elapsed().as_millis() as f64 / 1000.0);
-        if status == 0 {
-            tracing::info!(
-                json.queue = queue,
-                json.sent = sent,
-                json.confirmed = confirmed,
-                id,
-                attempt,
-                size,
-                seconds,
-                outcome,
-                status,
-                source,
-                "{text}"
-            );
-        } else {
-            tracing::error!(
-                json.queue = queue,
-                json.sent = sent,
-                json.confirmed = confirmed,
-                id,
-                attempt,
-                size,
-                seconds,
-                outcome,
-                status,
-                source,
-                "{text}"
-            );
+        macro_rules! log_at {
+            ($level:ident) => {
+                tracing::$level!(
+                    json.queue = queue,
+                    json.sent = sent,
+                    json.confirmed = confirmed,
+                    id,
+                    attempt,
+                    size,
+                    seconds,
+                    outcome,
+                    status,
+                    source,
+                    "{text}"
+                )
+            };
+        }
+        match status {
+            0 => log_at!(info),
+            _ => log_at!(error),
         }
     }
 
-    /// The fields at the end of the termination message, as in the log. If it is too long, the text before is cut.
     fn fields(&self) -> String {
         let mut fields = format!(" (status={} source={}", self.status, self.source);
         if let Some(subject) = &self.subject {
@@ -164,7 +148,7 @@ impl RunSummary {
     }
 }
 
-/// Writes the termination message if the file exists and is empty: the command may have written its own.
+/// Writes only to an existing, empty file: the command may have written its own message. Fields are never cut.
 fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Result<()> {
     if path.as_os_str().is_empty() {
         return Ok(());
@@ -182,7 +166,7 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// Reports a failure or a panic, and returns its status. Starts the log unless it is started.
+/// Also for panics and for failures before the options are known: starts the log if need be. Returns the status.
 pub fn report_failure(failure: Failure) -> u8 {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
     let status = failure.exit.status();
@@ -190,7 +174,7 @@ pub fn report_failure(failure: Failure) -> u8 {
     status
 }
 
-/// Ends the process as soon as the last log lines are written, or after a second if nobody reads them.
+/// Ends the process when the last log lines are written, or after a second if nobody reads them.
 pub fn exit(status: u8) -> ! {
     log::finish();
     std::process::exit(status.into())
@@ -199,12 +183,11 @@ pub fn exit(status: u8) -> ! {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::{
-        log::{Events, Line},
+        log::{Line, LogSubscriber},
         *,
     };
     use std::sync::{Arc, Mutex};
 
-    /// The messages that are logged while the guard lives, without fields.
     #[derive(Clone, Default)]
     pub(crate) struct Said(Arc<Mutex<Vec<String>>>);
 
@@ -214,7 +197,7 @@ pub(crate) mod tests {
             let lines = Arc::clone(&said.0);
             let write = move |_, line: Line| lines.lock().unwrap().push(line.message);
             let level = Level::TRACE;
-            let guard = tracing::subscriber::set_default(Events { level, write });
+            let guard = tracing::subscriber::set_default(LogSubscriber { level, write });
             (said, guard)
         }
 

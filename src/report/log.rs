@@ -1,7 +1,7 @@
 //! Log lines on standard error, as text or JSON.
 
 use super::{
-    counted,
+    human::counted,
     writer::{FINISH_TIMEOUT, Writer, write_when_ready},
 };
 use crate::program::Program;
@@ -31,28 +31,27 @@ pub enum LogFormat {
     Json,
 }
 
-/// Names of fields with this prefix are shown in JSON only, without the prefix.
+/// Fields with this prefix are shown in JSON only, without the prefix.
 const JSON_ONLY: &str = "json.";
 
 static WRITER: OnceLock<Writer<Stderr>> = OnceLock::new();
 
-pub(super) fn start(level: Level, format: LogFormat) {
-    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
-    let lines = Lines { format, colour };
-    let writer = WRITER.get_or_init(|| Writer::new(io::stderr(), lines));
-    let write = move |level, line| {
-        let clear = if SHOWS_PROGRESS.swap(false, Relaxed) { CLEAR_LINE } else { "" };
-        writer.write(clear.to_owned() + &lines.render(level, line));
-    };
-    let _ = tracing::subscriber::set_global_default(Events { level, write });
-}
-
 const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// Whether the terminal's last line was written by [`show_progress`].
 static SHOWS_PROGRESS: AtomicBool = AtomicBool::new(false);
 
-/// Shows on a terminal how far a run is. The next such line or log line takes its place.
+pub(super) fn start(level: Level, format: LogFormat) {
+    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let renderer = Renderer { format, colour };
+    let writer = WRITER.get_or_init(|| Writer::new(io::stderr(), renderer));
+    let write = move |level, line| {
+        let clear = if SHOWS_PROGRESS.swap(false, Relaxed) { CLEAR_LINE } else { "" };
+        writer.write(clear.to_owned() + &renderer.render(level, line));
+    };
+    let _ = tracing::subscriber::set_global_default(LogSubscriber { level, write });
+}
+
+/// For a terminal: the next progress or log line takes the place of this one.
 pub fn show_progress(text: &str) {
     if let Some(writer) = WRITER.get() {
         SHOWS_PROGRESS.store(true, Relaxed);
@@ -66,11 +65,11 @@ pub(super) fn finish() {
     }
 }
 
-/// Logs an error without allocating. It overtakes lines that wait. The text must need no escaping in JSON.
+/// Logs an error without allocating, before lines that wait. The text must need no escaping in JSON.
 pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8) {
     let mut line = Cursor::new([0; 512]);
     let source = Program::current().name();
-    let _ = match WRITER.get().map(|writer| writer.lines.format) {
+    let _ = match WRITER.get().map(|writer| writer.renderer.format) {
         Some(LogFormat::Json) => {
             let time = humantime::format_rfc3339_millis(SystemTime::now());
             writeln!(
@@ -89,15 +88,14 @@ pub(super) fn one_line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
 }
 
-/// Hands our own events of this level and above to `write`.
-pub(super) struct Events<W> {
+pub(super) struct LogSubscriber<W> {
     pub(super) level: Level,
     pub(super) write: W,
 }
 
-impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
+impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for LogSubscriber<W> {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Not lapin's: they show frames, and one of those contains the password.
+        // lapin's lines show frames, and one of those contains the password.
         *metadata.level() <= self.level && metadata.target().split("::").next() == Some(env!("CARGO_CRATE_NAME"))
     }
 
@@ -111,7 +109,7 @@ impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
         (self.write)(*event.metadata().level(), line);
     }
 
-    // We open no spans, and lapin's are not enabled.
+    // Nobody opens spans: we have none, and lapin's are not enabled.
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
     }
@@ -122,12 +120,12 @@ impl<W: Fn(Level, Line) + Send + Sync + 'static> Subscriber for Events<W> {
 }
 
 #[derive(Clone, Copy, Default)]
-pub(super) struct Lines {
+pub(super) struct Renderer {
     format: LogFormat,
     colour: bool,
 }
 
-impl Lines {
+impl Renderer {
     fn render(&self, level: Level, line: Line) -> String {
         let text = match self.format {
             LogFormat::Text => self.text(level, line),
@@ -136,14 +134,13 @@ impl Lines {
         text + "\n"
     }
 
-    /// The line that takes the place of dropped ones.
     pub(super) fn about_dropped(&self, dropped: u64) -> String {
         let lines = counted(dropped, "line was", "lines were");
         let message = format!("{lines} dropped here: nobody was reading standard error");
         self.render(Level::WARN, Line { message, ..Line::default() })
     }
 
-    /// Without the fields for JSON only: the message or an earlier line says the same.
+    /// Leaves out the fields for JSON only: the message or an earlier line says the same.
     fn text(&self, level: Level, line: Line) -> String {
         let name = match (level, self.colour) {
             (Level::ERROR, false) => "error: ",
@@ -171,7 +168,7 @@ fn json(level: Level, line: Line) -> String {
     object.extend(fields);
     let mut text = String::new();
     for c in Value::Object(object).to_string().chars() {
-        // serde_json escapes neither DEL nor U+0080 to U+009F; terminals obey some of them.
+        // serde_json 1 escapes neither DEL nor U+0080 to U+009F, and terminals obey some of them.
         if c.is_control() {
             let _ = write!(text, "\\u{:04x}", u32::from(c));
         } else {
@@ -181,12 +178,11 @@ fn json(level: Level, line: Line) -> String {
     text
 }
 
-/// An error line with this message and message id, as text and as JSON.
 #[cfg(any(test, fuzzing))]
 pub fn log_lines(message: &str, id: &str) -> (String, String) {
     let line = || Line { message: message.to_owned(), fields: vec![("id", id.into())] };
-    let lines = Lines { format: LogFormat::Text, colour: false };
-    (lines.text(Level::ERROR, line()), json(Level::ERROR, line()))
+    let renderer = Renderer { format: LogFormat::Text, colour: false };
+    (renderer.text(Level::ERROR, line()), json(Level::ERROR, line()))
 }
 
 #[derive(Default)]

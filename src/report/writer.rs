@@ -1,6 +1,6 @@
-//! Writes log lines without ever waiting for a reader: a thread writes what can't be written at once.
+//! Writes log lines without waiting for their reader: a thread writes what can't be written at once.
 
-use super::log::Lines;
+use super::log::Renderer;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, ReadWriteFlags, pwritev2, write},
@@ -14,63 +14,64 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// In lines: five seconds of a worker that takes a hundred messages a second. They take about 300 KiB.
+/// In lines, about 300 KiB: five seconds of a worker that logs a hundred messages a second, with two lines for each.
 const WAITING_MAX: usize = 1000;
 
-/// How long the end of a run waits for its last lines.
 pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long [`Writer::write`] waits for the thread, so that the line comes before what the command writes next.
+/// A line should come before what the command writes next, so [`Writer::write`] waits this long for the thread.
 const ORDER_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// The thread's stack, in bytes: it does little more than write(2).
+/// In bytes. The thread does little more than write(2).
 const STACK: usize = 64 * 1024;
 
 /// A pipe that is ready has room for this many bytes (`PIPE_BUF` in Linux's limits.h).
 const PIPE_BUF: usize = 4096;
 
-/// Writes lines to `file` in order, each in one write if possible, so that lines of several processes don't mix.
+/// Writes each line in one write if possible, so that lines of several processes don't mix.
 pub(super) struct Writer<F> {
     file: F,
-    /// How to render the line about dropped lines.
-    pub(super) lines: Lines,
+    pub(super) renderer: Renderer,
     backlog: Mutex<Backlog>,
     changed: Condvar,
 }
 
 #[derive(Default)]
 struct Backlog {
-    /// The rest of a line whose beginning may be written already.
     rest: Vec<u8>,
     waiting: VecDeque<Vec<u8>>,
-    /// How many lines were dropped since the last line about dropped ones.
+    /// Since the last line that said how many.
     dropped: u64,
-    writing: bool,
+    thread_is_writing: bool,
     has_thread: bool,
 }
 
 impl Backlog {
     fn is_busy(&self) -> bool {
-        self.writing || !self.rest.is_empty() || !self.waiting.is_empty()
+        self.thread_is_writing || !self.rest.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// If there are too many lines, drops the oldest: the last line of a run is the most important one.
+    fn push(&mut self, line: Vec<u8>) {
+        if self.waiting.len() == WAITING_MAX {
+            self.waiting.pop_front();
+            self.dropped += 1;
+        }
+        self.waiting.push_back(line);
     }
 }
 
 impl<F: AsFd + Sync + 'static> Writer<F> {
-    pub(super) fn new(file: F, lines: Lines) -> Self {
-        Self { file, lines, backlog: Mutex::default(), changed: Condvar::new() }
+    pub(super) fn new(file: F, renderer: Renderer) -> Self {
+        Self { file, renderer, backlog: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// If too many lines wait, the oldest is dropped: the last line of a run is the most important one.
     pub(super) fn write(&'static self, line: String) {
         let mut line = line.into_bytes();
         let mut backlog = self.backlog();
         let was_busy = backlog.is_busy();
         if was_busy {
-            if backlog.waiting.len() == WAITING_MAX {
-                backlog.waiting.pop_front();
-                backlog.dropped += 1;
-            }
-            backlog.waiting.push_back(line);
+            backlog.push(line);
         } else {
             line.drain(..write_now(&self.file, &line).unwrap_or(0));
             if line.is_empty() {
@@ -78,10 +79,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
             }
             backlog.rest = line;
         }
-        if !backlog.has_thread {
-            let thread = thread::Builder::new().stack_size(STACK);
-            backlog.has_thread = thread.spawn(|| self.run()).is_ok();
-        }
+        backlog.has_thread = backlog.has_thread || self.start_thread();
         if !backlog.has_thread {
             // The system has no thread left, and the line that says so must not need one.
             self.write_without_thread(&mut backlog, Duration::ZERO);
@@ -89,6 +87,10 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
             self.changed.notify_all();
             self.wait_until_idle(backlog, ORDER_TIMEOUT);
         }
+    }
+
+    fn start_thread(&'static self) -> bool {
+        thread::Builder::new().stack_size(STACK).spawn(|| self.run()).is_ok()
     }
 
     pub(super) fn finish(&self) {
@@ -108,19 +110,17 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         let mut backlog = self.backlog();
         loop {
             while let Some(line) = self.next(&mut backlog) {
-                backlog.writing = true;
+                backlog.thread_is_writing = true;
                 drop(backlog);
-                // Standard error may be closed, which is no failure.
                 let _ = write_all(&self.file, &line);
                 backlog = self.backlog();
-                backlog.writing = false;
+                backlog.thread_is_writing = false;
             }
             self.changed.notify_all();
             backlog = self.changed.wait(backlog).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// As many lines as there is room for within `patience`.
     fn write_without_thread(&self, backlog: &mut Backlog, patience: Duration) {
         let deadline = Instant::now() + patience;
         while let Some(line) = self.next(backlog) {
@@ -141,7 +141,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
         }
         match std::mem::take(&mut backlog.dropped) {
             0 => backlog.waiting.pop_front(),
-            dropped => Some(self.lines.about_dropped(dropped).into_bytes()),
+            dropped => Some(self.renderer.about_dropped(dropped).into_bytes()),
         }
     }
 
@@ -150,15 +150,15 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
     }
 }
 
-/// Writes what can be written without waiting, and returns its length. Linux can do this with pipes (since 6.4),
-/// sockets and /dev/null, but not with terminals, FIFOs and most file systems (seen with 6.18).
+/// Never waits. Linux can do this with pipes (since 6.4), sockets and /dev/null, but not with terminals, FIFOs and most
+/// file systems (seen with 6.18).
 fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     let position = u64::MAX; // -1 for pwritev2(2): at the file's own offset
     pwritev2(file, &[IoSlice::new(bytes)], position, ReadWriteFlags::NOWAIT)
 }
 
-/// Writes a part as soon as there is room. Fails with EAGAIN after `patience`. If Linux can't do [`write_now`], it may
-/// wait longer: when another process takes the room between poll(2) and write(2).
+/// Writes a part as soon as there is room. Fails with EAGAIN after `patience`. Where Linux can't do [`write_now`], this
+/// may wait longer, if another process takes the room between poll(2) and write(2).
 pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duration) -> rustix::io::Result<usize> {
     let patience = Timespec::try_from(patience).ok();
     if poll(&mut [PollFd::new(file, PollFlags::OUT)], patience.as_ref())? == 0 {
@@ -170,7 +170,7 @@ pub(super) fn write_when_ready(file: &impl AsFd, bytes: &[u8], patience: Duratio
     }
 }
 
-/// However long it takes, even if the command has set O_NONBLOCK on the file that we share.
+/// Waits as long as it takes, even if the command has set O_NONBLOCK on the file that we share.
 fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> rustix::io::Result<()> {
     while !bytes.is_empty() {
         match write(file, bytes) {
@@ -198,7 +198,7 @@ mod tests {
 
     fn writer() -> (&'static Writer<PipeWriter>, PipeReader) {
         let (reader, file) = pipe().unwrap();
-        (Box::leak(Box::new(Writer::new(file, Lines::default()))), reader)
+        (Box::leak(Box::new(Writer::new(file, Renderer::default()))), reader)
     }
 
     fn read_to(reader: &mut PipeReader, last: &str) -> String {
