@@ -18,22 +18,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How much of a `#!` line Linux reads, in bytes (`BINPRM_BUF_SIZE`).
+/// In bytes: Linux reads no more of a `#!` line (`BINPRM_BUF_SIZE`).
 const FIRST_LINE_MAX: u64 = 256;
 
-/// How deep interpreters may nest: Linux refuses more (ELOOP). It also ends the search if a script names itself.
+/// Linux refuses interpreters that nest deeper (ELOOP). Ends the search if a script names itself.
 const LEVELS_MAX: usize = 5;
 
-/// Where execvp(3) looks if `PATH` isn't set (musl's default).
+/// musl's, for execvp(3) without `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
-/// Finds the program that `name` means: in the folders of `path`, unless it has a slash. Fails with 127 if the file,
-/// its interpreter, or the program that its `#!/usr/bin/env` line names doesn't exist; with 126 if it can't be
-/// executed; with 71 if it can't be checked on this node now.
+/// Finds the program `name` in the folders of `path`, unless the name contains a slash. Fails with 71, 126 or 127.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
-    find_with_env(name, path, 0).map_err(|Problem { exit, what, why, is_absence }| {
+    find_with_env(name, path, 0).map_err(|Problem { exit, what, why, no_such_file }| {
         let message = match exit {
-            Exit::NotFound if is_absence => format!("command not found: no file {what}"),
+            Exit::NotFound if no_such_file => format!("command not found: no file {what}"),
             Exit::NotFound => format!("command not found: {what} {why}"),
             Exit::NotExecutable => format!("command not executable: {what} {why}"),
             _ => format!("the command can't be looked up: {what} {why}"),
@@ -42,8 +40,8 @@ pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     })
 }
 
-/// env(1), timeout(1) and bash exit with 126 for every error except ENOENT. Temporary problems of the node are 71.
-pub(super) fn exit_of(error: &io::Error) -> Exit {
+/// As env(1), timeout(1) and bash do, 127 only for ENOENT and 126 for all others; but 71 for the node's own problems.
+pub(super) fn exit_for(error: &io::Error) -> Exit {
     match error.raw_os_error() {
         _ if shortage(error).is_some() || is_dead_mount(error) => Exit::OsError,
         Some(libc::ENOENT) => Exit::NotFound,
@@ -51,7 +49,7 @@ pub(super) fn exit_of(error: &io::Error) -> Exit {
     }
 }
 
-/// Whether a file system returns this error when it has lost its server, its daemon or its device.
+/// A file system returns these errors when it has lost its server, its daemon or its device.
 fn is_dead_mount(error: &io::Error) -> bool {
     const REASONS: [i32; 17] = [
         libc::EIO,
@@ -75,22 +73,21 @@ fn is_dead_mount(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| REASONS.contains(&code))
 }
 
-/// Why a program can't be executed. `what` and `why` make a sentence.
+/// Why a program can't be executed: `what` and `why` make a sentence.
 struct Problem {
     exit: Exit,
     what: String,
     why: String,
-    /// ENOENT or ENOTDIR: execvp(3) then goes on to the next folder of `PATH`.
-    is_absence: bool,
+    no_such_file: bool,
 }
 
 impl Problem {
     fn new(exit: Exit, what: impl Into<String>, why: impl Into<String>) -> Self {
-        Self { exit, what: what.into(), why: why.into(), is_absence: false }
+        Self { exit, what: what.into(), why: why.into(), no_such_file: false }
     }
 
-    fn of_system(file: &Path, error: &io::Error) -> Self {
-        let exit = exit_of(error);
+    fn from_io(file: &Path, error: &io::Error) -> Self {
+        let exit = exit_for(error);
         let why = match (exit, shortage(error), error.raw_os_error()) {
             (Exit::NotFound, ..) => "isn't there".to_owned(),
             (_, Some(words), _) => format!("can't be opened: {words}: {error}; another try may help"),
@@ -102,15 +99,14 @@ impl Problem {
             }
             _ => format!("can't be opened: {error}"),
         };
-        let is_absence = matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR));
-        Self { is_absence, ..Self::new(exit, file.display().to_string(), why) }
+        let no_such_file = matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR));
+        Self { no_such_file, ..Self::new(exit, file.display().to_string(), why) }
     }
 
-    /// Blames the script `file`, which asks for the program `name`.
-    fn of_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
+    fn in_script(self, file: &Path, asks: &str, name: &[u8]) -> Self {
         let hint = match name {
             [.., b'\r'] => "; the file has Windows line ends",
-            // Without -S, env(1) takes all of it as one word.
+            // Without -S, env(1) takes the whole line for the program's name.
             _ if asks == ENV && name.contains(&b' ') => "; to pass options, write env -S",
             _ => "",
         };
@@ -122,7 +118,6 @@ impl Problem {
 const INTERPRETER: &str = "asks for the interpreter";
 const ENV: &str = "asks env for";
 
-/// The command that a `#!` line tells env(1) to start.
 #[derive(Debug, PartialEq, Eq)]
 struct EnvCommand {
     name: OsString,
@@ -136,7 +131,7 @@ fn find_with_env(name: &OsStr, path: Option<&OsStr>, level: usize) -> Result<Pat
         && level < LEVELS_MAX
     {
         find_with_env(&name, path.as_deref(), level + 1)
-            .map_err(|problem| problem.of_script(&file, ENV, name.as_bytes()))?;
+            .map_err(|problem| problem.in_script(&file, ENV, name.as_bytes()))?;
     }
     Ok(file)
 }
@@ -149,44 +144,45 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
         let file = PathBuf::from(name);
         return check_interpreters(&file, path, 0).map(|command| (file, command));
     }
-    let mut first: Option<Problem> = None;
+    let mut reported: Option<Problem> = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
-        // An empty entry is the current directory: as `./`, so that the name isn't looked up in PATH again.
+        // An empty entry means the current directory. The `./` gives the result a slash, so execvp(3) won't search PATH.
         let file = Path::new(".").join(folder).join(name);
         match check_interpreters(&file, path, 0) {
             Ok(command) => return Ok((file, command)),
-            Err(problem) if problem.is_absence => {}
-            // Go on, as execvp(3) does after EACCES and bash after every error. If no folder has one that works, report
-            // 71 before 126, as a mount that doesn't answer may have it, and 126 before 127.
-            Err(problem) if first.as_ref().is_none_or(|first| problem.exit.status() < first.exit.status()) => {
-                first = Some(problem);
-            }
-            Err(_) => {}
+            // Like execvp(3) after ENOENT, ENOTDIR and EACCES, and like bash after every error, try the next folder.
+            Err(problem) if problem.no_such_file => {}
+            // 71 before 126, as the program may be on a mount that doesn't answer, and 126 before 127.
+            Err(problem) => match &reported {
+                Some(reported) if reported.exit.status() <= problem.exit.status() => {}
+                _ => reported = Some(problem),
+            },
         }
     }
     let nowhere = || Problem::new(Exit::NotFound, name.display().to_string(), "is in none of the folders of PATH");
-    Err(first.unwrap_or_else(nowhere))
+    Err(reported.unwrap_or_else(nowhere))
 }
 
-/// What can't be checked passes: interpreters of an unreadable file, or nested too deep.
+/// Checks the file, its interpreter, that one's interpreter and so on. Accepts what it can't check: an unreadable script,
+/// or one whose interpreters nest too deep. Returns the program that env(1) is to start, if env(1) is the last one.
 fn check_interpreters(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
     check_executable(file)?;
     let line = match first_line(file) {
         Ok(Some(line)) if level < LEVELS_MAX => line,
-        Err(error) if exit_of(&error) == Exit::OsError => return Err(Problem::of_system(file, &error)),
+        Err(error) if exit_for(&error) == Exit::OsError => return Err(Problem::from_io(file, &error)),
         _ => return Ok(None),
     };
     let end = line.iter().position(is_blank).unwrap_or(line.len());
     let (interpreter, argument) = (&line[..end], trim_blanks(&line[end..]));
     let interpreter = Path::new(OsStr::from_bytes(interpreter));
     let command = check_interpreters(interpreter, path, level + 1)
-        .map_err(|problem| problem.of_script(file, INTERPRETER, interpreter.as_os_str().as_bytes()))?;
+        .map_err(|problem| problem.in_script(file, INTERPRETER, interpreter.as_os_str().as_bytes()))?;
     let is_env = interpreter.file_name().is_some_and(|name| name == "env");
     Ok(if is_env { env_command(argument, path) } else { command })
 }
 
 fn check_executable(file: &Path) -> Result<(), Problem> {
-    let found = fs::metadata(file).map_err(|error| Problem::of_system(file, &error))?;
+    let found = fs::metadata(file).map_err(|error| Problem::from_io(file, &error))?;
     let mode = found.permissions().mode();
     let unable = |why| Err(Problem::new(Exit::NotExecutable, file.display().to_string(), why));
     if found.is_dir() {
@@ -209,11 +205,11 @@ fn check_executable(file: &Path) -> Result<(), Problem> {
             mode & 0o7777,
             found.uid()
         )),
-        Err(error) => Err(Problem::of_system(file, &error.into())),
+        Err(error) => Err(Problem::from_io(file, &error.into())),
     }
 }
 
-/// What follows the `#!` of a script, without blanks at either end. `None` for a binary, or if the line is too long.
+/// What follows the `#!`, without blanks at either end. `None` for a binary, and if the line is too long.
 fn first_line(file: &Path) -> io::Result<Option<Vec<u8>>> {
     let mut start = Vec::new();
     let read = File::open(file)?.take(FIRST_LINE_MAX).read_to_end(&mut start)?;
@@ -225,7 +221,7 @@ fn first_line(file: &Path) -> io::Result<Option<Vec<u8>>> {
     Ok(line.filter(|line| !line.is_empty()).map(<[u8]>::to_vec))
 }
 
-/// Whether the kernel takes it as a separator of words; a carriage return is part of a word.
+/// As the kernel separates words: a carriage return is part of a word.
 fn is_blank(c: &u8) -> bool {
     matches!(c, b' ' | b'\t')
 }
@@ -236,7 +232,7 @@ fn trim_blanks(text: &[u8]) -> &[u8] {
     text.get(start..text.len() - end).unwrap_or_default()
 }
 
-/// As in GNU coreutils 9.1. `None` if the argument names no command, or we can't tell.
+/// Reads the argument as env(1) of GNU coreutils 9.1 does. `None` if it names no program, or if we can't tell.
 fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
     let split_options: [&[u8]; 3] = [b"-S", b"-vS", b"--split-string="];
     let text = split_options.into_iter().find_map(|option| argument.strip_prefix(option));
@@ -258,7 +254,7 @@ fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
             _ if word.starts_with(b"-u") || word.starts_with(b"--unset=") => {}
             [b'-', ..] => return None,
             _ => {
-                // The value of ${NAME} isn't known here. It matters only in PATH and in the command's name.
+                // The value of ${NAME} isn't known here. It matters only in PATH and in the program's name.
                 let is_expanded = is_split && word.contains(&b'$');
                 match (word.strip_prefix(b"PATH="), word.contains(&b'=')) {
                     (Some(_), _) | (None, false) if is_expanded => return None,
@@ -362,14 +358,13 @@ mod tests {
             assert_eq!(failure.exit, exit, "{name}");
             assert!(failure.message.contains(says), "{name}: {failure}");
         }
-        // execvp(3) and bash skip a file in PATH as if it were an empty folder.
         let failure = find(OsStr::new("nowhere"), Some(OsStr::new(&path("file")))).unwrap_err();
         assert_eq!(failure.exit, Exit::NotFound);
     }
 
     #[test]
     fn the_nodes_trouble_is_not_the_commands() {
-        let exit = |code| exit_of(&io::Error::from_raw_os_error(code));
+        let exit = |code| exit_for(&io::Error::from_raw_os_error(code));
         for code in
             [libc::ENOTCONN, libc::ESTALE, libc::EIO, libc::EHOSTDOWN, libc::ETIMEDOUT, libc::ENOMEM, libc::EMFILE]
         {
@@ -402,10 +397,9 @@ mod tests {
             "#!/usr/bin/env --split-string=python\n",
             &format!("#!/usr/bin/env -S PATH={elsewhere} tool\n"),
             &format!("#!/usr/bin/env -S -i -u FOO --unset=BAR PATH={elsewhere} tool\n"),
-            // Without PATH, env looks where execvp(3) looks.
             "#!/usr/bin/env -S -i env\n",
             "#!/usr/bin/env -S -u PATH env\n",
-            // Lines that we can't interpret, or that start nothing, are left to the kernel and env.
+            // Lines that start nothing, or that we can't interpret, are left to the kernel and env.
             "#!/usr/bin/env\n",
             "#!/usr/bin/env FOO=bar\n",
             "#!/usr/bin/env -i\n",
@@ -462,10 +456,9 @@ mod tests {
         assert_eq!(find().unwrap(), good);
         first.file("tool", b"#!/no/such/interpreter\n", 0o755);
         assert_eq!(find().unwrap(), good);
-        // If env(1) can't find its program, no later folder helps: the kernel has started env(1) by then.
+        // No later folder helps if env(1) can't find its program: by then, the kernel has started env(1).
         first.file("tool", b"#!/usr/bin/env no-such-program\n", 0o755);
         assert_eq!(find().unwrap_err().exit, Exit::NotFound);
-        // The first problem is reported, and 126 before 127.
         second.file("tool", b"", 0o644);
         first.file("tool", b"#!/no/such/interpreter\n", 0o755);
         assert_eq!(find().unwrap_err().exit, Exit::NotExecutable);

@@ -1,9 +1,10 @@
 //! Finds, starts, supervises and reaps the command: the only part that handles processes.
 
-mod descendants;
 mod find;
+mod processes;
 mod reap;
 mod spawn;
+mod stat;
 mod stdin;
 mod supervise;
 

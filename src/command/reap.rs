@@ -1,4 +1,4 @@
-//! Reaps ended children, orphans included, and keeps the command's status.
+//! Reaps children that have ended, orphans included, and passes on the command's status.
 
 use crate::verdict::Ended;
 use nix::{
@@ -19,25 +19,22 @@ use tokio::{
     task::yield_now,
 };
 
-/// How many children to reap, in about a millisecond, before other tasks get a turn.
-const SWEEP: usize = 100;
+/// This many children are reaped before other tasks get a turn: about a millisecond.
+const SWEEP_MAX: usize = 100;
+
+type Watched = (Pid, oneshot::Sender<Ended>);
 
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
-    state: Arc<Mutex<State>>,
+    watched: Arc<Mutex<Option<Watched>>>,
     reaped: Arc<Notify>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    watched: Option<(Pid, oneshot::Sender<Ended>)>,
-}
-
 impl Reaper {
-    /// Makes us the parent of every process that the command orphans. Fails without a handler for `SIGCHLD`.
+    /// Makes us the parent of every process that the command orphans. Fails without a handler for SIGCHLD.
     pub fn start() -> io::Result<Self> {
         let reaper = Self::default();
-        let mut ended = signal(SignalKind::child())?;
+        let mut sigchld = signal(SignalKind::child())?;
         if let Err(error) = prctl::set_child_subreaper(true) {
             tracing::warn!(
                 "qconsume won't wait for processes that the command leaves behind: the system refuses PR_SET_CHILD_SUBREAPER: {}",
@@ -46,7 +43,7 @@ impl Reaper {
         }
         let background = reaper.clone();
         tokio::spawn(async move {
-            while ended.recv().await.is_some() {
+            while sigchld.recv().await.is_some() {
                 while background.sweep() == Children::LimitReached {
                     yield_now().await;
                 }
@@ -55,15 +52,14 @@ impl Reaper {
         Ok(reaper)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn watched(&self) -> MutexGuard<'_, Option<Watched>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Call this right after the child's start, without an await in between: the background task reaps every child, and
-    /// drops the status of one that isn't watched.
+    /// Call this right after the child's start, without an await in between: once the child is reaped, its status is lost.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
-        self.state().watched = Some((child, sender));
+        *self.watched() = Some((child, sender));
         receiver
     }
 
@@ -73,16 +69,15 @@ impl Reaper {
     }
 
     pub(super) fn sweep(&self) -> Children {
-        for _ in 0..SWEEP {
-            let (child, ended) = match peek() {
+        for _ in 0..SWEEP_MAX {
+            let (child, ended) = match peek_ended() {
                 Peek::Ended(child, ended) => (child, ended),
                 Peek::Running => return Children::Running,
                 Peek::NoChild => return Children::None,
             };
-            // Ignore its result: nix fails for real-time signals, and the status is known already.
+            // The result doesn't matter, as the status is known. nix 0.31 fails if a real-time signal has killed the child.
             let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
-            let mut state = self.state();
-            if let Some((_, sender)) = state.watched.take_if(|(command, _)| *command == child) {
+            if let Some((_, sender)) = self.watched().take_if(|(command, _)| *command == child) {
                 let _ = sender.send(ended);
             }
             self.reaped.notify_one();
@@ -95,7 +90,6 @@ impl Reaper {
 pub(super) enum Children {
     None,
     Running,
-    /// This sweep has reaped as many as it may. More may have ended.
     LimitReached,
 }
 
@@ -105,12 +99,11 @@ enum Peek {
     NoChild,
 }
 
-/// The next child that has ended, without reaping it. nix's call fails for real-time signals.
+/// The next child that has ended; doesn't reap it. nix 0.31's waitid fails if a real-time signal has killed the child.
 #[allow(unsafe_code)]
-fn peek() -> Peek {
+fn peek_ended() -> Peek {
     let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: siginfo_t is plain data, may be zero, and outlives the call. waitid(2) sets the fields or leaves them
-    // zero.
+    // SAFETY: siginfo_t may be zero, and outlives the call. waitid(2) sets the fields, or leaves them zero.
     let (result, code, pid, status) = unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let result = libc::waitid(libc::P_ALL, 0, &raw mut info, flags);

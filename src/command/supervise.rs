@@ -1,4 +1,7 @@
 //! Waits for the command's end, forwards signals, and stops the command if need be: SIGTERM, then SIGKILL.
+//!
+//! When the command has ended, the processes that it left behind are killed. Only after a success they may finish, until
+//! the first of --kill-after, --timeout and --grace has passed.
 
 use crate::{
     clock::{duration, duration_above_zero, or_never, sleep_until_or_never},
@@ -8,13 +11,14 @@ use crate::{
 };
 use nix::sys::signal::Signal;
 use std::{
+    fmt::Display,
     future::Future,
     pin::{Pin, pin},
     time::Duration,
 };
 use tokio::time::{Instant, sleep_until, timeout};
 
-/// How soon to look for survivors after a SIGKILL: a process may have forked just before.
+/// The pause between two SIGKILLs: a process may have forked just before the first.
 const KILL_AGAIN: Duration = Duration::from_millis(5);
 
 /// How long to wait for killed processes: a device or a network file system may hold them up.
@@ -22,27 +26,24 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    Group,
-    Leader,
-    /// Everything that the command has started, in any group and session.
-    Descendants,
-    /// What the command has started, except those processes that are in our own process group now.
-    DescendantsElsewhere,
+    Command,
+    CommandGroup,
+    LeftBehind,
+    /// The same without those that are in our own process group now.
+    LeftBehindElsewhere,
 }
 
 pub trait Process {
     /// Dropping the future loses nothing.
     fn ended(&mut self) -> impl Future<Output = Ended>;
-    /// Whether it is in our own process group now, and so gets what is sent to that group. It may leave the group at any
-    /// time, as timeout(1) does.
+    /// Whether the command is in our own process group now. It may leave it at any time, as timeout(1) does.
     fn shares_group(&self) -> bool;
     fn signal(&self, target: Target, signal: Signal);
-    /// Counts the processes that it has left behind. It may miss some that fork and exit faster than it counts.
-    fn count_descendants(&self) -> usize;
-    /// Kills what it has left behind. `false` if there is nothing, or nothing that we may kill.
-    fn kill_descendants(&self) -> bool;
-    /// Waits, after its own end, until everything that it has started has ended.
-    fn descendants_ended(&mut self) -> impl Future<Output = ()>;
+    /// May miss processes that fork and exit faster than it counts.
+    fn count_left_behind(&self) -> usize;
+    /// `false` if there is nothing to kill, or nothing that we may kill.
+    fn kill_left_behind(&self) -> bool;
+    fn left_behind_ended(&mut self) -> impl Future<Output = ()>;
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -54,7 +55,6 @@ pub enum OnLost {
     Finish,
 }
 
-/// The time limits of the command.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Running")]
 pub struct Limits {
@@ -83,9 +83,27 @@ pub struct Limits {
     pub on_lost: OnLost,
 }
 
-/// Waits until `process` and everything that it has started have ended. `lost_future` ends when the delivery is lost.
-/// Returns how it ended, the first reason to stop it that came before its end, and why the delivery was lost.
-pub async fn supervise<L: std::fmt::Display>(
+/// When to send SIGKILL, and the option that says so.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Deadline {
+    at: Instant,
+    option: &'static str,
+}
+
+impl Deadline {
+    fn after(time: Duration, option: &'static str) -> Self {
+        Self { at: Instant::now() + time, option }
+    }
+
+    async fn passed(self) -> &'static str {
+        sleep_until(self.at).await;
+        self.option
+    }
+}
+
+/// Waits until all of the command's processes have ended. Returns how the command ended, whether a signal or the time
+/// limit was the first to stop it, and why the delivery was lost, which is the result of `lost_future`.
+pub async fn supervise<L: Display>(
     process: &mut impl Process,
     limits: &Limits,
     signals: &mut Signals,
@@ -93,105 +111,137 @@ pub async fn supervise<L: std::fmt::Display>(
 ) -> (Ended, Option<StopReason>, Option<L>) {
     let mut lost_future = pin!(lost_future);
     let mut lost = None;
-    let mut stop = None;
-    let mut time_limit = limits.timeout.map(|timeout| Instant::now() + timeout);
-    // When to send SIGKILL, and the option that says so.
-    let mut kill_at: Option<(Instant, &'static str)> = None;
-    let mut stop_reminder: Option<Reminder> = None;
-    let mut is_killed = false;
-
+    let mut supervisor = Supervisor::new(process, limits);
     let ended = loop {
         tokio::select! {
-            // The loss of the delivery beats everything, so it is checked first.
+            // If several are ready, the first one counts. The loss of the delivery beats everything. The end comes
+            // before the signals, as a signal after the end is for the processes left behind.
             biased;
             why = &mut lost_future, if lost.is_none() => {
-                let then = match limits.on_lost {
-                    OnLost::Terminate => "terminating the command",
-                    OnLost::Finish => "letting the command finish",
-                };
-                tracing::warn!("delivery lost while the command runs: {why}; {then}");
-                if limits.on_lost == OnLost::Terminate {
-                    terminate(process, Target::Group, Signal::SIGTERM);
-                    stop_reminder.get_or_insert_default();
-                    kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
-                }
+                supervisor.lost(&why);
                 lost = Some(why);
             }
-            // Before the signals: one that comes after the command's end is for what it has left behind.
-            ended = process.ended() => break ended,
-            Received { signal, to_our_group } = signals.recv() => {
-                let already_received = to_our_group && process.shares_group();
-                if is_stop(signal) {
-                    if !already_received {
-                        tracing::debug!("forwarding {signal} to the command's process group");
-                        terminate(process, Target::Group, signal);
-                    }
-                    stop_reminder.get_or_insert_default();
-                    stop.get_or_insert(StopReason::Signal(signal as i32));
-                    if let Some(grace) = limits.grace {
-                        kill_at = sooner(kill_at, grace, "--grace");
-                    }
-                } else if !already_received {
-                    process.signal(Target::Leader, signal);
-                }
-            }
-            () = sleep_until_or_never(kill_at.map(|(at, _)| at)) => {
-                let option = kill_at.map_or("", |(_, option)| option);
-                tracing::warn!("the command did not exit within {option}: sending SIGKILL to its process group");
-                process.signal(Target::Group, Signal::SIGKILL);
-                kill_at = None;
-                is_killed = true;
-                stop_reminder = Some(Reminder::default());
-            }
-            () = sleep_until_or_never(time_limit) => {
-                tracing::warn!("--timeout reached: sending SIGTERM to the command");
-                terminate(process, Target::Group, Signal::SIGTERM);
-                stop_reminder.get_or_insert_default();
-                kill_at = sooner(kill_at, limits.kill_after, "--kill-after");
-                time_limit = None;
-                stop.get_or_insert(StopReason::TimeLimit);
-            }
-            since = or_never(stop_reminder.as_mut().map(Reminder::due)) => {
-                if is_killed {
-                    tracing::warn!(
-                        "the command still runs {} after SIGKILL; a device or a network file system may hold it up",
-                        HumanDuration(since)
-                    );
-                    continue;
-                }
-                let then = match (kill_at, time_limit) {
-                    (Some((at, _)), _) => format!("it is killed in {}", HumanDuration(at - Instant::now())),
-                    (None, Some(at)) => format!("its time limit ends in {}", HumanDuration(at - Instant::now())),
-                    (None, None) => "without --grace it isn't killed".to_owned(),
-                };
-                tracing::info!("the command was told to stop {} ago and still runs; {then}", HumanDuration(since));
-            }
+            ended = supervisor.process.ended() => break ended,
+            received = signals.recv() => supervisor.received(received),
+            option = or_never(supervisor.kill_at.map(Deadline::passed)) => supervisor.kill(option),
+            () = sleep_until_or_never(supervisor.time_limit) => supervisor.time_limit_reached(),
+            since = or_never(supervisor.stop_reminder.as_mut().map(Reminder::due)) => supervisor.remind(since),
         }
     };
+    let Supervisor { mut stop, kill_at, time_limit, .. } = supervisor;
     if ended != Ended::Exited(0) {
         // A signal to the whole group can end the command before we see our own copy: that is an eviction, too.
         stop = stop.or(signals.stopped_by().map(|signal| StopReason::Signal(signal as i32)));
     }
     let succeeded = ended == Ended::Exited(0) && stop != Some(StopReason::TimeLimit);
     if succeeded && (lost.is_none() || limits.on_lost == OnLost::Finish) {
-        // Processes it left behind share the command's time limit.
-        let time_limit = time_limit.map(|at| (at, "--timeout"));
-        let kill_after = (Instant::now() + limits.kill_after, "--kill-after");
+        let time_limit = time_limit.map(|at| Deadline { at, option: "--timeout" });
+        let kill_after = Deadline::after(limits.kill_after, "--kill-after");
         let deadline = [kill_at, time_limit].into_iter().flatten().fold(kill_after, Ord::min);
         let_finish(process, limits, signals, lost_future, deadline, &mut lost).await;
     }
-    kill_all_descendants(process).await;
+    kill_left_behind(process).await;
     (ended, stop, lost)
 }
 
-/// Waits for what a successful command left behind, until the deadline. Only a lost delivery changes the success: it is
-/// set in `lost`. A stop signal came too late for the command, and is forwarded to what it left behind.
-async fn let_finish<L: std::fmt::Display>(
+struct Supervisor<'a, P> {
+    process: &'a mut P,
+    limits: &'a Limits,
+    stop: Option<StopReason>,
+    time_limit: Option<Instant>,
+    kill_at: Option<Deadline>,
+    is_killed: bool,
+    stop_reminder: Option<Reminder>,
+}
+
+impl<'a, P: Process> Supervisor<'a, P> {
+    fn new(process: &'a mut P, limits: &'a Limits) -> Self {
+        let time_limit = limits.timeout.map(|timeout| Instant::now() + timeout);
+        Self { process, limits, stop: None, time_limit, kill_at: None, is_killed: false, stop_reminder: None }
+    }
+
+    fn lost(&mut self, why: &impl Display) {
+        let then = match self.limits.on_lost {
+            OnLost::Terminate => "terminating the command",
+            OnLost::Finish => "letting the command finish",
+        };
+        tracing::warn!("delivery lost while the command runs: {why}; {then}");
+        if self.limits.on_lost == OnLost::Terminate {
+            self.terminate();
+        }
+    }
+
+    fn received(&mut self, Received { signal, to_our_group }: Received) {
+        let has_it_already = to_our_group && self.process.shares_group();
+        if !is_stop(signal) {
+            if !has_it_already {
+                self.process.signal(Target::Command, signal);
+            }
+            return;
+        }
+        if !has_it_already {
+            tracing::debug!("forwarding {signal} to the command's process group");
+            signal_to_stop(self.process, Target::CommandGroup, signal);
+        }
+        self.stop_reminder.get_or_insert_default();
+        self.stop.get_or_insert(StopReason::Signal(signal as i32));
+        if let Some(grace) = self.limits.grace {
+            self.kill_after(grace, "--grace");
+        }
+    }
+
+    fn time_limit_reached(&mut self) {
+        tracing::warn!("--timeout reached: sending SIGTERM to the command");
+        self.time_limit = None;
+        self.stop.get_or_insert(StopReason::TimeLimit);
+        self.terminate();
+    }
+
+    fn terminate(&mut self) {
+        signal_to_stop(self.process, Target::CommandGroup, Signal::SIGTERM);
+        self.stop_reminder.get_or_insert_default();
+        self.kill_after(self.limits.kill_after, "--kill-after");
+    }
+
+    fn kill_after(&mut self, time: Duration, option: &'static str) {
+        let new = Deadline::after(time, option);
+        self.kill_at = Some(self.kill_at.map_or(new, |planned| planned.min(new)));
+    }
+
+    fn kill(&mut self, option: &str) {
+        tracing::warn!("the command did not exit within {option}: sending SIGKILL to its process group");
+        self.process.signal(Target::CommandGroup, Signal::SIGKILL);
+        self.kill_at = None;
+        self.is_killed = true;
+        self.stop_reminder = Some(Reminder::default());
+    }
+
+    fn remind(&self, since: Duration) {
+        let since = HumanDuration(since);
+        if self.is_killed {
+            tracing::warn!(
+                "the command still runs {since} after SIGKILL; a device or a network file system may hold it up"
+            );
+            return;
+        }
+        let left = |at: Instant| HumanDuration(at - Instant::now());
+        let then = match (self.kill_at, self.time_limit) {
+            (Some(deadline), _) => format!("it is killed in {}", left(deadline.at)),
+            (None, Some(at)) => format!("its time limit ends in {}", left(at)),
+            (None, None) => "without --grace it isn't killed".to_owned(),
+        };
+        tracing::info!("the command was told to stop {since} ago and still runs; {then}");
+    }
+}
+
+/// Waits for the processes that a successful command left behind, until the deadline. A stop signal is only forwarded to
+/// them: it comes too late to change the result. A lost delivery changes it, and is put into `lost`.
+async fn let_finish<L: Display>(
     process: &mut impl Process,
     limits: &Limits,
     signals: &mut Signals,
     mut lost_future: Pin<&mut impl Future<Output = L>>,
-    mut deadline: (Instant, &'static str),
+    mut deadline: Deadline,
     lost: &mut Option<L>,
 ) {
     let started = Instant::now();
@@ -205,32 +255,31 @@ async fn let_finish<L: std::fmt::Display>(
                     return;
                 }
             }
-            () = process.descendants_ended() => return,
+            () = process.left_behind_ended() => return,
             Received { signal, to_our_group } = signals.recv() => {
                 if !is_stop(signal) {
                     continue;
                 }
                 if to_our_group {
                     tracing::debug!("forwarding {signal} to what the command left behind in other process groups");
-                    terminate(process, Target::DescendantsElsewhere, signal);
+                    signal_to_stop(process, Target::LeftBehindElsewhere, signal);
                 } else {
                     tracing::debug!("forwarding {signal} to the processes that the command left behind");
-                    terminate(process, Target::Descendants, signal);
+                    signal_to_stop(process, Target::LeftBehind, signal);
                 }
                 if let Some(grace) = limits.grace {
-                    deadline = deadline.min((Instant::now() + grace, "--grace"));
+                    deadline = deadline.min(Deadline::after(grace, "--grace"));
                 }
             }
-            () = sleep_until(deadline.0) => {
+            option = deadline.passed() => {
                 tracing::warn!(
-                    "{} still running {} after it succeeded ({}): sending SIGKILL",
+                    "{} still running {} after it succeeded ({option}): sending SIGKILL",
                     counted(
-                        process.count_descendants() as u64,
+                        process.count_left_behind() as u64,
                         "process left by the command is",
                         "processes left by the command are"
                     ),
-                    HumanDuration(started.elapsed()),
-                    deadline.1
+                    HumanDuration(started.elapsed())
                 );
                 return;
             }
@@ -238,39 +287,29 @@ async fn let_finish<L: std::fmt::Display>(
     }
 }
 
-/// Kills again and again, as a process may have forked just before.
-async fn kill_all_descendants(process: &mut impl Process) {
+async fn kill_left_behind(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
-    // Usually everything has ended already, so nothing needs to wait.
+    // Usually everything has ended already, so the first look doesn't wait.
     let mut wait = Duration::ZERO;
-    while timeout(wait, process.descendants_ended()).await.is_err() {
+    while timeout(wait, process.left_behind_ended()).await.is_err() {
         wait = KILL_AGAIN;
-        if !process.kill_descendants() {
+        if !process.kill_left_behind() {
             return;
         }
         if Instant::now() >= deadline {
             tracing::warn!(
                 "{} of the command's processes are still there after a SIGKILL",
-                process.count_descendants()
+                process.count_left_behind()
             );
             return;
         }
     }
 }
 
-/// With SIGCONT, as timeout(1) does: a process that SIGSTOP has stopped handles the signal only after that.
-fn terminate(process: &impl Process, target: Target, signal: Signal) {
+/// Also sends SIGCONT, as timeout(1) does: a process that SIGSTOP has stopped handles a signal only after that.
+fn signal_to_stop(process: &impl Process, target: Target, signal: Signal) {
     process.signal(target, signal);
     process.signal(target, Signal::SIGCONT);
-}
-
-fn sooner(
-    planned: Option<(Instant, &'static str)>,
-    after: Duration,
-    option: &'static str,
-) -> Option<(Instant, &'static str)> {
-    let new = (Instant::now() + after, option);
-    Some(planned.map_or(new, |planned| planned.min(new)))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The state machine with signals, loss and time injected; tokio's paused clock makes the waits take no time.
+//! With injected signals, losses and ends. tokio's clock is paused, so the waits take no time.
 
 use super::*;
 use std::{
@@ -9,20 +9,19 @@ use tokio::{sync::mpsc, time::sleep_until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A process that ends by itself at some time, or some time after a signal.
 struct Fake {
     ends_at: Option<(Instant, Ended)>,
+    /// The signals that end it, and how long after each.
     dies_of: Vec<(Signal, Duration)>,
-    /// How long a device keeps it alive after SIGKILL.
+    /// How long a device holds it up after SIGKILL.
     held_up: Duration,
-    seen: RefCell<Vec<(Target, Signal, Duration)>>,
-    dying: RefCell<Option<(Instant, Ended)>>,
+    sent: RefCell<Vec<(Target, Signal, Duration)>>,
+    end_by_signal: RefCell<Option<(Instant, Ended)>>,
     shares_group: bool,
-    /// What it leaves behind: how many processes, which end by themselves at this time, and how often they must be killed.
-    descendants: Cell<usize>,
-    descendants_until: Option<Instant>,
-    descendants_lives: Cell<usize>,
-    descendants_killed: RefCell<Vec<u64>>,
+    left_behind: Cell<usize>,
+    left_behind_until: Option<Instant>,
+    kills_needed: Cell<usize>,
+    killed_left_behind_at: RefCell<Vec<u64>>,
     started: Instant,
 }
 
@@ -32,13 +31,13 @@ impl Fake {
             ends_at: None,
             dies_of: dies_of.to_vec(),
             held_up: Duration::ZERO,
-            seen: RefCell::default(),
-            dying: RefCell::default(),
+            sent: RefCell::default(),
+            end_by_signal: RefCell::default(),
             shares_group: false,
-            descendants: Cell::new(0),
-            descendants_until: None,
-            descendants_lives: Cell::new(1),
-            descendants_killed: RefCell::default(),
+            left_behind: Cell::new(0),
+            left_behind_until: None,
+            kills_needed: Cell::new(1),
+            killed_left_behind_at: RefCell::default(),
             started: Instant::now(),
         }
     }
@@ -49,14 +48,14 @@ impl Fake {
     }
 
     fn leaving(mut self, count: usize, until: u32) -> Self {
-        self.descendants = Cell::new(count);
-        self.descendants_until = Some(self.started + until * SECOND);
+        self.left_behind = Cell::new(count);
+        self.left_behind_until = Some(self.started + until * SECOND);
         self
     }
 
-    /// What it was sent, without the CONT that goes with each request to stop.
+    /// What was sent, with the second. Leaves out the CONT of each request to stop.
     fn signals(&self) -> Vec<(Target, Signal, u64)> {
-        self.seen
+        self.sent
             .borrow()
             .iter()
             .filter(|(_, signal, _)| *signal != Signal::SIGCONT)
@@ -67,7 +66,7 @@ impl Fake {
 
 impl Process for Fake {
     async fn ended(&mut self) -> Ended {
-        let end = [self.ends_at, *self.dying.borrow()].into_iter().flatten().min_by_key(|(at, _)| *at);
+        let end = [self.ends_at, *self.end_by_signal.borrow()].into_iter().flatten().min_by_key(|(at, _)| *at);
         match end {
             Some((at, ended)) => {
                 sleep_until(at).await;
@@ -81,35 +80,35 @@ impl Process for Fake {
         self.shares_group
     }
 
-    fn count_descendants(&self) -> usize {
-        self.descendants.get()
+    fn count_left_behind(&self) -> usize {
+        self.left_behind.get()
     }
 
-    fn kill_descendants(&self) -> bool {
-        self.descendants_killed.borrow_mut().push(self.started.elapsed().as_secs());
-        self.descendants_lives.set(self.descendants_lives.get() - 1);
-        if self.descendants_lives.get() == 0 {
-            self.descendants.set(0);
+    fn kill_left_behind(&self) -> bool {
+        self.killed_left_behind_at.borrow_mut().push(self.started.elapsed().as_secs());
+        self.kills_needed.set(self.kills_needed.get() - 1);
+        if self.kills_needed.get() == 0 {
+            self.left_behind.set(0);
         }
         true
     }
 
-    async fn descendants_ended(&mut self) {
-        match self.descendants_until {
-            _ if self.descendants.get() == 0 => {}
+    async fn left_behind_ended(&mut self) {
+        match self.left_behind_until {
+            _ if self.left_behind.get() == 0 => {}
             Some(until) => sleep_until(until).await,
             None => pending().await,
         }
     }
 
     fn signal(&self, target: Target, signal: Signal) {
-        self.seen.borrow_mut().push((target, signal, self.started.elapsed()));
+        self.sent.borrow_mut().push((target, signal, self.started.elapsed()));
         let delay = match signal {
             Signal::SIGKILL => Some(self.held_up),
             _ => self.dies_of.iter().find(|(s, _)| *s == signal).map(|(_, delay)| *delay),
         };
         if let Some(delay) = delay {
-            self.dying.borrow_mut().get_or_insert((Instant::now() + delay, Ended::Killed(signal as i32)));
+            self.end_by_signal.borrow_mut().get_or_insert((Instant::now() + delay, Ended::Killed(signal as i32)));
         }
     }
 }
@@ -118,7 +117,6 @@ fn limits() -> Limits {
     Limits { timeout: None, kill_after: 10 * SECOND, grace: None, on_lost: OnLost::Terminate }
 }
 
-/// Signals that arrive at these times.
 fn signals(at: &[(u64, Signal)]) -> Signals {
     signals_from(false, at)
 }
@@ -161,7 +159,10 @@ async fn a_signal_is_forwarded_and_without_grace_nothing_kills() {
     let (ended, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
     assert_eq!(stop, Some(StopReason::Signal(15)));
     assert_eq!(ended, Ended::Killed(15));
-    assert_eq!(process.signals(), [(Target::Group, Signal::SIGTERM, 5), (Target::Group, Signal::SIGINT, 7)]);
+    assert_eq!(
+        process.signals(),
+        [(Target::CommandGroup, Signal::SIGTERM, 5), (Target::CommandGroup, Signal::SIGINT, 7)]
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -175,10 +176,10 @@ async fn a_signal_then_kill_after_grace() {
     assert_eq!(
         process.signals(),
         [
-            (Target::Group, Signal::SIGHUP, 5),
-            (Target::Group, Signal::SIGTERM, 8),
-            // a second signal doesn't lengthen what the first one has begun
-            (Target::Group, Signal::SIGKILL, 9)
+            (Target::CommandGroup, Signal::SIGHUP, 5),
+            (Target::CommandGroup, Signal::SIGTERM, 8),
+            // The second signal doesn't lengthen the grace.
+            (Target::CommandGroup, Signal::SIGKILL, 9)
         ]
     );
 }
@@ -190,7 +191,7 @@ async fn the_user_signals_reach_the_command_alone_and_end_nothing() {
     let (ended, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
     assert_eq!(stop, None);
     assert_eq!(ended, Ended::Exited(0));
-    assert_eq!(process.signals(), [(Target::Leader, Signal::SIGUSR1, 1), (Target::Leader, Signal::SIGWINCH, 2)]);
+    assert_eq!(process.signals(), [(Target::Command, Signal::SIGUSR1, 1), (Target::Command, Signal::SIGWINCH, 2)]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -200,7 +201,10 @@ async fn the_time_limit_terminates_then_kills() {
     let (ended, stop, _) = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
     assert_eq!(stop, Some(StopReason::TimeLimit));
     assert_eq!(ended, Ended::Killed(9));
-    assert_eq!(process.signals(), [(Target::Group, Signal::SIGTERM, 60), (Target::Group, Signal::SIGKILL, 70)]);
+    assert_eq!(
+        process.signals(),
+        [(Target::CommandGroup, Signal::SIGTERM, 60), (Target::CommandGroup, Signal::SIGKILL, 70)]
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -229,7 +233,7 @@ async fn a_lost_delivery_terminates_the_command_or_lets_it_finish() {
         (
             OnLost::Terminate,
             Ended::Killed(9),
-            vec![(Target::Group, Signal::SIGTERM, 5), (Target::Group, Signal::SIGKILL, 15)],
+            vec![(Target::CommandGroup, Signal::SIGTERM, 5), (Target::CommandGroup, Signal::SIGKILL, 15)],
         ),
         (OnLost::Finish, Ended::Exited(0), vec![]),
     ] {
@@ -270,25 +274,18 @@ async fn the_time_limit_ends_a_command_that_was_signalled_without_grace() {
     assert_eq!(
         process.signals(),
         [
-            (Target::Group, Signal::SIGTERM, 50),
-            (Target::Group, Signal::SIGTERM, 60),
-            (Target::Group, Signal::SIGKILL, 70)
+            (Target::CommandGroup, Signal::SIGTERM, 50),
+            (Target::CommandGroup, Signal::SIGTERM, 60),
+            (Target::CommandGroup, Signal::SIGKILL, 70)
         ]
     );
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_sooner_of_grace_and_kill_after_kills() {
-    for (signal_at, grace, kill_after, killed_at) in [
-        // A signal with much grace, then the limit, which has little patience.
-        (50, 100, 3, 63),
-        // A signal with little grace, long before the limit.
-        (50, 4, 100, 54),
-        // The limit with much patience, then a signal with little grace.
-        (62, 2, 100, 64),
-        // The limit with little patience, then a signal with much grace.
-        (62, 100, 5, 65),
-    ] {
+    for (signal_at, grace, kill_after, killed_at) in
+        [(50, 100, 3, 63), (50, 4, 100, 54), (62, 2, 100, 64), (62, 100, 5, 65)]
+    {
         let mut process = Fake::new(&[]);
         let limits = Limits {
             timeout: Some(60 * SECOND),
@@ -300,15 +297,15 @@ async fn the_sooner_of_grace_and_kill_after_kills() {
         let (ended, _, _) = supervise(&mut process, &limits, &mut signals, never()).await;
         assert_eq!(ended, Ended::Killed(9));
         let last = process.signals().pop();
-        assert_eq!(last, Some((Target::Group, Signal::SIGKILL, killed_at)));
+        assert_eq!(last, Some((Target::CommandGroup, Signal::SIGKILL, killed_at)));
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_delivery_leaves_signals_and_the_time_limit_in_force() {
     for (signal_at, expected, last) in [
-        (8, StopReason::Signal(15), (Target::Group, Signal::SIGKILL, 10)),
-        (100, StopReason::TimeLimit, (Target::Group, Signal::SIGKILL, 70)),
+        (8, StopReason::Signal(15), (Target::CommandGroup, Signal::SIGKILL, 10)),
+        (100, StopReason::TimeLimit, (Target::CommandGroup, Signal::SIGKILL, 70)),
     ] {
         let mut process = Fake::new(&[]);
         let limits =
@@ -328,13 +325,13 @@ async fn every_request_to_stop_wakes_a_stopped_command() {
     let mut signals = signals(&[(5, Signal::SIGINT), (6, Signal::SIGUSR1)]);
     supervise(&mut process, &limits, &mut signals, lost_after(7)).await;
     let woken: Vec<u64> = process
-        .seen
+        .sent
         .borrow()
         .iter()
         .filter(|(_, signal, _)| *signal == Signal::SIGCONT)
         .map(|(_, _, at)| at.as_secs())
         .collect();
-    // The signal and the loss; KILL needs none, and USR1 doesn't ask for an end.
+    // INT and the loss ask for an end, USR1 doesn't; KILL needs no CONT.
     assert_eq!(woken, [5, 7]);
 }
 
@@ -382,18 +379,13 @@ async fn a_command_that_a_device_holds_up_is_mentioned_even_after_sigkill() {
 #[tokio::test(start_paused = true)]
 async fn what_a_success_leaves_may_finish_within_kill_after() {
     let (said, _guard) = crate::report::tests::Said::listen();
-    for (until, limit, killed) in [
-        (15, None, vec![]),
-        (100, None, vec![20]),
-        // The time limit is for what is left behind, too; the success stands.
-        (100, Some(13), vec![13]),
-    ] {
+    for (until, limit, killed) in [(15, None, vec![]), (100, None, vec![20]), (100, Some(13), vec![13])] {
         let mut process = Fake::new(&[]).ending(10 * SECOND, Ended::Exited(0)).leaving(3, until);
         let limits = Limits { timeout: limit.map(|limit| limit * SECOND), ..limits() };
         let (ended, stop, _) = supervise(&mut process, &limits, &mut signals(&[]), never()).await;
         assert_eq!(ended, Ended::Exited(0));
         assert_eq!(stop, None);
-        assert_eq!(*process.descendants_killed.borrow(), killed);
+        assert_eq!(*process.killed_left_behind_at.borrow(), killed);
         assert_eq!(process.signals(), []);
     }
     let mut warnings = said.lines();
@@ -414,11 +406,10 @@ async fn what_a_failure_leaves_is_killed_at_once() {
         (Ended::Exited(0), vec![], Some(9)),
     ] {
         let mut process = Fake::new(&dies_of).ending(10 * SECOND, ended).leaving(1, 1000);
-        process.descendants_lives.set(3);
+        process.kills_needed.set(3);
         let limits = Limits { timeout: timeout.map(|timeout| timeout * SECOND), kill_after: 600 * SECOND, ..limits() };
         supervise(&mut process, &limits, &mut signals(&[]), never()).await;
-        // What has forked meanwhile is killed, too.
-        assert_eq!(*process.descendants_killed.borrow(), [10, 10, 10]);
+        assert_eq!(*process.killed_left_behind_at.borrow(), [10, 10, 10]);
     }
 }
 
@@ -430,10 +421,9 @@ async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     let mut signals = signals(&[(3, Signal::SIGUSR1), (4, Signal::SIGTERM)]);
     let (ended, stop, _) = supervise(&mut process, &limits, &mut signals, never()).await;
     assert_eq!(ended, Ended::Exited(0));
-    // The command had already ended.
     assert_eq!(stop, None);
-    assert_eq!(process.signals(), [(Target::Descendants, Signal::SIGTERM, 4)]);
-    assert_eq!(*process.descendants_killed.borrow(), [6]);
+    assert_eq!(process.signals(), [(Target::LeftBehind, Signal::SIGTERM, 4)]);
+    assert_eq!(*process.killed_left_behind_at.borrow(), [6]);
     assert!(said.lines().iter().any(|line| line.contains("5s after it succeeded (--grace)")), "{:?}", said.lines());
 }
 
@@ -443,9 +433,9 @@ async fn a_signal_seen_in_the_same_moment_as_the_success_reaches_what_is_left() 
     let (sender, receiver) = mpsc::unbounded_channel();
     sender.send(Received { signal: Signal::SIGTERM, to_our_group: false }).unwrap();
     let (_, stop, _) = supervise(&mut process, &limits(), &mut Signals::injected(receiver), never()).await;
-    // Too late for the command: after its success it didn't stop because of the signal.
+    // The signal came too late to stop the command.
     assert_eq!(stop, None);
-    assert_eq!(process.signals(), [(Target::Descendants, Signal::SIGTERM, 0)]);
+    assert_eq!(process.signals(), [(Target::LeftBehind, Signal::SIGTERM, 0)]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -453,10 +443,10 @@ async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
     let (said, _guard) = crate::report::tests::Said::listen();
     let mut process = Fake::new(&[]).ending(8 * SECOND, Ended::Exited(0)).leaving(1, 1000);
     let limits = Limits { timeout: Some(4 * SECOND), ..limits() };
-    // The signal came first, so the success counts; without --grace only the time limit's KILL is planned.
+    // The signal came first, so the success counts. Without --grace, only the time limit plans a KILL.
     let mut signals = signals(&[(3, Signal::SIGTERM)]);
     supervise(&mut process, &limits, &mut signals, never()).await;
-    assert_eq!(*process.descendants_killed.borrow(), [14]);
+    assert_eq!(*process.killed_left_behind_at.borrow(), [14]);
     assert!(
         said.lines().iter().any(|line| line.contains("6s after it succeeded (--kill-after)")),
         "{:?}",
@@ -471,7 +461,7 @@ async fn a_delivery_lost_while_something_is_left_is_lost() {
         let limits = Limits { on_lost, ..limits() };
         let (_, _, lost) = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
         assert_eq!(lost, Some("the connection broke"));
-        assert_eq!(*process.descendants_killed.borrow(), [killed]);
+        assert_eq!(*process.killed_left_behind_at.borrow(), [killed]);
     }
 }
 
@@ -495,5 +485,5 @@ async fn what_a_terminal_has_sent_to_our_group_is_sent_to_what_is_left_elsewhere
     let mut signals = signals_from(true, &[(5, Signal::SIGINT)]);
     let (_, stop, _) = supervise(&mut process, &limits(), &mut signals, never()).await;
     assert_eq!(stop, None);
-    assert_eq!(process.signals(), [(Target::DescendantsElsewhere, Signal::SIGINT, 5)]);
+    assert_eq!(process.signals(), [(Target::LeftBehindElsewhere, Signal::SIGINT, 5)]);
 }

@@ -1,110 +1,52 @@
-//! Our descendants, as /proc shows them: the command and everything that it has started, in any group and session.
+//! Tells the command's processes from all others.
+//!
+//! Whatever the command starts stays our descendant, in any group and session: as a child subreaper, we become the parent
+//! of its orphans. So all our descendants are the command's, except the [`Strangers`] and their descendants.
 
-use nix::unistd::{Pid, getpgrp, getpid, getsid};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-};
+use super::stat::{Stat, read_all};
+use nix::unistd::Pid;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// The first process of a PID namespace. It becomes the parent of every orphan in it.
 const INIT: Pid = Pid::from_raw(1);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stat {
-    pub(super) pid: Pid,
-    pub(super) parent: Pid,
-    pub(super) group: Pid,
-    pub(super) session: Pid,
-    /// The foreground group of its controlling terminal; -1 if it has none.
-    pub(super) foreground: Pid,
-    pub(super) is_zombie: bool,
-    /// When it started, in clock ticks since the system's start. It tells apart processes that had the same number.
-    started: u64,
-}
-
-impl Stat {
-    /// `None` if /proc is missing or belongs to another PID namespace. Group and session come from system calls: under
-    /// qemu-user 7.2, /proc/self/stat shows zeroes for them.
-    pub(super) fn own() -> Option<Self> {
-        let own = read("self").filter(|own| own.pid == getpid())?;
-        Some(Self { group: getpgrp(), session: getsid(None).ok()?, ..own })
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        // The name may contain blanks and parentheses.
-        let (start, rest) = text.rsplit_once(')')?;
-        let mut fields = rest.split_ascii_whitespace();
-        let is_zombie = fields.next()? == "Z";
-        let mut number = |skip| Some(Pid::from_raw(fields.nth(skip)?.parse().ok()?));
-        Some(Self {
-            pid: Pid::from_raw(start.split_once(' ')?.0.parse().ok()?),
-            is_zombie,
-            parent: number(0)?,
-            group: number(0)?,
-            session: number(0)?,
-            // Skips the terminal's number.
-            foreground: number(1)?,
-            // Field 22 of proc_pid_stat(5), after the foreground group, which is field 8.
-            started: fields.nth(13)?.parse().ok()?,
-        })
-    }
-}
-
-fn read(folder: &str) -> Option<Stat> {
-    // The name need not be UTF-8.
-    let text = fs::read(format!("/proc/{folder}/stat")).ok()?;
-    Stat::parse(&String::from_utf8_lossy(&text))
-}
-
-fn read_all() -> Vec<Stat> {
-    // List the folder first: processes that fork meanwhile could make reading it endless.
-    let names: Vec<String> = fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.starts_with(|first: char| first.is_ascii_digit()))
-        .collect();
-    names.iter().filter_map(|name| read(name)).collect()
-}
-
 /// Children of ours that the command hasn't started. A shell may have had children before it became qconsume by exec,
-/// and PID 1 gets those of every `docker exec`. A child is a stranger if it
-/// - existed before the command, or
-/// - is in our own process group while the command has another one, or
-/// - is in a group or session that existed before the command, except our own session: a process can't join an older
-///   session, and an older group only on purpose, in our session (setpgid(2)).
+/// and PID 1 gets the children of every `docker exec`.
 ///
-/// Two kinds of strangers can't be told apart from the command's orphans: orphans of a stranger in a new session, and
-/// those of a `docker exec` that began while the command ran.
+/// A child is a stranger if it
+/// - existed before the command,
+/// - is in our own process group while the command has another one, or
+/// - is in a group or a session that existed before the command: a process can't join an older session, and an older
+///   group only on purpose (setpgid(2)). Our session doesn't count, nor our group if the command is in it.
+///
+/// docs/how-it-works.md lists the orphans that this rule gets wrong.
 #[derive(Debug, Default)]
 pub(super) struct Strangers {
-    /// Their process ids and start times.
+    /// With their start times.
     processes: BTreeSet<(Pid, u64)>,
     groups: BTreeSet<Pid>,
     sessions: BTreeSet<Pid>,
 }
 
 impl Strangers {
-    /// Call it before the command starts. `shares_group`: the command will be in our own process group.
-    pub(super) fn find(shares_group: bool, has_children: bool) -> Self {
+    pub(super) fn before_start(command_shares_group: bool, has_children: bool) -> Self {
         let Some(own) = Stat::own() else {
             return Self::default();
         };
-        // PID 1 becomes the parent of every orphan, even of one whose parent was outside the PID namespace.
         let all = if has_children || own.pid == INIT { read_all() } else { Vec::new() };
-        Self::among(&all, &own, shares_group)
+        Self::among(&all, &own, command_shares_group)
     }
 
-    fn among(all: &[Stat], own: &Stat, shares_group: bool) -> Self {
+    fn among(all: &[Stat], own: &Stat, command_shares_group: bool) -> Self {
         let mut strangers = match own.pid {
+            // PID 1 becomes the parent of all orphans in its PID namespace, even if their parents are outside of it.
             INIT => all.to_vec(),
-            pid => Descendants::among(all, pid, |_| true).processes,
+            pid => descendants(all, pid, |_| true),
         };
         strangers.retain(|process| process.pid != own.pid);
         let mut groups: BTreeSet<Pid> = strangers.iter().map(|process| process.group).collect();
         let mut sessions: BTreeSet<Pid> = strangers.iter().map(|process| process.session).collect();
         sessions.remove(&own.session);
-        if shares_group {
+        if command_shares_group {
             groups.remove(&own.group);
         } else {
             groups.insert(own.group);
@@ -114,24 +56,23 @@ impl Strangers {
     }
 
     pub(super) fn include(&self, child: &Stat) -> bool {
-        // A child that leads such a group or session has created it: the known one with the same number is gone.
-        let is_in = |known: &BTreeSet<Pid>, number| number != child.pid && known.contains(&number);
+        // A child that leads such a group or session has created it: the older one with this number is gone.
+        let is_in = |older: &BTreeSet<Pid>, number| number != child.pid && older.contains(&number);
         self.processes.contains(&(child.pid, child.started))
             || is_in(&self.groups, child.group)
             || is_in(&self.sessions, child.session)
     }
 }
 
+/// The command until it is reaped, and its descendants.
 #[derive(Debug, Default)]
-pub(super) struct Descendants {
-    /// Parents before their children, without zombies that their own parents have to reap.
+pub(super) struct CommandProcesses {
     pub(super) processes: Vec<Stat>,
-    /// Groups whose members, except zombies, are all in `processes`. Ours contains us, so it is never one of them.
+    /// Groups in which nobody else lives, so that the whole group may be signalled. Never ours, as we are in it.
     pub(super) exclusive_groups: BTreeSet<Pid>,
 }
 
-impl Descendants {
-    /// Children of ours that `is_commands` accepts, and their descendants; none without a /proc of our PID namespace.
+impl CommandProcesses {
     pub(super) fn find(is_commands: impl Fn(&Stat) -> bool) -> Self {
         match Stat::own() {
             Some(own) => Self::among(&read_all(), own.pid, is_commands),
@@ -140,18 +81,7 @@ impl Descendants {
     }
 
     fn among(all: &[Stat], own: Pid, is_commands: impl Fn(&Stat) -> bool) -> Self {
-        let mut by_parent: BTreeMap<Pid, Vec<Stat>> = BTreeMap::new();
-        for process in all {
-            by_parent.entry(process.parent).or_default().push(*process);
-        }
-        let children = |parent: Pid| by_parent.get(&parent).into_iter().flatten().copied();
-        let mut processes: Vec<Stat> = children(own).filter(is_commands).collect();
-        let mut next = 0;
-        while let Some(parent) = processes.get(next) {
-            let more = children(parent.pid).filter(|child| !child.is_zombie);
-            processes.extend(more);
-            next += 1;
-        }
+        let processes = descendants(all, own, is_commands);
         let pids: BTreeSet<Pid> = processes.iter().map(|process| process.pid).collect();
         let is_other = |process: &&Stat| !process.is_zombie && !pids.contains(&process.pid);
         let shared: BTreeSet<Pid> = all.iter().filter(is_other).map(|other| other.group).collect();
@@ -161,6 +91,23 @@ impl Descendants {
     }
 }
 
+/// The children of `own` that `accepts` accepts, and all their descendants, except zombies that we can't reap.
+fn descendants(all: &[Stat], own: Pid, accepts: impl Fn(&Stat) -> bool) -> Vec<Stat> {
+    let mut by_parent: BTreeMap<Pid, Vec<Stat>> = BTreeMap::new();
+    for process in all {
+        by_parent.entry(process.parent).or_default().push(*process);
+    }
+    let children = |parent: Pid| by_parent.get(&parent).into_iter().flatten().copied();
+    let mut found: Vec<Stat> = children(own).filter(accepts).collect();
+    let mut next = 0;
+    while let Some(parent) = found.get(next) {
+        let more = children(parent.pid).filter(|child| !child.is_zombie);
+        found.extend(more);
+        next += 1;
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,7 +115,7 @@ mod tests {
     const OWN: i32 = 10;
     const COMMAND: i32 = 20;
 
-    /// A process in state S or Z, with its parent, group and session. Its start time is its number.
+    /// Its start time is its number.
     fn stat((pid, state, parent, group, session): (i32, &str, i32, i32, i32)) -> Stat {
         let rest = "0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0";
         Stat::parse(&format!("{pid} (sh) {state} {parent} {group} {session} {rest} {pid} 0 0")).unwrap()
@@ -176,18 +123,6 @@ mod tests {
 
     fn raw(pids: impl IntoIterator<Item = Pid>) -> Vec<i32> {
         pids.into_iter().map(Pid::as_raw).collect()
-    }
-
-    #[test]
-    fn a_name_may_look_like_anything() {
-        let text = "42 (a) Z 1 (b) c) S 7 41 40 34816 39 4194304 1 2 3 4 5 6 7 8 20 0 1 0 12345 9 9";
-        let stat = Stat::parse(text).unwrap();
-        let pids = [stat.pid, stat.parent, stat.group, stat.session, stat.foreground];
-        assert_eq!(raw(pids), [42, 7, 41, 40, 39]);
-        assert!(!stat.is_zombie);
-        assert_eq!(stat.started, 12345);
-        assert_eq!(Stat::parse("42 (cat"), None);
-        assert!(Stat::own().unwrap().started > 0);
     }
 
     #[test]
@@ -205,15 +140,15 @@ mod tests {
             (51, "S", 50, 50, 1),
         ]
         .map(stat);
-        let found = Descendants::among(&all, all[0].pid, |child| child.pid.as_raw() != 50);
+        let found = CommandProcesses::among(&all, all[0].pid, |child| child.pid.as_raw() != 50);
         assert_eq!(raw(found.processes.iter().map(|process| process.pid)), [20, 30, 40, 22, 31]);
         assert_eq!(raw(found.exclusive_groups), [20, 30]);
     }
 
-    /// The processes that count as the command's, with these before it started and those after it ended.
+    /// What counts as the command's if there were these processes before it started, and those after it ended.
     fn found(own: Stat, shares_group: bool, before: &[Stat], after: &[Stat]) -> Vec<i32> {
         let strangers = Strangers::among(&[&[own], before].concat(), &own, shares_group);
-        let found = Descendants::among(&[&[own], after].concat(), own.pid, |child| !strangers.include(child));
+        let found = CommandProcesses::among(&[&[own], after].concat(), own.pid, |child| !strangers.include(child));
         raw(found.processes.iter().map(|process| process.pid))
     }
 
@@ -221,11 +156,11 @@ mod tests {
     fn what_is_not_the_commands_is_left_alone() {
         let own = stat((OWN, "S", 9, 8, 7));
         let before = [
-            (11, "S", 10, 8, 7),   // in our own group, as all that a shell starts
+            (11, "S", 10, 8, 7),   // in our own group, as a shell without job control starts it
             (12, "S", 10, 12, 7),  // in a group of its own, by a shell with job control
             (13, "S", 10, 13, 13), // a daemon
             (14, "S", 13, 14, 13), // its child, in another group
-            (6, "S", 1, 6, 6),     // somebody's who is no child of ours
+            (6, "S", 1, 6, 6),     // no child of ours
         ]
         .map(stat);
         let after = [
