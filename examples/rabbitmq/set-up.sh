@@ -32,10 +32,10 @@ for name in "$queue" "$queue.dead"; do
 done
 
 # delivery-limit: a message that was requeued this often is dead-lettered instead of delivered again. No pod fails then, so a Job
-#   could be Complete with a task undone. So qconsume has a lower limit (QCONSUME_MAX_ATTEMPTS: 3 in the Jobs), and this one is for
-#   tasks that kill even qconsume. It is more than that limit and a Job's backoffLimit (6) together, so such a task fails its Job
-#   first. It leaves room for evictions of the same task, which count before RabbitMQ 4.3. Without this policy the limit is also 20
-#   from 4.0 on, but the message is dropped; before 4.0 there is no limit.
+#   could be Complete with a task undone. That is why qconsume has a lower limit (QCONSUME_MAX_ATTEMPTS: 3 in the Jobs). The queue's
+#   is for tasks that kill even qconsume. It is more than 3 and a Job's backoffLimit (6) together, so such a task fails its Job
+#   first, and it leaves room for evictions of the same task, which count before RabbitMQ 4.3. Without this policy the limit is
+#   also 20 from 4.0 on, but the message is dropped; before 4.0 there is no limit.
 # dead-letter-exchange "" and dead-letter-routing-key: dead letters go to the queue of that name. The message's header x-death says
 #   why it is there: delivery_limit, or rejected (--reject-on, --max-attempts).
 # dead-letter-strategy at-least-once: the message leaves the queue only when the other queue has confirmed it. The default strategy
