@@ -7,7 +7,8 @@ import time
 
 task = sys.stdin.read().strip()
 
-# If there is no task, no retry helps. 65 is EX_DATAERR of sysexits.h: --reject-on dead-letters the message.
+# If there is no task, no retry helps. 65 is EX_DATAERR of sysexits.h. With QCONSUME_REJECT_ON=65, as in job.yaml, the message is
+# dead-lettered.
 if not task:
     sys.exit(65)
 
