@@ -37,7 +37,7 @@ soak: ## causes random faults for minutes, and records every message; SOAK='--qu
 	$(CARGO) build --workspace --locked
 	$(CARGO) run --quiet --locked --package testbed --bin soak -- $(SOAK)
 
-bench: $(if $(BENCH_QCONSUME),,binaries) ## measures the static qconsume beside amqp-consume, and writes docs/benchmarks.md; BENCH=--quick, BENCH_QCONSUME=path
+bench: $(if $(BENCH_QCONSUME),,binaries) ## measures the static qconsume beside amqp-consume, and writes docs/benchmarks.md; BENCH=--quick only tries it, BENCH_QCONSUME=path measures another binary
 	$(CARGO) run --quiet --locked --package testbed --bin bench -- --qconsume $(or $(BENCH_QCONSUME),dist/$(HOST_ARCH)/qconsume) --page docs/benchmarks.md $(BENCH)
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p;/^version/q' Cargo.toml)
@@ -64,7 +64,7 @@ BUILD := docker build $(DOCKER_BUILD_FLAGS) $(BUILD_FLAGS) $(if $(SUFFIX),--buil
 image: ## builds the image qconsume, with /qconsume and /qpublish; IMAGE=registry.example/qconsume for another name; with buildx ARCH=arm64 for another processor
 	$(BUILD) $(if $(SUFFIX),--platform linux/$(ARCH),-t $(IMAGE)) -t $(IMAGE):$(VERSION)$(SUFFIX) .
 
-# Through an image without --platform, because the legacy builder can't build with it.
+# Copies them out of an image that is built without --platform, which the legacy builder doesn't have.
 binaries: ## builds the static programs of that image, in dist/amd64 or dist/arm64
 	$(BUILD) -t $(IMAGE):binaries-$(ARCH) .
 	mkdir -p dist/$(ARCH)

@@ -48,7 +48,7 @@ class Pod:
     status: int | None = None
     action: str | None = None
     disrupted: bool = False
-    # By `kubectl delete pod`. It isn't a disruption, so it counts; and the log is gone.
+    # By `kubectl delete pod`. That isn't a disruption, so it counts, and the log is gone.
     deleted: bool = False
     # By the controller's clock.
     started: float = 0

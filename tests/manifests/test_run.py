@@ -82,13 +82,13 @@ def test_a_fruit_that_fails_comes_back_and_is_done(cluster, broker, fill):
 
 
 def test_a_job_is_not_complete_while_a_task_keeps_failing(cluster, broker, fill):
-    """If nothing dead-letters the task, backoffLimit ends the Job, after pauses of 10, 20 and 40 s."""
+    """If nothing dead-letters the task, backoffLimit ends the Job. The pauses before are 10, 20 and 40 s."""
     fill("apple", "banana")
     outcome = cluster.run_job(manifest("work-queue/job.yaml", completions=2, backoffLimit=3), environment={
         "QCONSUME_MAX_ATTEMPTS": "100"}, args=["sh", "-c", '[ "$(cat)" = banana ]'])
     assert (outcome.condition, outcome.reason) == ("Failed", "BackoffLimitExceeded")
     assert outcome.statuses.count(1) == 4
-    # Also the apple may be left: a requeued message is delivered first.
+    # The apple may be left, too, because a requeued message is delivered first.
     broker.comes_to({"job1": 2 - outcome.statuses.count(0)})
 
 

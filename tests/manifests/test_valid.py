@@ -18,8 +18,8 @@ from conftest import EXAMPLES, FRUITS, ROOT, VERSION
 
 VERSIONS = sorted({kubernetes_validate.utils.major_minor(v) for v in kubernetes_validate.utils.all_versions()} - {"1.25"}, key=Version)
 
-# qconsume's own exit statuses, by whether a retry can help. 65 is hopeless, as the task is dead-lettered. So is 66 if
-# the number of tasks is known; a drainer never exits with it.
+# qconsume's own exit statuses, by whether a retry can help. With 65 it can't, because the task is dead-lettered. With 66
+# it can't if the number of tasks is known; a drainer never exits with 66.
 RETRY = {69, 71, 75}
 HOPELESS = {64, 65, 77, 78, 126, 127}
 
@@ -36,7 +36,7 @@ def expanded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("expansion") / "expansion"
     shutil.copytree(EXAMPLES / "expansion", folder)
     commands = [block for block in blocks("expansion/README.md") if "\\$ITEM" in block or "render_template" in block]
-    # Scripts don't expand aliases by default. kubectl is replaced, as there is no cluster.
+    # Scripts don't expand aliases by default. There is no cluster, so kubectl only reads its input.
     script = "shopt -s expand_aliases\nkubectl() { cat >/dev/null; }\nset -e\n" + "".join(commands)
     subprocess.run(["bash", "-c", script], cwd=folder, check=True, text=True, env=os.environ)
     return folder
@@ -126,7 +126,7 @@ def test_no_key_occurs_twice():
 
 
 def test_the_api_servers_rules_hold(everything):
-    """The rules of pkg/apis/batch/validation/validation.go for the fields that are used here."""
+    """Kubernetes' rules in pkg/apis/batch/validation/validation.go, for the fields that are used here."""
     for name, job in jobs(everything):
         spec, pod = job["spec"], kube.pod_spec(job)
         containers = {container["name"] for container in pod["containers"]}
