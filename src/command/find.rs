@@ -40,7 +40,7 @@ pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     })
 }
 
-/// As env(1), timeout(1) and bash do, 127 only for ENOENT and 126 for all others; but 71 for the node's own problems.
+/// 127 for ENOENT and 126 for other errors, as env(1), timeout(1) and bash have it, except for the node's problems: 71.
 pub(super) fn exit_for(error: &io::Error) -> Exit {
     match error.raw_os_error() {
         _ if shortage(error).is_some() || is_dead_mount(error) => Exit::OsError,
@@ -148,11 +148,11 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
         // An empty entry means the current directory. The `./` gives the result a slash, so execvp(3) won't search PATH.
         let file = Path::new(".").join(folder).join(name);
+        // After an error try the next folder, as bash does, and execvp(3) after ENOENT, ENOTDIR and EACCES.
         match check_interpreters(&file, path, 0) {
             Ok(command) => return Ok((file, command)),
-            // Like execvp(3) after ENOENT, ENOTDIR and EACCES, and like bash after every error, try the next folder.
             Err(problem) if problem.no_such_file => {}
-            // 71 before 126, as the program may be on a mount that doesn't answer, and 126 before 127.
+            // Report 71 before 126, as the program may be on a mount that doesn't answer, and 126 before 127.
             Err(problem) => match &reported {
                 Some(reported) if reported.exit.status() <= problem.exit.status() => {}
                 _ => reported = Some(problem),

@@ -38,7 +38,7 @@ pub(super) struct Writer<F> {
 
 #[derive(Default)]
 struct Backlog {
-    rest: Vec<u8>,
+    rest_of_line: Vec<u8>,
     waiting: VecDeque<Vec<u8>>,
     /// Since the last line that said how many.
     dropped: u64,
@@ -48,7 +48,7 @@ struct Backlog {
 
 impl Backlog {
     fn is_busy(&self) -> bool {
-        self.thread_is_writing || !self.rest.is_empty() || !self.waiting.is_empty()
+        self.thread_is_writing || !self.rest_of_line.is_empty() || !self.waiting.is_empty()
     }
 
     /// If there are too many lines, drops the oldest: the last line of a run is the most important one.
@@ -77,7 +77,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
             if line.is_empty() {
                 return;
             }
-            backlog.rest = line;
+            backlog.rest_of_line = line;
         }
         backlog.has_thread = backlog.has_thread || self.start_thread();
         if !backlog.has_thread {
@@ -112,6 +112,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
             while let Some(line) = self.next(&mut backlog) {
                 backlog.thread_is_writing = true;
                 drop(backlog);
+                // If standard error is closed, there is nobody to tell.
                 let _ = write_all(&self.file, &line);
                 backlog = self.backlog();
                 backlog.thread_is_writing = false;
@@ -124,20 +125,20 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
     fn write_without_thread(&self, backlog: &mut Backlog, patience: Duration) {
         let deadline = Instant::now() + patience;
         while let Some(line) = self.next(backlog) {
-            backlog.rest = line;
+            backlog.rest_of_line = line;
             let patience = deadline.saturating_duration_since(Instant::now());
-            match write_when_ready(&self.file, &backlog.rest, patience) {
-                Ok(written @ 1..) => drop(backlog.rest.drain(..written)),
+            match write_when_ready(&self.file, &backlog.rest_of_line, patience) {
+                Ok(written @ 1..) => drop(backlog.rest_of_line.drain(..written)),
                 Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => {}
                 Err(Errno::AGAIN | Errno::INTR) => return,
-                _ => backlog.rest.clear(),
+                _ => backlog.rest_of_line.clear(),
             }
         }
     }
 
     fn next(&self, backlog: &mut Backlog) -> Option<Vec<u8>> {
-        if !backlog.rest.is_empty() {
-            return Some(std::mem::take(&mut backlog.rest));
+        if !backlog.rest_of_line.is_empty() {
+            return Some(std::mem::take(&mut backlog.rest_of_line));
         }
         match std::mem::take(&mut backlog.dropped) {
             0 => backlog.waiting.pop_front(),
@@ -150,7 +151,7 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
     }
 }
 
-/// Never waits. Linux can do this with pipes (since 6.4), sockets and /dev/null, but not with terminals, FIFOs and most
+/// Writes a part, without waiting. Linux can do this with pipes (since 6.4), sockets and /dev/null, but not with terminals, FIFOs and most
 /// file systems (seen with 6.18).
 fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     let position = u64::MAX; // -1 for pwritev2(2): at the file's own offset

@@ -52,8 +52,8 @@ pub struct Peer {
     gone: Arc<AtomicBool>,
 }
 
-/// `None` if the test has ended the connection. It is locked from a request's arrival until its answer is written, so
-/// that bytes that a test sends because of the request come after the answer.
+/// `None` if the test has ended the connection. It is locked from a request's arrival until the answer is written: a test
+/// that sees the request may then send bytes, and they must come after the answer.
 type Writer = Mutex<Option<TcpStream>>;
 
 impl Peer {

@@ -46,8 +46,8 @@ pub(super) struct Resident {
 
 /// Runs a command to its end; returns its resident memory.
 ///
-/// `ru_maxrss` of wait4 doesn't do: it includes the memory from before execve(2), which is a copy of ours, and the
-/// largest child. So ptrace stops the process when it exits, and /proc is read then.
+/// Doesn't use `ru_maxrss` of wait4: that includes the memory from before execve(2), which is a copy of ours, and the
+/// largest child. Instead, ptrace stops the process when it exits, and /proc is read then.
 pub(super) fn resident(command: Command) -> Result<Resident> {
     let pid = Pid::from_raw(spawn(command)?.id().cast_signed());
     ptrace::seize(pid, Options::PTRACE_O_TRACEEXIT).context("the process can't be traced")?;

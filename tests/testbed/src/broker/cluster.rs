@@ -40,7 +40,7 @@ const CONFIG: &str = "listeners.tcp.default = 5672\n\
 /// Nodes that form one cluster; removed when dropped.
 pub(crate) struct Cluster {
     pub(crate) nodes: Vec<ClusterNode>,
-    /// After the nodes, which have to be removed first.
+    /// Declared, and so dropped, after the nodes: they have to be removed first.
     _network: Network,
 }
 

@@ -1,4 +1,4 @@
-//! Causes faults one after the other; and the faults of a single node, and of the network between it and the workers.
+//! Causes faults one after the other. Defines the faults of a single node, and of the network between it and the workers.
 
 use super::Soak;
 use super::books::Crash;
@@ -31,7 +31,7 @@ impl Fault {
 
 impl Soak<'_> {
     /// Causes these faults of the broker or the cluster one after the other, with random pauses of `between`
-    /// milliseconds, in which work gets done. `cause` returns when the fault is over, with more words about it.
+    /// milliseconds, in which work gets done. `cause` returns when the fault is over, with a remark for the log.
     pub(super) fn cause_all<F: Copy>(
         &self,
         faults: &[F],

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// A worker that runs longer hangs. It may take its `--connect-timeout` of 60 s, some seconds for waiting and for its
+/// A worker that runs longer is stuck. It may take its `--connect-timeout` of 60 s, some seconds for waiting and for its
 /// command, and 90 s for a settlement (with `--count 3`, three of them).
 const HANG: Duration = Duration::from_secs(200);
 
