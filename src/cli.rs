@@ -210,7 +210,6 @@ impl QconsumeOptions {
         }
     }
 
-    /// The variables to remove from the command's environment.
     pub const fn hidden_variables(&self) -> &'static [&'static str] {
         if self.hide_url { &broker::SECRETS } else { &[] }
     }

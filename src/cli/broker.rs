@@ -116,7 +116,7 @@ pub struct BrokerOptions {
 impl BrokerOptions {
     /// For connections of this name. Logs the URLs' parameters that are meant for other clients.
     pub fn connector(&self, name: String) -> Connector {
-        let nodes = self.nodes.known.iter();
+        let nodes = self.nodes.addresses.iter();
         for parameter in nodes.flat_map(|node| &node.parameters.ignored) {
             tracing::debug!("the URL's parameter {parameter} is for another client: ignored");
         }
@@ -124,21 +124,16 @@ impl BrokerOptions {
         Connector::new(self.nodes.clone(), options)
     }
 
-    /// The nodes, once the options are checked.
     #[cfg(fuzzing)]
     pub fn addresses(&self) -> &[Address] {
-        &self.nodes.known
+        &self.nodes.addresses
     }
 
-    /// Finds the nodes and reads their files.
-    ///
-    /// # Errors
-    /// 64 for wrong options, 78 for a file that can't be used, 71 if the system is short of something.
     pub(crate) fn find_nodes(&mut self, given: &Given<'_>) -> Result<(), Failure> {
         self.nodes = self.nodes_given(given)?;
         self.nodes.tls_options = self.tls.clone();
         self.nodes.read()?;
-        for address in &self.nodes.known {
+        for address in &self.nodes.addresses {
             if self.ssl && !address.tls {
                 return Err(Failure::usage(
                     "--ssl asks for TLS, but the URL says amqp://, which is without TLS: make it amqps://",
@@ -158,8 +153,9 @@ impl BrokerOptions {
         let source = AddressSource::choose(|id| given.precedence(id), amqp_url.is_some())
             .map_err(|conflict| conflict.failure(given))?;
         let parse = |text: &str| {
-            let known = parse_list(text).map_err(|error| Failure::usage(format!("{}: {error}", source.name(given))))?;
-            Ok(Nodes { known, ..Nodes::default() })
+            let addresses =
+                parse_list(text).map_err(|error| Failure::usage(format!("{}: {error}", source.name(given))))?;
+            Ok(Nodes { addresses, ..Nodes::default() })
         };
         let nodes = match source {
             AddressSource::Url => parse(self.url.as_ref().map_or("", Secret::expose))?,
@@ -182,25 +178,27 @@ impl BrokerOptions {
         }
         let source =
             CredentialsSource::choose(|id| given.precedence(id)).map_err(|conflict| conflict.failure(given))?;
-        let mut nodes = Nodes::default();
-        if source == CredentialsSource::Authfile {
-            nodes.authfile = secret_file(given, "authfile", self.authfile.as_ref());
-        } else if let Some(username) = &self.username {
+        let (mut authfile, mut password_file) = (None, None);
+        match source {
+            CredentialsSource::Authfile => authfile = secret_file(given, "authfile", self.authfile.as_ref()),
+            CredentialsSource::PasswordFile => {
+                password_file = secret_file(given, "password_file", self.password_file.as_ref());
+            }
+            CredentialsSource::Password => {
+                if let Some(password) = &self.password {
+                    address.set_password(password.clone());
+                }
+            }
+        }
+        if source != CredentialsSource::Authfile
+            && let Some(username) = &self.username
+        {
             address.username.clone_from(username);
         }
-        match (source, &self.password) {
-            (CredentialsSource::Password, Some(password)) => address.set_password(password.clone()),
-            (CredentialsSource::PasswordFile, _) => {
-                nodes.password_file = secret_file(given, "password_file", self.password_file.as_ref());
-            }
-            _ => {}
-        }
-        nodes.known = vec![address];
-        Ok(nodes)
+        Ok(Nodes { addresses: vec![address], authfile, password_file, ..Nodes::default() })
     }
 }
 
-/// Where the broker's address comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AddressSource {
     Url,
@@ -334,7 +332,6 @@ fn server_address(server: &str, tls: bool, port: Option<u16>) -> Result<Address,
 mod tests {
     use super::*;
 
-    /// The precedence of options, by the ids of those that are given as flags and as variables.
     fn given(flags: &str, variables: &str) -> impl Fn(&str) -> Precedence {
         let [flags, variables] = [flags, variables].map(|ids| ids.split(' ').map(str::to_owned).collect::<Vec<_>>());
         move |id| match id {

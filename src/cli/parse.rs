@@ -16,7 +16,7 @@ use std::{
     fmt::Write as _,
 };
 
-/// The version, and the commit if the build knew it.
+/// With the commit if the build knew it.
 pub(crate) const VERSION: &str = env!("QCONSUME_VERSION");
 
 /// The help's section for options that exist for users of amqp-tools.
@@ -25,7 +25,6 @@ pub(crate) const AMQP_TOOLS: &str = "As in amqp-tools";
 /// The width of the help, in columns, which every terminal has.
 const WIDTH: usize = 80;
 
-/// What the command line asks for.
 #[derive(Debug)]
 pub enum Request<T> {
     Run(Box<T>),
@@ -33,30 +32,24 @@ pub enum Request<T> {
     Show(String),
 }
 
-/// A program's options.
 pub trait Options: Parser {
     const PROGRAM: Program;
 
-    /// The end of the long help.
     const EXAMPLES: &'static str;
 
     /// Checks the options against each other.
-    ///
-    /// # Errors
-    /// 64 for a usage error, 78 for a file that can't be read.
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure>;
 
     fn output(&self) -> &OutputOptions;
 }
 
-/// Which options were given, and how.
 #[derive(Debug)]
 pub struct Given<'a> {
     command: &'a clap::Command,
     matches: &'a ArgMatches,
 }
 
-/// How an option was given. The greater one wins.
+/// How an option was given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Precedence {
     Default,
@@ -77,7 +70,7 @@ impl Given<'_> {
         self.precedence(id) > Precedence::Default
     }
 
-    /// How an error names the option: the variable if it was given by that, otherwise the flag.
+    /// For errors: the variable if the option was given by that, otherwise the flag.
     pub(crate) fn name(&self, id: &str) -> String {
         let arg = self.command.get_arguments().find(|arg| arg.get_id() == id);
         match arg.and_then(|arg| arg.get_env()) {
@@ -128,8 +121,6 @@ fn short_help<O: Options>() -> String {
     command.render_help().to_string()
 }
 
-/// Reads a program's command line and environment, and checks its options.
-///
 /// # Errors
 /// 64 for a usage error, 78 for a file that can't be read.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {

@@ -16,10 +16,8 @@ const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 /// Longest name in AMQP 0-9-1, in bytes: a short string.
 pub const NAME_MAX: usize = 255;
 
-/// Checks the length of a name.
-///
 /// # Errors
-/// How long it is.
+/// How long the name is, if it is too long for AMQP.
 pub fn amqp_name(text: &str) -> Result<String, String> {
     if text.len() > NAME_MAX {
         return Err(format!("has {} bytes; AMQP allows {NAME_MAX}", text.len()));
@@ -51,22 +49,17 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// One node of the broker, the login and the virtual host. `Display` is a URL without password and query.
+/// A URL's parts, decoded, with the defaults. `Display` is a URL without password and query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// `amqps`: TLS from the first byte.
     pub tls: bool,
-    /// A name or an IP address (IPv6 without brackets, a zone after `%`); `localhost` if the URL has none.
+    /// A name or an IP address. IPv6 has no brackets, and perhaps a zone after `%`.
     pub host: String,
-    /// 1 to 65535; 5672, or 5671 with TLS, if the URL has none.
     pub port: u16,
-    /// `guest` if the URL has no user name. It may be empty.
     pub username: String,
-    /// `guest` if the URL has no password. It may be empty (`user:@host`).
     pub password: Secret,
-    /// Whether a password was given, even an empty one. Otherwise it is `guest`, unless a client certificate logs in.
+    /// Even if it is empty. Otherwise the password is `guest`, unless a client certificate logs in.
     pub password_given: bool,
-    /// Decoded, at most 255 bytes, never empty.
     pub virtual_host: String,
     pub parameters: Parameters,
 }
@@ -102,9 +95,6 @@ pub fn parse_list(text: &str) -> Result<Vec<Address>, AddressError> {
 impl Address {
     /// One URL, by <https://www.rabbitmq.com/docs/uri-spec>, with three differences: `amqp://host/` and Celery's
     /// `amqp://host//` mean the virtual host `/`, a password may contain `:`, and every `@` in a name must be encoded.
-    ///
-    /// # Errors
-    /// The first mistake.
     pub fn parse(url: &str) -> Result<Self, AddressError> {
         check_characters(url)?;
         let Some((tls, rest)) = strip_scheme(url) else {

@@ -39,8 +39,7 @@ const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an address may be silent before the next one is dialled, too (RFC 8305's recommendation).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
 
-/// In seconds. A frozen broker is noticed after 2 to 2.5 intervals.
-const DEFAULT_HEARTBEAT: u16 = 10;
+const DEFAULT_HEARTBEAT_SECONDS: u16 = 10;
 
 /// The kubelet takes up to two minutes to bring a rotated Secret into a pod.
 const RETRY_LOGIN_FOR: Duration = Duration::from_secs(120);
@@ -49,9 +48,9 @@ const RETRY_LOGIN_FOR: Duration = Duration::from_secs(120);
 pub struct ConnectOptions {
     /// `--connect-timeout`: from the first look-up until there is a consumer.
     pub timeout: Duration,
-    /// `--heartbeat`, in seconds. Default: the URL's parameter, or else 10. With 0 the broker's proposal counts.
+    /// In seconds.
     pub heartbeat: Option<u16>,
-    /// The connection's name on RabbitMQ's management page.
+    /// As RabbitMQ's management page shows it.
     pub name: String,
 }
 
@@ -62,14 +61,12 @@ pub struct Connector {
     pub(in crate::broker) options: ConnectOptions,
     /// How many tries there were, over all connections: each takes the next node.
     tries: usize,
-    /// Since when the broker has refused every login.
     login_refused_since: Option<Instant>,
     /// Why the files couldn't be read the last time, to log each reason once.
     unreadable_files: Option<String>,
     /// What this try is waiting for: if time runs out, the failure says so.
     stage: String,
-    /// What happened to each address that this try couldn't use.
-    unusable_addresses: Vec<String>,
+    address_problems: Vec<String>,
     /// The addresses that have accepted a connection, the latest last.
     accepted: Vec<SocketAddr>,
 }
@@ -84,13 +81,11 @@ impl Connector {
             login_refused_since: None,
             unreadable_files: None,
             stage: String::new(),
-            unusable_addresses: Vec::new(),
+            address_problems: Vec::new(),
             accepted: Vec::new(),
         }
     }
 
-    /// Connects, with as many tries as it takes within `--connect-timeout`.
-    ///
     /// # Errors
     /// A permanent failure, or the last transient one when time is up.
     pub async fn connect(&mut self) -> Result<OpenConnection, Failure> {
@@ -103,7 +98,6 @@ impl Connector {
         }
     }
 
-    /// Tries the next node.
     pub(in crate::broker) async fn try_to_connect(
         &mut self,
         deadline: Instant,
@@ -111,8 +105,8 @@ impl Connector {
         if self.tries > 0 && self.nodes.may_change() {
             self.read_files_again();
         }
-        let nodes = &self.nodes.known;
-        let address = nodes[self.tries % nodes.len()].clone();
+        let addresses = &self.nodes.addresses;
+        let address = addresses[self.tries % addresses.len()].clone();
         self.tries += 1;
         // Half of the time that is left, at least 5 s: a node that accepts but never answers mustn't use up all of it.
         let left = deadline.saturating_duration_since(Instant::now());
@@ -146,7 +140,7 @@ impl Connector {
         *message = format!("{address}: {message}");
         // A permanent failure is the broker's reply: the other addresses don't matter.
         if error.transient {
-            for problem in &self.unusable_addresses {
+            for problem in &self.address_problems {
                 *message = format!("{message}; {problem}");
             }
         }
@@ -178,7 +172,7 @@ impl Connector {
 
     async fn open(&mut self, address: &Address) -> Result<OpenConnection, ConnectError> {
         let wanted = self.options.heartbeat.or(address.parameters.heartbeat);
-        let heartbeat = wanted.unwrap_or(DEFAULT_HEARTBEAT);
+        let heartbeat = wanted.unwrap_or(DEFAULT_HEARTBEAT_SECONDS);
         let opened = self.open_with(address, heartbeat).await?;
         // A broker that proposes 0 wants no heartbeats. amqproxy 3.1 does that, and sends heartbeats only to clients
         // that send nothing themselves. lapin 4.12 obeys only if we propose 0, too.
@@ -191,7 +185,7 @@ impl Connector {
     }
 
     async fn open_with(&mut self, address: &Address, heartbeat: u16) -> Result<OpenConnection, ConnectError> {
-        self.unusable_addresses.clear();
+        self.address_problems.clear();
         let found = self.look_up(address).await?;
         let (target, socket) = self.dial(address, found).await?;
         let shutdown = ShutdownOnDrop::new(&socket)
@@ -256,7 +250,7 @@ impl Connector {
             let problem = match dialled {
                 Ok(Ok(socket)) => {
                     let _ = socket.set_nodelay(true);
-                    self.unusable_addresses.extend(silent.iter().map(|other| format!("{other}: no answer")));
+                    self.address_problems.extend(silent.iter().map(|other| format!("{other}: no answer")));
                     self.accepted.retain(|other| *other != target);
                     self.accepted.push(target);
                     return Ok((target, socket));
@@ -267,9 +261,9 @@ impl Connector {
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => format!("no answer within {limit:?}"),
             };
-            self.unusable_addresses.push(format!("{target}: {problem}"));
+            self.address_problems.push(format!("{target}: {problem}"));
         }
-        let problems = std::mem::take(&mut self.unusable_addresses).join("; ");
+        let problems = std::mem::take(&mut self.address_problems).join("; ");
         Err(ConnectError::transient(format!("can't connect: {problems}")))
     }
 

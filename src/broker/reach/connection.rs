@@ -57,7 +57,6 @@ impl OpenConnection {
         }
     }
 
-    /// Deletes `exclusive_queue` within a second, and closes the connection within two.
     pub async fn close(&self) {
         if !self.is_connected() {
             return;

@@ -25,7 +25,6 @@ const CHECK_FILE_EVERY: Duration = Duration::from_secs(3);
 /// How long a changed file must stay unchanged: the broker closes the connection if it gets half a token.
 const UNCHANGED_FOR: Duration = Duration::from_millis(200);
 
-/// What was logged in with, as far as errors need it.
 #[derive(Clone, Copy)]
 pub(in crate::broker) struct Credentials<'a> {
     pub(in crate::broker) user: &'a str,
@@ -91,7 +90,7 @@ impl CredentialsInUse {
                 address: address.clone(),
                 nodes: nodes.clone(),
                 file,
-                seen: None,
+                last_read: None,
                 token: Arc::clone(&token),
             };
             tokio::spawn(renewal.run())
@@ -113,16 +112,14 @@ impl Drop for CredentialsInUse {
     }
 }
 
-/// Sends each new token from the file to the broker.
 struct Renewal {
     /// `Weak`, so that dropping the `OpenConnection` ends the connection.
     connection: Weak<Connection>,
-    /// With the password that the broker has, or that is in the file.
+    /// Its password is the one that was last sent to the broker, or last read.
     address: Address,
     nodes: Nodes,
     file: PathBuf,
-    /// The version of the file that was read last.
-    seen: Option<FileVersion>,
+    last_read: Option<FileVersion>,
     token: Arc<Mutex<Option<Token>>>,
 }
 
@@ -149,20 +146,19 @@ impl Renewal {
         }
     }
 
-    /// Waits until the file contains another password. A file that is being written, or can't be used for now, is
-    /// checked again.
+    /// A file that is being written, or can't be used for now, is checked again.
     async fn new_password(&mut self) -> Secret {
         loop {
             sleep(CHECK_FILE_EVERY).await;
             let version = file_version(&self.file);
-            if version.is_none() || version == self.seen {
+            if version.is_none() || version == self.last_read {
                 continue;
             }
             sleep(UNCHANGED_FOR).await;
             if let Some(password) = self.read_password()
                 && file_version(&self.file) == version
             {
-                self.seen = version;
+                self.last_read = version;
                 if password != self.address.password {
                     return password;
                 }
@@ -181,7 +177,7 @@ impl Renewal {
 /// Device, inode, and when it was changed: differs once the file is written or replaced.
 type FileVersion = (u64, u64, i64, i64);
 
-/// Of the file behind symbolic links, which mounted Secrets are.
+/// Follows symbolic links, which mounted Secrets are.
 fn file_version(file: &Path) -> Option<FileVersion> {
     let file = fs::metadata(file).ok()?;
     Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))

@@ -8,7 +8,6 @@ use super::{
 use crate::exit::{Exit, Failure};
 use std::path::{Path, PathBuf};
 
-/// A file that holds a secret.
 #[derive(Clone, Debug)]
 pub struct SecretFile {
     path: PathBuf,
@@ -70,11 +69,10 @@ impl SecretFile {
     }
 }
 
-/// The nodes of one cluster.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes {
-    /// Their addresses, as last read.
-    pub known: Vec<Address>,
+    /// As last read.
+    pub addresses: Vec<Address>,
     pub url_file: Option<SecretFile>,
     pub authfile: Option<SecretFile>,
     /// It takes precedence over any other password.
@@ -89,27 +87,26 @@ impl Nodes {
         files.into_iter().flatten().any(SecretFile::may_change)
     }
 
-    /// The file that the password comes from, if it may change.
+    /// `None` unless the password comes from a file that can be read again.
     pub(super) fn file_with_password(&self) -> Option<&SecretFile> {
         let file = self.password_file.as_ref().or(self.authfile.as_ref()).or(self.url_file.as_ref());
         file.filter(|file| file.may_change())
     }
 
-    /// Reads addresses, secrets and TLS files. An error changes nothing.
-    ///
     /// # Errors
-    /// 78 for a file that can't be used, 71 if the system is short of something, 64 for a wrong address.
+    /// 78 for a file that can't be used, 71 if the system is short of something, 64 for a wrong address. Then nothing
+    /// changes.
     pub fn read(&mut self) -> Result<(), Failure> {
         let addresses = self.read_addresses()?;
         self.tls = Tls::load(&addresses)?;
-        self.known = addresses;
+        self.addresses = addresses;
         Ok(())
     }
 
     pub(super) fn read_addresses(&mut self) -> Result<Vec<Address>, Failure> {
         let mut addresses = match &mut self.url_file {
             Some(file) => file.addresses()?,
-            None => self.known.clone(),
+            None => self.addresses.clone(),
         };
         let user_and_password = self.authfile.as_mut().map(SecretFile::user_and_password).transpose()?;
         let password = self.password_file.as_mut().map(SecretFile::password).transpose()?;
@@ -139,7 +136,7 @@ mod tests {
 
     fn read(nodes: &mut Nodes) -> (String, String) {
         nodes.read().unwrap();
-        let address = &nodes.known[0];
+        let address = &nodes.addresses[0];
         (address.username.clone(), address.password.expose().to_owned())
     }
 
@@ -189,13 +186,13 @@ mod tests {
         {
             fs::write(&passwords, text).unwrap();
             assert_eq!(read(&mut nodes), ("someone".to_owned(), password.to_owned()));
-            assert_eq!(nodes.known[1].password, nodes.known[0].password);
+            assert_eq!(nodes.addresses[1].password, nodes.addresses[0].password);
         }
-        // Empty for a moment: an error, which changes nothing.
+        // The file is empty for a moment.
         fs::write(&passwords, "\n").unwrap();
         let failure = nodes.read().unwrap_err();
         assert_eq!((failure.exit, failure.message.ends_with("is empty")), (Exit::Config, true), "{failure}");
-        assert_eq!(nodes.known[0].password.expose(), "a\n");
+        assert_eq!(nodes.addresses[0].password.expose(), "a\n");
         for path in [urls, authfile, passwords] {
             fs::remove_file(path).unwrap();
         }
@@ -207,8 +204,8 @@ mod tests {
         fs::write(&passwords.path, "token").unwrap();
         let path = passwords.path.clone();
         let tls_options = TlsOptions { cert: Some("/no/such.pem".into()), ..TlsOptions::default() };
-        let known = parse_list("amqps://u@h").unwrap();
-        let mut nodes = Nodes { known, tls_options, ..Nodes::default() };
+        let addresses = parse_list("amqps://u@h").unwrap();
+        let mut nodes = Nodes { addresses, tls_options, ..Nodes::default() };
         assert!(nodes.read_addresses().unwrap()[0].logs_in_by_certificate());
         nodes.password_file = Some(passwords);
         assert!(!nodes.read_addresses().unwrap()[0].logs_in_by_certificate());

@@ -19,7 +19,6 @@ const NESTING_MAX: usize = 100;
 /// Major and minor.
 pub(in crate::broker) type Version = (u32, u32);
 
-/// What the broker has sent on one connection.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Observed {
     /// If it is RabbitMQ's.
@@ -50,13 +49,11 @@ pub(in crate::broker) struct Observed {
 /// What the broker has sent to the present consumer.
 #[derive(Debug, Default)]
 pub(in crate::broker) struct ObservedConsumer {
-    /// The broker has cancelled it.
     pub(in crate::broker) cancelled: bool,
-    /// How many deliveries have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
+    /// How many have begun. lapin drops those that come after a `basic.cancel` with `nowait`.
     pub(in crate::broker) deliveries: u64,
-    /// When the last delivery began.
+    /// Of the last delivery, as the next field.
     pub(in crate::broker) delivery_began: Option<Instant>,
-    /// The flag of the last delivery.
     pub(in crate::broker) redelivered: bool,
 }
 
@@ -84,8 +81,7 @@ impl Observed {
         self.consumer = ObservedConsumer::default();
     }
 
-    /// # Errors
-    /// Why lapin must not read this payload.
+    /// Fails if lapin must not read this payload.
     pub(super) fn read_method(&mut self, payload: &[u8]) -> Result<(), String> {
         self.delivering = payload.starts_with(&DELIVER);
         if self.delivering {
@@ -97,8 +93,6 @@ impl Observed {
         self.note_unreadable(read)
     }
 
-    /// # Errors
-    /// Why lapin must not read this payload.
     pub(super) fn read_content_header(&mut self, payload: &[u8]) -> Result<(), String> {
         let properties = payload.get(BEFORE_PROPERTIES..).unwrap_or_default();
         let read = check_nesting(payload).and_then(|()| {

@@ -1,11 +1,9 @@
-//! From a name to its addresses.
-
 use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6},
 };
 
-/// All addresses of `host`, in the order to try them in; at least one.
+/// All addresses of `host`, at least one, in the order to try them in.
 pub(super) async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     match literal(host, port) {
         Some(address) => Ok(vec![address?]),
@@ -26,7 +24,7 @@ fn in_turn(found: Vec<SocketAddr>) -> Vec<SocketAddr> {
     turns.into_iter().map(|(_, address)| address).collect()
 }
 
-/// The address, if `host` is one; IPv6 with or without the zone of RFC 6874.
+/// `None` if `host` is a name. IPv6 may have the zone of RFC 6874.
 fn literal(host: &str, port: u16) -> Option<io::Result<SocketAddr>> {
     if let Ok(ip) = host.parse::<IpAddr>() {
         return Some(Ok((ip, port).into()));

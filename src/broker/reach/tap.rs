@@ -11,7 +11,6 @@ pub(in crate::broker) const FRAME_MAX: u32 = 131_072;
 
 /// Size of a frame's header (AMQP 0-9-1, 2.3.5), in bytes: type, channel (2), size of the payload (4).
 const HEADER: usize = 7;
-/// The types of frames.
 const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
@@ -20,8 +19,7 @@ const HEARTBEAT: u8 = 8;
 #[derive(Debug)]
 pub(in crate::broker) struct Tap {
     observed: Arc<Mutex<Observed>>,
-    /// The limit that we propose, in bytes.
-    proposed: usize,
+    proposed_frame_max: usize,
     /// Largest payload to read, in bytes: at least [`FRAME_MAX`], for frames that come before the limit is agreed on.
     payload_max: usize,
     /// Empty, or the start of one frame.
@@ -33,13 +31,10 @@ pub(in crate::broker) struct Tap {
 impl Tap {
     pub(in crate::broker) fn new(frame_max: u32, observed: Arc<Mutex<Observed>>) -> Self {
         let payload_max = frame_max.max(FRAME_MAX) as usize;
-        Self { observed, proposed: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
+        Self { observed, proposed_frame_max: frame_max as usize, payload_max, frame: Vec::new(), skip: 0 }
     }
 
-    /// Takes the next piece, of any size.
-    ///
-    /// # Errors
-    /// `InvalidData` if lapin must not read on.
+    /// Takes the next piece, of any size. Fails with `InvalidData` if lapin must not read on.
     pub(in crate::broker) fn observe(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
@@ -83,7 +78,7 @@ impl Tap {
     fn note_if_too_large(&self, size: usize) {
         let mut observed = self.observed();
         let theirs = observed.frame_max.filter(|max| *max > 0).map(|max| max as usize);
-        let agreed = theirs.map_or(self.proposed, |theirs| theirs.min(self.proposed));
+        let agreed = theirs.map_or(self.proposed_frame_max, |theirs| theirs.min(self.proposed_frame_max));
         let frame = HEADER + size + 1;
         if frame > agreed {
             observed.note_too_large(frame, agreed);

@@ -15,16 +15,14 @@ const KEYS: &str = "RSA with 2048 to 8192 bits, ECDSA with the curve P-256 or P-
 /// An object identifier, and how error texts name the algorithm or the curve.
 type Algorithm = (&'static str, &'static str);
 
-/// The algorithms of [`KEYS`].
-const USABLE: [Algorithm; 4] = [
+const USABLE_KEYS: [Algorithm; 4] = [
     ("1.2.840.113549.1.1.1", "RSA"),
     ("1.2.840.10045.3.1.7", "ECDSA with the curve P-256"),
     ("1.3.132.0.34", "ECDSA with the curve P-384"),
     ("1.3.101.112", "Ed25519"),
 ];
 
-/// Of other keys, and of signatures.
-const UNUSABLE: [Algorithm; 17] = [
+const OTHER_ALGORITHMS: [Algorithm; 17] = [
     ("1.3.132.0.35", "ECDSA with the curve P-521"),
     ("1.3.132.0.33", "ECDSA with the curve P-224"),
     ("1.3.132.0.10", "ECDSA with the curve secp256k1"),
@@ -210,7 +208,7 @@ fn webpki_name(error: &CertificateError) -> Option<String> {
 
 fn algorithm(id: &[u8]) -> String {
     let oid = last_object_identifier(id);
-    match USABLE.iter().chain(&UNUSABLE).find(|(known, _)| *known == oid) {
+    match USABLE_KEYS.iter().chain(&OTHER_ALGORITHMS).find(|(known, _)| *known == oid) {
         Some((_, name)) => (*name).to_owned(),
         None => format!("the algorithm {oid}"),
     }
@@ -218,7 +216,7 @@ fn algorithm(id: &[u8]) -> String {
 
 fn is_usable_key(id: &[u8]) -> bool {
     let oid = last_object_identifier(id);
-    USABLE.iter().any(|(known, _)| *known == oid)
+    USABLE_KEYS.iter().any(|(known, _)| *known == oid)
 }
 
 /// Of an `AlgorithmIdentifier`'s content (RFC 5280, 4.1.1.2): the algorithm or, for a key on a named curve, the curve.

@@ -31,10 +31,7 @@ impl Tries {
         }
     }
 
-    /// Pauses before the next try.
-    ///
-    /// # Errors
-    /// How the run ends, if this error is permanent or the time is up.
+    /// Pauses before the next try. Fails if the error is permanent, or the time is up.
     pub(in crate::broker) async fn pause_after(&mut self, error: ConnectError) -> Result<(), Failure> {
         let failure = error.failure;
         if !error.transient {

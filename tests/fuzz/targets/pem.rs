@@ -92,7 +92,7 @@ fn load(ca: &PathBuf, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Result<(
     address.parameters.cacertfile = Some(ca.clone());
     address.parameters.certfile = cert.cloned();
     address.parameters.keyfile = key.cloned();
-    let mut nodes = Nodes { known: vec![address], ..Nodes::default() };
+    let mut nodes = Nodes { addresses: vec![address], ..Nodes::default() };
     nodes.read()
 }
 

@@ -34,20 +34,17 @@ pub struct Parameters {
     /// The largest frame to agree on, in bytes, at least 4096; 0 is no limit.
     pub frame_max: Option<u32>,
     pub auth_mechanism: Option<SASLMechanism>,
-    /// The CAs to trust. This and the next three need TLS.
+    /// This and the next three need TLS.
     pub cacertfile: Option<PathBuf>,
-    /// The client certificate.
     pub certfile: Option<PathBuf>,
-    /// The client certificate's key.
     pub keyfile: Option<PathBuf>,
-    /// The name to expect in the broker's certificate, instead of the host.
+    /// To expect in the broker's certificate, instead of the host.
     pub server_name_indication: Option<String>,
-    /// The names of parameters for other clients.
+    /// The keys of parameters for other clients.
     pub ignored: Vec<String>,
 }
 
 impl Parameters {
-    /// Parses what follows the `?`. Empty pairs are ignored, as in `?` and `a=1&`.
     pub(in crate::broker) fn parse(query: &str, tls: bool) -> Result<Self, AddressError> {
         let mut parameters = Self::default();
         let mut seen = Vec::new();
@@ -58,7 +55,7 @@ impl Parameters {
                 return error(format!("{name} is there twice"));
             }
             seen.push(key);
-            // `ssl=true` and `ssl_options` ask pika and kombu for TLS, even with amqp://. Refuse to use plain text then.
+            // `ssl=true` and `ssl_options` ask pika and kombu for TLS, even with amqp://. Don't use plain text then.
             let asks_for_tls = key.starts_with("ssl") && !matches!(value, "false" | "False" | "0" | "");
             if asks_for_tls && !tls {
                 return error(format!("{name} needs TLS: an amqps:// URL"));

@@ -4,7 +4,7 @@ use proptest::{collection::vec, option, prelude::*, sample::select};
 
 use super::*;
 
-/// `amqp://guest:guest@localhost:5672/`, nothing of it given.
+/// `amqp://guest:guest@localhost:5672/`, with nothing given.
 fn defaults() -> Address {
     Address {
         tls: false,
@@ -52,7 +52,6 @@ fn assert_parses(table: Vec<(&str, Address)>) {
     }
 }
 
-/// Each URL of the table is refused with exactly this text; none of the texts has the secret in it.
 #[track_caller]
 fn assert_refused(table: &[(&str, &str)]) {
     for (url, message) in table {
@@ -129,7 +128,7 @@ fn user_names_and_passwords() {
         ("amqp://:pass@host", user().username("").password("pass")),
         ("amqp://@host", user().username("")),
         ("amqp://guest:guest@host", user().username("guest").password("guest")),
-        // A bare colon is unambiguous once the user name has ended.
+        // The first colon ends the user name.
         ("amqp://user:a:b@host", user().password("a:b")),
         ("amqp://us%3Aer:a%3ab@host", user().username("us:er").password("a:b")),
         ("amqp://user:%40%2F%3f%23%25%5B%5d%26%20@host", user().password("@/?#%[]& ")),
@@ -251,7 +250,7 @@ fn virtual_hosts() {
         ("amqp://?", defaults()),
         ("amqp:///?", defaults()),
         ("amqp:///%2F", defaults()),
-        // Celery's way to say `/`.
+        // Celery writes `/` so.
         ("amqp:////", defaults()),
         ("amqp://h//?", defaults().host("h")),
         ("amqp:///%2f%2f", defaults().virtual_host("//")),
@@ -336,7 +335,6 @@ fn lists() {
             "URL 2 of 2: the host contains a ',': several nodes are several whole URLs, as in \
              amqp://a,amqp://b",
         ),
-        // What follows isn't a URL, so this comma doesn't separate.
         (
             "amqp://user:S3CRET,http://x@host",
             "there is an '@' after the first '/' or '?': in a user name or password write '/' as %2F and \
@@ -393,7 +391,7 @@ fn query_parameters() {
 
 #[test]
 fn other_clients_query_parameters() {
-    // The examples of pika's, kombu's and amqp091-go's documentation; what concerns qconsume is read.
+    // Examples from the documentation of pika, kombu and amqp091-go.
     let ignored = |url: &str| Address::parse(url).unwrap().parameters.ignored;
     for url in [
         "amqp://h/%2F?connection_attempts=3&heartbeat=3600&blocked_connection_timeout=300",
@@ -513,17 +511,16 @@ fn an_address_prints_without_its_password() {
     assert_eq!(Secret("S3CRET".to_owned()).expose(), "S3CRET");
 }
 
-/// `text` so that it means itself in every part of a URL, with as few or as many escapes as can be.
 fn escape(text: &str, every_byte: bool) -> String {
     if every_byte { text.bytes().map(|byte| format!("%{byte:02x}")).collect() } else { encode(text).to_string() }
 }
 
-/// Any characters whatsoever; `any::<String>()` has no control characters. 63 fit a virtual host.
+/// `any::<String>()` has no control characters. 63 characters fit a virtual host.
 fn text(characters: RangeInclusive<usize>) -> impl Strategy<Value = String> {
     vec(any::<char>(), characters).prop_map(String::from_iter)
 }
 
-/// A host as it stands in a URL, and what it means.
+/// A host as a URL has it, and decoded.
 fn any_host() -> impl Strategy<Value = (String, String)> {
     let name = (text(1..=63), any::<bool>()).prop_map(|(name, every_byte)| (escape(&name, every_byte), name));
     let zone = option::of("[a-z0-9.]{1,9}");
@@ -534,7 +531,6 @@ fn any_host() -> impl Strategy<Value = (String, String)> {
     prop_oneof![3 => name, 1 => ipv6]
 }
 
-/// What URLs are made of, and what breaks them.
 fn scraps() -> impl Strategy<Value = String> {
     let usual = select(vec![
         "/",
@@ -581,13 +577,12 @@ fn scraps() -> impl Strategy<Value = String> {
     vec(scrap, 0..6).prop_map(|scraps| scraps.concat())
 }
 
-/// A password that nobody encoded: every piece of it, wherever it is cut, has the secret in it.
+/// A password that isn't encoded. Wherever it is cut, each piece contains the secret.
 fn raw_password() -> impl Strategy<Value = String> {
     let piece = scraps().prop_map(|scraps| scraps + "S3CRET");
     vec(piece, 0..3).prop_map(|pieces| format!("S3CRET{}", pieces.concat()))
 }
 
-/// Whatever became of a text, its messages are one line without control characters.
 fn check_shown<T: fmt::Debug + fmt::Display>(shown: &T) -> Result<(), TestCaseError> {
     for text in [shown.to_string(), format!("{shown:?}")] {
         prop_assert!(!text.contains(char::is_control), "{text:?}");
@@ -644,7 +639,6 @@ proptest! {
         prop_assert_eq!(address.parameters.heartbeat, heartbeat);
         prop_assert_eq!(&address.parameters.cacertfile, &file.map(PathBuf::from));
 
-        // Printed, it is a URL for the same place.
         let printed = Address::parse(&address.to_string()).unwrap();
         let expected = Address {
             password: defaults().password,
@@ -654,13 +648,12 @@ proptest! {
         };
         prop_assert_eq!(printed, expected);
 
-        // So are two of them, for both.
         let list = parse_list(&format!("{url},{url}\n")).unwrap();
         prop_assert_eq!(list, vec![address.clone(), address]);
     }
 
     #[test]
-    fn any_text_is_answered(text in prop_oneof![text(0..=63), scraps()]) {
+    fn any_text_is_parsed_or_refused(text in prop_oneof![text(0..=63), scraps()]) {
         check_all_shown(parse_list(&text))?;
         check_all_shown(parse_list(&format!("amqps://{text}")))?;
     }
@@ -674,7 +667,7 @@ proptest! {
     ) {
         let parse = |url: String| Address::parse(&url).map(|address| vec![address]);
         check_all_shown(parse(format!("{scheme}{user}:{password}@{rest}")))?;
-        // The same without what ends a password: it stands where the port would.
+        // Without an '@', the password stands where the port would.
         let (user, password) = (user.replace(['/', '?'], ""), password.replace('@', ""));
         check_all_shown(parse(format!("{scheme}{user}:{password}{rest}")))?;
     }
@@ -686,7 +679,7 @@ proptest! {
         password in raw_password(),
         rest in scraps(),
     ) {
-        // A password that looks like the list's separator is beyond telling.
+        // The list's separator can't be told from a password that looks like it.
         let mut userinfo = format!("{user}:{password}");
         if userinfo.to_lowercase().contains(",amqp") {
             userinfo = userinfo.replace(',', ";");

@@ -9,7 +9,7 @@ fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
     [&[kind, 0, 1][..], &size, payload, &[0xce]].concat()
 }
 
-/// A content header with a table, or arrays, nested so deep in its headers.
+/// A content header with tables (`F`) or arrays (`A`) nested in its headers.
 fn nested(levels: usize, kind: u8) -> Vec<u8> {
     let mut value = vec![b'V'];
     for _ in 0..levels {
@@ -111,17 +111,17 @@ fn what_is_too_large_is_refused_and_what_is_not_amqp_is_left_to_lapin() {
     }
 }
 
-/// A content header of a body of this size.
-fn header(size: u64) -> Vec<u8> {
-    frame(CONTENT_HEADER, &[&[0, 60, 0, 0][..], &size.to_be_bytes(), &[0, 0]].concat())
+fn content_header(body_size: u64) -> Vec<u8> {
+    frame(CONTENT_HEADER, &[&[0, 60, 0, 0][..], &body_size.to_be_bytes(), &[0, 0]].concat())
 }
 
 #[test]
 fn deliveries_are_counted_and_the_last_ones_flag_is_kept() {
     let again = b"\0\x3c\0\x3c\x01t\0\0\0\0\0\0\0\x02\x01\0\x01q";
-    let (observed, _) = observe(&[frame(METHOD, DELIVER), header(0), frame(METHOD, again), header(0)], 64);
+    let (observed, _) =
+        observe(&[frame(METHOD, DELIVER), content_header(0), frame(METHOD, again), content_header(0)], 64);
     assert_eq!((observed.consumer.deliveries, observed.consumer.redelivered), (2, true));
-    let (observed, _) = observe(&[frame(METHOD, again), header(0), frame(METHOD, DELIVER)], 64);
+    let (observed, _) = observe(&[frame(METHOD, again), content_header(0), frame(METHOD, DELIVER)], 64);
     assert_eq!((observed.consumer.deliveries, observed.consumer.redelivered), (2, false));
 }
 
