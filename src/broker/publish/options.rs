@@ -100,7 +100,8 @@ pub struct Properties {
 
     /// Priority: messages of a higher one are delivered first
     ///
-    /// It works in queues with x-max-priority. Quorum queues of RabbitMQ 4 have two priorities: up to 4, and above.
+    /// It works in classic queues with x-max-priority, and in quorum queues of RabbitMQ 4. Before 4.3 those have only two
+    /// priorities: up to 4, and above.
     #[arg(long, value_name = "0-255")]
     pub priority: Option<u8>,
 }
