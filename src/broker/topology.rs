@@ -32,7 +32,7 @@ pub enum Declare {
     Exclusive,
 }
 
-/// How the next attempt declares and subscribes: a refusal may change that.
+/// How the next try declares and subscribes: a refusal may change that.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) step: DeclareStep,
@@ -45,7 +45,7 @@ impl Default for Plan {
     }
 }
 
-/// How a durable queue is declared. A refusal costs the connection, so each step is an attempt of its own.
+/// How a durable queue is declared. A refusal costs the connection, so each step is a try of its own.
 #[derive(Debug)]
 pub(super) enum DeclareStep {
     /// First passively: the queue may exist with any properties, and this needs no permission to configure it.

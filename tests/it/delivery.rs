@@ -1048,7 +1048,7 @@ fn what_comes_late_for_the_last_consumer_does_not_concern_the_next_message() {
     };
     // The second basic.qos is the barrier.
     let (done, connections) = run(Method::BASIC_QOS, 2, timed_out, false);
-    done.assert_stderr("the broker closed the channel of the last consumer: PRECONDITION_FAILED");
+    done.assert_stderr("the broker closed the last consumer's channel or the connection: PRECONDITION_FAILED");
     assert_eq!(connections, 2);
     let (_, connections) = run(Method::CHANNEL_CLOSE, 1, cancelled, true);
     assert_eq!(connections, 1);

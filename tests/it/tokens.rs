@@ -465,7 +465,7 @@ fn a_file_that_is_gone_or_empty_for_a_moment_changes_nothing() {
     mount.put("\n");
     running.wait_for_stderr("is empty", PATIENCE);
     proxy.cut();
-    running.wait_for_stderr("is empty; using what it said before", PATIENCE);
+    running.wait_for_stderr("is empty; using its previous content", PATIENCE);
     proxy.wait_for_nth(ToClient, Method::BASIC_CONSUME_OK, 3);
     mount.put(site.issuer.token(LONG));
     proxy.wait_for(ToClient, Method::CONNECTION_UPDATE_SECRET_OK);

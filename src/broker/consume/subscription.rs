@@ -79,7 +79,7 @@ impl Subscription {
             connection.observed().forget_consumer();
             if let Some(refusal) = connection.observed().closed.clone() {
                 // lapin 4.12 reports that close as an event later, which would be taken for the loss of a delivery.
-                let problem = format!("the broker closed the channel of the last consumer: {refusal}");
+                let problem = format!("the broker closed the last consumer's channel or the connection: {refusal}");
                 return Err(ConnectError::transient(problem).into());
             }
             subscribe(&mut connection, &options, plan, declared).await

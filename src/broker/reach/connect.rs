@@ -120,7 +120,13 @@ impl Connector {
                 }
                 Ok(connection)
             }
-            Err(error) => Err(self.describe(error, &address)),
+            Err(error) => {
+                let mut error = self.with_addresses(error, &address);
+                if error.login_refused {
+                    self.retry_login(&mut error);
+                }
+                Err(error)
+            }
         }
     }
 
@@ -130,12 +136,12 @@ impl Connector {
         if problem != self.unreadable_files
             && let Some(problem) = &problem
         {
-            tracing::warn!("{problem}; using what it said before");
+            tracing::warn!("{problem}; using its previous content");
         }
         self.unreadable_files = problem;
     }
 
-    fn describe(&mut self, mut error: ConnectError, address: &Address) -> ConnectError {
+    fn with_addresses(&self, mut error: ConnectError, address: &Address) -> ConnectError {
         let message = &mut error.failure.message;
         *message = format!("{address}: {message}");
         // A permanent failure is the broker's reply: the other addresses don't matter.
@@ -143,9 +149,6 @@ impl Connector {
             for problem in &self.address_problems {
                 *message = format!("{message}; {problem}");
             }
-        }
-        if error.login_refused {
-            self.retry_login(&mut error);
         }
         error
     }
