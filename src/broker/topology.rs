@@ -9,39 +9,35 @@ use lapin::{
     types::FieldTable,
 };
 
-/// The queue and the bindings to declare before subscribing.
 #[derive(Clone, Debug, Default)]
 pub struct Topology {
-    /// Which queue to declare.
     pub declare: Declare,
-    /// The exchange to bind it to.
+    /// The exchange to bind the queue to, with each of the routing keys.
     pub exchange: Option<String>,
-    /// The routing keys of the bindings.
     pub routing_keys: Vec<String>,
 }
 
 /// Which queue is declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
-    /// None: it has to be there.
     #[default]
     No,
     /// A durable one, unless there is one of this name. RabbitMQ 4.3 refuses shared transient ones.
     Durable,
-    /// An exclusive one, which is deleted with the connection.
+    /// It is deleted with the connection.
     Exclusive,
 }
 
-/// How the next try declares and subscribes: a refusal may change that.
+/// How the next try declares and subscribes.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) step: DeclareStep,
-    pub(super) ack_timeout: bool,
+    pub(super) asks_for_ack_timeout: bool,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { step: DeclareStep::Passive, ack_timeout: true }
+        Self { step: DeclareStep::Passive, asks_for_ack_timeout: true }
     }
 }
 
@@ -51,8 +47,10 @@ pub(super) enum DeclareStep {
     /// First passively: the queue may exist with any properties, and this needs no permission to configure it.
     Passive,
     Create,
-    /// Creating it was refused with this error: somebody else may have created it meanwhile, with other properties.
-    PassiveAgain(ConnectError),
+    /// Another client may have created it meanwhile, with other properties.
+    PassiveAgain {
+        why_not_created: ConnectError,
+    },
 }
 
 #[derive(Debug)]
@@ -75,53 +73,15 @@ impl Topology {
         queue: &str,
         plan: Plan,
     ) -> Result<String, NotSubscribed> {
-        let Plan { step, ack_timeout } = plan;
-        let creates = matches!(step, DeclareStep::Create);
-        let declared = match self.declare {
-            Declare::No => Ok(None),
-            kind => {
-                let options = QueueDeclareOptions {
-                    passive: kind == Declare::Durable && !creates,
-                    durable: kind == Declare::Durable,
-                    exclusive: kind == Declare::Exclusive,
-                    ..QueueDeclareOptions::default()
-                };
-                declare(connection, queue, options).await.map(Some)
-            }
+        let name = match self.declare {
+            Declare::No => queue.to_owned(),
+            Declare::Durable => declare_durable(connection, queue, plan).await?,
+            Declare::Exclusive => declare_exclusive(connection, queue).await?,
         };
-        let declared = declared.map_err(|error| {
-            let meaning = connection.meaning(&error);
-            let refused =
-                || ConnectError::after_handshake(&error, connection, Asked::Queue { action: "declare", queue });
-            let step = match (step, meaning) {
-                (DeclareStep::Passive, Some(Meaning::Missing)) if self.declare == Declare::Durable => {
-                    DeclareStep::Create
-                }
-                (DeclareStep::Create, Some(Meaning::Precondition)) => DeclareStep::PassiveAgain(refused()),
-                // Nobody else has created it. The reason why we can't says more than that it doesn't exist.
-                (DeclareStep::PassiveAgain(refusal), Some(Meaning::Missing)) => return refusal.into(),
-                _ => return refused().into(),
-            };
-            NotSubscribed::RetryWith(Plan { step, ack_timeout })
-        })?;
-        let name = declared.as_ref().map_or(queue, |queue| queue.name().as_str()).to_owned();
-        // A proxy may keep its connection to the broker open, and the queue with it. So we delete the queue before we
-        // close, unless it has messages or a consumer: then another client had it first.
-        let unused = declared.filter(|queue| (queue.message_count(), queue.consumer_count()) == (0, 0));
-        if self.declare == Declare::Exclusive && unused.is_some() && connection.observed().is_another_product {
-            // If the name isn't the broker's choice, another client may have come since: its messages stay.
-            let if_empty = !queue.is_empty();
-            let options = QueueDeleteOptions { if_unused: true, if_empty, ..QueueDeleteOptions::default() };
-            connection.exclusive_queue = Some((name.clone(), options));
-        }
-        if creates {
-            tracing::info!("declared queue {queue:?}, which was not there");
-        }
         if let Some(exchange) = &self.exchange {
             let bound = self.bind(connection, &name, exchange).await;
-            bound.map_err(|error| {
-                ConnectError::after_handshake(&error, connection, Asked::Bind { queue: &name, exchange })
-            })?;
+            let asked = Asked::Bind { queue: &name, exchange };
+            bound.map_err(|error| ConnectError::after_handshake(&error, connection, asked))?;
         }
         Ok(name)
     }
@@ -135,6 +95,48 @@ impl Topology {
         }
         channel.close(200, "OK".into()).await
     }
+}
+
+async fn declare_durable(connection: &OpenConnection, queue: &str, plan: Plan) -> Result<String, NotSubscribed> {
+    let creates = matches!(plan.step, DeclareStep::Create);
+    let options = QueueDeclareOptions { passive: !creates, durable: true, ..QueueDeclareOptions::default() };
+    let refused = match declare(connection, queue, options).await {
+        Ok(declared) => {
+            if creates {
+                tracing::info!("declared queue {queue:?}, which was not there");
+            }
+            return Ok(declared.name().to_string());
+        }
+        Err(refused) => refused,
+    };
+    let meaning = connection.meaning(&refused);
+    let error = ConnectError::after_handshake(&refused, connection, Asked::Queue { action: "declare", queue });
+    let step = match (plan.step, meaning) {
+        (DeclareStep::Passive, Some(Meaning::Missing)) => DeclareStep::Create,
+        (DeclareStep::Create, Some(Meaning::Precondition)) => DeclareStep::PassiveAgain { why_not_created: error },
+        // No other client has created it: the reason why we can't says more than that it doesn't exist.
+        (DeclareStep::PassiveAgain { why_not_created }, Some(Meaning::Missing)) => return Err(why_not_created.into()),
+        _ => return Err(error.into()),
+    };
+    Err(NotSubscribed::RetryWith(Plan { step, ..plan }))
+}
+
+async fn declare_exclusive(connection: &mut OpenConnection, queue: &str) -> Result<String, ConnectError> {
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let declared = declare(connection, queue, options).await.map_err(|error| {
+        ConnectError::after_handshake(&error, connection, Asked::Queue { action: "declare", queue })
+    })?;
+    let name = declared.name().to_string();
+    // A proxy may keep its connection to the broker open, and the queue with it. So we delete the queue before we close,
+    // unless it has messages or a consumer: then another client had it first.
+    let is_unused = (declared.message_count(), declared.consumer_count()) == (0, 0);
+    if is_unused && connection.observed().is_another_product {
+        // If we have chosen the name, another client may have come since: its messages stay.
+        let if_empty = !queue.is_empty();
+        let options = QueueDeleteOptions { if_unused: true, if_empty, ..QueueDeleteOptions::default() };
+        connection.exclusive_queue = Some((name.clone(), options));
+    }
+    Ok(name)
 }
 
 /// Declares a queue on a channel of its own, because a refusal closes the channel.

@@ -36,80 +36,144 @@ pub(super) async fn carry_out(
 ) -> (Settled, Option<DeliveryLost>) {
     // A cancelled consumer gets no further message either.
     let cancels = cancels || subscription.consumer.is_none();
-    let mut machine = Machine { settling: Settling::new(cancels), why: None };
     let begin = Instant::now();
-    let mut deadline = begin + SETTLE_TIMEOUT;
-    // How long the settlement and the first barrier took, once that is answered.
-    let mut first_reply = None;
-    let steps = async {
+    let mut under_way = UnderWay {
+        subscription,
+        held,
+        settlement,
+        settling: Settling::new(cancels),
+        why: None,
+        begin,
+        first_reply: None,
+        deadline: begin + SETTLE_TIMEOUT,
+    };
+    let settled = with_reminders("waiting for the broker to confirm the settlement", under_way.finish()).await;
+    (settled, under_way.why)
+}
+
+struct UnderWay<'a> {
+    subscription: &'a mut Subscription,
+    held: &'a Held,
+    settlement: Settlement,
+    settling: Settling,
+    /// Why it isn't confirmed.
+    why: Option<DeliveryLost>,
+    begin: Instant,
+    /// How long it took until the first barrier was answered.
+    first_reply: Option<Duration>,
+    /// For the reply to the next barrier.
+    deadline: Instant,
+}
+
+impl UnderWay<'_> {
+    async fn finish(&mut self) -> Settled {
         loop {
-            let step = machine.settling.step();
+            let step = self.settling.step();
             if let Step::Done(settled) = step {
                 return settled;
             }
             // What the broker sent until now may change the step.
-            machine.note_arrivals(subscription, held, step, deadline).await;
-            if machine.settling.step() != step {
+            self.note_arrivals(step).await;
+            if self.settling.step() != step {
                 continue;
             }
-            let done = match step {
-                Step::Pause => {
-                    let pause = pause(held.since.elapsed(), first_reply.unwrap_or_default());
-                    timeout_at(deadline, sleep(pause)).await.map(|()| Ok(Event::PauseOver))
-                }
-                _ => timeout_at(deadline, perform(subscription, held, settlement, step)).await,
-            };
+            let performed = timeout_at(self.deadline, self.perform(step)).await;
             if matches!(step, Step::Barrier | Step::Pause) {
                 // What has arrived by now was sent before the reply, or during the pause: it counts first.
-                machine.note_arrivals(subscription, held, step, deadline).await;
+                self.note_arrivals(step).await;
             }
-            match done {
-                Ok(Ok(event)) => {
-                    if event == Event::Reply && first_reply.is_none() {
-                        first_reply = Some(begin.elapsed());
-                        deadline = Instant::now() + SETTLE_TIMEOUT;
-                        // Only now, as the reply may have taken long.
-                        if Settling::needs_second_barrier(settlement, held.since.elapsed(), subscription.ack_timeout) {
-                            machine.settling.require_second_barrier();
-                        }
-                    }
-                    machine.happened(event, None);
-                }
-                Ok(Err(error)) => {
-                    let why = if first_reply.is_some() {
-                        subscription.second_barrier_failed(&error)
-                    } else {
-                        subscription.delivery_lost(&error)
-                    };
-                    machine.happened(Event::Closed, Some(why));
-                }
+            match performed {
+                Ok(Ok(Event::Reply)) => self.note_reply(),
+                Ok(Ok(event)) => self.happened(event, None),
+                Ok(Err(error)) => self.happened(Event::Closed, Some(self.why_closed(&error))),
                 Err(_) => {
                     let why = format!("no reply from the broker within {}", HumanDuration(SETTLE_TIMEOUT));
-                    machine.happened(Event::TimedOut, Some(DeliveryLost::because(why)));
+                    self.happened(Event::TimedOut, Some(DeliveryLost::because(why)));
                 }
             }
         }
-    };
-    let settled = with_reminders("waiting for the broker to confirm the settlement", steps).await;
-    (settled, machine.why)
-}
+    }
 
-/// The state machine, and the reason if it doesn't end with a confirmation.
-struct Machine {
-    settling: Settling,
-    why: Option<DeliveryLost>,
-}
-
-impl Machine {
     /// Tells the machine what the broker has sent until now.
-    async fn note_arrivals(&mut self, subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) {
-        if let Some(same) = another(subscription, held, step, deadline).await {
+    async fn note_arrivals(&mut self, step: Step) {
+        if let Some(same) = self.other_delivery(step).await {
             self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
         }
         // After a delivery, as none comes to a cancelled consumer.
-        if subscription.connection.observed().consumer.cancelled {
-            let why = DeliveryLost::ended(&subscription.connection.observed());
+        if self.subscription.connection.observed().consumer.cancelled {
+            let why = DeliveryLost::ended(&self.subscription.connection.observed());
             self.happened(Event::Cancelled, Some(why));
+        }
+    }
+
+    /// Whether the broker has delivered another message, and if so, whether it is the one that is being settled.
+    ///
+    /// Without a cancel, the next message is due as soon as the broker has processed the acknowledgement, and only its
+    /// content tells it apart from this one. So it is read ahead, and put back. A message that isn't due needs no look:
+    /// it means that the broker has requeued this one, see [`Settling`].
+    async fn other_delivery(&mut self, step: Step) -> Option<bool> {
+        if !self.subscription.has_another() {
+            return None;
+        }
+        let is_due = self.subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
+        if !is_due || !self.subscription.connection.observed().consumer.redelivered {
+            return Some(false);
+        }
+        // If it doesn't arrive, the connection is lost, and the next step reports that.
+        let delivery = timeout_at(self.deadline, self.subscription.next_delivery()).await.ok()?.ok()?;
+        let same = Fingerprint::of(&delivery) == self.held.fingerprint;
+        self.subscription.put_back(delivery);
+        Some(same)
+    }
+
+    /// Performs a step, and returns the event that follows for the machine.
+    async fn perform(&mut self, step: Step) -> lapin::Result<Event> {
+        let (channel, tag) = (&self.subscription.channel, self.held.tag);
+        match step {
+            Step::Cancel => {
+                // If --wait had passed when the message came, the consumer is cancelled already.
+                if let Some(consumer) = self.subscription.consumer.take() {
+                    channel.basic_cancel(consumer.tag(), BasicCancelOptions { nowait: true }).await?;
+                }
+            }
+            // Not by lapin's acker: it returns Ok(false) if the message is lost.
+            Step::Settle => match self.settlement {
+                Settlement::Ack => channel.basic_ack(tag, BasicAckOptions::default()).await?,
+                Settlement::Requeue => channel.basic_reject(tag, BasicRejectOptions { requeue: true }).await?,
+                Settlement::DeadLetter => channel.basic_reject(tag, BasicRejectOptions { requeue: false }).await?,
+                Settlement::Release => channel.basic_nack(tag, RELEASE).await?,
+            },
+            Step::Barrier => {
+                self.subscription.barrier().await?;
+                return Ok(Event::Reply);
+            }
+            Step::Pause => {
+                sleep(pause(self.held.since.elapsed(), self.first_reply.unwrap_or_default())).await;
+                return Ok(Event::PauseOver);
+            }
+            Step::Done(_) => {}
+        }
+        Ok(Event::Written)
+    }
+
+    fn note_reply(&mut self) {
+        if self.first_reply.is_none() {
+            self.first_reply = Some(self.begin.elapsed());
+            self.deadline = Instant::now() + SETTLE_TIMEOUT;
+            // Only now, as the reply may have taken long.
+            let held = self.held.since.elapsed();
+            if Settling::needs_second_barrier(self.settlement, held, self.subscription.ack_timeout) {
+                self.settling.require_second_barrier();
+            }
+        }
+        self.happened(Event::Reply, None);
+    }
+
+    fn why_closed(&self, error: &lapin::Error) -> DeliveryLost {
+        if self.first_reply.is_some() {
+            self.subscription.second_barrier_failed(error)
+        } else {
+            self.subscription.delivery_lost(error)
         }
     }
 
@@ -119,57 +183,6 @@ impl Machine {
             self.why = why;
         }
     }
-}
-
-/// Performs a step, and returns the event that follows for the machine.
-async fn perform(
-    subscription: &mut Subscription,
-    held: &Held,
-    settlement: Settlement,
-    step: Step,
-) -> lapin::Result<Event> {
-    let channel = &subscription.channel;
-    match step {
-        Step::Cancel => {
-            // If --wait had passed when the message came, the consumer is cancelled already.
-            if let Some(consumer) = subscription.consumer.take() {
-                channel.basic_cancel(consumer.tag(), BasicCancelOptions { nowait: true }).await?;
-            }
-        }
-        // Not by lapin's acker: it returns Ok(false) if the message is lost.
-        Step::Settle => match settlement {
-            Settlement::Ack => channel.basic_ack(held.tag, BasicAckOptions::default()).await?,
-            Settlement::Requeue => channel.basic_reject(held.tag, BasicRejectOptions { requeue: true }).await?,
-            Settlement::DeadLetter => channel.basic_reject(held.tag, BasicRejectOptions { requeue: false }).await?,
-            Settlement::Release => channel.basic_nack(held.tag, RELEASE).await?,
-        },
-        Step::Barrier => {
-            subscription.barrier().await?;
-            return Ok(Event::Reply);
-        }
-        Step::Pause | Step::Done(_) => {}
-    }
-    Ok(Event::Written)
-}
-
-/// Whether the broker has delivered the message that is being settled again, if it has delivered any. It is `false`,
-/// too, if no delivery was due: then any one means that the broker has requeued the message, see [`Settling`].
-///
-/// Without a cancel, the next message may come as soon as the broker has processed the acknowledgement. Only its
-/// content tells it apart from the message that is being settled. It is read ahead, and put back.
-async fn another(subscription: &mut Subscription, held: &Held, step: Step, deadline: Instant) -> Option<bool> {
-    if !subscription.has_another() {
-        return None;
-    }
-    let is_due = subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
-    if !is_due || !subscription.connection.observed().consumer.redelivered {
-        return Some(false);
-    }
-    // If it doesn't arrive, the connection is lost, and the next step reports that.
-    let delivery = timeout_at(deadline, subscription.next_delivery()).await.ok()?.ok()?;
-    let same = Fingerprint::of(&delivery) == held.fingerprint;
-    subscription.put_back(delivery);
-    Some(same)
 }
 
 #[cfg(test)]

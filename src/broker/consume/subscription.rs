@@ -22,7 +22,6 @@ use tokio::{
 };
 use tokio_stream::StreamExt;
 
-/// Each channel has one consumer.
 const CONSUMER_TAG: &str = "qconsume";
 
 /// Longest wait for the number of ready messages: the queue's leader may be gone.
@@ -30,17 +29,15 @@ const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// `basic.nack` with requeue releases a message; quorum queues from RabbitMQ 4.3 on don't count it.
+/// Quorum queues from RabbitMQ 4.3 on don't count it as a failure.
 pub(super) const RELEASE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
-/// What to consume from, and how.
 #[derive(Clone, Debug)]
 pub struct ConsumerOptions {
-    /// The queue's name; empty if the broker is to choose one.
+    /// Empty if the broker is to choose a name.
     pub queue: String,
-    /// What is declared before it is consumed from.
     pub topology: Topology,
-    /// `--ack-timeout`: how long the broker is asked to wait for the acknowledgement.
+    /// `--ack-timeout`
     pub ack_timeout: Option<Duration>,
 }
 
@@ -49,11 +46,11 @@ pub(super) struct Subscription {
     pub(super) channel: Channel,
     /// `None` once we have cancelled it.
     pub(super) consumer: Option<lapin::Consumer>,
-    /// Read ahead by `settle`; the next one to be handed out.
+    /// The next delivery, if `settle` has read it ahead.
     read_ahead: Option<Delivery>,
-    /// How many deliveries have been handed out, or dropped.
+    /// The number of deliveries that have been read.
     taken: u64,
-    /// `--ack-timeout`, also if the queue has refused it.
+    /// `--ack-timeout`, even if the queue doesn't know it.
     pub(super) ack_timeout: Option<Duration>,
     pub(super) queue: String,
 }
@@ -69,40 +66,25 @@ impl Subscription {
         give_up: oneshot::Receiver<()>,
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
         const STAGE: &str = "waiting for the broker to subscribe";
-        let last_channel = connection.last_channel.take();
-        let reply = async {
-            if let Some(channel) = last_channel {
-                // If that fails, opening the next channel fails, too.
-                let _ = channel.close(200, "OK".into()).await;
-            }
-            // Only now, as the broker may have cancelled that consumer, or closed its channel, until it got our close.
-            connection.observed().forget_consumer();
-            if let Some(refusal) = connection.observed().closed.clone() {
-                // lapin 4.12 reports that close as an event later, which would be taken for the loss of a delivery.
-                let problem = format!("the broker closed the last consumer's channel or the connection: {refusal}");
-                return Err(ConnectError::transient(problem).into());
-            }
+        let subscribed = with_reminders(STAGE, async {
+            end_last_consumer(&mut connection).await?;
             subscribe(&mut connection, &options, plan, declared).await
-        };
-        let reply = with_reminders(STAGE, reply);
+        });
         let subscribed = tokio::select! {
             biased;
-            subscribed = timeout_at(deadline, reply) => subscribed.ok(),
+            subscribed = timeout_at(deadline, subscribed) => subscribed.ok(),
             _ = give_up => None,
         };
         match subscribed {
-            Some(Ok((queue, channel, consumer))) => {
-                let ack_timeout = options.ack_timeout;
-                Ok(Self {
-                    connection,
-                    channel,
-                    consumer: Some(consumer),
-                    read_ahead: None,
-                    taken: 0,
-                    ack_timeout,
-                    queue,
-                })
-            }
+            Some(Ok((queue, channel, consumer))) => Ok(Self {
+                connection,
+                channel,
+                consumer: Some(consumer),
+                read_ahead: None,
+                taken: 0,
+                ack_timeout: options.ack_timeout,
+                queue,
+            }),
             Some(Err(why)) => Err((connection, why)),
             None => Err((connection, ConnectError::no_answer(STAGE).into())),
         }
@@ -114,8 +96,8 @@ impl Subscription {
         connection
     }
 
-    /// The next delivery, or why there is none: lapin 4.12 reports the subscription's end among the deliveries, the
-    /// connection's events, or both. Dropping the future loses nothing.
+    /// Dropping the future loses nothing. lapin 4.12 reports the subscription's end among the deliveries, among the
+    /// connection's events, or in both.
     pub(super) async fn next_delivery(&mut self) -> Result<Delivery, DeliveryLost> {
         if let Some(delivery) = self.read_ahead.take() {
             return Ok(delivery);
@@ -148,7 +130,7 @@ impl Subscription {
         self.read_ahead = Some(delivery);
     }
 
-    /// By the tap's count: lapin 4.12 drops deliveries that come after a cancel whose reply it doesn't wait for.
+    /// Goes by the tap's count: lapin 4.12 drops deliveries that come after a cancel with `nowait`.
     pub(super) fn has_another(&self) -> bool {
         self.connection.observed().consumer.deliveries > self.taken
     }
@@ -226,22 +208,40 @@ impl Subscription {
         self.barrier().await
     }
 
-    /// Its reply confirms all that was sent before on this channel, which processes methods in order and stops at an
-    /// error. A reply to channel.close or connection.close would prove nothing: it comes in spite of an error.
+    /// Its reply confirms all that was sent on this channel before: the broker processes a channel's methods in order, and
+    /// stops at an error. A reply to channel.close or connection.close would prove nothing, as it comes despite an error.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
 }
 
-/// Called once the reply to the cancel is here. The message is here then, too, so dropping the future loses nothing.
-/// lapin 4.12 takes the end of the channel or of the connection for a reply, too: then the stream ends with the error,
-/// and the broker requeues the message.
+/// Call this once the reply to the cancel is here. The message is here then, too, so dropping the future loses nothing.
+/// lapin 4.12 takes the end of the channel or of the connection for a reply, too: then the stream ends with an error, and
+/// the broker requeues the message.
 async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
     let mut message = None;
     while let Some(next) = consumer.next().await {
         message.get_or_insert(next?);
     }
     Ok(message)
+}
+
+/// Ends the consumer that this connection had before, if it had one.
+async fn end_last_consumer(connection: &mut OpenConnection) -> Result<(), NotSubscribed> {
+    if let Some(channel) = connection.last_channel.take() {
+        // If that fails, opening the next channel fails, too.
+        let _ = channel.close(200, "OK".into()).await;
+    }
+    // Only now, as the broker may have cancelled that consumer, or closed its channel, until it got our close.
+    connection.observed().forget_consumer();
+    match connection.observed().closed.clone() {
+        // lapin 4.12 reports that close as an event later, which would be taken for the loss of a delivery.
+        Some(refusal) => {
+            let problem = format!("the broker closed the last consumer's channel or the connection: {refusal}");
+            Err(ConnectError::transient(problem).into())
+        }
+        None => Ok(()),
+    }
 }
 
 /// The queue's name, and its consumer on a channel.
@@ -253,13 +253,13 @@ async fn subscribe(
     plan: Plan,
     declared: Option<String>,
 ) -> Result<Subscribed, NotSubscribed> {
-    let ask_for_timeout = plan.ack_timeout;
+    let asks_for_ack_timeout = plan.asks_for_ack_timeout;
     let queue = match declared {
         Some(queue) => queue,
         None => options.topology.set_up(connection, &options.queue, plan).await?,
     };
     // An exclusive queue is classic: it would refuse the argument, and a refusal costs the connection and the queue.
-    let may_ask = ask_for_timeout
+    let may_ask = asks_for_ack_timeout
         && options.topology.declare != Declare::Exclusive
         && connection.observed().may_know_ack_timeout();
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
@@ -269,7 +269,7 @@ async fn subscribe(
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
             // The queue exists now, so it is declared passively.
-            Err(NotSubscribed::RetryWith(Plan { step: DeclareStep::Passive, ack_timeout: false }))
+            Err(NotSubscribed::RetryWith(Plan { step: DeclareStep::Passive, asks_for_ack_timeout: false }))
         }
         Err(error) => Err(ConnectError::after_handshake(
             &error,
@@ -280,7 +280,7 @@ async fn subscribe(
     }
 }
 
-/// Sends qos and consume without waiting in between, which saves a round trip.
+/// Sends qos and consume at once, which saves a round trip.
 async fn consume(
     connection: &OpenConnection,
     queue: &str,
@@ -288,8 +288,7 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
-    // Keeps us from consuming a stream, as the messages of a stream can't be settled: streams refuse a priority (seen
-    // with RabbitMQ 3.10 and 4.3, and LavinMQ). For other queues 0 is the default.
+    // The messages of a stream can't be settled. Streams refuse a priority (seen with RabbitMQ 3.10 and 4.3, and LavinMQ).
     if connection.observed().priority_excludes_streams {
         arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     }
