@@ -4,51 +4,44 @@
 use crate::verdict::Settlement;
 use std::time::Duration;
 
-/// A message that was held as long as this needs a second barrier, see [`Settling::needs_second_barrier`].
-///
-/// One that was held for less can be lost only to a `consumer-timeout` policy below five seconds. RabbitMQ 4.3.6 honours
-/// those, but most tasks would fail there anyway. On an idle broker the second barrier takes two percent of a longer run,
-/// at most a second.
+/// From which time on a held message needs a second barrier, see [`Settling::needs_second_barrier`]. Before that, only a
+/// `consumer-timeout` policy below five seconds can requeue it: RabbitMQ 4.3.6 honours one, but most tasks would fail there
+/// anyway.
 const SECOND_BARRIER_FROM: Duration = Duration::from_secs(5);
 
-/// Within this share of our own `--ack-timeout`, the timeout can't have come before the reply, unless the delivery or the
-/// settlement travelled for the rest of it.
+/// Within this share of our own `--ack-timeout` no second barrier is needed: the timeout can't have come first, unless the
+/// delivery or the settlement travelled for the rest of the time.
 const SAFE_SHARE: f64 = 0.8;
 
-/// What has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The method of [`Step::Cancel`] or [`Step::Settle`] is written.
     Written,
-    /// The broker has answered the barrier.
+    /// To the barrier.
     Reply,
-    /// The broker has delivered another message.
+    /// Another delivery; `same` if it is the message that is being settled.
     Delivery {
-        /// It is the message that is being settled.
         same: bool,
     },
     /// The broker has cancelled our consumer.
     Cancelled,
     /// The channel or the connection is lost.
     Closed,
-    /// [`Step::Pause`] has taken its time.
     PauseOver,
     /// The broker hasn't answered in time.
     TimedOut,
 }
 
-/// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Write `basic.cancel` without waiting for its reply.
     Cancel,
-    /// Write the settlement: `basic.ack`, `basic.nack` or `basic.reject`.
+    /// Write `basic.ack`, `basic.nack` or `basic.reject`.
     Settle,
     /// Write `basic.qos`, a synchronous method, on the same channel, and wait for its reply.
     Barrier,
     /// Wait until the broker's channel must have heard of an acknowledgement timeout, if one came first.
     Pause,
-    /// Nothing more.
     Done(Settled),
 }
 
@@ -66,7 +59,6 @@ pub enum Settled {
 /// A settlement under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Settling {
-    /// The consumer is cancelled first, so that no further message is delivered.
     cancels: bool,
     second_barrier: bool,
     stage: Stage,
@@ -83,15 +75,14 @@ enum Stage {
 }
 
 impl Settling {
-    /// Begins to settle a delivery that is still ours, with one barrier.
-    ///
-    /// `cancels`: the consumer is cancelled first, or was cancelled before, so that no further message is delivered.
+    /// Begins to settle a delivery that is still ours, with one barrier. `cancels`: the consumer is cancelled first, or was
+    /// cancelled before, so that no further message is delivered.
     pub fn new(cancels: bool) -> Self {
         let stage = if cancels { Stage::Cancelling } else { Stage::Writing };
         Self { cancels, second_barrier: false, stage }
     }
 
-    /// Asks for a second barrier, see [`Settling::needs_second_barrier`]. Call it before [`Event::Reply`] of the first one.
+    /// Call this before [`Event::Reply`] of the first barrier.
     pub fn require_second_barrier(&mut self) {
         self.second_barrier = true;
     }
@@ -111,7 +102,6 @@ impl Settling {
         removes && held >= safe
     }
 
-    /// What to do now.
     pub fn step(self) -> Step {
         match self.stage {
             Stage::Cancelling => Step::Cancel,

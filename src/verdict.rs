@@ -6,12 +6,10 @@ use crate::{
 };
 use std::{ops::RangeInclusive, str::FromStr};
 
-/// The command's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// It exited with this status.
     Exited(u8),
-    /// This signal killed it.
+    /// By this signal.
     Killed(i32),
 }
 
@@ -28,14 +26,13 @@ impl Ended {
 /// What made qconsume ask the command to stop before it ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
-    /// qconsume was sent this signal: an eviction, which isn't the message's fault.
+    /// qconsume got this signal: an eviction, which isn't the message's fault.
     Signal(i32),
-    /// `--timeout` passed.
+    /// `--timeout`
     TimeLimit,
 }
 
 impl StopReason {
-    /// The signal, if it was one.
     pub fn signal(self) -> Option<i32> {
         match self {
             Self::Signal(signal) => Some(signal),
@@ -47,13 +44,13 @@ impl StopReason {
 /// What the broker is told about the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settlement {
-    /// `basic.ack`: done.
     Ack,
     /// `basic.reject(requeue=true)`: the command failed; counts towards the queue's `delivery-limit`.
     Requeue,
     /// `basic.reject(requeue=false)`: dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLetter,
-    /// `basic.nack(requeue=true)`: stopped from outside, or never run. Since RabbitMQ 4.3 not counted by quorum queues.
+    /// `basic.nack(requeue=true)`: the command was stopped from outside, or never ran. Quorum queues don't count this since
+    /// RabbitMQ 4.3.
     Release,
 }
 
@@ -123,29 +120,25 @@ impl Policy {
 /// What the decision depends on, besides the options.
 #[derive(Clone, Copy, Debug)]
 pub struct CommandResult {
-    /// How the command ended.
     pub ended: Ended,
-    /// What made qconsume stop it, if anything did: a signal or the time limit, whichever came first.
+    /// Whichever came first.
     pub stop: Option<StopReason>,
     /// Whether this connection still owned the delivery when the command had ended.
     pub still_owned: bool,
-    /// How many failures the broker has counted before this run; `None` if the queue doesn't count.
+    /// `None` if the queue doesn't count.
     pub failures_before: Option<u64>,
 }
 
-/// What [`decide`] has decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// What to tell the broker; `None` if the delivery was lost.
+    /// `None` if the delivery was lost.
     pub settlement: Option<Settlement>,
-    /// The exit status if the broker confirms the settlement.
+    /// If the broker confirms the settlement.
     pub status: u8,
-    /// The exit status if it doesn't.
     pub status_if_unconfirmed: u8,
 }
 
 impl Verdict {
-    /// The exit status after this end of the settlement.
     pub const fn status_after(self, settled: Settled) -> u8 {
         match settled {
             Settled::Confirmed => self.status,
@@ -155,51 +148,47 @@ impl Verdict {
     }
 }
 
-/// The order of the cases is the contract.
+/// The order of the cases decides: a lost delivery comes first, then success, then the first reason to stop.
 pub fn decide(result: CommandResult, policy: &Policy) -> Verdict {
     use Settlement::{Ack, DeadLetter, Release, Requeue};
     let unconfirmed = Exit::Unconfirmed.status();
     let timed_out = result.stop == Some(StopReason::TimeLimit);
-    let status = if timed_out { Exit::TimedOut.status() } else { result.ended.status() };
+    let unmapped = if timed_out { Exit::TimedOut.status() } else { result.ended.status() };
     // 124 is qconsume's own status, so `--failure-exit-code` doesn't replace it.
-    let failed = policy.failure_exit_code.filter(|_| !timed_out).unwrap_or(status);
+    let failed = policy.failure_exit_code.filter(|_| !timed_out).unwrap_or(unmapped);
     let (settlement, status, status_if_unconfirmed) = if !result.still_owned {
         (None, unconfirmed, unconfirmed)
     } else if result.ended == Ended::Exited(0) && !timed_out {
         (Some(Ack), 0, unconfirmed)
     } else if matches!(result.stop, Some(StopReason::Signal(_))) {
         (Some(Release), failed, failed)
-    } else if rejects(status, result.failures_before, policy) {
-        // It tells a Job that this message is done, which is so only if the broker has confirmed.
-        let status = policy.reject_exit_code.unwrap_or(failed);
-        (Some(DeadLetter), status, failed)
+    } else if rejects(unmapped, result.failures_before, policy) {
+        // `--reject-exit-code` tells a Job that this message is done, which is so only if the broker has confirmed.
+        (Some(DeadLetter), policy.reject_exit_code.unwrap_or(failed), failed)
     } else {
         (Some(Requeue), failed, failed)
     };
     Verdict { settlement, status, status_if_unconfirmed }
 }
 
-/// How far a run is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RunState {
     /// How many messages are still to be done, including this one; `None` without a limit.
     pub to_do: Option<u64>,
-    /// `--keep-going`.
     pub keep_going: bool,
     /// The first stop signal of the run, whenever it came.
     pub stopped_by: Option<i32>,
 }
 
-/// What comes after a message.
+/// What comes after a message: another one, or the end of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// The next message.
     Message,
-    /// The end of the run, with this message's status.
+    /// With this message's status.
     End,
-    /// The end of the run, by `--count` with `--keep-going`. This message's status isn't the run's.
+    /// By `--count` with `--keep-going`. This message's status isn't the run's.
     AllDone,
-    /// The end of the run by this signal, before everything is done: never with 0.
+    /// By this signal, before everything is done: never with 0.
     Stopped(i32),
 }
 
@@ -229,12 +218,12 @@ pub fn repeats_forever(verdict: Verdict, failures_before: Option<u64>) -> bool {
 
 fn rejects(status: u8, failures_before: Option<u64>, policy: &Policy) -> bool {
     let is_listed = |Statuses(ranges): &Statuses| ranges.iter().any(|range| range.contains(&status));
-    let is_last_attempt = |max| match failures_before {
+    let is_last_failure = |max| match failures_before {
         Some(before) => before.saturating_add(1) >= max,
         // Don't guess a count from the redelivered flag: after a restart of the broker healthy messages have it, too.
         None => max <= 1,
     };
-    policy.reject_on.as_ref().is_some_and(is_listed) || policy.max_attempts.is_some_and(is_last_attempt)
+    policy.reject_on.as_ref().is_some_and(is_listed) || policy.max_attempts.is_some_and(is_last_failure)
 }
 
 #[cfg(test)]

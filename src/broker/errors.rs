@@ -1,5 +1,4 @@
-//! What the broker's refusals mean ([`Refusal::meaning`]), and one table of what follows ([`row`]): exit status, whether a
-//! retry may help, and advice. Then errors that aren't refusals, in words.
+//! What the broker's refusals mean, and one table of what follows: exit status, whether a retry may help, and advice.
 
 use super::reach::{
     address::Address, connection::OpenConnection, credentials::Credentials, observed::Observed, tls_errors,
@@ -41,9 +40,7 @@ pub(super) enum Meaning {
     NewTokenRefused,
     AckTimeout,
     TooLarge,
-    /// Streams take no consumer priority.
     Stream,
-    /// What was asked for contradicts what is there.
     Precondition,
     NotImplemented,
     /// It may pass.
@@ -152,7 +149,6 @@ impl fmt::Display for Refusal {
 /// What the broker was asked for when it refused.
 #[derive(Clone, Copy)]
 pub(super) enum Asked<'a> {
-    /// To log us in and open the virtual host.
     Login(&'a Address),
     /// `action` is a phrase such as "consume from".
     Queue {
@@ -165,7 +161,7 @@ pub(super) enum Asked<'a> {
     },
     /// To declare a queue of a given type.
     Declare(&'a str),
-    /// To publish to this exchange.
+    /// To this exchange.
     Publish(&'a str),
     /// Nothing: it closed the channel or the connection while a message was held or waited for.
     Delivery {
@@ -327,9 +323,8 @@ fn how_to_raise_ack_timeout(observed: &Observed) -> &'static str {
 /// Why connecting, subscribing or publishing failed.
 #[derive(Debug)]
 pub struct ConnectError {
-    /// Another try may succeed.
     pub transient: bool,
-    /// How the run ends if no try succeeds.
+    /// How the run ends if no other try succeeds.
     pub failure: Failure,
     pub(super) login_refused: bool,
 }
@@ -503,9 +498,7 @@ pub struct DeliveryLost {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cause {
-    /// The broker delivered a message that can't be read.
     Unreadable,
-    /// Two connections in succession were lost while a message arrived.
     LostTwice,
     Other,
 }

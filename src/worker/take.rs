@@ -10,19 +10,18 @@ use crate::{
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// Pauses before an empty-looking queue is checked again, or before another connection, double up to the longest.
+/// Pauses before an empty-looking queue is checked again, or before another connection, double from the first on.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// When the log first mentions that it waits for a message.
-const FIRST_MENTION: Duration = Duration::from_secs(30);
+/// After this long a wait for a message is logged for the first time.
+const FIRST_REMINDER: Duration = Duration::from_secs(30);
 
-/// Takes the next message, over as many connections as needed. `None` if --wait has passed or, with --drain, the queue
-/// is empty. Dropping the future loses no message.
+/// `None` if --wait has passed or, with --drain, the queue is empty. Dropping the future loses no message.
 pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> Result<Option<Message>, Failure> {
-    // `--drain` without `--wait` asks at once whether the queue is empty.
-    let at_once = options.drain.then_some(Duration::ZERO);
-    let limit = options.wait.or(at_once);
+    // `--drain` without `--wait` checks at once whether the queue is empty.
+    let limit = options.wait.or(options.drain.then_some(Duration::ZERO));
+    // Without the time spent connecting.
     let mut waited = Duration::ZERO;
     let (mut pause, mut failing_since) = (FIRST_PAUSE, None);
     loop {
@@ -30,7 +29,6 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
             consumer.subscribe().await?;
             tracing::debug!("waiting for a message in queue {:?}", consumer.queue());
         }
-        // Time spent connecting doesn't count.
         let subscribed = Instant::now();
         let left = limit.map(|limit| limit.saturating_sub(waited));
         match wait(consumer, left, options.drain).await {
@@ -61,18 +59,18 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     }
 }
 
-/// Waits for a message on one connection, until `limit` has passed and, with `drain`, the queue is empty.
+/// Waits on one connection, until `limit` has passed and, with `drain`, the queue is empty.
 async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> Result<Option<Message>, DeliveryLost> {
-    let mut look_at = limit.map(|limit| Instant::now() + limit);
+    let mut check_at = limit.map(|limit| Instant::now() + limit);
     let mut pause = FIRST_PAUSE;
-    let mut mention = Reminder::new(FIRST_MENTION);
-    let mut blocked = Reminder::default();
+    let mut waiting_reminder = Reminder::new(FIRST_REMINDER);
+    let mut not_empty_reminder = Reminder::default();
     loop {
         tokio::select! {
             biased;
             message = consumer.next() => return message.map(Some),
-            () = sleep_until_or_never(look_at) => {}
-            waited = mention.due() => {
+            () = sleep_until_or_never(check_at) => {}
+            waited = waiting_reminder.due() => {
                 tracing::info!("still waiting for a message in queue {:?}, for {} now", consumer.queue(), HumanDuration(waited));
                 continue;
             }
@@ -82,17 +80,17 @@ async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> 
         }
         match consumer.depth().await? {
             Some(0) => return consumer.cancel().await,
-            Some(ready) if blocked.is_due() => tracing::info!(
+            Some(ready) if not_empty_reminder.is_due() => tracing::info!(
                 "queue {:?} has {ready} ready messages, but the broker delivers none of them here: another consumer is the active one (single active consumer), or the queue is moving to another node",
                 consumer.queue()
             ),
-            None if blocked.is_due() => tracing::info!(
+            None if not_empty_reminder.is_due() => tracing::info!(
                 "the broker can't say whether queue {:?} is empty: its leader doesn't answer",
                 consumer.queue()
             ),
             _ => {}
         }
-        look_at = Some(Instant::now() + pause);
+        check_at = Some(Instant::now() + pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

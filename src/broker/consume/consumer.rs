@@ -1,4 +1,4 @@
-//! One delivery at a time, and whether this connection still owns it.
+//! Takes messages from one queue, one at a time, over as many connections as it needs.
 
 use super::{
     message::{Fingerprint, Message},
@@ -30,11 +30,9 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 const DEFAULT_DELIVERY_LIMIT: u64 = 20;
 const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
 
-/// Takes messages from one queue, over as many connections as it needs.
 pub struct Consumer {
     connector: Connector,
     options: ConsumerOptions,
-    /// Known after the first subscription.
     queue_name: Option<String>,
     state: State,
     /// A connection was lost while a message arrived, and no message has arrived since.
@@ -81,10 +79,8 @@ impl Consumer {
         self.queue_name.as_deref().unwrap_or(&self.options.queue)
     }
 
-    /// Fails if the queue was exclusive, because it was deleted with the lost connection.
-    ///
     /// # Errors
-    /// 69; its text contains `why`, the reason for the loss.
+    /// 69 if the queue was exclusive, as it was deleted with the lost connection. `why`: the reason for the loss.
     pub fn check_queue_survives(&self, why: &str) -> Result<(), Failure> {
         match &self.queue_name {
             Some(queue) if self.options.topology.declare == Declare::Exclusive => Err(Failure::new(
@@ -95,7 +91,6 @@ impl Consumer {
         }
     }
 
-    /// Whether the broker may deliver a message.
     #[must_use]
     pub fn is_subscribed(&self) -> bool {
         matches!(self.state, State::Ready(_))
@@ -109,7 +104,6 @@ impl Consumer {
     }
 
     /// Connects and subscribes, and retries for `--connect-timeout`. Dropping the future loses no message.
-    ///
     /// # Errors
     /// The first permanent failure, or the last transient one when the time is up.
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
@@ -183,8 +177,7 @@ impl Consumer {
         }
     }
 
-    /// The next message. Dropping the future loses none.
-    ///
+    /// Dropping the future loses no message.
     /// # Errors
     /// Why the subscription has ended; nothing was taken.
     pub async fn next(&mut self) -> Result<Message, DeliveryLost> {
@@ -194,7 +187,6 @@ impl Consumer {
         }
     }
 
-    /// Waits until the message that is held is lost.
     pub async fn wait_until_lost(&mut self) -> DeliveryLost {
         match self.subscription().next_delivery().await {
             Err(lost) => lost,
@@ -202,7 +194,7 @@ impl Consumer {
         }
     }
 
-    /// Why the message that is held is lost, if the broker has already said so.
+    /// Why the held message is lost, if the broker has already said so.
     pub async fn known_loss(&mut self) -> Option<DeliveryLost> {
         tokio::select! {
             biased;
@@ -212,7 +204,6 @@ impl Consumer {
     }
 
     /// How many messages are ready; `None` if the broker can't tell.
-    ///
     /// # Errors
     /// Why the subscription has ended.
     pub async fn depth(&mut self) -> Result<Option<u32>, DeliveryLost> {
@@ -222,8 +213,7 @@ impl Consumer {
         }
     }
 
-    /// Cancels the consumer. Returns a message that has arrived before the reply, or has begun to arrive within 2 s.
-    ///
+    /// Returns a message that has arrived before the reply, or has begun to arrive within 2 s.
     /// # Errors
     /// Why the subscription had already ended; nothing was taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {

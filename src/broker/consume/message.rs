@@ -12,7 +12,6 @@ use std::{
     os::unix::ffi::OsStringExt,
 };
 
-/// A message that was delivered and not settled yet.
 #[derive(Debug)]
 pub struct Message {
     pub body: Vec<u8>,
@@ -24,7 +23,6 @@ pub struct Message {
     pub failures: Option<u64>,
     /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
     pub at_default_delivery_limit: bool,
-    /// For the command.
     pub variables: Vec<Variable>,
 }
 
