@@ -28,7 +28,6 @@ pub enum Event {
     /// The channel or the connection is lost.
     Closed,
     PauseOver,
-    /// The broker hasn't answered in time.
     TimedOut,
 }
 
@@ -36,7 +35,6 @@ pub enum Event {
 pub enum Step {
     /// Write `basic.cancel` without waiting for its reply.
     Cancel,
-    /// Write `basic.ack`, `basic.nack` or `basic.reject`.
     Settle,
     /// Write `basic.qos`, a synchronous method, on the same channel, and wait for its reply.
     Barrier,
@@ -45,7 +43,6 @@ pub enum Step {
     Done(Settled),
 }
 
-/// How the settlement ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Settled {
     /// The broker's channel has processed it while the delivery was ours.
@@ -56,7 +53,6 @@ pub enum Settled {
     Unconfirmed,
 }
 
-/// A settlement under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Settling {
     cancels: bool,
@@ -112,7 +108,6 @@ impl Settling {
         }
     }
 
-    /// Takes events in their order.
     pub fn happened(&mut self, event: Event) {
         self.stage = match (self.stage, event) {
             (Stage::Done(settled), _) => Stage::Done(settled),

@@ -69,31 +69,15 @@ impl Worker {
         if self.options.no_ack {
             self.acknowledge_beforehand(&subject).await?;
         }
-        let mut command = self.start(signals, message.body, message.variables, &subject).await?;
-
-        let limits = self.options.limits.clone();
-        let (ended, stop, mut lost) = supervise(&mut command, &limits, signals, self.wait_until_lost()).await;
-        if lost.is_none() && !self.options.no_ack {
-            lost = self.consumer.known_loss().await;
-        }
-        let result = CommandResult { ended, stop, still_owned: lost.is_none(), failures_before: message.failures };
+        let command = self.start(signals, message.body, message.variables, &subject).await?;
+        let (result, lost) = self.run(signals, command, message.failures).await;
         let verdict = decide(result, &self.options.policy);
         let Some(settlement) = verdict.settlement else {
             let (why, end) = (reason(lost), describe_end(result));
             let text = format!("delivery lost while the command ran, another worker may have it: {why}; {end}");
             return Break(summary(&subject, verdict.status, Outcome::Lost, text));
         };
-
-        if repeats_forever(verdict, result.failures_before) {
-            self.warn_of_uncounted();
-        }
-        let is_last = self.next(signals, verdict, result) != Next::Message;
-        // Cancel before a requeue, too: the next `take` subscribes again, and gets the message. Without that, `--drain`
-        // could find the queue empty: a quorum queue counts it as ready some time later (RabbitMQ 3.10 under load).
-        let cancels = is_last || settlement == Settlement::Requeue;
-        let settled = self.settle_unless_no_ack(settlement, cancels).await;
-        // Asked again, as a stop signal may have come during the settlement.
-        let next = self.next(signals, verdict, result);
+        let (settled, next) = self.settle(signals, settlement, verdict, result).await;
         self.count(settled.outcome);
         let summary = settled.summary(&subject, verdict, result, message.at_default_delivery_limit);
         if settled.end != Settled::Confirmed {
@@ -136,10 +120,23 @@ impl Worker {
         }
     }
 
+    async fn run(
+        &mut self,
+        signals: &mut Signals,
+        mut command: RunningCommand,
+        failures_before: Option<u64>,
+    ) -> (CommandResult, Option<DeliveryLost>) {
+        let limits = self.options.limits.clone();
+        let (ended, stop, mut lost) = supervise(&mut command, &limits, signals, self.wait_until_lost()).await;
+        if lost.is_none() && !self.options.no_ack {
+            lost = self.consumer.known_loss().await;
+        }
+        (CommandResult { ended, stop, still_owned: lost.is_none(), failures_before }, lost)
+    }
+
     /// Waits until the delivery is lost. Warns when the broker is about to requeue the message.
     async fn wait_until_lost(&mut self) -> DeliveryLost {
         if self.options.no_ack {
-            // It is acknowledged already.
             return pending().await;
         }
         if let Some(limit) = self.options.ack_timeout {
@@ -154,7 +151,26 @@ impl Worker {
         self.consumer.wait_until_lost().await
     }
 
-    /// Settles the message (with --no-ack it already is).
+    async fn settle(
+        &mut self,
+        signals: &mut Signals,
+        settlement: Settlement,
+        verdict: Verdict,
+        result: CommandResult,
+    ) -> (SettledMessage, Next) {
+        if repeats_forever(verdict, result.failures_before) {
+            self.warn_of_uncounted();
+        }
+        let is_last = self.next(signals, verdict, result) != Next::Message;
+        // Cancel before a requeue, too: the next `take` subscribes again, and gets the message. Without that, `--drain`
+        // could find the queue empty: a quorum queue counts it as ready some time later (RabbitMQ 3.10 under load).
+        let cancels = is_last || settlement == Settlement::Requeue;
+        let settled = self.settle_unless_no_ack(settlement, cancels).await;
+        // Asked again, as a stop signal may have come during the settlement.
+        (settled, self.next(signals, verdict, result))
+    }
+
+    /// With --no-ack the message is settled already.
     async fn settle_unless_no_ack(&mut self, settlement: Settlement, cancels: bool) -> SettledMessage {
         if self.options.no_ack {
             return SettledMessage::before_the_command();

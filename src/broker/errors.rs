@@ -170,7 +170,6 @@ pub(super) enum Asked<'a> {
     },
 }
 
-/// What follows from a refusal.
 struct Row {
     exit: Exit,
     transient: bool,

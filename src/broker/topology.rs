@@ -17,7 +17,6 @@ pub struct Topology {
     pub routing_keys: Vec<String>,
 }
 
-/// Which queue is declared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Declare {
     #[default]

@@ -42,12 +42,10 @@ pub(super) fn summary(subject: &Subject, status: u8, outcome: Outcome, text: Str
     RunSummary { outcome: Some(outcome), subject: Some(subject.clone()), ..RunSummary::without_message(status, text) }
 }
 
-/// Why a delivery was lost or its settlement isn't confirmed.
 pub(super) fn reason(why: Option<DeliveryLost>) -> String {
     why.map_or(String::new(), |why| why.to_string())
 }
 
-/// What became of a message.
 pub(super) struct SettledMessage {
     settlement: Settlement,
     pub(super) end: Settled,

@@ -177,9 +177,7 @@ impl Consumer {
         }
     }
 
-    /// Dropping the future loses no message.
-    /// # Errors
-    /// Why the subscription has ended; nothing was taken.
+    /// Dropping the future loses no message. After an error nothing was taken.
     pub async fn next(&mut self) -> Result<Message, DeliveryLost> {
         match self.subscription().next_delivery().await {
             Ok(delivery) => Ok(self.hold(delivery)),
@@ -204,8 +202,6 @@ impl Consumer {
     }
 
     /// How many messages are ready; `None` if the broker can't tell.
-    /// # Errors
-    /// Why the subscription has ended.
     pub async fn depth(&mut self) -> Result<Option<u32>, DeliveryLost> {
         match self.subscription().depth().await {
             Err(lost) => Err(self.close_after(lost).await),
@@ -213,9 +209,8 @@ impl Consumer {
         }
     }
 
-    /// Returns a message that has arrived before the reply, or has begun to arrive within 2 s.
-    /// # Errors
-    /// Why the subscription had already ended; nothing was taken.
+    /// Returns a message that has arrived before the reply, or has begun to arrive within 2 s. After an error nothing was
+    /// taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
         match self.subscription().cancel().await {
             Ok(Some(delivery)) => Ok(Some(self.hold(delivery))),

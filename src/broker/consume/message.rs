@@ -15,11 +15,10 @@ use std::{
 #[derive(Debug)]
 pub struct Message {
     pub body: Vec<u8>,
-    /// The `message-id` property, for log lines.
     pub id: Option<String>,
     /// `MESSAGE_ATTEMPT`: the number of this delivery, from 1; `None` if the queue doesn't tell.
     pub attempt: Option<u64>,
-    /// How many failures the queue has counted; `None` if the queue doesn't count.
+    /// Those that the queue has counted; `None` if it doesn't count.
     pub failures: Option<u64>,
     /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
     pub at_default_delivery_limit: bool,

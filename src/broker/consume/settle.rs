@@ -56,10 +56,9 @@ struct UnderWay<'a> {
     held: &'a Held,
     settlement: Settlement,
     settling: Settling,
-    /// Why it isn't confirmed.
     why: Option<DeliveryLost>,
     begin: Instant,
-    /// How long it took until the first barrier was answered.
+    /// How long the settlement and the first barrier took.
     first_reply: Option<Duration>,
     /// For the reply to the next barrier.
     deadline: Instant,
@@ -94,7 +93,6 @@ impl UnderWay<'_> {
         }
     }
 
-    /// Tells the machine what the broker has sent until now.
     async fn note_arrivals(&mut self, step: Step) {
         if let Some(same) = self.other_delivery(step).await {
             self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
@@ -107,7 +105,6 @@ impl UnderWay<'_> {
     }
 
     /// Whether the broker has delivered another message, and if so, whether it is the one that is being settled.
-    ///
     /// Without a cancel, the next message is due as soon as the broker has processed the acknowledgement, and only its
     /// content tells it apart from this one. So it is read ahead, and put back. A message that isn't due needs no look:
     /// it means that the broker has requeued this one, see [`Settling`].
@@ -126,7 +123,6 @@ impl UnderWay<'_> {
         Some(same)
     }
 
-    /// Performs a step, and returns the event that follows for the machine.
     async fn perform(&mut self, step: Step) -> lapin::Result<Event> {
         let (channel, tag) = (&self.subscription.channel, self.held.tag);
         match step {

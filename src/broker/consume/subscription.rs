@@ -37,7 +37,6 @@ pub struct ConsumerOptions {
     /// Empty if the broker is to choose a name.
     pub queue: String,
     pub topology: Topology,
-    /// `--ack-timeout`
     pub ack_timeout: Option<Duration>,
 }
 
@@ -48,8 +47,7 @@ pub(super) struct Subscription {
     pub(super) consumer: Option<lapin::Consumer>,
     /// The next delivery, if `settle` has read it ahead.
     read_ahead: Option<Delivery>,
-    /// The number of deliveries that have been read.
-    taken: u64,
+    deliveries_read: u64,
     /// `--ack-timeout`, even if the queue doesn't know it.
     pub(super) ack_timeout: Option<Duration>,
     pub(super) queue: String,
@@ -81,7 +79,7 @@ impl Subscription {
                 channel,
                 consumer: Some(consumer),
                 read_ahead: None,
-                taken: 0,
+                deliveries_read: 0,
                 ack_timeout: options.ack_timeout,
                 queue,
             }),
@@ -118,7 +116,7 @@ impl Subscription {
         };
         match next {
             Some(Ok(delivery)) => {
-                self.taken += 1;
+                self.deliveries_read += 1;
                 Ok(delivery)
             }
             Some(Err(error)) => Err(self.delivery_lost(&error)),
@@ -132,7 +130,7 @@ impl Subscription {
 
     /// Goes by the tap's count: lapin 4.12 drops deliveries that come after a cancel with `nowait`.
     pub(super) fn has_another(&self) -> bool {
-        self.connection.observed().consumer.deliveries > self.taken
+        self.connection.observed().consumer.deliveries > self.deliveries_read
     }
 
     pub(super) fn delivery_lost(&self, error: &lapin::Error) -> DeliveryLost {
@@ -184,7 +182,7 @@ impl Subscription {
             Err(_) => return Ok(None),
         };
         let last = last.map_err(|error| self.delivery_lost(&error))?;
-        self.taken += u64::from(last.is_some());
+        self.deliveries_read += u64::from(last.is_some());
         self.consumer = None;
         let observed = self.connection.observed();
         if last.is_none() && observed.consumer.cancelled {
@@ -226,7 +224,6 @@ async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Resu
     Ok(message)
 }
 
-/// Ends the consumer that this connection had before, if it had one.
 async fn end_last_consumer(connection: &mut OpenConnection) -> Result<(), NotSubscribed> {
     if let Some(channel) = connection.last_channel.take() {
         // If that fails, opening the next channel fails, too.
@@ -265,7 +262,6 @@ async fn subscribe(
     let ack_timeout = options.ack_timeout.filter(|_| may_ask);
     match consume(connection, &queue, ack_timeout).await {
         Ok((channel, consumer)) => Ok((queue, channel, consumer)),
-        // A classic queue refuses the argument.
         Err(error) if ack_timeout.is_some() && connection.meaning(&error) == Some(Meaning::Precondition) => {
             tracing::debug!("the queue takes no x-consumer-timeout: {error}");
             // The queue exists now, so it is declared passively.

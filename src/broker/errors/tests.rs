@@ -215,7 +215,7 @@ fn every_row_of_the_table() {
     let certificate = &Address::parse("amqps://h?auth_mechanism=external").unwrap();
     let (consume, declare) = (Queue { action: "consume from", queue: "q" }, Queue { action: "declare", queue: "q" });
     let bind = Bind { queue: "q", exchange: "x" };
-    let (kind, publish) = (Declare("q"), Publish("x"));
+    let (declare_type, publish) = (Declare("q"), Publish("x"));
 
     let no_file = Credentials { user: "u", virtual_host: "v", token: None, file: None };
     let file = Credentials { file: Some(Path::new("/f")), ..no_file };
@@ -289,11 +289,11 @@ fn every_row_of_the_table() {
         // A queue.
         (bind, NO_EXCHANGE, no_file, Config, true,
          "there is no exchange \"x\" to bind queue \"q\" to: …; declare it, or check the name and the virtual host"),
-        (kind, UNEQUAL, no_file, Config, false,
+        (declare_type, UNEQUAL, no_file, Config, false,
          "queue \"q\" exists and is another kind of queue: …; publish to it without --declare, or name another"),
         (bind, NO_QUEUE, no_file, Config, true,
          "there is no queue \"q\" to bind: …; declare it, or check QUEUE and the virtual host"),
-        (kind, NO_ACCESS, no_file, NoPermission, false,
+        (declare_type, NO_ACCESS, no_file, NoPermission, false,
          "user \"u\" may not declare queue \"q\": …; grant it with rabbitmqctl set_permissions"),
         (consume, NO_QUEUE, no_file, Config, true,
          "there is no queue \"q\" to consume from: …; declare it, or check QUEUE and the virtual host"),
@@ -329,6 +329,29 @@ fn every_row_of_the_table() {
     }
     let error = ConnectError::from_refusal(Login(password), &Refusal::new(LOGIN.0, LOGIN.1), expired);
     assert!(error.failure.message.contains("; the token expired "), "{}", error.failure.message);
+}
+
+#[test]
+fn a_loss_ends_the_run_if_the_next_connection_would_get_the_same_message() {
+    let end = |lost: DeliveryLost| lost.end_of_run("q").map(|failure| (failure.exit, failure.message));
+    let starts = |lost, start: &str| {
+        let (exit, message) = end(lost).unwrap();
+        assert!(exit == Exit::Software && message.starts_with(start) && message.contains(REMOVE_MESSAGE), "{message}");
+    };
+    let unreadable = || {
+        let mut observed = Observed::default();
+        observed.unreadable = Some("it is broken".to_owned());
+        DeliveryLost::ended(&observed)
+    };
+    let lost = || DeliveryLost::because("reset");
+    assert!(end(lost()).is_none());
+    starts(
+        lost().for_the_second_time(),
+        "two connections in succession were lost while a message from queue \"q\" arrived; the last error: reset; ",
+    );
+    starts(unreadable(), "the next message in queue \"q\" can't be read: it is broken; ");
+    starts(unreadable().for_the_second_time(), "the next message in queue \"q\" can't be read: it is broken; ");
+    assert_eq!(unreadable().to_string(), "the broker delivered another message, which can't be read: it is broken");
 }
 
 fn frame_sizes(version: Option<(u32, u32)>, theirs: u32, ours: Option<u32>) -> Option<String> {
