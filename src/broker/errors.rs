@@ -8,7 +8,7 @@ use crate::exit::{Exit, Failure};
 use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
 use std::{fmt, io, path::Path};
 
-/// Removes the next message of a queue; in the syntax of rabbitmqadmin 2. No command of rabbitmqctl's does that.
+/// Removes the next message of a queue, with rabbitmqadmin 2. rabbitmqctl has no command for that.
 const REMOVE_MESSAGE: &str = "rabbitmqadmin get messages --queue NAME --ack-mode reject_requeue_false";
 
 /// Largest `connection.start-ok` frame, in bytes. RabbitMQ 3.10 and 4.3 close without a reason if it is larger.
