@@ -1034,6 +1034,10 @@ fn what_comes_late_for_the_last_consumer_does_not_concern_the_next_message() {
                     let message = peer::counted_message(request.channel, 1, true, &[("x-delivery-count", 1)], body);
                     Answer::Bytes([peer::usual(request), message].concat())
                 }
+                // A close that crosses the peer's gets no reply.
+                Method::CHANNEL_CLOSE if request.connection == 1 && late == Method::BASIC_QOS => {
+                    Answer::Bytes(Vec::new())
+                }
                 method if method == late && (request.connection, request.nth) == (1, nth) => {
                     let (late, usual) = (sends(request.channel), peer::usual(request));
                     Answer::Bytes(if before { [late, usual] } else { [usual, late] }.concat())
