@@ -1,29 +1,30 @@
 //! qpublish: fills a queue, and reports which messages the broker has confirmed.
 //!
-//! It connects, declares, reads, publishes, waits for the confirms and reports. Messages are persistent, and mandatory
-//! unless --no-mandatory is given, and the broker confirms each. So a message that no queue takes, which amqp-publish
-//! loses without a word, is an error here.
+//! Messages are persistent, and mandatory unless --no-mandatory is given, and the broker confirms each. So a message
+//! that no queue takes, which amqp-publish loses without a word, is an error here.
 
+mod input;
 mod options;
-mod progress;
-mod source;
 
-pub use options::QpublishOptions;
 #[cfg(fuzzing)]
-pub use source::records;
+pub use input::records;
+pub use options::QpublishOptions;
 
 use crate::{
-    broker::{Body, Confirms, NotQueued, Publisher, Route},
+    broker::{Confirms, NotQueued, OpenConnection, Publisher, Route},
     exit::{Exit, Failure, status_of_signal},
     program::Program,
-    report::{RunSummary, counted},
+    report::{HumanDuration, Reminder, RunSummary, counted, show_progress},
     signals::{Signals, unless_stopped},
 };
+use input::Input;
 use nix::sys::signal::Signal;
-use progress::Progress;
-use source::Source;
-use std::{sync::Arc, time::Duration};
-use tokio::{sync::mpsc::Receiver, time::timeout};
+use std::{
+    mem::{replace, take},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::time::{sleep, timeout};
 
 /// After a stop signal: how long to wait for the messages in flight.
 const GRACE: Duration = Duration::from_secs(3);
@@ -32,40 +33,81 @@ const GRACE: Duration = Duration::from_secs(3);
 ///
 /// # Errors
 /// If a file can't be read, or there is no connection.
-pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
-    let source = Arc::new(options.input.into_source(options.declare.is_some())?);
+pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Result<u8, Failure> {
+    let input = Arc::new(take(&mut options.input).complete(options.route.declare.is_some())?);
     let mut connector = options.broker.connector(format!("qpublish {}", options.route.routing_key));
-    let connection = match unless_stopped(&mut signals, connector.connect()).await {
+    let mut connection = match unless_stopped(&mut signals, connector.connect()).await {
         Ok(connected) => connected?,
-        Err(signal) => {
-            let (status, why) = stopped(signal);
-            RunSummary::without_message(status, format!("{why} before anything was published")).report();
-            return Ok(status);
+        Err(signal) => return Ok(report_end(Ok(Some(signal)), &Confirms::default(), &input, &options.route)),
+    };
+    let mut publisher = None;
+    let ended = run(&mut publisher, &mut connection, &options, &input, &mut signals).await;
+    let confirms = publisher.map(|publisher| publisher.confirms).unwrap_or_default();
+    // The confirms are counted: a signal now only shortens the closing.
+    let _ = unless_stopped(&mut signals, connection.close()).await;
+    Ok(report_end(ended, &confirms, &input, &options.route))
+}
+
+/// Declares, and publishes until there is no more, a message is returned or nacked, or a stop signal comes; then waits
+/// for the messages in flight, after a signal for [`GRACE`] only. Returns the signal, unless everything was read before
+/// it and is answered by then.
+async fn run<'a>(
+    publisher: &mut Option<Publisher<'a>>,
+    connection: &'a mut OpenConnection,
+    options: &'a QpublishOptions,
+    input: &Arc<Input>,
+    signals: &mut Signals,
+) -> Result<Option<Signal>, Failure> {
+    let QpublishOptions { route, properties, output, .. } = options;
+    let on_terminal = output.shows_progress() && !input.is_typed();
+    let name = |number| input.name(number);
+    let mut bodies = None;
+    let publish_all = async {
+        let opened = Publisher::open(connection, route, properties, options.timeout).await?;
+        let publisher = publisher.insert(opened);
+        bodies = Some(input.start()?);
+        let (mut reminder, mut confirmed_before) = (Reminder::default(), 0);
+        loop {
+            tokio::select! {
+                biased;
+                ended = publisher.run(&mut bodies, name) => return ended,
+                () = sleep(Duration::from_secs(1)), if on_terminal => {
+                    let confirmed = publisher.confirms.confirmed();
+                    let rate = confirmed.saturating_sub(replace(&mut confirmed_before, confirmed));
+                    show_progress(&input.progress(&publisher.confirms, rate));
+                }
+                time = reminder.due(), if !on_terminal => {
+                    let confirmed = counted(publisher.confirms.confirmed(), "message", "messages");
+                    tracing::info!("still publishing, for {} now: {confirmed} confirmed", HumanDuration(time));
+                }
+            }
         }
     };
-    let progress = Progress::new(options.output.shows_progress() && !source.is_typed(), source.total());
-    let mut publisher = Publisher::new(connection, options.route, &options.properties, options.timeout);
-    let ended = publish_all(&mut publisher, options.declare.as_deref(), &source, progress, &mut signals).await;
-    // The confirms are counted: a signal now only shortens the closing.
-    let _ = unless_stopped(&mut signals, publisher.connection.close()).await;
-    let (confirms, route) = (&publisher.confirms, &publisher.route);
-    let (sent, confirmed) = (confirms.sent(), confirms.confirmed());
+    let signal = match unless_stopped(signals, publish_all).await {
+        Ok(ended) => return ended.map(|()| None),
+        Err(signal) => signal,
+    };
+    let Some(publisher) = publisher else { return Ok(Some(signal)) };
+    let all_was_read = bodies.take().is_none();
+    // A second signal ends this wait.
+    match timeout(GRACE, unless_stopped(signals, publisher.run(&mut bodies, name))).await {
+        Ok(Ok(ended)) if all_was_read => ended.map(|()| None),
+        _ => Ok(Some(signal)),
+    }
+}
+
+/// Logs how the run has ended, writes the termination message of a failure, and returns the exit status.
+fn report_end(ended: Result<Option<Signal>, Failure>, confirms: &Confirms, input: &Input, route: &Route) -> u8 {
     // A returned or nacked message is the reason to report, whatever else has happened.
-    let ended = confirms.not_queued.map_or(ended, |message| Err(not_queued(message, route, &source)));
+    let ended = confirms.not_queued.map_or(ended, |message| Err(not_queued(message, input, route)));
+    let (sent, confirmed) = (confirms.sent(), confirms.confirmed());
     let (status, why) = match ended {
         Err(failure) => (failure.exit.status(), failure.message),
-        Ok(Some(signal)) => stopped(signal),
+        Ok(Some(signal)) => (status_of_signal(signal as i32), format!("stopped by {signal}")),
         Ok(None) => {
-            let text = match &*source {
-                Source::Arguments(messages) if messages.is_empty() => format!(
-                    "queue {:?} is declared; nothing is published, as no message is given \
-                     (with --declare, standard input is read by --lines or --file /dev/stdin)",
-                    route.routing_key
-                ),
-                _ => format!("{} confirmed", counted(sent, "message", "messages")),
-            };
-            // Not by `RunSummary`: a success writes no termination message here, and its fields are in JSON only.
+            let text = format!("{} confirmed", counted(sent, "message", "messages"));
             let source = Program::Qpublish.name();
+            // Not by `RunSummary`: its fields are in JSON only here.
             tracing::info!(
                 json.sent = sent,
                 json.confirmed = confirmed,
@@ -73,53 +115,18 @@ pub async fn publish(options: QpublishOptions, mut signals: Signals) -> Result<u
                 json.source = source,
                 "{text}"
             );
-            return Ok(0);
+            return 0;
         }
     };
-    let summary = RunSummary::without_message(status, format!("{why}; {}", how_far(confirms, &source)));
-    RunSummary { published: Some((sent, confirmed)), ..summary }.report();
-    Ok(status)
+    let text = format!("{why}; {}", how_far(confirms, input));
+    RunSummary { published: Some((sent, confirmed)), ..RunSummary::without_message(status, text) }.report();
+    status
 }
 
-/// Declares, and publishes until there is no more, a message is returned or nacked, or a stop signal comes; then waits
-/// for the messages in flight, after a signal for [`GRACE`] only. Returns the signal, unless everything was read before
-/// it and is answered by then.
-async fn publish_all(
-    publisher: &mut Publisher,
-    declare: Option<&str>,
-    source: &Arc<Source>,
-    mut progress: Progress,
-    signals: &mut Signals,
-) -> Result<Option<Signal>, Failure> {
-    match unless_stopped(signals, publisher.open(declare)).await {
-        Ok(opened) => opened?,
-        Err(signal) => return Ok(Some(signal)),
-    }
-    let mut bodies = Some(source.start().map_err(|error| Failure::system("can't start to read", &error))?);
-    let mut run = async |bodies: &mut Option<Receiver<Body>>| loop {
-        tokio::select! {
-            biased;
-            ended = publisher.run(bodies, |number| source.name(number)) => return ended,
-            () = progress.due() => progress.show(&publisher.confirms),
-        }
-    };
-    let signal = match unless_stopped(signals, run(&mut bodies)).await {
-        Ok(ended) => return ended.map(|()| None),
-        Err(signal) => signal,
-    };
-    let all_was_read = bodies.take().is_none();
-    // A second signal ends this wait.
-    match timeout(GRACE, unless_stopped(signals, run(&mut bodies))).await {
-        Ok(Ok(ended)) if all_was_read => ended.map(|()| None),
-        _ => Ok(Some(signal)),
-    }
-}
-
-/// The failure for a returned or nacked message.
-fn not_queued(message: NotQueued, route: &Route, source: &Source) -> Failure {
-    let mut which = source.name(message.first);
+fn not_queued(message: NotQueued, input: &Input, route: &Route) -> Failure {
+    let mut which = input.name(message.first);
     if message.last > message.first {
-        which += &format!(" or a later one, up to {},", source.name(message.last));
+        which += &format!(" or a later one, up to {},", input.name(message.last));
     }
     if message.nacked {
         let why = "the queue is full (x-max-length with reject-publish), or can't take it for now";
@@ -130,23 +137,18 @@ fn not_queued(message: NotQueued, route: &Route, source: &Source) -> Failure {
 }
 
 /// How many messages are confirmed, and where to go on.
-fn how_far(confirms: &Confirms, source: &Source) -> String {
+fn how_far(confirms: &Confirms, input: &Input) -> String {
     if confirms.sent() == 0 {
         return "nothing was published".to_owned();
     }
-    let (confirmed, without_gap) = (confirms.confirmed(), confirms.without_gap());
-    let sent = counted(confirms.sent(), "message", "messages");
-    let mut text = format!("confirmed: {confirmed} of {sent} sent, {without_gap} from the start without a gap");
-    if !matches!(source, Source::Input(_)) {
-        text += &format!("; to resume, begin with {}", source.name(without_gap + 1));
-    }
-    if !confirms.none_in_flight() {
+    let (sent, without_gap) = (counted(confirms.sent(), "message", "messages"), confirms.without_gap());
+    let mut text = format!(
+        "confirmed: {} of {sent} sent, {without_gap} from the start without a gap; to resume, begin with {}",
+        confirms.confirmed(),
+        input.name(without_gap + 1)
+    );
+    if confirms.any_in_flight() {
         text += "; what was sent and not confirmed may have arrived or not";
     }
     text
-}
-
-/// The status and the reason of a run that a signal ended.
-fn stopped(signal: Signal) -> (u8, String) {
-    (status_of_signal(signal as i32), format!("stopped by {signal}"))
 }

@@ -1,6 +1,6 @@
 //! qpublish's options and their environment.
 
-use super::source::Input;
+use super::input::Input;
 use crate::{
     broker::{Properties, Route},
     cli::{BrokerOptions, Given, Options, OutputOptions, Precedence, VERSION, queue_name},
@@ -33,17 +33,6 @@ pub struct QpublishOptions {
     #[command(flatten)]
     pub(super) route: Route,
 
-    /// Declare the queue first: quorum, classic or default
-    ///
-    /// The queue is durable. quorum is replicated, classic is on one node, and default is the virtual host's default
-    /// type. A queue that exists must be of the same type. Without a message the queue is only declared, and standard
-    /// input is not read.
-    #[arg(long, value_name = "TYPE", value_parser = ["default", "quorum", "classic"], hide_possible_values = true)]
-    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "default")]
-    #[arg(conflicts_with_all = ["exchange", "routing_key"])]
-    pub(super) declare: Option<String>,
-
-    /// What to publish.
     #[command(flatten)]
     pub(super) input: Input,
 
@@ -51,7 +40,6 @@ pub struct QpublishOptions {
     #[arg(short, long, hide = true)]
     persistent: bool,
 
-    /// The properties of every message.
     #[command(flatten)]
     pub(super) properties: Properties,
 
@@ -63,11 +51,9 @@ pub struct QpublishOptions {
     #[arg(help_heading = "Publishing")]
     pub(super) timeout: Duration,
 
-    /// What to say, how, and where.
     #[command(flatten)]
     pub(super) output: OutputOptions,
 
-    /// Where the broker is, and how to reach it.
     #[command(flatten)]
     pub(super) broker: BrokerOptions,
 }
@@ -87,57 +73,26 @@ Examples:
     }
 
     fn check(&mut self, given: &Given<'_>) -> Result<(), Failure> {
-        let by_queue = !given.is_given("exchange") && !given.is_given("routing_key");
-        match self.queue.take() {
-            // QUEUE from the environment gives way to --exchange or --routing-key.
-            _ if !by_queue && given.precedence("queue") < Precedence::Flag => {}
-            _ if !by_queue => {
-                let text = "--queue can't be used together with --exchange or --routing-key: leave one out";
-                return Err(Failure::usage(text));
+        let routed = given.is_given("exchange") || given.is_given("routing_key");
+        // QUEUE from the environment gives way to --exchange or --routing-key.
+        let queue = self.queue.take().filter(|_| !routed || given.precedence("queue") == Precedence::Flag);
+        let usage = |text: &str| Err(Failure::usage(text));
+        match queue {
+            Some(_) if routed => {
+                return usage("--queue can't be used together with --exchange or --routing-key: leave one out");
             }
-            None => {
-                let text = "nowhere to publish to: set QUEUE, or use --queue NAME, or --exchange and --routing-key";
-                return Err(Failure::usage(text));
-            }
-            Some(queue) if queue.is_empty() => {
-                return Err(Failure::usage("the queue's name is empty: QUEUE (or --queue) needs one"));
-            }
+            Some(queue) if queue.is_empty() => return usage("the queue's name is empty: QUEUE (or --queue) needs one"),
             Some(queue) => self.route.routing_key = queue,
+            None if routed => {}
+            None => {
+                return usage("nowhere to publish to: set QUEUE, or use --queue NAME, or --exchange and --routing-key");
+            }
         }
         self.broker.find_nodes(given)?;
         let mut names = HashSet::new();
         match self.properties.headers.iter().find(|(name, _)| !names.insert(name)) {
-            Some((name, _)) => Err(Failure::usage(format!("--header {name:?} is given twice"))),
+            Some((name, _)) => usage(&format!("--header {:?} is given twice", name.as_str())),
             None => Ok(()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{super::source::Source, *};
-    use crate::cli::{Request, command_line, parse};
-    use std::{ffi::OsString, path::PathBuf};
-
-    #[test]
-    fn the_options_are_consistent() {
-        command_line::<QpublishOptions>().debug_assert();
-    }
-
-    #[test]
-    fn a_dash_is_standard_input() {
-        let source = |files: &[&str]| {
-            let words = ["qpublish", "-u", "amqp://h", "-q", "q", "-f"].iter();
-            let words: Vec<_> = words.chain(files).map(OsString::from).collect();
-            match parse::<QpublishOptions>(&words) {
-                Ok(Request::Run(options)) => options.input.into_source(false).unwrap(),
-                other => panic!("{other:?}"),
-            }
-        };
-        assert!(matches!(source(&["-"]), Source::Input(_)));
-        let Source::Files(files) = source(&["/dev/null", "-"]) else {
-            panic!("no files");
-        };
-        assert_eq!(files, [PathBuf::from("/dev/null"), "/dev/stdin".into()]);
     }
 }

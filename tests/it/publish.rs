@@ -158,10 +158,11 @@ fn every_file_is_a_message() {
     let queue = Broker::shared().queue("files");
     let one = file("one", b"1\n");
     let two = file("two", &[0, 255]);
-    let ended = to(&queue).arg("-f").args([&one, &two]).run();
-    says_confirmed(&ended, "2 messages confirmed");
+    let ended = to(&queue).arg("-f").args([&one, &two]).arg("-").stdin("3\n").run();
+    says_confirmed(&ended, "3 messages confirmed");
     assert_eq!(queue.wait_get().data, b"1\n");
     assert_eq!(queue.wait_get().data, [0, 255]);
+    assert_eq!(queue.wait_get().data, b"3\n");
 }
 
 #[test]
@@ -171,6 +172,17 @@ fn a_file_that_cannot_be_read_is_found_out_before_anything_is_published() {
     for bad in ["/nonexistent", "/tmp"] {
         let ended = to(&queue).arg("-f").arg(&good).arg(bad).run();
         ended.assert_status(66).assert_stderr(bad);
+    }
+    assert_eq!(queue.ready(), 0);
+}
+
+#[test]
+fn standard_input_that_cannot_be_read_is_not_an_empty_one() {
+    let queue = Broker::shared().queue("write-only");
+    // nohup(1) leaves standard input like this.
+    for option in ["--lines", "--null", "--file=-"] {
+        let ended = to(&queue).arg(option).through(["sh", "-c", "exec \"$0\" \"$@\" 0>/dev/null"]).run();
+        ended.assert_status(66).assert_stderr("can't be read: Bad file descriptor");
     }
     assert_eq!(queue.ready(), 0);
 }
@@ -613,7 +625,7 @@ fn a_broker_that_is_not_there_is_no_success_and_the_wait_for_it_can_be_ended() {
     silent.wait_accepted(1);
     running.signal(Signal::SIGTERM);
     let ended = running.wait(PATIENCE);
-    ended.assert_status(143).assert_stderr("before anything was published");
+    ended.assert_status(143).assert_stderr("stopped by SIGTERM; nothing was published");
 }
 
 #[test]
@@ -629,6 +641,7 @@ fn options_that_contradict_each_other_are_usage_errors() {
         (&["-q", "a", "-0", "-l"], "cannot be used with"),
         (&["-q", "a", "-f", "x", "-b", "y"], "cannot be used with"),
         (&["-q", "a", "-H", "none", "x"], "no colon"),
+        (&["-q", "a", "-H", ": value", "x"], "no name"),
         (&["-q", "a", "-H", "n:1", "-H", "n:2", "x"], "given twice"),
         (&["-q", "a", "--timeout", "0", "x"], "more than 0"),
         (&["-q", "a", "--expiration", "10s", "x"], "--expiration"),
@@ -638,6 +651,8 @@ fn options_that_contradict_each_other_are_usage_errors() {
         ended.assert_status(64).assert_stderr("qpublish: ").assert_stderr(what);
     }
     let ended = qpublish().url(url).args(["-q", &"n".repeat(256), "x"]).run();
+    ended.assert_status(64).assert_stderr("AMQP allows 255");
+    let ended = qpublish().url(url).args(["-q", "a", "-H", &format!("{}: v", "n".repeat(256)), "x"]).run();
     ended.assert_status(64).assert_stderr("AMQP allows 255");
     qpublish().args(["-q", "a", "x"]).run().assert_status(64).assert_stderr("BROKER_URL");
 }

@@ -1,17 +1,16 @@
-//! What was published, what of it the broker has confirmed, and which message it has returned or refused.
+//! What was published, what of it the broker has confirmed, and which message it has returned or nacked.
 
 use lapin::Confirmation;
 use std::collections::VecDeque;
-use tokio::sync::SemaphorePermit;
 
 /// The messages that were sent, and the broker's answers, in the order of publishing.
 #[derive(Debug, Default)]
 pub struct Confirms {
-    /// The messages that are neither confirmed nor refused. The last one may still be on its way to the socket.
+    /// The messages without a confirm. The last one may still be on its way to the socket.
     in_flight: VecDeque<InFlight>,
     /// How many confirms were received: `basic.ack` and `basic.nack`, one for each message.
-    pub answered: u64,
-    /// The size of the answered messages' bodies together, in bytes.
+    answered: u64,
+    /// The bodies of the answered messages and a separator after each, in bytes.
     pub bytes: u64,
     /// How many `basic.return` and `basic.nack` were received. LavinMQ sends both for the same message.
     failures: u64,
@@ -25,7 +24,6 @@ struct InFlight {
     size: u64,
     /// How many messages were answered when it was sent.
     answered_before: u64,
-    _permit: SemaphorePermit<'static>,
 }
 
 /// A message that was returned or nacked: one of the messages `first` to `last`, counted from 1.
@@ -40,17 +38,17 @@ pub struct NotQueued {
 }
 
 impl Confirms {
-    /// Counts a message that is sent, with a body of this size in bytes. The permit is given back with its confirm.
-    pub(super) fn sent_one(&mut self, size: u64, permit: SemaphorePermit<'static>) {
-        self.in_flight.push_back(InFlight { size, answered_before: self.answered, _permit: permit });
+    /// Counts a message that is sent, with a body of this size in bytes.
+    pub(super) fn sent_one(&mut self, size: u64) {
+        self.in_flight.push_back(InFlight { size, answered_before: self.answered });
     }
 
     /// Counts the confirm of the first message in flight.
     pub(super) fn count(&mut self, confirmation: Confirmation) {
         let sent = self.sent();
-        let InFlight { size, answered_before, .. } = self.in_flight.pop_front().expect("what is confirmed was sent");
+        let InFlight { size, answered_before } = self.in_flight.pop_front().expect("what is confirmed was sent");
         self.answered += 1;
-        self.bytes += size;
+        self.bytes += size + 1;
         let (nacked, returned) = (confirmation.is_nack(), confirmation.take_message().is_some());
         self.failures += u64::from(nacked) + u64::from(returned);
         // lapin 4.12 adds a return to whichever confirm it handles next, in no order if one frame confirms several. So
@@ -73,9 +71,9 @@ impl Confirms {
         self.answered + self.in_flight.len() as u64
     }
 
-    /// Whether every message that was sent is answered.
-    pub fn none_in_flight(&self) -> bool {
-        self.in_flight.is_empty()
+    /// Whether a message that was sent has no confirm yet.
+    pub fn any_in_flight(&self) -> bool {
+        !self.in_flight.is_empty()
     }
 
     /// How many messages are confirmed without a gap, from the first one.
@@ -93,20 +91,16 @@ impl Confirms {
 mod tests {
     use super::*;
     use Confirmation::{Ack, Nack};
-    use lapin::message::BasicReturnMessage;
-    use std::iter;
-    use tokio::sync::Semaphore;
+    use lapin::message::{BasicReturnMessage, Delivery};
 
     #[test]
     fn a_returned_or_nacked_message_is_never_placed_too_late() {
-        static WINDOW: Semaphore = Semaphore::const_new(10);
         let returned = || {
-            let delivery = lapin::message::Delivery::mock(0, "".into(), "".into(), false, Vec::new());
+            let delivery = Delivery::mock(0, "".into(), "".into(), false, Vec::new());
             Some(BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() })
         };
-        let acked = || (Ack(None), 0);
+        let (acked, nacked) = (|| (Ack(None), 0), || (Nack(None), 0));
         let back = |answered_before| (Ack(returned()), answered_before);
-        let nacked = || (Nack(None), 0);
         let both = |answered_before| (Nack(returned()), answered_before);
         let one_of = |first, last, nacked| Some(NotQueued { first, last, nacked });
         for (sent, answers, confirmed, expected) in [
@@ -123,18 +117,16 @@ mod tests {
             (3, vec![acked(), both(1), both(2)], 1, one_of(2, 2, true)),
             (3, vec![nacked(), back(0), acked()], 1, one_of(1, 1, true)),
         ] {
-            let answered_before = answers.iter().map(|(_, answered_before)| *answered_before).chain(iter::repeat(0));
-            let in_flight = answered_before.take(sent).map(|answered_before| {
-                let permit = WINDOW.try_acquire().expect("it is large enough");
-                InFlight { size: 1, answered_before, _permit: permit }
-            });
-            let mut confirms = Confirms { in_flight: in_flight.collect(), ..Confirms::default() };
-            let (count, shown) = (answers.len() as u64, format!("{answers:?}"));
+            let (count, shown) = (answers.len(), format!("{answers:?}"));
+            let mut confirms = Confirms::default();
+            let befores = answers.iter().map(|(_, answered_before)| *answered_before);
+            confirms.in_flight.extend(befores.map(|answered_before| InFlight { size: 1, answered_before }));
+            confirms.in_flight.extend((count..sent).map(|_| InFlight { size: 1, answered_before: 0 }));
             for (confirmation, _) in answers {
                 confirms.count(confirmation);
             }
             assert_eq!((confirms.confirmed(), confirms.not_queued), (confirmed, expected), "{shown}");
-            assert_eq!(confirms.without_gap(), expected.map_or(count, |message| message.first - 1));
+            assert_eq!(confirms.without_gap(), expected.map_or(count as u64, |message| message.first - 1));
         }
     }
 }

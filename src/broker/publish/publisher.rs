@@ -14,14 +14,20 @@ use crate::{
     report::HumanDuration,
 };
 use lapin::{
-    BasicProperties, Channel, Event, PublisherConfirm,
+    BasicProperties, Channel, Confirmation, Event,
     options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions},
     protocol::basic,
     types::{AMQPValue, FieldTable},
 };
-use std::{collections::VecDeque, future::Future, pin::Pin, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::ready,
+    pin::Pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 use tokio::{
-    sync::{SemaphorePermit, mpsc::Receiver},
+    sync::{SemaphorePermit, mpsc::UnboundedReceiver},
     time::{Instant, sleep_until, timeout},
 };
 
@@ -29,61 +35,47 @@ use tokio::{
 /// size; class, weight and the body's size; the frame's end.
 const AROUND_PROPERTIES: u64 = 7 + 12 + 1;
 
-/// A body to publish, and the permit to have it in flight; or why there is none. Nothing is taken after that.
+/// A body to publish, and the permit to have it in flight, until its confirm; or why there are no more.
 pub type Body = Result<(Vec<u8>, SemaphorePermit<'static>), Failure>;
 
-/// Publishes persistent messages over a connection.
-pub struct Publisher {
-    /// To be closed by the caller, after the last confirm.
-    pub connection: OpenConnection,
-    channel: Option<Channel>,
-    /// Where the messages go.
-    pub route: Route,
+type ConfirmFuture = Pin<Box<dyn Future<Output = lapin::Result<Confirmation>>>>;
+
+/// Publishes persistent messages over a connection, which the caller closes.
+pub struct Publisher<'a> {
+    connection: &'a mut OpenConnection,
+    channel: Channel,
+    route: &'a Route,
     properties: BasicProperties,
     /// Longest wait for the next confirm.
     limit: Duration,
     /// When that wait began.
     waiting_since: Instant,
-    /// Why the broker blocks publishers, while it does.
+    /// Why the broker confirms nothing, while it blocks publishers.
     blocked: Option<String>,
-    /// The newest message, until it is written to the socket. Only one, because lapin buffers without limit.
-    sending: Option<Pin<Box<dyn Future<Output = lapin::Result<PublisherConfirm>> + Send>>>,
-    /// The confirms to come, of the messages before it.
-    awaited: VecDeque<PublisherConfirm>,
+    /// The confirms to come, in order.
+    awaited: VecDeque<ConfirmFuture>,
     /// What was sent, and what the broker has answered.
     pub confirms: Confirms,
     /// Why there were no more bodies.
     unreadable: Option<Failure>,
 }
 
-impl Publisher {
-    /// Publishes over this connection; the broker may take `limit` for each confirm.
-    pub fn new(connection: OpenConnection, route: Route, properties: &Properties, limit: Duration) -> Self {
-        Self {
-            connection,
-            channel: None,
-            route,
-            properties: properties.encode(),
-            limit,
-            waiting_since: Instant::now(),
-            blocked: None,
-            sending: None,
-            awaited: VecDeque::new(),
-            confirms: Confirms::default(),
-            unreadable: None,
-        }
-    }
-
-    /// Opens the channel. With `declare`, a queue type or `default`, it declares the queue that the routing key names.
+impl<'a> Publisher<'a> {
+    /// Opens a channel, and declares the queue if the route asks for it.
     ///
     /// # Errors
     /// If the broker refuses, doesn't reply within the limit, or would refuse every message.
-    pub async fn open(&mut self, declare: Option<&str>) -> Result<(), Failure> {
-        let lapin = &self.connection.lapin;
+    pub async fn open(
+        connection: &'a mut OpenConnection,
+        route: &'a Route,
+        properties: &Properties,
+        limit: Duration,
+    ) -> Result<Self, Failure> {
+        let properties = properties.encode();
         // AMQP splits a body into frames, but not the properties.
-        let frame_max = lapin.configuration().frame_max();
+        let frame_max = connection.lapin.configuration().frame_max();
         let room = u64::from(frame_max) - AROUND_PROPERTIES;
-        let written = basic::gen_properties(&self.properties)(Vec::new().into());
+        let written = basic::gen_properties(&properties)(Vec::new().into());
         let size = written.expect("a Vec takes all of it").position;
         if size > room {
             return Err(Failure::config(format!(
@@ -91,25 +83,40 @@ impl Publisher {
                  (frame_max); send less in headers, or raise frame_max in the broker's rabbitmq.conf and in the URL"
             )));
         }
-        let Route { exchange, routing_key, .. } = &self.route;
         let open = async {
-            let channel = self.channel.insert(lapin.create_channel().await?);
-            if let Some(kind) = declare {
+            let channel = connection.last_channel.insert(connection.lapin.create_channel().await?);
+            if let Some(kind) = &route.declare {
                 let mut arguments = FieldTable::default();
                 if kind != "default" {
-                    arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
+                    arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.as_str().into()));
                 }
                 let durable = QueueDeclareOptions { durable: true, ..Default::default() };
-                channel.queue_declare(routing_key.as_str().into(), durable, arguments).await?;
+                channel.queue_declare(route.routing_key.as_str().into(), durable, arguments).await?;
             }
-            channel.confirm_select(ConfirmSelectOptions::default()).await
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel.clone())
         };
-        let opened = timeout(self.limit, open).await.map_err(|_| {
-            let limit = HumanDuration(self.limit);
+        let opened = timeout(limit, open).await.map_err(|_| {
+            let limit = HumanDuration(limit);
             Failure::new(Exit::Unavailable, format!("no reply from the broker within {limit} (--timeout)"))
         })?;
-        let asked = if declare.is_some() { Asked::Declare(routing_key) } else { Asked::Publish(exchange) };
-        opened.map_err(|error| ConnectError::after_handshake(&error, &self.connection, asked).failure)
+        let asked = match route.declare {
+            Some(_) => Asked::Declare(&route.routing_key),
+            None => Asked::Publish(&route.exchange),
+        };
+        let channel = opened.map_err(|error| ConnectError::after_handshake(&error, connection, asked).failure)?;
+        Ok(Self {
+            connection,
+            channel,
+            route,
+            properties,
+            limit,
+            waiting_since: Instant::now(),
+            blocked: None,
+            awaited: VecDeque::new(),
+            confirms: Confirms::default(),
+            unreadable: None,
+        })
     }
 
     /// Publishes the bodies, and waits until each message is answered. When they end, or a message is returned or
@@ -120,11 +127,11 @@ impl Publisher {
     /// says what to call a message that is too large for the broker, by its number from 1.
     pub async fn run(
         &mut self,
-        bodies: &mut Option<Receiver<Body>>,
+        bodies: &mut Option<UnboundedReceiver<Body>>,
         name: impl Fn(u64) -> String,
     ) -> Result<(), Failure> {
         let limit = HumanDuration(self.limit);
-        while bodies.is_some() || !self.confirms.none_in_flight() {
+        while bodies.is_some() || self.confirms.any_in_flight() {
             tokio::select! {
                 biased;
                 confirmation = or_never(self.awaited.front_mut()) => {
@@ -135,15 +142,11 @@ impl Publisher {
                         *bodies = None;
                     }
                 }
-                written = or_never(self.sending.as_mut()) => {
-                    self.awaited.push_back(written.map_err(|error| self.lost(&error, &name))?);
-                    self.sending = None;
-                }
                 event = self.connection.event() => match event {
                     Event::Error(error) => return Err(self.lost(&error, &name)),
                     Event::ConnectionBlocked(reason) => {
                         tracing::warn!("the broker blocks publishers: {reason}; waiting for up to {limit} (--timeout)");
-                        self.blocked = Some(reason);
+                        self.blocked = Some(format!("blocks publishers: {reason}"));
                     }
                     Event::ConnectionUnblocked => {
                         tracing::info!("the broker takes messages again");
@@ -151,15 +154,12 @@ impl Publisher {
                     }
                     _ => {}
                 },
-                () = sleep_until(self.waiting_since + self.limit), if !self.confirms.none_in_flight() => {
-                    let why = match &self.blocked {
-                        Some(reason) => format!("blocks publishers: {reason}"),
-                        None => "has confirmed nothing for so long".to_owned(),
-                    };
+                () = sleep_until(self.waiting_since + self.limit), if self.confirms.any_in_flight() => {
+                    let why = self.blocked.as_deref().unwrap_or("has confirmed nothing for so long");
                     let text = format!("gave up after {limit} (--timeout): the broker {why}");
                     return Err(Failure::new(Exit::Unconfirmed, text));
                 }
-                body = or_never(bodies.as_mut().map(Receiver::recv)), if self.sending.is_none() => match body {
+                body = or_never(bodies.as_mut().map(UnboundedReceiver::recv)) => match body {
                     Some(Ok((body, permit))) => self.send(body, permit),
                     Some(Err(failure)) => (*bodies, self.unreadable) = (None, Some(failure)),
                     None => *bodies = None,
@@ -170,21 +170,30 @@ impl Publisher {
     }
 
     fn send(&mut self, body: Vec<u8>, permit: SemaphorePermit<'static>) {
-        if self.confirms.none_in_flight() {
+        if !self.confirms.any_in_flight() {
             self.waiting_since = Instant::now();
         }
-        self.confirms.sent_one(body.len() as u64, permit);
-        let channel = self.channel.clone().expect("it is open");
+        self.confirms.sent_one(body.len() as u64);
+        let (channel, properties) = (self.channel.clone(), self.properties.clone());
         let (exchange, key) = (self.route.exchange.as_str().into(), self.route.routing_key.as_str().into());
         let options = BasicPublishOptions { mandatory: self.route.mandatory_flag(), ..Default::default() };
-        let properties = self.properties.clone();
-        let sending = async move { channel.basic_publish(exchange, key, options, &body, properties).await };
-        self.sending = Some(Box::pin(sending));
+        let mut confirm: ConfirmFuture = Box::pin(async move {
+            let _permit = permit;
+            let confirm = channel.basic_publish(exchange, key, options, &body, properties).await?;
+            drop(body);
+            confirm.await
+        });
+        // The first poll queues the message in lapin 4.12, which sends it whether or not there is another poll. With
+        // small messages and a round trip of 20 ms that is three times as fast as to wait until each is written.
+        if let Poll::Ready(result) = confirm.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            confirm = Box::pin(ready(result));
+        }
+        self.awaited.push_back(confirm);
     }
 
     fn lost(&self, error: &lapin::Error, name: impl Fn(u64) -> String) -> Failure {
         let failure =
-            ConnectError::after_handshake(error, &self.connection, Asked::Publish(&self.route.exchange)).failure;
+            ConnectError::after_handshake(error, self.connection, Asked::Publish(&self.route.exchange)).failure;
         let refusal = self.connection.observed().refusal(error);
         // "message size 2000 is larger than configured max size 1000": only the size tells which message it was.
         let too_large = refusal.filter(|refusal| refusal.meaning() == Meaning::TooLarge);

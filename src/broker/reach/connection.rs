@@ -26,7 +26,7 @@ pub struct OpenConnection {
     /// The only listener: lapin's listeners take events from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     pub(in crate::broker) observed: Arc<Mutex<Observed>>,
-    /// The last consumer's channel. If it were dropped, lapin 4.12 would send a channel.close, which may cross our
+    /// The channel of the last consumer, or of the publisher. If it were dropped, lapin 4.12 would send a channel.close, which may cross our
     /// connection.close: then lapin ends the connection without it.
     pub(in crate::broker) last_channel: Option<Channel>,
     /// An exclusive queue that we delete before the connection is closed, because the broker may keep it.

@@ -8,9 +8,9 @@
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, BufReader, ErrorKind, Read};
 
-/// The largest message, in bytes: src/publish/source.rs has this small limit when it is fuzzed.
+/// The largest message, in bytes: src/publish/input.rs has this small limit when it is fuzzed.
 const LARGEST: usize = 1 << 10;
 
 #[derive(Arbitrary, Debug)]
@@ -35,7 +35,7 @@ fuzz_target!(|input: Input| {
     let reader = Pieces { content: &content, reads: input.reads.iter(), fails: input.fails };
     let mut found = Vec::new();
     let mut error = None;
-    for record in qconsume::fuzzing::records(reader, separator) {
+    for record in qconsume::fuzzing::records(BufReader::new(reader), separator) {
         match record {
             Ok(record) => found.push(record),
             Err(why) => {
