@@ -1,4 +1,4 @@
-//! qpublish: what it says is confirmed is in the queue, and what isn't is named.
+//! qpublish: every message that it reports as confirmed is in the queue, and it says where to go on.
 
 use crate::common::{User, qpublish, qpublish_path, terminal::Terminal, worker};
 use feed::Fifo;
@@ -17,7 +17,7 @@ use testbed::{
 };
 use tokio_stream::StreamExt;
 
-/// Shorter than the tests' patience, longer than a busy machine stumbles.
+/// A time limit that a test can wait for, and that a busy machine doesn't exceed by accident.
 const SOON: &str = "5s";
 
 /// Publishes to this queue of the shared broker.
@@ -25,7 +25,7 @@ fn to(queue: &Queue) -> Program {
     qpublish().url(&Broker::shared().url()).queue(queue.name())
 }
 
-/// Everything that is in the queue, in order; it is empty afterwards.
+/// Takes all messages out of the queue; returns their bodies in order.
 fn drain(queue: &Queue) -> Vec<String> {
     std::iter::from_fn(|| queue.get().map(|got| got.text())).collect()
 }
@@ -37,7 +37,7 @@ fn file(name: &str, content: &[u8]) -> PathBuf {
     path
 }
 
-/// Standard input that the test writes to as it goes on.
+/// Standard input that the test writes to while the program runs.
 mod feed {
     use std::{
         fs::{File, OpenOptions},
@@ -58,7 +58,7 @@ mod feed {
             assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
             let script = format!("exec \"$0\" \"$@\" < '{}'", path.display());
             let running = program.through(["sh", "-c", &script]).spawn();
-            // Waits for the reader.
+            // This waits until the program has opened the other end.
             let writer = OpenOptions::new().write(true).open(&path).unwrap();
             (Self { writer }, running)
         }
@@ -70,7 +70,7 @@ mod feed {
     }
 }
 
-/// A broker of these tests' own, one test at a time; messages of up to 64 KiB.
+/// A broker for the tests in this file, one at a time. It takes messages of up to 64 KiB.
 fn own_broker() -> MutexGuard<'static, Broker> {
     static OWN: OnceLock<Mutex<Broker>> = OnceLock::new();
     OWN.get_or_init(|| Mutex::new(Broker::with_config("max_message_size = 65536")))
@@ -106,7 +106,7 @@ fn the_documented_line_of_amqp_publish_runs_with_another_name() {
     let line = qpublish().args([&url, "-r", queue.name(), "-p", "-b", "Hello"]);
     says_confirmed(&line.run(), "1 message confirmed");
     assert_eq!(drain(&queue), ["Hello"]);
-    // A QUEUE that is there for others doesn't get in the way.
+    // --routing-key takes precedence over the variable QUEUE.
     let line = qpublish().args([&url, "-r", queue.name(), "-b", "-1"]);
     says_confirmed(&line.queue("another").run(), "1 message confirmed");
     assert_eq!(drain(&queue), ["-1"]);
@@ -144,7 +144,7 @@ fn every_line_is_a_message_the_empty_ones_and_an_unfinished_last_one_too() {
 }
 
 #[test]
-fn what_stands_between_nuls_is_a_message() {
+fn every_part_that_ends_with_nul_is_a_message() {
     let queue = Broker::shared().queue("null");
     for option in ["-0", "--null"] {
         let ended = to(&queue).arg(option).stdin("a\nb\0\0c").run();
@@ -223,7 +223,7 @@ fn a_queue_is_declared_durable_and_of_the_type_that_is_asked_for() {
         ("--declare", "--declare=quorum"),
     ] {
         let queue = broker.declare("declared").absent();
-        // The option takes no word after it for its own.
+        // The word after the option is a message, not the option's value.
         says_confirmed(&to(&queue).args([option, "apple"]).run(), "1 message confirmed");
         says_confirmed(&to(&queue).args([option, "banana"]).run(), "1 message confirmed");
         let ended = to(&queue).args([other, "cherry"]).run();
@@ -237,7 +237,7 @@ fn a_queue_is_declared_durable_and_of_the_type_that_is_asked_for() {
 fn with_no_message_it_only_declares_and_leaves_standard_input_alone() {
     let queue = Broker::shared().declare("only-declared").absent();
     let line = qpublish().url(&Broker::shared().url());
-    // As amqp-declare-queue -q foo -d, and like that with an input that never ends.
+    // It doesn't read its input, which never ends, as amqp-declare-queue -q foo -d doesn't.
     let (_input, running) = Fifo::feed("declare", line.args(["--declare", "-q", queue.name()]));
     let ended = running.wait(PATIENCE);
     ended.assert_status(0).assert_stderr("nothing is published");
@@ -245,7 +245,7 @@ fn with_no_message_it_only_declares_and_leaves_standard_input_alone() {
     assert_eq!(queue.ready(), 0);
     let ended = to(&queue).args(["--declare", "-l"]).run();
     says_confirmed(&ended, "0 messages confirmed");
-    // With a word about where messages come from they do come.
+    // If an option says where messages come from, they are read.
     let ended = to(&queue).args(["--declare", "-l"]).stdin("a\nb\n").run();
     says_confirmed(&ended, "2 messages confirmed");
 }
@@ -286,7 +286,7 @@ fn the_properties_are_those_that_were_asked_for() {
 }
 
 #[test]
-fn a_message_that_fits_no_queue_is_an_error_and_not_lost_without_a_word() {
+fn a_message_that_no_queue_takes_is_an_error() {
     let queue = Broker::shared().declare("nowhere").absent();
     let ended = to(&queue).args(["a", "b", "c"]).run();
     ended
@@ -328,7 +328,7 @@ fn a_client_that_waits_with_direct_reply_to_gets_its_reply() {
     let reply = reply.unwrap().unwrap().unwrap();
     assert_eq!(reply.data, b"LEMON");
     assert_eq!(reply.properties.correlation_id().as_ref().unwrap().as_str(), "c1");
-    // Nobody wants a reply to a client that is gone: the request isn't processed again for that.
+    // If the client is gone, nobody wants the reply, so the request must not be processed again.
     block_on(channel.close(200, "".into())).unwrap();
     let late = to(&queue).args(["-q", done.stdout_text().trim(), "late"]).run();
     says_confirmed(&late, "1 message confirmed");
@@ -340,7 +340,7 @@ fn without_mandatory_the_broker_may_drop_a_message_and_confirms_it() {
     let line = || qpublish().url(&Broker::shared().url()).args(["--no-mandatory", "-r", queue.name()]);
     says_confirmed(&line().args(["a", "b"]).run(), "2 messages confirmed");
     says_confirmed(&line().args(["-e", "amq.direct", "a"]).run(), "1 message confirmed");
-    // It is only about routing: what isn't there is still an error.
+    // The option is about routing: an exchange that doesn't exist is still an error.
     line().args(["-e", "no such", "a"]).run().assert_status(78).assert_stderr("there is no exchange \"no such\"");
 }
 
@@ -353,7 +353,7 @@ fn headers_larger_than_a_frame_are_refused_before_anything_is_sent() {
     let half = "h".repeat(70_000);
     let ended = line("").args(["-H", &format!("a: {half}"), "-H", &format!("b: {half}")]).run();
     ended.assert_status(78).assert_stderr("have 140021 bytes, and only 131052 fit into a frame of 131072 (frame_max)");
-    // To the byte: a frame of this size has 34 bytes beside the header's value.
+    // The limit is exact: in this frame there are 34 bytes besides the header's value.
     let header = |size: usize| format!("h:{}", "h".repeat(size));
     let largest = 8192 - 34;
     let ended = line("?frame_max=8192").args(["-H", &header(largest + 1)]).run();
@@ -365,7 +365,7 @@ fn headers_larger_than_a_frame_are_refused_before_anything_is_sent() {
 
 #[test]
 fn one_channel_is_enough() {
-    // lapin forgets a closed channel some time after it is closed, so one run says little.
+    // lapin frees a closed channel's number some time later, so a single run might succeed by chance.
     for _ in 0..10 {
         let queue = Broker::shared().declare("one-channel").absent();
         let url = format!("{}?channel_max=1", Broker::shared().url());
@@ -375,14 +375,14 @@ fn one_channel_is_enough() {
 }
 
 #[test]
-fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
+fn messages_before_the_queue_was_deleted_are_confirmed_and_the_first_one_after_it_is_named() {
     let queue = Broker::shared().queue("deleted");
     let (mut input, running) = Fifo::feed("deleted", to(&queue).arg("-l"));
     input.write("same\nsame\n");
     queue.wait_ready(2);
     queue.delete();
     input.write("same\nother\nsame\n");
-    // It ends by itself, though its input doesn't.
+    // It ends although its input doesn't.
     let ended = running.wait(PATIENCE);
     ended
         .assert_status(78)
@@ -393,7 +393,7 @@ fn what_came_before_the_queue_was_deleted_is_told_from_what_came_after() {
 }
 
 #[test]
-fn a_message_that_is_returned_alone_is_not_taken_for_a_confirmed_one() {
+fn a_message_that_is_returned_alone_is_not_confirmed() {
     let broker = Broker::shared();
     let queue = broker.queue("alone");
     let proxy = Proxy::of(broker);
@@ -433,7 +433,7 @@ fn where_to_resume_is_right_with_many_in_flight() {
     let unbound = channel.queue_unbind(name(), "amq.direct".into(), name(), Default::default());
     testbed::block_on(unbound).unwrap();
     let ended = running.wait(PATIENCE);
-    // What the queue has are the lines up to there, and no other.
+    // The queue has all lines up to one, and no other.
     let there = queue.ready();
     ended.assert_status(78).assert_stderr(&format!("confirmed: {there} of "));
     let number_before = |words: &str| -> u32 {
@@ -441,7 +441,7 @@ fn where_to_resume_is_right_with_many_in_flight() {
         let digits = before.rsplit(' ').next().unwrap();
         digits.parse().unwrap_or_else(|_| panic!("{}", ended.stderr))
     };
-    // Never too many, and not fewer than were in flight.
+    // The number is never too high, and too low only by what was in flight.
     let safe = number_before(" from the start without a gap");
     assert!((there.saturating_sub(4096)..=there).contains(&safe), "{safe} of {there}");
     ended.assert_stderr(&format!("begin with line {}", safe + 1));
@@ -449,7 +449,7 @@ fn where_to_resume_is_right_with_many_in_flight() {
 }
 
 #[test]
-fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
+fn the_first_message_that_a_full_queue_refuses_is_named() {
     let queue = Broker::shared()
         .declare("full")
         .arg("x-max-length", 3)
@@ -457,13 +457,13 @@ fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
         .create();
     let ended = to(&queue).arg("-l").stdin("1\n2\n3\n4\n5\n6\n").run();
     ended.assert_status(75).assert_stderr("was refused: the queue is full");
-    // Whatever the queue takes for full, the figures are the truth.
+    // The queue may take more than its limit; the figures have to be right all the same.
     let there = drain(&queue);
     let count = there.len();
     assert!((3..6).contains(&count), "{there:?}");
     let first = (1..=6).find(|line| !there.contains(&line.to_string())).unwrap();
     ended.assert_stderr(&format!("line {first} was refused"));
-    // Nothing more is sent once the refusal is here, which may be before the last line.
+    // qpublish stops when the refusal arrives, which may be before it has sent the last line.
     let figures = |sent| {
         let before = first - 1;
         format!("confirmed: {count} of {sent} messages sent, {before} from the start")
@@ -473,7 +473,7 @@ fn a_full_queue_that_refuses_is_told_with_the_first_refused_message() {
 }
 
 #[test]
-fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
+fn a_connection_that_is_lost_midway_ends_the_run_with_the_number_confirmed() {
     let broker = Broker::shared();
     let queue = broker.queue("lost");
     let proxy = Proxy::of(broker);
@@ -483,7 +483,7 @@ fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
         input.write(&format!("{n}\n"));
         proxy.wait_for_nth(Direction::ToClient, Method::BASIC_ACK, n);
     }
-    // Noticed at once, though nothing is in flight: the next line wouldn't be confirmed any more.
+    // The loss is noticed at once, even if nothing is in flight.
     input.write("3\n");
     queue.wait_ready(3);
     proxy.cut();
@@ -495,7 +495,7 @@ fn a_connection_lost_midway_leaves_what_was_confirmed_until_then() {
 }
 
 #[test]
-fn an_answer_that_never_comes_is_no_confirmation() {
+fn a_message_without_a_confirm_is_not_confirmed() {
     let broker = Broker::shared();
     let queue = broker.queue("unanswered");
     let proxy = Proxy::of(broker);
@@ -507,13 +507,13 @@ fn an_answer_that_never_comes_is_no_confirmation() {
         .assert_stderr("gave up after 5s (--timeout): the broker has confirmed nothing")
         .assert_stderr("confirmed: 0 of 2 messages sent, 0 from the start without a gap")
         .assert_stderr("may have arrived or not");
-    // Told to stop, it waits for the answers only so long.
+    // After a signal it waits for the confirms for a short time only.
     let running = line().arg("a").spawn();
     proxy.wait_for_nth(Direction::ToBroker, Method::BASIC_PUBLISH, 3);
     running.signal(Signal::SIGTERM);
     let ended = running.wait(PATIENCE);
     ended.assert_status(143).assert_stderr("confirmed: 0 of 1 message sent");
-    // The first answer is swallowed, then they pass: one for several, or one each.
+    // Now the confirms arrive, one for both messages or one for each.
     proxy.clear_rules();
     says_confirmed(&line().args(["a", "b"]).run(), "2 messages confirmed");
 }
@@ -527,7 +527,7 @@ fn no_more_is_read_than_the_window_holds() {
     let ended = qpublish()
         .url(&proxy.url())
         .queue(queue.name())
-        // From the first message on, so all that the window holds has to be sent by then.
+        // This time starts with the first message, and the whole window has to be sent within it.
         .args(["-l", "--timeout", "10s"])
         .through(["sh", "-c", "yes | \"$0\" \"$@\""])
         .run();
@@ -535,7 +535,7 @@ fn no_more_is_read_than_the_window_holds() {
 }
 
 #[test]
-fn a_channel_that_never_gets_ready_is_given_up_with_a_goodbye() {
+fn if_the_channel_gets_no_reply_the_connection_is_closed_in_order() {
     let queue = Broker::shared().queue("unready");
     let proxy = Proxy::of(Broker::shared());
     proxy.on(Direction::ToClient, Method::CONFIRM_SELECT_OK, Action::SwallowFrame);
@@ -573,7 +573,7 @@ fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout(
         .assert_stderr("warning: the broker blocks publishers: low on memory; waiting for up to 5s")
         .assert_stderr("gave up after 5s (--timeout): the broker blocks publishers: low on memory")
         .assert_stderr("from the start without a gap");
-    // One that has more patience goes on when the broker does.
+    // The other one, with a longer timeout, goes on when the broker does.
     input.write("2\n3\n");
     patient.wait_for_stderr("the broker blocks publishers", PATIENCE);
     assert!(!patient.has_ended());
@@ -598,7 +598,7 @@ fn a_message_larger_than_the_broker_takes_is_named() {
 }
 
 #[test]
-fn what_the_broker_forbids_is_told_with_its_own_status() {
+fn a_missing_permission_and_a_refused_login_have_their_own_status() {
     let broker = own_broker();
     let queue = broker.queue("forbidden");
     let user = User::new(&broker, "reader", "secret-word").may(["", "", ".*"]);
@@ -685,11 +685,11 @@ fn a_terminal_shows_how_many_of_how_many_or_how_much() {
         proxy.on(Direction::ToClient, Method::BASIC_ACK, Action::Hold);
         let words = ["sh", "-c", script, lines.to_str().unwrap(), qpublish];
         let mut terminal = Terminal::start(&words, &[("BROKER_URL", &proxy.url()), ("QUEUE", queue.name())]);
-        // Each time in the place of the last.
+        // Each progress line overwrites the one before.
         terminal.wait_for(&format!("\r\x1b[Kqpublish: {shows}\r\x1b[Kqpublish: {shows}"));
         proxy.clear_rules();
         proxy.release();
-        // So is a log line.
+        // A log line overwrites it, too.
         let progress = terminal.wait_for("\r\x1b[Kqpublish: 2 messages confirmed\r\n");
         assert!(!progress.contains('\n'), "{progress:?}");
         assert_eq!(terminal.wait_end().code(), Some(0));
@@ -702,7 +702,7 @@ fn a_long_run_says_how_far_it_is() {
     let (mut input, running) = Fifo::feed("long", to(&queue).arg("--lines"));
     input.write("1\n2\n");
     running.wait_for_stderr("still publishing, for ", PATIENCE);
-    // A late one says 10s 100ms.
+    // The time between these words is 10s, or a little more on a busy machine.
     running.wait_for_stderr(" now: 2 messages confirmed", PATIENCE);
     drop(input);
     let ended = running.wait(PATIENCE);
@@ -715,7 +715,7 @@ fn up_to(request: &Request, method: Method) -> Vec<u8> {
     frames::method_frame(request.channel, method, &[&request.nth.to_be_bytes()[..], &[1]].concat())
 }
 
-/// A peer that says nothing until it has five messages, and then this.
+/// Publishes five lines to a peer that answers only the fifth message, with what `script` returns.
 fn after_five(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Finished {
     let peer = Peer::new(move |request| match (request.method, request.nth) {
         (Method::BODY, 5) => script(request),
@@ -751,7 +751,7 @@ fn a_return_among_several_messages_says_among_which() {
         let (first_two, rest) = (up_to(&second, Method::BASIC_ACK), up_to(fifth, Method::BASIC_ACK));
         Answer::Bytes([first_two, peer::returned(fifth.channel), rest].concat())
     });
-    // None was confirmed when any of them was sent.
+    // No confirm had arrived when the last one was sent, so the return may belong to any of the five.
     ended
         .assert_status(78)
         .assert_stderr("error: line 1 or a later one, up to line 5, was returned")
