@@ -100,7 +100,6 @@ impl Input {
         if self.lines { Some(b'\n') } else { self.null.then_some(0) }
     }
 
-    /// Whether somebody types the messages on a terminal.
     pub(super) fn is_typed(&self) -> bool {
         let reads_stdin = self.separator().is_some() || self.file.iter().any(|file| is_stdin(file));
         reads_stdin && io::stdin().is_terminal()
@@ -161,7 +160,6 @@ impl Input {
         Ok(receiver)
     }
 
-    /// The bodies that were asked for, of whichever kind.
     fn bodies(&self, stdin: &File) -> impl Iterator<Item = io::Result<Vec<u8>>> {
         let records = self.separator().map(|separator| records(BufReader::new(stdin), separator));
         let arguments = self.messages.iter().map(|argument| Ok(argument.clone().into_vec()));

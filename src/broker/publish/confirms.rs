@@ -29,9 +29,7 @@ struct InFlight {
 /// A message that was returned or nacked: one of the messages `first` to `last`, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotQueued {
-    /// The first that it can be.
     pub first: u64,
-    /// The last that it can be.
     pub last: u64,
     /// Whether it was nacked; otherwise it was returned.
     pub nacked: bool,
@@ -71,7 +69,6 @@ impl Confirms {
         self.answered + self.in_flight.len() as u64
     }
 
-    /// Whether a message that was sent has no confirm yet.
     pub fn any_in_flight(&self) -> bool {
         !self.in_flight.is_empty()
     }

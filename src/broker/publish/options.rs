@@ -50,7 +50,6 @@ impl Route {
         !self.no_mandatory && !is_reply
     }
 
-    /// Why the broker returns a message.
     #[must_use]
     pub fn why_returned(&self) -> String {
         let Self { exchange, routing_key: key, .. } = self;

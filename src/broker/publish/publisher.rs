@@ -52,9 +52,7 @@ pub struct Publisher<'a> {
     waiting_since: Instant,
     /// Why the broker confirms nothing, while it blocks publishers.
     blocked: Option<String>,
-    /// The confirms to come, in order.
     awaited: VecDeque<ConfirmFuture>,
-    /// What was sent, and what the broker has answered.
     pub confirms: Confirms,
     /// Why there were no more bodies.
     unreadable: Option<Failure>,
@@ -183,8 +181,8 @@ impl<'a> Publisher<'a> {
             drop(body);
             confirm.await
         });
-        // The first poll queues the message in lapin 4.12, which sends it whether or not there is another poll. With
-        // small messages and a round trip of 20 ms that is three times as fast as to wait until each is written.
+        // The first poll queues the message in lapin 4.12, which sends it even without another poll. For small messages
+        // this is more than twice as fast as to wait until each is written.
         if let Poll::Ready(result) = confirm.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             confirm = Box::pin(ready(result));
         }
