@@ -6,10 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::{
-    exit::{Exit, NO_MEMORY},
-    report,
-};
+use crate::{abort, exit::NO_MEMORY, report};
 #[cfg(target_env = "musl")]
 use dlmalloc::GlobalDlmalloc as SmallAllocator;
 use nix::libc;
@@ -18,30 +15,15 @@ use std::alloc::System as SmallAllocator;
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     ptr::copy_nonoverlapping,
-    sync::atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
 /// In bytes. From about this size on, musl maps each allocation separately.
 const LARGE: usize = 128 * 1024;
 
-/// Decides the status: [`Exit::OsError`] promises that no command was started.
-static COMMAND_STARTED: AtomicBool = AtomicBool::new(false);
-
-/// With `--keep-going`, the run's status after a message was dead-lettered. Until then 0.
-static DEAD_LETTERED: AtomicU8 = AtomicU8::new(0);
-
 struct Allocator;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator;
-
-pub fn note_command_started() {
-    COMMAND_STARTED.store(true, Ordering::Relaxed);
-}
-
-pub fn note_dead_lettered(status: u8) {
-    DEAD_LETTERED.store(status, Ordering::Relaxed);
-}
 
 impl Allocator {
     fn for_size(size: usize) -> &'static dyn GlobalAlloc {
@@ -59,15 +41,8 @@ fn checked(start: *mut u8) -> *mut u8 {
 /// Must not allocate.
 #[cold]
 fn out_of_memory() -> ! {
-    let (exit, advice) = match COMMAND_STARTED.load(Ordering::Relaxed) {
-        false => (Exit::OsError, "another try may help"),
-        true => (Exit::Unconfirmed, "the command is killed, and its message may be delivered again"),
-    };
-    let (earlier, status) = match DEAD_LETTERED.load(Ordering::Relaxed) {
-        0 => ("", exit.status()),
-        status => ("a message was dead-lettered; ", status),
-    };
-    report::log_without_memory(format_args!("{earlier}{NO_MEMORY}; {advice}"), status);
+    let abort::End { status, before, after } = abort::out_of_memory();
+    report::log_without_memory(format_args!("{before}{NO_MEMORY}{after}"), status);
     // SAFETY: only a system call. exit(3) would run destructors, which may allocate.
     unsafe { libc::_exit(status.into()) }
 }

@@ -7,6 +7,7 @@
 
 #![deny(unsafe_code)]
 
+mod abort;
 mod allocator;
 pub mod broker;
 pub mod cli;
@@ -34,12 +35,12 @@ pub mod fuzzing {
 }
 
 use cli::{Options, OutputOptions, Request};
-use exit::{Exit, Failure};
+use exit::Failure;
 pub use program::Program;
 use std::{ffi::OsString, future::Future, io::Write};
 
 pub fn main(program: Program) -> ! {
-    // Before anything else: a signal that arrives earlier is lost if we are PID 1, and otherwise kills us.
+    // Before anything else, so that no signal comes earlier.
     signals::block();
     program.set_current();
     exit_on_panic();
@@ -77,7 +78,7 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Failure::system("can't start", &error))?;
+        .map_err(|error| Failure::system("can't start the event loop", &error))?;
     let status = runtime.block_on(async {
         let signals = signals::install().map_err(|error| Failure::system("can't handle signals", &error))?;
         entry(signals).await
@@ -90,10 +91,7 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
 /// A panic on any thread ends the process, so that the other threads don't go on with half the work.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        let failure = match exit::shortage_in_panic(&panic.to_string()) {
-            Some(error) => Failure::system("can't go on", &error),
-            None => Failure::new(Exit::Software, format!("defect, please report it: {panic}")),
-        };
-        report::exit(report::report_failure(failure));
+        let (status, text) = abort::panicked(&panic.to_string());
+        report::exit(report::report_without_options(status, text));
     }));
 }

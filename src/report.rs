@@ -11,7 +11,7 @@ pub use log::log_lines;
 pub use log::{LogFormat, log_without_memory, show_progress};
 pub use reminder::{Reminder, with_reminders};
 
-use crate::{exit::Failure, program::Program};
+use crate::{abort, exit::Failure, program::Program};
 use log::one_line;
 use std::{
     fmt::Write as _,
@@ -40,6 +40,7 @@ pub fn start(level: Level, format: LogFormat, termination_log: &Path) {
     log::start(level, format);
 }
 
+/// The message that a log line or a summary is about.
 #[derive(Clone, Debug)]
 pub struct Subject {
     pub id: Option<String>,
@@ -91,7 +92,9 @@ impl RunSummary {
         Self { source, status, text, outcome: None, subject: None, queue: None, published: None }
     }
 
+    /// Writes the termination message and the last log line. The status stands from now on.
     pub fn report(&self) {
+        abort::note_result(self.status);
         if let Some(path) = TERMINATION_LOG_PATH.get()
             && let Err(error) = write_termination_message(path, &self.text, &self.fields())
         {
@@ -166,11 +169,15 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
     file.write_all(line.as_bytes())
 }
 
-/// Also for panics and for failures before the options are known: starts the log if need be. Returns the status.
+/// Returns the status.
 pub fn report_failure(failure: Failure) -> u8 {
+    report_without_options(failure.exit.status(), failure.message)
+}
+
+/// Starts the log if a failure or a panic came before the options were known. Returns the status.
+pub fn report_without_options(status: u8, text: String) -> u8 {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
-    let status = failure.exit.status();
-    RunSummary::without_message(status, failure.message).report();
+    RunSummary::without_message(status, text).report();
     status
 }
 

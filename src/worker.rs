@@ -4,7 +4,7 @@ mod summary;
 mod take;
 
 use crate::{
-    allocator,
+    abort,
     broker::{Consumer, ConsumerOptions, DeliveryLost, Message},
     cli::QconsumeOptions,
     command::{Reaper, RunningCommand, find, stdin_with, supervise},
@@ -196,7 +196,7 @@ impl Worker {
             Outcome::DeadLettered => {
                 self.tally.dead_lettered += 1;
                 if self.options.keep_going {
-                    allocator::note_dead_lettered(self.options.policy.status_of_dead_letters());
+                    abort::note_dead_lettered(self.options.policy.status_of_dead_letters());
                 }
             }
             Outcome::Released | Outcome::Unconfirmed | Outcome::Lost => {}
@@ -211,6 +211,7 @@ impl Worker {
         }
         match next {
             Next::Message => {
+                abort::note_message_done();
                 self.with_queue(summary).log();
                 Continue(())
             }

@@ -8,7 +8,7 @@ use super::{
     stat::Stat,
 };
 use crate::{
-    allocator,
+    abort,
     exit::{Exit, Failure, is_shortage},
     report::TERMINATION_LOG_VARIABLE,
     variable::Variable,
@@ -53,8 +53,8 @@ pub struct RunningCommand {
 }
 
 impl RunningCommand {
-    /// Starts the program at `path` in a process group of its own. Only if ours is the foreground group of a terminal, the
-    /// command stays in ours, so that it can read from the terminal. Fails with 71, 126 or 127.
+    /// Starts the program at `path` in a process group of its own. Only if ours is the foreground group of a terminal,
+    /// the command stays in ours, so that it can read from the terminal. Fails with 71, 126 or 127.
     ///
     /// Call this on the main thread: the parent-death signal comes when the thread that started the command ends.
     pub fn start(
@@ -75,7 +75,7 @@ impl RunningCommand {
         }
         prepare(&mut command);
         let started = command.spawn().map_err(|error| not_started(path, &error))?;
-        allocator::note_command_started();
+        abort::note_command_started();
         let pid = Pid::from_raw(started.id().cast_signed());
         Ok(Self { pid, started_in_our_group, strangers, ended: reaper.watch(pid), reaper: reaper.clone() })
     }
@@ -87,9 +87,9 @@ impl RunningCommand {
     }
 
     fn processes(&self) -> CommandProcesses {
-        // Never a stranger: its number may also be that of an older group that is gone.
-        let is_in_its_group = |child: &Stat| [child.pid, child.group].contains(&self.pid);
-        CommandProcesses::find(|child| is_in_its_group(child) || !self.strangers.include(child))
+        // The command and its group are never strangers, even if an older group, now gone, had the same number.
+        let is_command_or_in_its_group = |child: &Stat| [child.pid, child.group].contains(&self.pid);
+        CommandProcesses::find(|child| is_command_or_in_its_group(child) || !self.strangers.include(child))
     }
 
     fn processes_in_its_group(&self) -> CommandProcesses {
@@ -178,8 +178,8 @@ impl Process for RunningCommand {
     }
 }
 
-/// Signals whole groups if possible: a process can escape by a fork, a group can't (Linux's kernel/fork.c delivers pending
-/// signals first). `false` if there are no processes, or none that we may signal.
+/// Signals whole groups if possible: a process can escape by a fork, a group can't (Linux's kernel/fork.c delivers
+/// pending signals first). `false` if there are no processes, or none that we may signal.
 fn send_to_all(found: &CommandProcesses, signal: Signal) -> bool {
     let target = |process: &Stat| match process.group.as_raw() {
         // kill(2) takes 0 for our own group and -1 for all processes.
@@ -216,7 +216,7 @@ fn warn_not_sent(signal: Signal, target: Pid, error: Errno) {
         Errno::EPERM => "; it runs as another user, and qconsume lacks CAP_KILL",
         _ => "",
     };
-    tracing::warn!("{signal} can't be sent to the command ({kind} {number}): {}{hint}", error.desc());
+    tracing::warn!("{signal} can't be sent to the command's {kind} {number}: {}{hint}", error.desc());
 }
 
 pub fn environment(variables: &[Variable]) -> BTreeMap<OsString, OsString> {

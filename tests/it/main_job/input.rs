@@ -4,7 +4,7 @@ use super::{MEBIBYTE, assert_gone, assert_returned, binary, worker};
 use crate::common::{qconsume, qconsume_path};
 use std::{fs, process};
 use testbed::{
-    Broker, PATIENCE, Program, eventually, missing,
+    Broker, Finished, PATIENCE, Program, eventually, missing,
     owner::{self, temp_folder},
 };
 
@@ -258,29 +258,43 @@ fn memory_that_runs_out_is_71_and_said() {
     assert_gone(&queue);
 }
 
-#[test]
-fn memory_that_runs_out_after_a_dead_letter_keeps_its_status() {
+/// Runs out of memory while the second message arrives. `outcome` is the first one's. Returns the end and the last line.
+fn out_of_memory_between_messages(outcome: &str, words: &[&str]) -> (Finished, serde_json::Value) {
     for limit in (1..).map(|n| n * 10_000) {
         assert!(limit < 1_000_000, "no limit was just too small");
-        let queue = Broker::shared().queue(&format!("memory-dead-lettered-{limit}"));
-        queue.publish("bad");
+        let queue = Broker::shared().queue(&format!("memory-{outcome}-{limit}"));
+        queue.publish("small");
         let line = format!("ulimit -v {limit}; exec \"$0\" \"$@\"");
-        let options = ["--log-format", "json", "--count", "2", "--keep-going", "--reject-on", "1"];
-        let run = worker(&queue).args(options).arg("false").through(["sh", "-c", &line]).spawn();
-        // Only now, as memory may not run out before the dead letter is confirmed. With a small limit the run has ended.
-        let dead_lettered = || run.stderr().contains("\"outcome\":\"dead-lettered\"");
-        assert!(eventually(PATIENCE, || dead_lettered() || run.has_ended()), "{}", run.stderr());
+        let options = ["--log-format", "json", "--count", "2"];
+        let run = worker(&queue).args(options).args(words).through(["sh", "-c", &line]).spawn();
+        // Only now, as memory may not run out before the first message is done. With a small limit the run has ended.
+        let is_settled = |stderr: &str| stderr.contains(&format!("\"outcome\":\"{outcome}\""));
+        assert!(eventually(PATIENCE, || is_settled(&run.stderr()) || run.has_ended()), "{}", run.stderr());
         queue.publish(binary(12 * MEBIBYTE));
         let done = run.wait(PATIENCE);
         let last = done.stderr.lines().last().unwrap_or_default();
-        if !last.contains("a message was dead-lettered; memory has run out") {
-            continue;
+        if is_settled(&done.stderr) && last.contains("memory has run out") {
+            let line: serde_json::Value = serde_json::from_str(last).expect("it is JSON");
+            assert_eq!((&line["level"], &line["source"]), (&"error".into(), &"qconsume".into()));
+            assert!(line["time"].as_str().is_some_and(|time| time.ends_with('Z')), "{line}");
+            return (done, line);
         }
-        let line: serde_json::Value = serde_json::from_str(last).expect("it is JSON");
-        assert_eq!(line["level"], "error");
-        assert_eq!((&line["status"], &line["source"]), (&1.into(), &"qconsume".into()));
-        assert!(line["time"].as_str().is_some_and(|time| time.ends_with('Z')), "{line}");
-        done.assert_status(1);
-        return;
     }
+    unreachable!("the loop has no end")
+}
+
+#[test]
+fn memory_that_runs_out_after_a_dead_letter_keeps_its_status() {
+    let (done, line) = out_of_memory_between_messages("dead-lettered", &["--keep-going", "--reject-on", "1", "false"]);
+    assert!(line["message"].as_str().unwrap().starts_with("a message was dead-lettered; memory has run out"), "{line}");
+    assert_eq!(line["status"], 1);
+    done.assert_status(1);
+}
+
+#[test]
+fn memory_that_runs_out_between_two_messages_is_71() {
+    let (done, line) = out_of_memory_between_messages("acknowledged", &["true"]);
+    let text = "memory has run out (on this node, or ulimit -v); another try may help";
+    assert_eq!((&line["message"], &line["status"]), (&text.into(), &71.into()));
+    done.assert_status(71);
 }

@@ -1,0 +1,150 @@
+//! How a run ends that can't go on, because memory has run out or a thread has panicked.
+
+use crate::exit::{Exit, shortage, shortage_in_panic};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering::Relaxed};
+
+static COMMAND_STARTED: AtomicBool = AtomicBool::new(false);
+
+/// 0 for none.
+static DEAD_LETTERED: AtomicU8 = AtomicU8::new(0);
+
+static RESULT: AtomicU16 = AtomicU16::new(NO_RESULT);
+
+const NO_RESULT: u16 = u16::MAX;
+
+/// The command of the message at hand.
+pub fn note_command_started() {
+    COMMAND_STARTED.store(true, Relaxed);
+}
+
+/// The message is settled, and the run goes on to the next one.
+pub fn note_message_done() {
+    COMMAND_STARTED.store(false, Relaxed);
+}
+
+/// With `--keep-going`. `status` is the run's status from now on.
+pub fn note_dead_lettered(status: u8) {
+    DEAD_LETTERED.store(status, Relaxed);
+}
+
+/// The run has ended with this status, and is only cleaning up.
+pub fn note_result(status: u8) {
+    RESULT.store(status.into(), Relaxed);
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reason {
+    Shortage,
+    Defect,
+}
+
+/// The status, and what to say before and after the reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    pub status: u8,
+    pub before: &'static str,
+    pub after: &'static str,
+}
+
+/// Doesn't allocate.
+pub fn out_of_memory() -> End {
+    Stage::now().end(Reason::Shortage)
+}
+
+/// The status, and the whole text.
+pub fn panicked(panic: &str) -> (u8, String) {
+    Stage::now().panicked(panic)
+}
+
+/// How far the run is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Stage {
+    command_started: bool,
+    dead_lettered: Option<u8>,
+    result: Option<u8>,
+}
+
+impl Stage {
+    fn now() -> Self {
+        Self {
+            command_started: COMMAND_STARTED.load(Relaxed),
+            dead_lettered: Some(DEAD_LETTERED.load(Relaxed)).filter(|status| *status != 0),
+            result: u8::try_from(RESULT.load(Relaxed)).ok(),
+        }
+    }
+
+    const fn end(self, reason: Reason) -> End {
+        let (exit, after) = match reason {
+            Reason::Shortage if self.command_started => (
+                Exit::Unconfirmed,
+                "; the command is killed if it still runs, and its message may be delivered again (not with --no-ack)",
+            ),
+            Reason::Shortage => (Exit::OsError, "; another try may help"),
+            Reason::Defect => (Exit::Software, ""),
+        };
+        match (self.result, self.dead_lettered) {
+            (Some(status), _) => End { status, before: "after the end of the run: ", after: "" },
+            (None, Some(status)) => End { status, before: "a message was dead-lettered; ", after },
+            (None, None) => End { status: exit.status(), before: "", after },
+        }
+    }
+
+    fn panicked(self, panic: &str) -> (u8, String) {
+        let error = shortage_in_panic(panic);
+        let (reason, what) = match error.as_ref().and_then(|error| Some((shortage(error)?, error))) {
+            Some((words, error)) => (Reason::Shortage, format!("can't go on: {words}: {error}")),
+            None => (Reason::Defect, format!("defect, please report it: {panic}")),
+        };
+        let End { status, before, after } = self.end(reason);
+        (status, format!("{before}{what}{after}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BETWEEN_MESSAGES: Stage = Stage { command_started: false, dead_lettered: None, result: None };
+    const RUNNING: Stage = Stage { command_started: true, ..BETWEEN_MESSAGES };
+    const NO_THREAD: &str = "OS can't spawn worker thread: Resource temporarily unavailable (os error 11)";
+
+    fn dead_lettered(stage: Stage) -> Stage {
+        Stage { dead_lettered: Some(9), ..stage }
+    }
+
+    fn ended(stage: Stage) -> Stage {
+        Stage { result: Some(0), ..dead_lettered(stage) }
+    }
+
+    #[test]
+    fn the_stage_decides_what_a_shortage_means() {
+        let another_try = "; another try may help";
+        let killed =
+            "; the command is killed if it still runs, and its message may be delivered again (not with --no-ack)";
+        for (stage, status, before, after) in [
+            (BETWEEN_MESSAGES, 71, "", another_try),
+            (RUNNING, 75, "", killed),
+            (dead_lettered(BETWEEN_MESSAGES), 9, "a message was dead-lettered; ", another_try),
+            (dead_lettered(RUNNING), 9, "a message was dead-lettered; ", killed),
+            (ended(RUNNING), 0, "after the end of the run: ", ""),
+        ] {
+            assert_eq!(stage.end(Reason::Shortage), End { status, before, after }, "{stage:?}");
+            let (status_of_panic, text) = stage.panicked(NO_THREAD);
+            assert_eq!(status_of_panic, status, "{stage:?}");
+            assert!(text.starts_with(&format!("{before}can't go on: no more processes or threads")), "{text}");
+            assert!(text.ends_with(&format!("(os error 11){after}")), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_defect_is_70_unless_the_status_is_known_already() {
+        for (stage, status, text) in [
+            (BETWEEN_MESSAGES, 70, "defect, please report it: oh"),
+            (RUNNING, 70, "defect, please report it: oh"),
+            (dead_lettered(RUNNING), 9, "a message was dead-lettered; defect, please report it: oh"),
+            (ended(RUNNING), 0, "after the end of the run: defect, please report it: oh"),
+        ] {
+            assert_eq!(stage.panicked("oh"), (status, text.to_owned()), "{stage:?}");
+        }
+    }
+}
