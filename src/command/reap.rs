@@ -31,13 +31,14 @@ pub struct Reaper {
 }
 
 impl Reaper {
-    /// Makes us the parent of every process that the command orphans. Fails without a handler for SIGCHLD.
+    /// Makes us the parent of every process that the command orphans. Fails if the handler for SIGCHLD can't be
+    /// installed.
     pub fn start() -> io::Result<Self> {
         let reaper = Self::default();
         let mut sigchld = signal(SignalKind::child())?;
         if let Err(error) = prctl::set_child_subreaper(true) {
             tracing::warn!(
-                "qconsume won't wait for processes that the command leaves behind: the system refuses PR_SET_CHILD_SUBREAPER: {}",
+                "processes that the command leaves behind are neither waited for nor killed, unless qconsume is PID 1: the system refuses PR_SET_CHILD_SUBREAPER ({}): allow prctl in the seccomp profile",
                 error.desc()
             );
         }
@@ -56,7 +57,8 @@ impl Reaper {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Call this right after the child's start, without an await in between: once the child is reaped, its status is lost.
+    /// Call this right after the child's start, without an await in between: once the child is reaped, its status is
+    /// lost.
     pub(super) fn watch(&self, child: Pid) -> oneshot::Receiver<Ended> {
         let (sender, receiver) = oneshot::channel();
         *self.watched() = Some((child, sender));
@@ -75,7 +77,7 @@ impl Reaper {
                 Peek::Running => return Children::Running,
                 Peek::NoChild => return Children::None,
             };
-            // The result doesn't matter, as the status is known. nix 0.31 fails if a real-time signal has killed the child.
+            // The result doesn't matter: the status is known. nix 0.31 fails if a real-time signal has killed the child.
             let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
             if let Some((_, sender)) = self.watched().take_if(|(command, _)| *command == child) {
                 let _ = sender.send(ended);

@@ -1,7 +1,7 @@
 //! Waits for the command's end, forwards signals, and stops the command if need be: SIGTERM, then SIGKILL.
 //!
-//! When the command has ended, the processes that it left behind are killed. Only after a success they may finish, until
-//! the first of --kill-after, --timeout and --grace has passed.
+//! When the command has ended, the processes that it left behind are killed. Only after a success they may finish,
+//! until the first of --kill-after, --timeout and --grace has passed.
 
 use crate::{
     clock::{duration, duration_above_zero, or_never, sleep_until_or_never},
@@ -140,7 +140,7 @@ pub async fn supervise<L: Display>(
         let deadline = [kill_at, time_limit].into_iter().flatten().fold(kill_after, Ord::min);
         let_finish(process, limits, signals, lost_future, deadline, &mut lost).await;
     }
-    kill_left_behind(process).await;
+    kill_all_left_behind(process).await;
     (ended, stop, lost)
 }
 
@@ -186,7 +186,7 @@ impl<'a, P: Process> Supervisor<'a, P> {
         self.stop_reminder.get_or_insert_default();
         self.stop.get_or_insert(StopReason::Signal(signal as i32));
         if let Some(grace) = self.limits.grace {
-            self.kill_after(grace, "--grace");
+            self.plan_kill(grace, "--grace");
         }
     }
 
@@ -200,10 +200,10 @@ impl<'a, P: Process> Supervisor<'a, P> {
     fn terminate(&mut self) {
         signal_to_stop(self.process, Target::CommandGroup, Signal::SIGTERM);
         self.stop_reminder.get_or_insert_default();
-        self.kill_after(self.limits.kill_after, "--kill-after");
+        self.plan_kill(self.limits.kill_after, "--kill-after");
     }
 
-    fn kill_after(&mut self, time: Duration, option: &'static str) {
+    fn plan_kill(&mut self, time: Duration, option: &'static str) {
         let new = Deadline::after(time, option);
         self.kill_at = Some(self.kill_at.map_or(new, |planned| planned.min(new)));
     }
@@ -234,8 +234,8 @@ impl<'a, P: Process> Supervisor<'a, P> {
     }
 }
 
-/// Waits for the processes that a successful command left behind, until the deadline. A stop signal is only forwarded to
-/// them: it comes too late to change the result. A lost delivery changes it, and is put into `lost`.
+/// Waits for the processes that a successful command left behind, until the deadline. A stop signal is only forwarded
+/// to them: it comes too late to change the result. A lost delivery changes it, and is put into `lost`.
 async fn let_finish<L: Display>(
     process: &mut impl Process,
     limits: &Limits,
@@ -249,7 +249,11 @@ async fn let_finish<L: Display>(
         tokio::select! {
             biased;
             why = &mut lost_future, if lost.is_none() => {
-                tracing::warn!("delivery lost while processes of the command still ran: {why}");
+                let then = match limits.on_lost {
+                    OnLost::Terminate => "killing them",
+                    OnLost::Finish => "letting them finish",
+                };
+                tracing::warn!("delivery lost while processes left by the command still run: {why}; {then}");
                 *lost = Some(why);
                 if limits.on_lost == OnLost::Terminate {
                     return;
@@ -287,7 +291,7 @@ async fn let_finish<L: Display>(
     }
 }
 
-async fn kill_left_behind(process: &mut impl Process) {
+async fn kill_all_left_behind(process: &mut impl Process) {
     let deadline = Instant::now() + KILL_PATIENCE;
     // Usually everything has ended already, so the first look doesn't wait.
     let mut wait = Duration::ZERO;
@@ -298,8 +302,13 @@ async fn kill_left_behind(process: &mut impl Process) {
         }
         if Instant::now() >= deadline {
             tracing::warn!(
-                "{} of the command's processes are still there after a SIGKILL",
-                process.count_left_behind()
+                "{} not ended {} after SIGKILL (a device or a network file system may hold them up): going on without them",
+                counted(
+                    process.count_left_behind() as u64,
+                    "process of the command has",
+                    "processes of the command have"
+                ),
+                HumanDuration(KILL_PATIENCE)
             );
             return;
         }

@@ -414,6 +414,19 @@ async fn what_a_failure_leaves_is_killed_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_does_not_end_after_sigkill_is_counted_and_given_up() {
+    for (count, counted) in [(1, "1 process of the command has"), (3, "3 processes of the command have")] {
+        let (said, _guard) = crate::report::tests::Said::listen();
+        let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(1)).leaving(count, 1000);
+        process.kills_needed.set(usize::MAX);
+        supervise(&mut process, &limits(), &mut signals(&[]), never()).await;
+        assert_eq!(process.started.elapsed().as_secs(), 6);
+        let hint = "(a device or a network file system may hold them up)";
+        assert_eq!(said.lines(), [format!("{counted} not ended 5s after SIGKILL {hint}: going on without them")]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_signal_reaches_what_is_left_and_the_success_stands() {
     let (said, _guard) = crate::report::tests::Said::listen();
     let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 1000);
@@ -456,12 +469,16 @@ async fn the_warning_of_what_is_left_names_the_option_that_ended_it() {
 
 #[tokio::test(start_paused = true)]
 async fn a_delivery_lost_while_something_is_left_is_lost() {
-    for (on_lost, killed) in [(OnLost::Terminate, 5), (OnLost::Finish, 11)] {
+    for (on_lost, killed, then) in [(OnLost::Terminate, 5, "killing them"), (OnLost::Finish, 11, "letting them finish")]
+    {
+        let (said, _guard) = crate::report::tests::Said::listen();
         let mut process = Fake::new(&[]).ending(SECOND, Ended::Exited(0)).leaving(1, 1000);
         let limits = Limits { on_lost, ..limits() };
         let (_, _, lost) = supervise(&mut process, &limits, &mut signals(&[]), lost_after(5)).await;
         assert_eq!(lost, Some("the connection broke"));
         assert_eq!(*process.killed_left_behind_at.borrow(), [killed]);
+        let text = "delivery lost while processes left by the command still run: the connection broke; ";
+        assert_eq!(said.lines()[0], format!("{text}{then}"));
     }
 }
 
