@@ -29,7 +29,8 @@ fn handled() -> impl Iterator<Item = Signal> {
     STOP_SIGNALS.into_iter().chain(OTHER_SIGNALS)
 }
 
-/// Until [`install`]: the kernel drops a signal to PID 1 that is neither handled nor blocked (kernel/signal.c: sig_ignored).
+/// Keeps signals pending until [`install`]. Without this, a signal kills us, or is lost if we are PID 1
+/// (kernel/signal.c: sig_ignored).
 pub fn block() {
     let blocked = block_as(SigmaskHow::SIG_BLOCK, handled().collect());
     debug_assert!(blocked.is_ok(), "sigprocmask(2) fails only for invalid arguments");
@@ -73,8 +74,8 @@ impl Signals {
         received
     }
 
-    /// The first stop signal since qconsume started, if one has come; doesn't wait. Call it only while no command runs: it
-    /// drops all pending signals, so none is forwarded.
+    /// The first stop signal since qconsume started, if one has come; doesn't wait. Call it only while no command runs:
+    /// it drops all pending signals, so none is forwarded.
     pub fn stopped_by(&mut self) -> Option<Signal> {
         self.drop_pending();
         self.stopped_by
@@ -87,7 +88,8 @@ impl Signals {
         }
     }
 
-    /// Call this right after the command's start: earlier signals have missed the command, even those to our whole group.
+    /// Call this right after the command's start: signals that came earlier are to be forwarded, even those to our
+    /// whole group. The command gets such a signal twice if it came during the start.
     pub fn command_started(&mut self) {
         while let Some(received) = self.source.try_next() {
             self.read_ahead.push_back(Received { to_our_group: false, ..received });
@@ -115,7 +117,8 @@ impl Signals {
     }
 }
 
-/// Drops `work` at a stop signal, which must lose nothing. Drops other signals, so call it only while no command runs.
+/// A stop signal drops `work`: that must lose nothing. Other signals are dropped, so call this only while no command
+/// runs.
 pub async fn unless_stopped<T>(signals: &mut Signals, work: impl Future<Output = T>) -> Result<T, Signal> {
     tokio::select! {
         biased;

@@ -146,7 +146,8 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     }
     let mut reported: Option<Problem> = None;
     for folder in std::env::split_paths(path.unwrap_or(OsStr::new(DEFAULT_PATH))) {
-        // An empty entry means the current directory. The `./` gives the result a slash, so execvp(3) won't search PATH.
+        // An empty entry means the current directory. The `./` gives the result a slash, so execvp(3) won't search
+        // PATH. An absolute folder replaces the dot.
         let file = Path::new(".").join(folder).join(name);
         // After an error try the next folder, as bash does, and execvp(3) after ENOENT, ENOTDIR and EACCES.
         match check_interpreters(&file, path, 0) {
@@ -163,8 +164,9 @@ fn find_in_path(name: &OsStr, path: Option<&OsStr>) -> Result<(PathBuf, Option<E
     Err(reported.unwrap_or_else(nowhere))
 }
 
-/// Checks the file, its interpreter, that one's interpreter and so on. Accepts what it can't check: an unreadable script,
-/// or one whose interpreters nest too deep. Returns the program that env(1) is to start, if env(1) is the last one.
+/// Checks the file, its interpreter, that one's interpreter and so on. Accepts what it can't check: an unreadable
+/// script, or one whose interpreters nest too deep. Returns the program that env(1) is to start, if env(1) is the last
+/// one.
 fn check_interpreters(file: &Path, path: Option<&OsStr>, level: usize) -> Result<Option<EnvCommand>, Problem> {
     check_executable(file)?;
     let line = match first_line(file) {
@@ -254,13 +256,18 @@ fn env_command(argument: &[u8], path: Option<&OsStr>) -> Option<EnvCommand> {
             _ if word.starts_with(b"-u") || word.starts_with(b"--unset=") => {}
             [b'-', ..] => return None,
             _ => {
+                let new_path = word.strip_prefix(b"PATH=");
+                let is_program = !word.contains(&b'=');
                 // The value of ${NAME} isn't known here. It matters only in PATH and in the program's name.
                 let is_expanded = is_split && word.contains(&b'$');
-                match (word.strip_prefix(b"PATH="), word.contains(&b'=')) {
-                    (Some(_), _) | (None, false) if is_expanded => return None,
-                    (Some(folders), _) => path = Some(OsStr::from_bytes(folders).to_owned()),
-                    (None, true) => {}
-                    (None, false) => return Some(EnvCommand { name: OsStr::from_bytes(word).to_owned(), path }),
+                if is_expanded && (is_program || new_path.is_some()) {
+                    return None;
+                }
+                if is_program {
+                    return Some(EnvCommand { name: OsStr::from_bytes(word).to_owned(), path });
+                }
+                if let Some(folders) = new_path {
+                    path = Some(OsStr::from_bytes(folders).to_owned());
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Tells the command's processes from all others.
 //!
-//! Whatever the command starts stays our descendant, in any group and session: as a child subreaper, we become the parent
-//! of its orphans. So all our descendants are the command's, except the [`Strangers`] and their descendants.
+//! Whatever the command starts stays our descendant, in any group and session: as a child subreaper, we become the
+//! parent of its orphans. So all our descendants are the command's, except the [`Strangers`] and their descendants.
 
 use super::stat::{Stat, read_all};
 use nix::unistd::Pid;

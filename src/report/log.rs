@@ -65,7 +65,7 @@ pub(super) fn finish() {
     }
 }
 
-/// Logs an error without allocating, before lines that wait. The text must need no escaping in JSON.
+/// Logs an error without allocating, ahead of the lines that still wait. The text must need no escaping in JSON.
 pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8) {
     let mut line = Cursor::new([0; 512]);
     let source = Program::current().name();

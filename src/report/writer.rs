@@ -151,8 +151,8 @@ impl<F: AsFd + Sync + 'static> Writer<F> {
     }
 }
 
-/// Writes a part, without waiting. Linux can do this with pipes (since 6.4), sockets and /dev/null, but not with terminals, FIFOs and most
-/// file systems (seen with 6.18).
+/// Writes a part, without waiting. Linux can do this with pipes (since 6.4), sockets and /dev/null, but not with
+/// terminals, FIFOs and most file systems (seen with 6.18).
 fn write_now(file: &impl AsFd, bytes: &[u8]) -> rustix::io::Result<usize> {
     let position = u64::MAX; // -1 for pwritev2(2): at the file's own offset
     pwritev2(file, &[IoSlice::new(bytes)], position, ReadWriteFlags::NOWAIT)
