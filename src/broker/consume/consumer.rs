@@ -138,7 +138,7 @@ impl Consumer {
         match &mut subscribed {
             Ok(()) => self.connector.login_accepted(),
             // A proxy logs in to the broker when a channel is opened.
-            Err(NotSubscribed::Failed(error)) if error.login_refused => self.connector.retry_login(error),
+            Err(NotSubscribed::Failed(error)) if error.login_refused => self.connector.note_login_refused(error),
             Err(_) => {}
         }
         if subscribed.is_err() {

@@ -90,7 +90,7 @@ impl Subscription {
 
     pub(super) fn into_connection(self) -> OpenConnection {
         let mut connection = self.connection;
-        connection.last_channel = Some(self.channel);
+        connection.previous_channel = Some(self.channel);
         connection
     }
 
@@ -225,7 +225,7 @@ async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Resu
 }
 
 async fn end_last_consumer(connection: &mut OpenConnection) -> Result<(), NotSubscribed> {
-    if let Some(channel) = connection.last_channel.take() {
+    if let Some(channel) = connection.previous_channel.take() {
         // If that fails, opening the next channel fails, too.
         let _ = channel.close(200, "OK".into()).await;
     }

@@ -82,7 +82,7 @@ impl<'a> Publisher<'a> {
             )));
         }
         let open = async {
-            let channel = connection.last_channel.insert(connection.lapin.create_channel().await?);
+            let channel = connection.previous_channel.insert(connection.lapin.create_channel().await?);
             if let Some(kind) = &route.declare {
                 let mut arguments = FieldTable::default();
                 if kind != "default" {

@@ -4,7 +4,7 @@ mod parameters;
 
 pub use parameters::Parameters;
 
-use super::file::without_newline;
+use super::{file::without_newline, tap::FRAME_MAX};
 use lapin::uri::SASLMechanism;
 use parameters::number;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, PercentEncode, percent_decode_str, utf8_percent_encode};
@@ -58,7 +58,8 @@ pub struct Address {
     pub port: u16,
     pub username: String,
     pub password: Secret,
-    /// Even if it is empty. Otherwise the password is `guest`, unless a client certificate logs in.
+    /// Whether the URL or an option gives a password, even an empty one. If not, it is `guest`, unless a client
+    /// certificate logs in.
     pub password_given: bool,
     pub virtual_host: String,
     pub parameters: Parameters,
@@ -101,8 +102,8 @@ impl Address {
             return error("the URL must start with amqp:// or amqps://");
         };
         let (authority, after) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        // The `@` probably ends a password that contains a `/` or `?`. Refused here, it leaves path and query free of
-        // passwords, so that errors may quote them.
+        // The `@` probably ends a password that contains a `/` or `?`. It is refused here, because errors about the
+        // path or the query may quote them.
         if after.contains('@') {
             return error(
                 "there is an '@' after the first '/' or '?': in a user name or password write '/' \
@@ -147,6 +148,11 @@ impl Address {
     pub fn set_password(&mut self, password: Secret) {
         self.password = password;
         self.password_given = true;
+    }
+
+    /// The largest frame to propose, in bytes.
+    pub(in crate::broker) fn frame_max(&self) -> u32 {
+        self.parameters.frame_max.filter(|bytes| *bytes > 0).unwrap_or(FRAME_MAX)
     }
 
     /// Whether the client certificate logs in (EXTERNAL), instead of user name and password.

@@ -7,7 +7,7 @@ use super::{
     nodes::{Nodes, SecretFile},
     observed::Observed,
     resolve::resolve,
-    tap::{FRAME_MAX, Tap},
+    tap::Tap,
     transport::{Socket, TappedStream, lapin_runtime},
     tries::Tries,
 };
@@ -35,6 +35,9 @@ use tokio::{
 
 /// Longest wait for one address to accept: a host that doesn't answer mustn't use up the time of the others.
 const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The least that one try gets of the time that is left.
+const TRY_MIN: Duration = Duration::from_secs(5);
 
 /// How long an address may be silent before the next one is dialled, too (RFC 8305's recommendation).
 const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(250);
@@ -108,13 +111,12 @@ impl Connector {
         let addresses = &self.nodes.addresses;
         let address = addresses[self.tries % addresses.len()].clone();
         self.tries += 1;
-        // Half of the time that is left, at least 5 s: a node that accepts but never answers mustn't use up all of it.
+        // Half of the time that is left: a node that accepts but never answers mustn't use up all of it.
         let left = deadline.saturating_duration_since(Instant::now());
-        let share = (left / 2).max(TCP_CONNECT_TIMEOUT).min(left);
+        let share = (left / 2).max(TRY_MIN).min(left);
         let opened = timeout(share, self.open(&address)).await;
         match opened.unwrap_or_else(|_| Err(ConnectError::no_answer(&self.stage))) {
             Ok(connection) => {
-                // A proxy logs in to the broker only when a channel is opened, so `Consumer` calls this for it.
                 if !connection.observed().is_another_product {
                     self.login_accepted();
                 }
@@ -123,7 +125,7 @@ impl Connector {
             Err(error) => {
                 let mut error = self.with_addresses(error, &address);
                 if error.login_refused {
-                    self.retry_login(&mut error);
+                    self.note_login_refused(&mut error);
                 }
                 Err(error)
             }
@@ -153,12 +155,13 @@ impl Connector {
         error
     }
 
+    /// A proxy logs in to the broker only when a channel is opened: then `Consumer` calls this.
     pub(in crate::broker) fn login_accepted(&mut self) {
         self.login_refused_since = None;
     }
 
-    /// Makes a refused login transient for [`RETRY_LOGIN_FOR`] if its password comes from a file.
-    pub(in crate::broker) fn retry_login(&mut self, error: &mut ConnectError) {
+    /// Makes the error transient for [`RETRY_LOGIN_FOR`] if the password may come from a file.
+    pub(in crate::broker) fn note_login_refused(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
         };
@@ -192,7 +195,7 @@ impl Connector {
         let found = self.look_up(address).await?;
         let (target, socket) = self.dial(address, found).await?;
         let shutdown = ShutdownOnDrop::new(&socket)
-            .map_err(|error| ConnectError::of_system("can't use the connection", &error))?;
+            .map_err(|error| ConnectError::of_system("can't duplicate the socket's descriptor", &error))?;
         let socket: Box<dyn Socket> = if address.tls {
             self.stage = format!("waiting for the TLS handshake with {target}");
             let handshake = self.nodes.tls.handshake(socket, address);
@@ -208,7 +211,7 @@ impl Connector {
             events: Box::pin(lapin.events_listener()),
             lapin,
             observed,
-            last_channel: None,
+            previous_channel: None,
             exclusive_queue: None,
             _shutdown: shutdown,
         })
@@ -277,7 +280,7 @@ impl Connector {
         socket: Box<dyn Socket>,
     ) -> Result<(Arc<Connection>, Arc<Mutex<Observed>>), ConnectError> {
         let observed = Arc::default();
-        let tap = Tap::new(frame_max(address), Arc::clone(&observed));
+        let tap = Tap::new(address.frame_max(), Arc::clone(&observed));
         let stream = Mutex::new(Some(TappedStream { socket, tap }));
         // lapin wants a closure that it can call again to reconnect. We reconnect ourselves, so it is called once.
         let dial_for_lapin = async move |_, _| {
@@ -309,21 +312,13 @@ fn uri(address: &Address, heartbeat: u16) -> AMQPUri {
         },
         vhost: address.virtual_host.clone(),
         query: AMQPQueryString {
-            frame_max: Some(frame_max(address)),
+            frame_max: Some(address.frame_max()),
             channel_max: address.parameters.channel_max,
             heartbeat: Some(heartbeat),
             auth_mechanism: address.parameters.auth_mechanism,
             ..AMQPQueryString::default()
         },
         ..AMQPUri::default()
-    }
-}
-
-/// The largest frame to propose, in bytes. 0 in the URL means the default, too.
-fn frame_max(address: &Address) -> u32 {
-    match address.parameters.frame_max {
-        None | Some(0) => FRAME_MAX,
-        Some(bytes) => bytes,
     }
 }
 
@@ -351,7 +346,7 @@ mod tests {
         let mut broker = Connector::new(Nodes::default(), options);
         let retried = |broker: &mut Connector| {
             let mut error = refused();
-            broker.retry_login(&mut error);
+            broker.note_login_refused(&mut error);
             (error.transient, error.failure.message)
         };
         assert!(!retried(&mut broker).0);

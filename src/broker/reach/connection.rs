@@ -26,9 +26,9 @@ pub struct OpenConnection {
     /// The only listener: lapin's listeners take events from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     pub(in crate::broker) observed: Arc<Mutex<Observed>>,
-    /// The channel of the last consumer, or of the publisher. If it were dropped, lapin 4.12 would send a channel.close, which may cross our
-    /// connection.close: then lapin ends the connection without it.
-    pub(in crate::broker) last_channel: Option<Channel>,
+    /// The channel of the previous consumer, or of the publisher. Kept until connection.close: if it is dropped, lapin
+    /// 4.12 sends channel.close, and ends the connection without a goodbye when the two cross.
+    pub(in crate::broker) previous_channel: Option<Channel>,
     /// An exclusive queue that we delete before the connection is closed, because the broker may keep it.
     pub(in crate::broker) exclusive_queue: Option<(String, QueueDeleteOptions)>,
     pub(super) _shutdown: ShutdownOnDrop,
@@ -76,7 +76,7 @@ impl OpenConnection {
     }
 
     async fn delete(&self, queue: &str, options: QueueDeleteOptions) -> lapin::Result<()> {
-        if let Some(channel) = &self.last_channel {
+        if let Some(channel) = &self.previous_channel {
             // Our consumer leaves with its channel, which the broker may have closed already.
             let _ = channel.close(200, "OK".into()).await;
         }

@@ -87,7 +87,7 @@ impl Nodes {
         files.into_iter().flatten().any(SecretFile::may_change)
     }
 
-    /// `None` unless the password comes from a file that can be read again.
+    /// The file that a password may come from, if it can be read again.
     pub(super) fn file_with_password(&self) -> Option<&SecretFile> {
         let file = self.password_file.as_ref().or(self.authfile.as_ref()).or(self.url_file.as_ref());
         file.filter(|file| file.may_change())

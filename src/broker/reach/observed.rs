@@ -34,8 +34,8 @@ pub(in crate::broker) struct Observed {
     pub(in crate::broker) heartbeat: Option<u16>,
     /// Proposed limit, in bytes; 0 is none.
     pub(in crate::broker) frame_max: Option<u32>,
-    /// The last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know. No consumer
-    /// is subscribed on a connection that has one, so it is never that of an earlier consumer.
+    /// The last `channel.close` or `connection.close`: lapin drops those with a code that it doesn't know. It is never
+    /// about an earlier consumer, as we don't subscribe on a connection that has a close.
     pub(in crate::broker) closed: Option<Refusal>,
     /// lapin's parser can't read that close.
     pub(in crate::broker) closed_unreadably: bool,

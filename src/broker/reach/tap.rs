@@ -6,7 +6,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-/// The limit to propose, in bytes: RabbitMQ's default. Without one, lapin 4.12 fills two buffers of 4 MiB.
+/// The limit to propose, in bytes: RabbitMQ's default. With it, lapin 4.12 allocates its two buffers of 4 MiB at once,
+/// and most of their zero pages are never touched. Without it, lapin grows them later, which writes to every page.
 pub(in crate::broker) const FRAME_MAX: u32 = 131_072;
 
 /// Size of a frame's header (AMQP 0-9-1, 2.3.5), in bytes: type, channel (2), size of the payload (4).
@@ -40,6 +41,7 @@ impl Tap {
             let skipped = self.skip.min(bytes.len());
             self.skip -= skipped;
             bytes = &bytes[skipped..];
+            // First the header. Once that tells the size: the rest of a method or content header. A body is skipped.
             let wanted = payload_size(&self.frame).map_or(HEADER, |size| HEADER + size + 1);
             let taken = (wanted - self.frame.len()).min(bytes.len());
             self.frame.extend_from_slice(&bytes[..taken]);
@@ -52,7 +54,8 @@ impl Tap {
             }
             match self.frame[0] {
                 METHOD | CONTENT_HEADER | BODY | HEARTBEAT if size > self.payload_max => {
-                    return Err(refuse(format!("a frame of {size} bytes, which is more than frame_max")));
+                    let (frame, limit) = (HEADER + size + 1, HEADER + self.payload_max + 1);
+                    return Err(refuse(format!("a frame of {frame} bytes, and at most {limit} are read (frame_max)")));
                 }
                 METHOD | CONTENT_HEADER if self.frame.len() <= HEADER + size => continue,
                 kind @ (METHOD | CONTENT_HEADER) => self.inspect(kind, size)?,

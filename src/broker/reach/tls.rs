@@ -169,7 +169,8 @@ fn unusable_client_certificate(error: rustls::Error, cert: &Path, key_file: &Pat
         rustls::Error::InvalidCertificate(error) => {
             format!("the client certificate in {} can't be used: {}", cert.display(), flaw(&error))
         }
-        // Any other error is the key's. rustls gives no reason.
+        // Any other error is the key's. rustls gives no reason. ring verifies RSA up to 8192 bits, but signs only up to
+        // 4096.
         _ => format!(
             "the key in {} can't be used: it has to be RSA with 2048 to 4096 bits, ECDSA with the curve P-256 or P-384 (P-521 is not supported), or Ed25519",
             key_file.display()

@@ -149,7 +149,7 @@ pub(super) fn flaw(error: &CertificateError) -> String {
     use CertificateError as E;
     match error {
         E::BadEncoding => "it is damaged, or not a valid X.509 certificate".to_owned(),
-        // A certificate that has expired is ExpiredContext.
+        // webpki's InvalidCertValidity. A certificate that has expired is ExpiredContext.
         E::Expired => "its validity ends before it begins".to_owned(),
         E::UnsupportedSignatureAlgorithmContext { signature_algorithm_id: id, .. } => format!(
             "it is signed with {}, which qconsume doesn't accept: sign it with SHA-256 or SHA-384, by a CA whose key is one of {KEYS}",

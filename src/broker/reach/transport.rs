@@ -32,6 +32,7 @@ impl TappedStream {
     fn alert_or(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
         let mut rest = [0; 256];
         match self.socket().poll_read(cx, &mut ReadBuf::new(&mut rest)) {
+            // An error of rustls, not of the system.
             Poll::Ready(Err(alert)) if alert.get_ref().is_some() => alert,
             _ => error,
         }

@@ -25,13 +25,13 @@ const IGNORED: [&str; 20] = [
 /// <https://www.rabbitmq.com/docs/uri-query-parameters>; `None` for those that the URL doesn't have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {
-    /// Seconds between heartbeats; 0 asks for none.
+    /// Seconds between heartbeats; 0 leaves it to the broker.
     pub heartbeat: Option<u16>,
     /// How long one TCP connect may take; in the URL milliseconds, at least one.
     pub connection_timeout: Option<Duration>,
     /// The highest channel number to agree on; 0 is no limit.
     pub channel_max: Option<u16>,
-    /// The largest frame to agree on, in bytes, at least 4096; 0 is no limit.
+    /// The largest frame to agree on, in bytes, at least 4096; 0 is the default. See `Address::frame_max`.
     pub frame_max: Option<u32>,
     pub auth_mechanism: Option<SASLMechanism>,
     /// This and the next three need TLS.
@@ -87,7 +87,7 @@ impl Parameters {
             },
             "frame_max" => match number(&value) {
                 None | Some(1..AMQP_FRAME_MIN) => {
-                    return Err("must be 0 (no limit) or a number of bytes from 4096");
+                    return Err("must be 0 (the default, 131072) or a number of bytes from 4096");
                 }
                 max => self.frame_max = max,
             },
@@ -125,7 +125,8 @@ impl Parameters {
     }
 }
 
-/// How an error names a query parameter: by its key, unless that could be a piece of a password.
+/// How an error names a query parameter: by its key, if that looks like one. It could still be a piece of a password if
+/// the URL's `@` is missing or encoded: `Address::parse` doesn't notice that.
 fn parameter_name(key: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
     if (1..=QUOTED_KEY_MAX).contains(&key.len()) && key.bytes().all(is_plain) {

@@ -433,7 +433,9 @@ fn wrong_query_parameters() {
     for value in ["", "1", "4095", "4294967296"] {
         refused(
             &format!("frame_max={value}"),
-            "the query parameter frame_max must be 0 (no limit) or a number of bytes from 4096",
+            &format!(
+                "the query parameter frame_max must be 0 (the default, {FRAME_MAX}) or a number of bytes from 4096"
+            ),
         );
     }
     for value in ["", "S3CRET", "anonymous", "plain,external"] {

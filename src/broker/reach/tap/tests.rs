@@ -106,6 +106,11 @@ fn only_a_delivered_message_is_called_unreadable() {
 fn what_is_too_large_is_refused_and_what_is_not_amqp_is_left_to_lapin() {
     let huge = [&[CONTENT_HEADER, 0, 1][..], &u32::MAX.to_be_bytes()].concat();
     assert!(observe(&[huge], 3).1.is_err());
+    let largest = frame(BODY, &[0; FRAME_MAX as usize]);
+    observe(&[largest], 1000).1.unwrap();
+    let (_, result) = observe(&[frame(BODY, &[0; FRAME_MAX as usize + 1])], 1000);
+    let said = "a frame of 131081 bytes, and at most 131080 are read (frame_max)";
+    assert_eq!(result.unwrap_err().to_string(), said);
     for foreign in [&b"HTTP/1.1 400 Bad Request"[..], b"AMQP\0\x01\0\0"] {
         observe(&[foreign.to_vec()], 3).1.unwrap();
     }
