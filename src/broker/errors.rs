@@ -8,8 +8,9 @@ use crate::exit::{Exit, Failure};
 use lapin::{ErrorKind, protocol::constants::FRAME_MIN_SIZE as LAPIN_FRAME_MIN};
 use std::{fmt, io, path::Path};
 
-/// Removes the next message of a queue, with rabbitmqadmin 2. rabbitmqctl has no command for that.
-const REMOVE_MESSAGE: &str = "rabbitmqadmin get messages --queue NAME --ack-mode reject_requeue_false";
+/// rabbitmqctl has no command for it, and rabbitmqadmin 1, which RabbitMQ 3 contains, has other arguments.
+const REMOVE_MESSAGE: &str = "remove it on the management page ('Get messages', 'Reject requeue false'), or with \
+                              rabbitmqadmin 2: `rabbitmqadmin get messages --queue NAME --ack-mode reject_requeue_false`";
 
 /// Largest `connection.start-ok` frame, in bytes. RabbitMQ 3.10 and 4.3 close without a reason if it is larger.
 const HANDSHAKE_FRAME_MAX: usize = 4096;
@@ -60,9 +61,9 @@ impl Refusal {
         Self { code, text }
     }
 
-    /// Goes by the reply code (AMQP 0-9-1, 1.2), and by parts of the text that no user chooses: names stand in the middle,
-    /// in quotes. Prefer beginnings: RabbitMQ cuts texts at 255 bytes. The texts are those of RabbitMQ 3.10, 4.0 and 4.3,
-    /// LavinMQ 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ.
+    /// Goes by the reply code (AMQP 0-9-1, 1.2), and by parts of the text that no user chooses: names stand in the
+    /// middle, in quotes. Prefer beginnings: RabbitMQ cuts texts at 255 bytes. The texts are those of RabbitMQ 3.10,
+    /// 4.0 and 4.3, LavinMQ 2.9, amqproxy 3.1, Qpid Broker-J 9.2 and GarageMQ.
     pub(super) fn meaning(&self) -> Meaning {
         use Meaning as M;
         // RabbitMQ puts the code's name before the text: "NOT_FOUND - no queue …".
@@ -140,6 +141,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.text.as_str() {
             "" => write!(f, "reply code {}", self.code),
+            // The shutdown of amqproxy has code 0.
             text if self.code < 200 => write!(f, "{text} (reply code {})", self.code),
             text => f.write_str(text),
         }
@@ -159,7 +161,7 @@ pub(super) enum Asked<'a> {
         queue: &'a str,
         exchange: &'a str,
     },
-    /// To declare a queue of a given type.
+    /// `--declare` of qpublish, which gives the queue's type. That of qconsume is [`Queue`](Self::Queue).
     Declare(&'a str),
     /// To this exchange.
     Publish(&'a str),
@@ -223,7 +225,7 @@ fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row 
         }
         (Delivery { closed, .. }, _) => Row::new(Exit::Unconfirmed, format!("the broker closed the {closed}"), ""),
 
-        // The login. A proxy logs in to the broker only when a channel is opened, so anything may have been asked.
+        // The login. Behind a proxy, anything may have been asked: see `Connector::login_accepted`.
         (Login(address), M::LoginRefused) if address.logs_in_by_certificate() => Row::new(
             Exit::NoPermission,
             "the broker refused the login by client certificate (EXTERNAL)",
@@ -256,7 +258,7 @@ fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row 
             "raise max_message_size in its rabbitmq.conf, or split the message",
         ),
         (Publish(_), M::Precondition | M::NotImplemented) => {
-            Row::config("the broker doesn't take messages like this", "")
+            Row::config("the broker refused a message", "check its properties and headers")
         }
         (Publish(_), _) => Row::new(Exit::Unconfirmed, "the broker stopped the publishing", ""),
 
@@ -303,7 +305,7 @@ fn queue_row(action: &str, queue: &str, meaning: Meaning, credentials: Credentia
         }
         M::QueueLimit => Row::config(cannot, "raise the limit, or delete queues"),
         M::Limit | M::Other => Row::unavailable(format!("{cannot} now")),
-        _ => Row::config(format!("{cannot} like this"), ""),
+        _ => Row::config(format!("{cannot} with these options"), "compare them with the queue's type and properties"),
     }
 }
 
@@ -452,7 +454,7 @@ impl ConnectError {
     }
 }
 
-/// Whether the broker has closed the connection because the credentials are too long for its first frame.
+/// Whether RabbitMQ has closed the connection because the credentials are too long for its first frame.
 fn credentials_problem(observed: &Observed, address: &Address) -> Option<String> {
     let bytes = address.username.len() + address.password.expose().len();
     let limit = match observed.version {
@@ -461,7 +463,7 @@ fn credentials_problem(observed: &Observed, address: &Address) -> Option<String>
     };
     // Between connection.start and connection.tune, which proposes a heartbeat.
     let got_credentials_last = observed.mechanisms.is_some() && observed.heartbeat.is_none();
-    (got_credentials_last && bytes + CLIENT_PROPERTIES_MAX > limit).then(|| {
+    (got_credentials_last && !observed.is_another_product && bytes + CLIENT_PROPERTIES_MAX > limit).then(|| {
         format!(
             "user and password have {bytes} bytes, and this RabbitMQ takes {limit} for the whole frame; use a shorter \
              token"
@@ -469,10 +471,10 @@ fn credentials_problem(observed: &Observed, address: &Address) -> Option<String>
     })
 }
 
-/// Whether the broker has closed the connection, as it then does without a reason, because of the frame size.
+/// Whether the frame size made the broker close the connection. RabbitMQ gives no reason for that.
 fn frame_max_problem(observed: &Observed, address: &Address) -> Option<String> {
-    let or_unlimited = |size: Option<u32>| size.filter(|size| *size > 0).unwrap_or(u32::MAX);
-    let (theirs, ours) = (or_unlimited(observed.frame_max), or_unlimited(address.parameters.frame_max));
+    let theirs = observed.frame_max.filter(|size| *size > 0).unwrap_or(u32::MAX);
+    let ours = address.frame_max();
     // What lapin 4.12 answers.
     let answered = if theirs < ours { theirs.max(LAPIN_FRAME_MIN) } else { ours };
     if answered > theirs {
@@ -521,6 +523,7 @@ impl DeliveryLost {
             _ => "connection",
         };
         let asked = Asked::Delivery { closed, observed: &observed };
+        // Only the text counts: the status depends on the command.
         Self::because(ConnectError::from_refusal(asked, &refusal, connection.credentials.now()).failure.message)
     }
 
@@ -543,8 +546,8 @@ impl DeliveryLost {
     /// See `Settling::means_requeued`. The other message is requeued when the connection ends.
     pub(super) fn delivered_again() -> Self {
         Self::because(
-            "the broker delivered another message, so it has requeued this one; in a cluster, its nodes may have lost each \
-             other, or the queue's leader may have changed",
+            "the broker delivered another message, so it has requeued this one; in a cluster, its nodes may have lost \
+             each other, or the queue's leader may have changed",
         )
     }
 
@@ -553,14 +556,14 @@ impl DeliveryLost {
         Self::because(format!("acknowledgement timeout: {}", how_to_raise_ack_timeout(observed)))
     }
 
-    /// This was the second connection in succession that was lost while a message arrived.
+    /// This was the second connection that was lost while a message arrived, and no message arrived in between.
     pub(super) fn for_the_second_time(self) -> Self {
         let cause = if self.cause == Cause::Unreadable { Cause::Unreadable } else { Cause::LostTwice };
         Self { cause, ..self }
     }
 
-    /// The end of the run, if a new connection would only get the same message: each delivery counts towards the queue's
-    /// `delivery-limit`, at which the broker dead-letters or drops the message.
+    /// The end of the run, if a new connection would only get the same message: each delivery counts towards the
+    /// queue's `delivery-limit`, at which the broker dead-letters or drops the message.
     pub fn end_of_run(&self, queue: &str) -> Option<Failure> {
         match self.cause {
             Cause::Unreadable => Some(unreadable_message(queue, &self.text)),
@@ -584,7 +587,7 @@ fn unreadable_message(queue: &str, problem: &str) -> Failure {
         Exit::Software,
         format!(
             "the next message in queue {queue:?} can't be read: {problem}; it is requeued, and every worker gets it: \
-             remove it, for example with `{REMOVE_MESSAGE}`"
+             {REMOVE_MESSAGE}"
         ),
     )
 }
@@ -594,9 +597,9 @@ pub(super) fn lost_twice(queue: &str, last_error: &str) -> Failure {
     Failure::new(
         Exit::Software,
         format!(
-            "two connections in succession were lost while a message from queue {queue:?} arrived; the last error: \
-             {last_error}; the message is requeued: check the broker's log, and what is between it and here; if you find \
-             nothing, the message may be one that can't be read: remove it, for example with `{REMOVE_MESSAGE}`"
+            "two connections were lost while a message from queue {queue:?} arrived, and no message arrived in between; \
+             the last error: {last_error}; the message is requeued: check the broker's log, and what is between it and here; \
+             if you find nothing, the message may be one that can't be read: {REMOVE_MESSAGE}"
         ),
     )
 }

@@ -55,7 +55,7 @@ fn a_message_that_never_arrives_whole_is_70_at_the_second_try() {
     let run = behind(&proxy, &queue).args(["touch", "/proc/never/run"]).run();
     run.assert_status(70)
         .assert_stderr("connecting again")
-        .assert_stderr("two connections in succession were lost while a message")
+        .assert_stderr("two connections were lost while a message")
         .assert_stderr(queue.name());
     // Each attempt counts towards the queue's delivery-limit, at which the broker drops the message.
     assert_eq!(proxy.accepted(), 2, "{}", run.stderr);

@@ -282,9 +282,9 @@ fn every_row_of_the_table() {
          "user \"u\" may not publish here: …; grant it with rabbitmqctl set_permissions"),
         (publish, (406, "PRECONDITION_FAILED - message size 2 is larger than configured max size 1"), no_file, Config, false,
          "the message is too large for this broker: …; raise max_message_size in its rabbitmq.conf, or split the message"),
-        (publish, UNEQUAL, no_file, Config, false, "the broker doesn't take messages like this: …"),
+        (publish, UNEQUAL, no_file, Config, false, "the broker refused a message: …; check its properties and headers"),
         (publish, (540, "NOT_IMPLEMENTED - immediate=true"), no_file, Config, false,
-         "the broker doesn't take messages like this: …"),
+         "the broker refused a message: …; check its properties and headers"),
         (publish, SHUTDOWN, no_file, Unconfirmed, false, "the broker stopped the publishing: …"),
         // A queue.
         (bind, NO_EXCHANGE, no_file, Config, true,
@@ -317,7 +317,7 @@ fn every_row_of_the_table() {
          "can't declare queue \"q\": …; raise the limit, or delete queues"),
         (consume, CHANNELS, no_file, Unavailable, true, "can't consume from queue \"q\" now: …"),
         (consume, (541, "INTERNAL_ERROR"), no_file, Unavailable, true, "can't consume from queue \"q\" now: …"),
-        (consume, UNEQUAL, no_file, Config, false, "can't consume from queue \"q\" like this: …"),
+        (consume, UNEQUAL, no_file, Config, false, "can't consume from queue \"q\" with these options: …; compare them with the queue's type and properties"),
     ];
     for (asked, (code, text), credentials, exit, transient, message) in rows {
         let error = ConnectError::from_refusal(asked, &Refusal::new(code, text), credentials);
@@ -347,11 +347,27 @@ fn a_loss_ends_the_run_if_the_next_connection_would_get_the_same_message() {
     assert!(end(lost()).is_none());
     starts(
         lost().for_the_second_time(),
-        "two connections in succession were lost while a message from queue \"q\" arrived; the last error: reset; ",
+        "two connections were lost while a message from queue \"q\" arrived, and no message arrived in between; the last error: reset; ",
     );
     starts(unreadable(), "the next message in queue \"q\" can't be read: it is broken; ");
     starts(unreadable().for_the_second_time(), "the next message in queue \"q\" can't be read: it is broken; ");
     assert_eq!(unreadable().to_string(), "the broker delivered another message, which can't be read: it is broken");
+}
+
+#[test]
+fn only_of_rabbitmq_is_it_known_how_long_credentials_may_be() {
+    let problem = |version, is_another_product| {
+        let mut observed = Observed::default();
+        observed.mechanisms = Some("PLAIN".to_owned());
+        (observed.version, observed.is_another_product) = (version, is_another_product);
+        let mut address = Address::parse("amqp://h").unwrap();
+        address.set_password("x".repeat(5000).into());
+        credentials_problem(&observed, &address)
+    };
+    let said = problem(Some((3, 10)), false).unwrap();
+    assert!(said.starts_with("user and password have 5005 bytes, and this RabbitMQ takes 4096"), "{said}");
+    assert_eq!(problem(Some((4, 3)), false), None);
+    assert_eq!(problem(None, true), None);
 }
 
 fn frame_sizes(version: Option<(u32, u32)>, theirs: u32, ours: Option<u32>) -> Option<String> {
