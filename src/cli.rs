@@ -114,14 +114,16 @@ pub struct QconsumeOptions {
 
     /// Declare the queue if it doesn't exist
     ///
-    /// The new queue is durable, and of the virtual host's default type. A queue that exists is used as it is, whatever
-    /// its properties are. Without --queue, a new queue is declared as by --exclusive, and the broker chooses its name.
+    /// The new queue is durable, and of the virtual host's default type. If the queue exists, its properties are
+    /// neither checked nor changed. Without --queue, a new queue is declared as by --exclusive, and the broker chooses
+    /// its name.
     #[arg(short, long, hide_short_help = true, env = "QCONSUME_DECLARE", value_parser = switch, help_heading = AMQP_TOOLS)]
     declare: bool,
 
     /// Declare an exclusive queue, which is deleted when the connection ends
     ///
-    /// No other connection can use it. If a queue of this name exists, it isn't used: the exit status is 78.
+    /// No other connection to the broker can use it, but clients of amqproxy may share one. If the broker has another
+    /// queue of this name, the exit status is 78.
     #[arg(short = 'x', long, hide_short_help = true, env = "QCONSUME_EXCLUSIVE", value_parser = switch, help_heading = AMQP_TOOLS)]
     exclusive: bool,
 

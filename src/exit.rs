@@ -22,7 +22,8 @@ pub enum Exit {
     NotFound = 127,
 }
 
-/// The status; its meaning, after a short form and a colon, for `-h`; whether a retry helps, if that can be said.
+/// The status, its meaning, and whether a retry helps (empty if it depends). The meaning is `-h`'s short form, a colon,
+/// and the rest of the sentence.
 type Row = (Exit, &'static str, &'static str);
 
 const USAGE: Row = (Exit::Usage, "usage: wrong options, or a malformed or empty BROKER_URL or QUEUE", "no");
@@ -35,7 +36,7 @@ const QCONSUME: [Row; 11] = [
     UNAVAILABLE,
     (
         Exit::Software,
-        "defect: a bug in qconsume, or a message that it can't decode (invalid AMQP, or headers too large or too deep)",
+        "defect: a bug in qconsume, a message that it can't decode (invalid AMQP, or headers too large or too deep), or two connections lost while a message arrived",
         "",
     ),
     (
@@ -110,7 +111,8 @@ pub const fn status_of_signal(signal: i32) -> u8 {
 
 pub const NO_MEMORY: &str = "memory has run out (on this node, or ulimit -v)";
 
-/// Errors that a retry may not meet, because the system was only short of something: of what, and what to raise.
+/// Errors that may be gone at the next try: errno, what is missing, and which limit to raise. ETXTBSY is no shortage, but
+/// it passes, too.
 const SHORTAGES: [(i32, &str); 8] = [
     (
         libc::EAGAIN,

@@ -132,6 +132,7 @@ pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> 
         Err(error) if !error.use_stderr() => {
             let text = error.render().to_string();
             return Ok(Request::Show(match error.kind() {
+                // clap has one kind for -h and --help. Only the text of --help names the other.
                 ErrorKind::DisplayHelp if text.contains("see a summary with '-h'") => {
                     command_line::<O>().render_long_help().to_string()
                 }
