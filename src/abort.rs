@@ -17,7 +17,7 @@ pub fn note_command_started() {
     COMMAND_STARTED.store(true, Relaxed);
 }
 
-/// The message is settled, and the run goes on to the next one.
+/// The message is settled, and its status isn't the run's.
 pub fn note_message_done() {
     COMMAND_STARTED.store(false, Relaxed);
 }

@@ -205,13 +205,15 @@ impl Worker {
 
     /// After a confirmed settlement.
     async fn go_on(&mut self, next: Next, summary: RunSummary) -> ControlFlow<RunSummary> {
+        if next != Next::End {
+            abort::note_message_done();
+        }
         if next != Next::Message && self.consumer.is_subscribed() {
             // A stop signal came during the settlement, and the next message may have come, too.
             self.consumer.release().await;
         }
         match next {
             Next::Message => {
-                abort::note_message_done();
                 self.with_queue(summary).log();
                 Continue(())
             }
