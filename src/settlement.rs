@@ -1,16 +1,17 @@
 //! The settlement of one delivery as a state machine without I/O: events go in, the next step comes out.
-//! broker/consume/settle.rs carries it out, and tests/model runs it in every order of events.
+//! broker/consume/settle.rs carries it out, and tests/model runs it in every order of events. `Settlement`, what the
+//! broker is told, is in verdict.rs.
 
 use crate::verdict::Settlement;
 use std::time::Duration;
 
-/// From which time on a held message needs a second barrier, see [`Settling::needs_second_barrier`]. Before that, only a
-/// `consumer-timeout` policy below five seconds can requeue it: RabbitMQ 4.3.6 honours one, but most tasks would fail there
-/// anyway.
+/// From which time on a held message needs a second barrier, see [`Settling::needs_second_barrier`]. Before that, only
+/// a `consumer-timeout` policy below five seconds can requeue it: RabbitMQ 4.3.6 honours one, but most tasks would fail
+/// there anyway.
 const SECOND_BARRIER_FROM: Duration = Duration::from_secs(5);
 
-/// Within this share of our own `--ack-timeout` no second barrier is needed: the timeout can't have come first, unless the
-/// delivery or the settlement travelled for the rest of the time.
+/// A short `--ack-timeout` of our own lowers that limit to this share of itself: until then the timeout can't have come
+/// first, unless the delivery or the settlement travelled for the rest of the time.
 const SAFE_SHARE: f64 = 0.8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +72,8 @@ enum Stage {
 }
 
 impl Settling {
-    /// Begins to settle a delivery that is still ours, with one barrier. `cancels`: the consumer is cancelled first, or was
-    /// cancelled before, so that no further message is delivered.
+    /// Begins to settle a delivery that is still ours, with one barrier. `cancels`: the consumer is cancelled first, or
+    /// was cancelled before, so that no further message is delivered.
     pub fn new(cancels: bool) -> Self {
         let stage = if cancels { Stage::Cancelling } else { Stage::Writing };
         Self { cancels, second_barrier: false, stage }

@@ -49,8 +49,8 @@ pub enum Settlement {
     Requeue,
     /// `basic.reject(requeue=false)`: dead-lettered, or dropped if the queue has no dead-letter exchange.
     DeadLetter,
-    /// `basic.nack(requeue=true)`: the command was stopped from outside, or never ran. Quorum queues don't count this since
-    /// RabbitMQ 4.3.
+    /// `basic.nack(requeue=true)`: the command was stopped from outside, or never ran. Quorum queues don't count this
+    /// since RabbitMQ 4.3.
     Release,
 }
 
@@ -188,14 +188,16 @@ pub enum Next {
     End,
     /// By `--count` with `--keep-going`. This message's status isn't the run's.
     AllDone,
-    /// By this signal, before everything is done: never with 0.
+    /// By this signal, before everything is done. The run's status is then 128+N, though this message's is 0.
     Stopped(i32),
 }
 
 impl RunState {
-    /// What comes after a confirmed settlement. Also asked before it: if nothing comes, the consumer is cancelled first.
+    /// What comes after a confirmed settlement. Also asked before it: if nothing comes, the consumer is cancelled
+    /// first.
     pub fn next(self, verdict: Verdict, failures_before: Option<u64>) -> Next {
         let done = matches!(verdict.settlement, Some(Settlement::Ack | Settlement::DeadLetter));
+        // `to_do` includes this message: it is the last one if it is done.
         let all_done = self.to_do.is_some_and(|to_do| to_do <= u64::from(done));
         let goes_on = verdict.status == 0 || self.keep_going && !repeats_forever(verdict, failures_before);
         if !goes_on {

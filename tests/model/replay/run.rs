@@ -81,9 +81,9 @@ impl Run {
     }
 
     /// Whether the peer can make all of this happen. It can't place a loss between a message and its command's start,
-    /// as the program may see the loss before the message; nor there a signal together with a method. Nor can it deliver
-    /// a message on a new connection before the program cancels there, if `--wait` was over on the last one: nothing is
-    /// left of that time.
+    /// as the program may see the loss before the message; nor there a signal together with a method. Nor can it
+    /// deliver a message on a new connection before the program cancels there, if `--wait` was over on the last one:
+    /// nothing is left of that time.
     fn is_playable(&self) -> bool {
         let mut is_over = false;
         for steps in self.steps.windows(2) {
