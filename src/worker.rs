@@ -208,7 +208,7 @@ impl Worker {
         if next != Next::End {
             abort::note_message_done();
         }
-        if next != Next::Message && self.consumer.is_subscribed() {
+        if next != Next::Message && self.consumer.is_ready() {
             // A stop signal came during the settlement, and the next message may have come, too.
             self.consumer.release().await;
         }

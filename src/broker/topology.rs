@@ -126,8 +126,8 @@ async fn declare_exclusive(connection: &mut OpenConnection, queue: &str) -> Resu
         ConnectError::after_handshake(&error, connection, Asked::Queue { action: "declare", queue })
     })?;
     let name = declared.name().to_string();
-    // A proxy may keep its connection to the broker open, and the queue with it. So we delete the queue before we close,
-    // unless it has messages or a consumer: then another client had it first.
+    // A proxy may keep its connection to the broker open, and the queue with it. So we delete the queue before we
+    // close, unless it has messages or a consumer: then another client had it first.
     let is_unused = (declared.message_count(), declared.consumer_count()) == (0, 0);
     if is_unused && connection.observed().is_another_product {
         // If we have chosen the name, another client may have come since: its messages stay.

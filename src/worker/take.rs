@@ -25,7 +25,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     let mut waited = Duration::ZERO;
     let (mut pause, mut failing_since) = (FIRST_PAUSE, None);
     loop {
-        if !consumer.is_subscribed() {
+        if !consumer.is_ready() {
             consumer.subscribe().await?;
             tracing::debug!("waiting for a message in queue {:?}", consumer.queue());
         }

@@ -57,7 +57,7 @@ pub fn message(delivered: Delivered<'_>, piece: NonZeroUsize, queue: &str) -> io
     let (exchange, key) = (method.exchange, method.routing_key);
     let mut delivery = Delivery::mock(1, exchange, key, method.redelivered, Vec::new());
     delivery.properties = properties;
-    Ok(Message::new(delivery, queue))
+    Ok(Message::new(delivery, queue, None))
 }
 
 /// What the broker was asked for when it refused.

@@ -1015,10 +1015,10 @@ fn a_part_of_a_message_never_looks_like_all_of_it() {
     }
 }
 
-/// After a requeue the next consumer uses the same connection. What the broker still sends to the last one mustn't count
+/// After a requeue the next consumer uses the same connection. What the broker still sends to the previous one mustn't count
 /// for the next message: before its channel is closed it may be cancelled, or its channel be closed by the broker.
 #[test]
-fn what_comes_late_for_the_last_consumer_does_not_concern_the_next_message() {
+fn what_comes_late_for_the_previous_consumer_does_not_concern_the_next_message() {
     let cancelled = |channel| {
         frames::method_frame(channel, Method::BASIC_CANCEL, &[&frames::short(b"qconsume")[..], &[1]].concat())
     };
@@ -1052,7 +1052,7 @@ fn what_comes_late_for_the_last_consumer_does_not_concern_the_next_message() {
     };
     // The second basic.qos is the barrier.
     let (done, connections) = run(Method::BASIC_QOS, 2, timed_out, false);
-    done.assert_stderr("the broker closed the last consumer's channel or the connection: PRECONDITION_FAILED");
+    done.assert_stderr("the broker closed the channel of the previous message, or the connection: PRECONDITION_FAILED");
     assert_eq!(connections, 2);
     let (_, connections) = run(Method::CHANNEL_CLOSE, 1, cancelled, true);
     assert_eq!(connections, 1);

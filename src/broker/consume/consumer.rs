@@ -8,7 +8,7 @@ use super::{
 use crate::{
     broker::{
         errors::{DeliveryLost, described, lost_twice},
-        reach::{connect::Connector, connection::OpenConnection, observed::Version, tries::Tries},
+        reach::{connect::Connector, connection::OpenConnection, tries::Tries},
         topology::{Declare, NotSubscribed, Plan},
     },
     exit::{Exit, Failure},
@@ -26,10 +26,6 @@ use tokio::{
 /// Longest wait for the broker to confirm a release. Otherwise it requeues the messages when the connection ends.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The `delivery-limit` of a quorum queue unless it is set, since RabbitMQ 4.0.
-const DEFAULT_DELIVERY_LIMIT: u64 = 20;
-const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
-
 pub struct Consumer {
     connector: Connector,
     options: ConsumerOptions,
@@ -39,8 +35,9 @@ pub struct Consumer {
     lost_mid_delivery: bool,
 }
 
-/// `subscribe` leads from Idle to Ready, `next` and `cancel` from Ready to Holding, `settle` from Holding to Ready or Idle.
-/// A loss leads to Idle.
+/// `subscribe` leads from Idle by Subscribing to Ready; `next` and `cancel` from Ready to Holding, or to Idle after a
+/// loss or without a message; `settle` from Holding to Ready or Idle; `release` and `close` to Idle. A held message
+/// that is lost stays Holding until `settle` or `close`.
 enum State {
     /// The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
@@ -91,8 +88,9 @@ impl Consumer {
         }
     }
 
+    /// Whether messages may arrive: subscribed, and none is held.
     #[must_use]
-    pub fn is_subscribed(&self) -> bool {
+    pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready(_))
     }
 
@@ -137,17 +135,17 @@ impl Consumer {
         let mut subscribed = self.finish_subscribing().await;
         match &mut subscribed {
             Ok(()) => self.connector.login_accepted(),
-            // A proxy logs in to the broker when a channel is opened.
             Err(NotSubscribed::Failed(error)) if error.login_refused => self.connector.note_login_refused(error),
             Err(_) => {}
         }
         if subscribed.is_err() {
-            // lapin 4.12 reports the closed channel once more later, so the next try takes a new connection.
+            // The next try takes a new connection: see close_after.
             self.close().await;
         }
         subscribed
     }
 
+    /// Does nothing if nothing is being subscribed.
     async fn finish_subscribing(&mut self) -> Result<(), NotSubscribed> {
         let State::Subscribing { task, .. } = &mut self.state else {
             return Ok(());
@@ -197,6 +195,7 @@ impl Consumer {
         tokio::select! {
             biased;
             lost = self.wait_until_lost() => Some(lost),
+            // Doesn't wait. A delivery that has only begun counts, too.
             () = ready(()) => self.subscription().has_another().then(DeliveryLost::delivered_again),
         }
     }
@@ -209,8 +208,8 @@ impl Consumer {
         }
     }
 
-    /// Returns a message that has arrived before the reply, or has begun to arrive within 2 s. After an error nothing was
-    /// taken.
+    /// Returns a message that has arrived before the reply, or has begun to arrive within 2 s. After an error nothing
+    /// was taken.
     pub async fn cancel(&mut self) -> Result<Option<Message>, DeliveryLost> {
         match self.subscription().cancel().await {
             Ok(Some(delivery)) => Ok(Some(self.hold(delivery))),
@@ -236,7 +235,8 @@ impl Consumer {
         (settled, why)
     }
 
-    /// Releases every message that has arrived; none may be held. Returns whether it is confirmed within 2 s.
+    /// Releases every message that has arrived, and ends the subscription; none may be held. Returns whether the broker
+    /// has confirmed that within 2 s.
     pub async fn release(&mut self) -> bool {
         let released = timeout(RELEASE_TIMEOUT, async {
             // Without a subscription there is nothing to release.
@@ -246,27 +246,34 @@ impl Consumer {
                 State::Idle(_) | State::Subscribing { .. } | State::Holding(..) => Ok(()),
             }
         });
-        match released.await {
-            Ok(Ok(())) => return true,
-            Ok(Err(error)) => tracing::debug!("releasing: {}", described(&error)),
-            Err(_) => tracing::debug!("releasing: no answer within {RELEASE_TIMEOUT:?}"),
-        }
+        let confirmed = match released.await {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                tracing::debug!("releasing: {}", described(&error));
+                false
+            }
+            Err(_) => {
+                tracing::debug!("releasing: no answer within {RELEASE_TIMEOUT:?}");
+                false
+            }
+        };
         self.give_up_subscribing().await;
-        false
+        self.end_subscription();
+        confirmed
     }
 
     /// Keeps the connection, so that `close` can close it.
     async fn give_up_subscribing(&mut self) {
-        match mem::take(&mut self.state) {
+        self.state = match mem::take(&mut self.state) {
             State::Subscribing { task, give_up } => {
                 drop(give_up);
-                self.state = match task.await.expect("subscribing doesn't panic") {
+                match task.await.expect("subscribing doesn't panic") {
                     Ok(subscription) => State::Ready(subscription),
                     Err((connection, _)) => State::Idle(Some(connection)),
-                };
+                }
             }
-            other => self.state = other,
-        }
+            other => other,
+        };
     }
 
     /// Closes the connection, within three seconds.
@@ -288,7 +295,8 @@ impl Consumer {
         });
     }
 
-    /// Closes the connection even if only the channel is lost: lapin 4.12 would report that to the next subscription, too.
+    /// Closes the connection even if only the channel is lost: lapin 4.12 would report that to the next subscription,
+    /// too.
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
         let mid_delivery = self.subscription().has_another();
         let is_second = self.note_loss(mid_delivery);
@@ -296,7 +304,7 @@ impl Consumer {
         if is_second { lost.for_the_second_time() } else { lost }
     }
 
-    /// Returns whether this is the second connection in succession that was lost while a message arrived.
+    /// Returns whether a second connection was lost while a message arrived, with none received in between.
     fn note_loss(&mut self, mid_delivery: bool) -> bool {
         let is_second = self.lost_mid_delivery && mid_delivery;
         self.lost_mid_delivery |= mid_delivery;
@@ -315,10 +323,7 @@ impl Consumer {
         let since = began.map_or_else(Instant::now, Instant::from_std);
         let held = Held { tag: delivery.delivery_tag, since, fingerprint: Fingerprint::of(&delivery) };
         self.state = State::Holding(subscription, held);
-        let mut message = Message::new(delivery, self.queue());
-        message.at_default_delivery_limit =
-            version >= Some(DEFAULT_DELIVERY_LIMIT_SINCE) && message.failures >= Some(DEFAULT_DELIVERY_LIMIT);
-        message
+        Message::new(delivery, self.queue(), version)
     }
 
     fn subscription(&mut self) -> &mut Subscription {

@@ -1,6 +1,6 @@
 //! A message as the worker sees it, and the variables that describe it to the command.
 
-use crate::variable::Variable;
+use crate::{broker::reach::observed::Version, variable::Variable};
 use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
@@ -12,13 +12,17 @@ use std::{
     os::unix::ffi::OsStringExt,
 };
 
+/// The `delivery-limit` of a quorum queue unless it is set, since RabbitMQ 4.0.
+const DEFAULT_DELIVERY_LIMIT: u64 = 20;
+const DEFAULT_DELIVERY_LIMIT_SINCE: Version = (4, 0);
+
 #[derive(Debug)]
 pub struct Message {
     pub body: Vec<u8>,
     pub id: Option<String>,
     /// `MESSAGE_ATTEMPT`: the number of this delivery, from 1; `None` if the queue doesn't tell.
     pub attempt: Option<u64>,
-    /// Those that the queue has counted; `None` if it doesn't count.
+    /// Failures that the queue has counted; `None` if it counts none.
     pub failures: Option<u64>,
     /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
     pub at_default_delivery_limit: bool,
@@ -47,7 +51,7 @@ impl Fingerprint {
 }
 
 impl Message {
-    pub(in crate::broker) fn new(delivery: Delivery, queue: &str) -> Self {
+    pub(in crate::broker) fn new(delivery: Delivery, queue: &str, version: Option<Version>) -> Self {
         let headers = delivery.properties.headers().clone().unwrap_or_default();
         let (attempt, failures) = attempt_and_failures(&headers, delivery.redelivered);
         let id = delivery.properties.message_id().as_ref();
@@ -55,7 +59,8 @@ impl Message {
             id: id.map(ToString::to_string),
             attempt,
             failures,
-            at_default_delivery_limit: false,
+            at_default_delivery_limit: version >= Some(DEFAULT_DELIVERY_LIMIT_SINCE)
+                && failures >= Some(DEFAULT_DELIVERY_LIMIT),
             variables: variables(&delivery, &headers, attempt, queue),
             body: delivery.data,
         }
@@ -63,7 +68,8 @@ impl Message {
 }
 
 /// [`Message::attempt`] and [`Message::failures`]. From the second delivery on, quorum queues count failures in
-/// `x-delivery-count`, and since RabbitMQ 4.3 all earlier deliveries in `x-acquired-count`. Classic queues count nothing.
+/// `x-delivery-count`, and since RabbitMQ 4.3 all earlier deliveries in `x-acquired-count`. Classic queues count
+/// nothing.
 fn attempt_and_failures(headers: &FieldTable, redelivered: bool) -> (Option<u64>, Option<u64>) {
     if !redelivered {
         // A count on a first delivery was published with the message, for example by a shovel.

@@ -78,7 +78,8 @@ impl UnderWay<'_> {
             }
             let performed = timeout_at(self.deadline, self.perform(step)).await;
             if matches!(step, Step::Barrier | Step::Pause) {
-                // What has arrived by now was sent before the reply, or during the pause: it counts first.
+                // What has arrived by now was sent before the reply, or during the pause: it counts first. If it ends
+                // the settling, what is performed changes nothing.
                 self.note_arrivals(step).await;
             }
             match performed {
@@ -97,7 +98,7 @@ impl UnderWay<'_> {
         if let Some(same) = self.other_delivery(step).await {
             self.happened(Event::Delivery { same }, Some(DeliveryLost::delivered_again()));
         }
-        // After a delivery, as none comes to a cancelled consumer.
+        // Looked at second: what was delivered came before the cancel.
         if self.subscription.connection.observed().consumer.cancelled {
             let why = DeliveryLost::ended(&self.subscription.connection.observed());
             self.happened(Event::Cancelled, Some(why));
@@ -105,18 +106,22 @@ impl UnderWay<'_> {
     }
 
     /// Whether the broker has delivered another message, and if so, whether it is the one that is being settled.
-    /// Without a cancel, the next message is due as soon as the broker has processed the acknowledgement, and only its
-    /// content tells it apart from this one. So it is read ahead, and put back. A message that isn't due needs no look:
-    /// it means that the broker has requeued this one, see [`Settling`].
     async fn other_delivery(&mut self, step: Step) -> Option<bool> {
         if !self.subscription.has_another() {
             return None;
         }
+        // Without a cancel, the next message is due once the settlement is written.
         let is_due = self.subscription.consumer.is_some() && matches!(step, Step::Barrier | Step::Pause);
-        if !is_due || !self.subscription.connection.observed().consumer.redelivered {
+        if !is_due {
+            // No need to look: whatever it is, Settling concludes that the broker has requeued this one.
             return Some(false);
         }
-        // If it doesn't arrive, the connection is lost, and the next step reports that.
+        if !self.subscription.connection.observed().consumer.redelivered {
+            // A first delivery can't be the message that we hold.
+            return Some(false);
+        }
+        // Only its content tells it apart from this one, so it is read ahead and put back. If it doesn't arrive, the
+        // connection is lost, and the next step reports that.
         let delivery = timeout_at(self.deadline, self.subscription.next_delivery()).await.ok()?.ok()?;
         let same = Fingerprint::of(&delivery) == self.held.fingerprint;
         self.subscription.put_back(delivery);

@@ -29,7 +29,7 @@ const DEPTH_TIMEOUT: Duration = Duration::from_secs(5);
 
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Quorum queues from RabbitMQ 4.3 on don't count it as a failure.
+/// How [`Settlement::Release`](crate::verdict::Settlement::Release) is sent.
 pub(super) const RELEASE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
 #[derive(Clone, Debug)]
@@ -65,7 +65,7 @@ impl Subscription {
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
         const STAGE: &str = "waiting for the broker to subscribe";
         let subscribed = with_reminders(STAGE, async {
-            end_last_consumer(&mut connection).await?;
+            end_previous_consumer(&mut connection).await?;
             subscribe(&mut connection, &options, plan, declared).await
         });
         let subscribed = tokio::select! {
@@ -84,7 +84,13 @@ impl Subscription {
                 queue,
             }),
             Some(Err(why)) => Err((connection, why)),
-            None => Err((connection, ConnectError::no_answer(STAGE).into())),
+            None => {
+                if connection.previous_channel.take().is_some() {
+                    // It isn't closed yet. Its deliveries mustn't count as cut short.
+                    connection.observed().forget_consumer();
+                }
+                Err((connection, ConnectError::no_answer(STAGE).into()))
+            }
         }
     }
 
@@ -128,7 +134,8 @@ impl Subscription {
         self.read_ahead = Some(delivery);
     }
 
-    /// Goes by the tap's count: lapin 4.12 drops deliveries that come after a cancel with `nowait`.
+    /// Also if it has only begun to arrive, or if lapin drops it: see
+    /// [`ObservedConsumer::deliveries`](crate::broker::reach::observed::ObservedConsumer::deliveries).
     pub(super) fn has_another(&self) -> bool {
         self.connection.observed().consumer.deliveries > self.deliveries_read
     }
@@ -179,6 +186,7 @@ impl Subscription {
                 self.consumer = None;
                 return Ok(Some(delivery));
             }
+            // Nothing has begun to arrive. If a message comes now, it is requeued when we close.
             Err(_) => return Ok(None),
         };
         let last = last.map_err(|error| self.delivery_lost(&error))?;
@@ -206,16 +214,17 @@ impl Subscription {
         self.barrier().await
     }
 
-    /// Its reply confirms all that was sent on this channel before: the broker processes a channel's methods in order, and
-    /// stops at an error. A reply to channel.close or connection.close would prove nothing, as it comes despite an error.
+    /// Its reply confirms all that was sent on this channel before: the broker processes a channel's methods in order,
+    /// and stops at an error. A reply to channel.close or connection.close would prove nothing, as it comes despite an
+    /// error.
     pub(super) async fn barrier(&self) -> lapin::Result<()> {
         self.channel.basic_qos(1, BasicQosOptions::default()).await
     }
 }
 
 /// Call this once the reply to the cancel is here. The message is here then, too, so dropping the future loses nothing.
-/// lapin 4.12 takes the end of the channel or of the connection for a reply, too: then the stream ends with an error, and
-/// the broker requeues the message.
+/// lapin 4.12 takes the end of the channel or of the connection for a reply, too: then the stream ends with an error,
+/// and the broker requeues the message.
 async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Result<Option<Delivery>> {
     let mut message = None;
     while let Some(next) = consumer.next().await {
@@ -224,17 +233,19 @@ async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Resu
     Ok(message)
 }
 
-async fn end_last_consumer(connection: &mut OpenConnection) -> Result<(), NotSubscribed> {
-    if let Some(channel) = connection.previous_channel.take() {
+async fn end_previous_consumer(connection: &mut OpenConnection) -> Result<(), NotSubscribed> {
+    if let Some(channel) = &connection.previous_channel {
         // If that fails, opening the next channel fails, too.
         let _ = channel.close(200, "OK".into()).await;
     }
+    connection.previous_channel = None;
     // Only now, as the broker may have cancelled that consumer, or closed its channel, until it got our close.
     connection.observed().forget_consumer();
     match connection.observed().closed.clone() {
-        // lapin 4.12 reports that close as an event later, which would be taken for the loss of a delivery.
+        // The next try takes a new connection: see Consumer::close_after.
         Some(refusal) => {
-            let problem = format!("the broker closed the last consumer's channel or the connection: {refusal}");
+            let problem =
+                format!("the broker closed the channel of the previous message, or the connection: {refusal}");
             Err(ConnectError::transient(problem).into())
         }
         None => Ok(()),
@@ -284,7 +295,8 @@ async fn consume(
 ) -> lapin::Result<(Channel, lapin::Consumer)> {
     let channel = connection.lapin.create_channel().await?;
     let mut arguments = FieldTable::default();
-    // The messages of a stream can't be settled. Streams refuse a priority (seen with RabbitMQ 3.10 and 4.3, and LavinMQ).
+    // The messages of a stream can't be settled. Streams refuse a priority (seen with RabbitMQ 3.10 and 4.3, and
+    // LavinMQ).
     if connection.observed().priority_excludes_streams {
         arguments.insert("x-priority".into(), AMQPValue::LongInt(0));
     }
