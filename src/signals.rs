@@ -1,7 +1,7 @@
 //! Signals as values: blocked from the start, then read one by one.
 //!
 //! What a stop signal does is decided in three places:
-//! - no command runs: src/worker.rs (`stopped`, `settle_if_stopped_or_lost`); in qpublish src/publish.rs
+//! - no command runs: src/worker.rs (`stopped`, `end_if_stopped_or_lost`); in qpublish src/publish.rs
 //! - the command runs: src/command/supervise.rs
 //! - the command has ended: src/verdict.rs (`decide` for its message, `RunState::next` for the run)
 

@@ -22,10 +22,10 @@ use std::{
     ops::ControlFlow::{self, Break, Continue},
     path::PathBuf,
 };
-use summary::{SettledMessage, Tally, describe_end, log_taken, reason, summary};
+use summary::{SettledMessage, Tally, describe_end, log_taken, reason, signal_name, summary};
 use tokio::time::timeout;
 
-/// The share of `--ack-timeout` after which a warning says that the command still runs.
+/// The share of `--ack-timeout` after which a warning says that the command still runs; also in the option's help.
 const ACK_WARNING: f64 = 0.8;
 
 /// Returns the exit status. Fails only if qconsume can't start: any later failure is reported here.
@@ -108,7 +108,7 @@ impl Worker {
             Err(failure) => return Break(self.not_started(&failure, subject).await),
         };
         // Only now, as copying a large body takes time.
-        self.settle_if_stopped_or_lost(signals, subject).await?;
+        self.end_if_stopped_or_lost(signals, subject).await?;
         let hidden = self.options.hidden_variables().iter();
         variables.extend(hidden.map(|name| Variable { name, value: None }));
         match RunningCommand::start(&self.executable, &self.options.command, &variables, input, &self.reaper) {
@@ -134,7 +134,7 @@ impl Worker {
         (CommandResult { ended, stop, still_owned: lost.is_none(), failures_before }, lost)
     }
 
-    /// Waits until the delivery is lost. Warns when the broker is about to requeue the message.
+    /// Waits until the delivery is lost. Warns when the broker may be about to requeue the message.
     async fn wait_until_lost(&mut self) -> DeliveryLost {
         if self.options.no_ack {
             return pending().await;
@@ -143,8 +143,9 @@ impl Worker {
             match timeout(limit.mul_f64(ACK_WARNING), self.consumer.wait_until_lost()).await {
                 Ok(lost) => return lost,
                 Err(_) => tracing::warn!(
-                    "the command has run for 80 % of the acknowledgement timeout of {}: when all of it has passed, the broker requeues the message",
-                    HumanDuration(limit)
+                    "the command has run for {:.0} % of --ack-timeout ({limit}): a queue that obeys it requeues the message after {limit}; raise --ack-timeout if the command needs longer",
+                    ACK_WARNING * 100.0,
+                    limit = HumanDuration(limit)
                 ),
             }
         }
@@ -196,6 +197,7 @@ impl Worker {
             Outcome::DeadLettered => {
                 self.tally.dead_lettered += 1;
                 if self.options.keep_going {
+                    // If memory runs out, with_tally isn't reached.
                     abort::note_dead_lettered(self.options.policy.status_of_dead_letters());
                 }
             }
@@ -220,12 +222,12 @@ impl Worker {
             Next::End => Break(summary),
             Next::AllDone => {
                 self.with_queue(summary).log();
-                Break(self.count_done())
+                Break(self.all_done())
             }
             Next::Stopped(signal) => Break(RunSummary {
                 source: Program::current().name(),
                 status: status_of_signal(signal),
-                text: format!("{}; stopped by a signal before everything was done", summary.text),
+                text: format!("{}; stopped by {} before everything was done", summary.text, signal_name(signal)),
                 ..summary
             }),
         }
@@ -256,7 +258,7 @@ impl Worker {
         Break(summary(subject, Exit::Unconfirmed.status(), Outcome::Unconfirmed, text))
     }
 
-    async fn settle_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> ControlFlow<RunSummary> {
+    async fn end_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> ControlFlow<RunSummary> {
         if let Some(signal) = signals.stopped_by() {
             let released = self.settle_unless_no_ack(Settlement::Release, true).await;
             let text = format!("stopped by {signal} before the command was started; {}", released.text);
@@ -287,7 +289,7 @@ impl Worker {
         RunSummary::without_message(self.options.empty_exit_code, text)
     }
 
-    fn count_done(&self) -> RunSummary {
+    fn all_done(&self) -> RunSummary {
         let queue = self.consumer.queue();
         let text = format!("processed all messages that --count asked for, from queue {queue:?}");
         RunSummary::without_message(0, text)
@@ -314,14 +316,14 @@ impl Worker {
 
     async fn stopped(&mut self, signal: Signal) -> RunSummary {
         let released = self.consumer.release().await;
-        let mut text = format!("stopped by {signal} before a command was started");
+        let which = if self.tally.is_empty() { "a" } else { "the next" };
+        let mut text = format!("stopped by {signal} before {which} command was started");
         if !released {
-            text += "; the broker doesn't answer, so a message that had arrived is requeued when the broker notices that the connection has ended";
+            text += "; the release is not confirmed, so a message that had arrived is requeued when the broker notices that the connection has ended";
         }
         RunSummary::without_message(status_of_signal(signal as i32), text)
     }
 
-    /// Releases the message, which RabbitMQ 4.3 doesn't count as a failure.
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
         let released = self.settle_unless_no_ack(Settlement::Release, true).await;
         summary(subject, failure.exit.status(), released.outcome, format!("{failure}; {}", released.text))

@@ -17,6 +17,10 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    pub(super) fn is_empty(&self) -> bool {
+        self.done() + self.requeued == 0
+    }
+
     pub(super) fn done(&self) -> u64 {
         self.acknowledged + self.dead_lettered
     }
@@ -131,6 +135,6 @@ pub(super) fn describe_end(result: CommandResult) -> String {
     }
 }
 
-fn signal_name(signal: i32) -> String {
+pub(super) fn signal_name(signal: i32) -> String {
     Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string())
 }

@@ -5,14 +5,18 @@ use crate::{
     cli::QconsumeOptions,
     clock::sleep_until_or_never,
     exit::{Exit, Failure},
-    report::{HumanDuration, Reminder},
+    report::{HumanDuration, Reminder, counted},
 };
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// Pauses before an empty-looking queue is checked again, or before another connection, double from the first on.
+/// Pauses before an empty-looking queue is checked again, or before another connection, double from `FIRST_PAUSE` to
+/// `LONGEST_PAUSE`.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A connection that was lost within this time was lost at once.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// After this long a wait for a message is logged for the first time.
 const FIRST_REMINDER: Duration = Duration::from_secs(30);
@@ -29,7 +33,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
             consumer.subscribe().await?;
             tracing::debug!("waiting for a message in queue {:?}", consumer.queue());
         }
-        let subscribed = Instant::now();
+        let subscribed_at = Instant::now();
         let left = limit.map(|limit| limit.saturating_sub(waited));
         match wait(consumer, left, options.drain).await {
             Ok(taken) => return Ok(taken),
@@ -39,21 +43,21 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
                 }
                 consumer.check_queue_survives(&lost.to_string())?;
                 // If every new connection is lost at once, slow down, and give up after --connect-timeout.
-                if subscribed.elapsed() > LONGEST_PAUSE {
+                if subscribed_at.elapsed() > AT_ONCE {
                     (pause, failing_since) = (FIRST_PAUSE, None);
                 } else if failing_since.get_or_insert_with(Instant::now).elapsed() > options.broker.connect_timeout {
-                    let limit = HumanDuration(options.broker.connect_timeout);
+                    let given_up_after = HumanDuration(options.broker.connect_timeout);
                     return Err(Failure::new(
                         Exit::Unavailable,
                         format!(
-                            "every new connection was lost for {limit} (--connect-timeout); the last error: {lost}"
+                            "every new connection was lost for {given_up_after} (--connect-timeout); the last error: {lost}"
                         ),
                     ));
                 }
                 tracing::warn!("while waiting for a message: {lost}; connecting again");
             }
         }
-        waited += subscribed.elapsed();
+        waited += subscribed_at.elapsed();
         sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -81,8 +85,9 @@ async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> 
         match consumer.depth().await? {
             Some(0) => return consumer.cancel().await,
             Some(ready) if not_empty_reminder.is_due() => tracing::info!(
-                "queue {:?} has {ready} ready messages, but the broker delivers none of them here: another consumer is the active one (single active consumer), or the queue is moving to another node",
-                consumer.queue()
+                "queue {:?} has {}, but the broker delivers none here: another consumer is the active one (single active consumer), or the queue is moving to another node; look at the queue's consumers on the management page",
+                consumer.queue(),
+                counted(ready.into(), "ready message", "ready messages")
             ),
             None if not_empty_reminder.is_due() => tracing::info!(
                 "the broker can't say whether queue {:?} is empty: its leader doesn't answer",

@@ -329,14 +329,14 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
         let proxy = Proxy::of(broker);
         let file = a_file();
         let run = behind(&proxy, &queue).args(["--ack-timeout", "2s"]).shell(&until_there(&file)).spawn();
-        run.wait_for_stderr("80 % of the acknowledgement timeout of 2s", PATIENCE);
+        run.wait_for_stderr("the command has run for 80 % of --ack-timeout (2s): a queue that obeys it", PATIENCE);
         if !asked {
             std::fs::write(&file, "").unwrap();
         }
         let run = run.wait(PATIENCE);
         run.assert_status(if asked { 75 } else { 0 });
         if asked {
-            run.assert_stderr("raise --ack-timeout");
+            run.assert_stderr("raise --ack-timeout, the queue's x-consumer-timeout");
         }
         // If the broker refuses the timeout, qconsume subscribes again without it.
         let consumed = proxy.count(Direction::ToBroker, Method::BASIC_CONSUME);

@@ -15,7 +15,8 @@ use testbed::{
     eventually,
 };
 
-/// Longest time from a signal to the end: two seconds for a broker that doesn't answer, the rest for a busy machine.
+/// Longest time from a signal to the end: two seconds each for the release and for the goodbye if the broker doesn't
+/// answer, the rest for a busy machine.
 const PROMPT: Duration = Duration::from_secs(10);
 
 /// Prints `running` and waits; any signal ends it.

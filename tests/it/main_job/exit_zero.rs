@@ -231,7 +231,7 @@ fn a_subscription_that_is_never_answered_ends_with_a_goodbye() {
     assert!(eventually(PATIENCE, || peer.count(Method::BASIC_CONSUME) == 1));
     running.signal(testbed::Signal::SIGTERM);
     let done = running.finish(PATIENCE);
-    done.assert_status(143).assert_stderr("before a command was started; the broker doesn't answer");
+    done.assert_status(143).assert_stderr("before a command was started; the release is not confirmed");
     assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", done.stderr);
 }
 

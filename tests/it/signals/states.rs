@@ -16,9 +16,9 @@ use std::{
 };
 use testbed::{
     Action, FullBacklog,
-    frames::{basic_cancel, method_frame},
+    frames::{basic_cancel, channel_close, method_frame},
     missing, owner,
-    peer::{self, Answer, Peer},
+    peer::{self, Answer, Peer, Request},
     reserve_port,
 };
 
@@ -293,6 +293,50 @@ fn a_signal_ends_the_wait_for_a_message_from_a_broker_that_answers_nothing() {
 }
 
 #[test]
+fn a_release_that_fails_ends_with_a_goodbye() {
+    let refuses = |request: &Request| match request.method {
+        Method::BASIC_CANCEL => {
+            let text = "NOT_FOUND - no queue 'q' in vhost '/'";
+            Answer::Bytes(channel_close(request.channel, 404, text))
+        }
+        _ => Answer::Usual,
+    };
+    // Behind a proxy, an exclusive queue is deleted before the goodbye.
+    let freezes = || {
+        let is_frozen = AtomicBool::new(false);
+        move |request: &Request| {
+            is_frozen.fetch_or(request.method == Method::BASIC_CANCEL, Relaxed);
+            match request.method {
+                _ if is_frozen.load(Relaxed) => Answer::Bytes(Vec::new()),
+                Method::PROTOCOL_HEADER => Answer::Bytes(peer::greeting_with(&[("product", "a proxy")])),
+                _ => Answer::Usual,
+            }
+        }
+    };
+    for (peer, options) in
+        [(Peer::new(refuses), &[][..]), (Peer::new(freezes()), &[]), (Peer::new(freezes()), &["--exclusive"])]
+    {
+        let running = never_runs(talkative(qconsume().url(&peer.url()).queue("q").args(options))).spawn();
+        running.wait_for_stderr("waiting for a message", PATIENCE);
+        let finished = stop(&running, Signal::SIGTERM);
+        assert_stopped(&finished, 143);
+        finished.assert_stderr("the release is not confirmed");
+        assert_eq!(peer.count(Method::BASIC_CANCEL), 1, "{}", finished.stderr);
+        assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", finished.stderr);
+    }
+}
+
+#[test]
+fn a_run_that_is_stopped_between_two_messages_does_not_say_that_it_ran_none() {
+    let (peer, answer) = late_confirmation();
+    answer.store(true, Relaxed);
+    let running = qconsume().url(&peer.url()).queue("q").args(["--count", "2", "--", "true"]).spawn();
+    running.wait_for_stderr("message acknowledged", PATIENCE);
+    let finished = stop(&running, Signal::SIGTERM);
+    finished.assert_status(143).assert_stderr("stopped by SIGTERM before the next command was started");
+}
+
+#[test]
 fn a_partly_received_message_is_released_when_a_signal_comes() {
     for kind in QueueKind::ALL {
         for completes in [true, false] {
@@ -417,7 +461,7 @@ fn a_signal_after_the_time_limit_ends_the_run() {
     running.wait_for_stderr("--timeout reached", PATIENCE);
     signal_and_wait(&running, Signal::SIGTERM);
     let finished = running.finish(PATIENCE);
-    finished.assert_status(143).assert_stderr("stopped by a signal before everything was done");
+    finished.assert_status(143).assert_stderr("stopped by SIGTERM before everything was done");
     assert_eq!(finished.stdout_text(), "started\n", "another command was started after the signal");
     queue.wait_ready(2);
 }
@@ -480,7 +524,7 @@ fn a_message_that_comes_while_a_stopped_run_settles_is_released() {
     running.signal(Signal::SIGTERM);
     let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
     peer.send(1, &[peer::message(1, 2, false, b"the next"), reply].concat());
-    running.finish(PATIENCE).assert_status(143).assert_stderr("stopped by a signal before everything was done");
+    running.finish(PATIENCE).assert_status(143).assert_stderr("stopped by SIGTERM before everything was done");
     // If qconsume only closed the connection, the delivery would count as a failure.
     assert_eq!(peer.count(Method::BASIC_NACK), 1, "{}", running.stderr());
     assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", running.stderr());
