@@ -65,7 +65,7 @@ async fn run<'a>(
     let publish_all = async {
         let opened = Publisher::open(connection, route, properties, options.timeout).await?;
         let publisher = publisher.insert(opened);
-        bodies = Some(input.start()?);
+        bodies = Some(input.start(publisher.properties_size)?);
         let (mut reminder, mut confirmed_before) = (Reminder::default(), 0);
         loop {
             tokio::select! {

@@ -133,8 +133,9 @@ impl Input {
         }
     }
 
-    /// Starts to read, on a thread, because that may block. The window limits how much.
-    pub(super) fn start(self: &Arc<Self>) -> Result<UnboundedReceiver<Body>, Failure> {
+    /// Starts to read, on a thread, because that may block. The window limits how much. lapin holds the properties of
+    /// each message in flight, so their size counts, too.
+    pub(super) fn start(self: &Arc<Self>, properties_size: usize) -> Result<UnboundedReceiver<Body>, Failure> {
         let failed = |error| Failure::system("can't start to read", &error);
         // Not `Stdin`: to that, a descriptor that is open for writing only, as nohup(1) leaves it, is empty.
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
@@ -144,7 +145,7 @@ impl Input {
             for (number, body) in (1..).zip(input.bodies(&stdin)) {
                 let message = match body {
                     Ok(body) => {
-                        let size = body.len().clamp(MESSAGE_MIN, WINDOW_SIZE) as u32;
+                        let size = (body.len() + properties_size).clamp(MESSAGE_MIN, WINDOW_SIZE) as u32;
                         let permit = runtime.block_on(WINDOW.acquire_many(size));
                         Ok((body, permit.expect("nobody closes the window")))
                     }

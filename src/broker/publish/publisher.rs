@@ -46,6 +46,8 @@ pub struct Publisher<'a> {
     channel: Channel,
     route: &'a Route,
     properties: BasicProperties,
+    /// In bytes, as AMQP has them.
+    pub properties_size: usize,
     /// Longest wait for the next confirm.
     limit: Duration,
     /// When that wait began.
@@ -108,6 +110,7 @@ impl<'a> Publisher<'a> {
             channel,
             route,
             properties,
+            properties_size: size as usize,
             limit,
             waiting_since: Instant::now(),
             blocked: None,
