@@ -1,16 +1,21 @@
 //! How a run ends that can't go on, because memory has run out or a thread has panicked.
 
-use crate::exit::{Exit, shortage, shortage_in_panic};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering::Relaxed};
+use crate::{
+    exit::{Exit, shortage, shortage_in_panic},
+    program::Program,
+};
+use std::sync::{
+    OnceLock,
+    atomic::{AtomicBool, AtomicU8, Ordering::Relaxed},
+};
 
 static COMMAND_STARTED: AtomicBool = AtomicBool::new(false);
 
 /// 0 for none.
 static DEAD_LETTERED: AtomicU8 = AtomicU8::new(0);
 
-static RESULT: AtomicU16 = AtomicU16::new(NO_RESULT);
-
-const NO_RESULT: u16 = u16::MAX;
+/// The status, and whose it is.
+static RESULT: OnceLock<(u8, &str)> = OnceLock::new();
 
 /// The command of the message at hand.
 pub fn note_command_started() {
@@ -27,9 +32,10 @@ pub fn note_dead_lettered(status: u8) {
     DEAD_LETTERED.store(status, Relaxed);
 }
 
-/// The run has ended with this status, and is only cleaning up.
-pub fn note_result(status: u8) {
-    RESULT.store(status.into(), Relaxed);
+/// The run has ended with this status, and is only cleaning up. `source`: whose status it is.
+pub fn note_result(status: u8, source: &'static str) {
+    // Only the first one is the run's: a panic while cleaning up is reported, too.
+    let _ = RESULT.set((status, source));
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,10 +44,11 @@ enum Reason {
     Defect,
 }
 
-/// The status, and what to say before and after the reason.
+/// The status, whose it is, and what to say before and after the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct End {
     pub status: u8,
+    pub source: &'static str,
     pub before: &'static str,
     pub after: &'static str,
 }
@@ -51,8 +58,8 @@ pub fn out_of_memory() -> End {
     Stage::now().end(Reason::Shortage)
 }
 
-/// The status, and the whole text.
-pub fn panicked(panic: &str) -> (u8, String) {
+/// The end, and the whole text.
+pub fn panicked(panic: &str) -> (End, String) {
     Stage::now().panicked(panic)
 }
 
@@ -61,7 +68,7 @@ pub fn panicked(panic: &str) -> (u8, String) {
 struct Stage {
     command_started: bool,
     dead_lettered: Option<u8>,
-    result: Option<u8>,
+    result: Option<(u8, &'static str)>,
 }
 
 impl Stage {
@@ -69,11 +76,11 @@ impl Stage {
         Self {
             command_started: COMMAND_STARTED.load(Relaxed),
             dead_lettered: Some(DEAD_LETTERED.load(Relaxed)).filter(|status| *status != 0),
-            result: u8::try_from(RESULT.load(Relaxed)).ok(),
+            result: RESULT.get().copied(),
         }
     }
 
-    const fn end(self, reason: Reason) -> End {
+    fn end(self, reason: Reason) -> End {
         let (exit, after) = match reason {
             Reason::Shortage if self.command_started => (
                 Exit::Unconfirmed,
@@ -82,21 +89,22 @@ impl Stage {
             Reason::Shortage => (Exit::OsError, "; another try may help"),
             Reason::Defect => (Exit::Software, ""),
         };
+        let ours = Program::current().name();
         match (self.result, self.dead_lettered) {
-            (Some(status), _) => End { status, before: "after the end of the run: ", after: "" },
-            (None, Some(status)) => End { status, before: "a message was dead-lettered; ", after },
-            (None, None) => End { status: exit.status(), before: "", after },
+            (Some((status, source)), _) => End { status, source, before: "after the end of the run: ", after: "" },
+            (None, Some(status)) => End { status, source: ours, before: "a message was dead-lettered; ", after },
+            (None, None) => End { status: exit.status(), source: ours, before: "", after },
         }
     }
 
-    fn panicked(self, panic: &str) -> (u8, String) {
+    fn panicked(self, panic: &str) -> (End, String) {
         let error = shortage_in_panic(panic);
         let (reason, what) = match error.as_ref().and_then(|error| Some((shortage(error)?, error))) {
             Some((words, error)) => (Reason::Shortage, format!("can't go on: {words}: {error}")),
             None => (Reason::Defect, format!("defect, please report it: {panic}")),
         };
-        let End { status, before, after } = self.end(reason);
-        (status, format!("{before}{what}{after}"))
+        let end = self.end(reason);
+        (end, format!("{}{what}{}", end.before, end.after))
     }
 }
 
@@ -113,7 +121,7 @@ mod tests {
     }
 
     fn ended(stage: Stage) -> Stage {
-        Stage { result: Some(0), ..dead_lettered(stage) }
+        Stage { result: Some((3, "command")), ..dead_lettered(stage) }
     }
 
     #[test]
@@ -126,11 +134,13 @@ mod tests {
             (RUNNING, 75, "", killed),
             (dead_lettered(BETWEEN_MESSAGES), 9, "a message was dead-lettered; ", another_try),
             (dead_lettered(RUNNING), 9, "a message was dead-lettered; ", killed),
-            (ended(RUNNING), 0, "after the end of the run: ", ""),
+            (ended(RUNNING), 3, "after the end of the run: ", ""),
         ] {
-            assert_eq!(stage.end(Reason::Shortage), End { status, before, after }, "{stage:?}");
-            let (status_of_panic, text) = stage.panicked(NO_THREAD);
-            assert_eq!(status_of_panic, status, "{stage:?}");
+            let source = if status == 3 { "command" } else { Program::current().name() };
+            let end = End { status, source, before, after };
+            assert_eq!(stage.end(Reason::Shortage), end, "{stage:?}");
+            let (end_of_panic, text) = stage.panicked(NO_THREAD);
+            assert_eq!(end_of_panic, end, "{stage:?}");
             assert!(text.starts_with(&format!("{before}can't go on: no more processes or threads")), "{text}");
             assert!(text.ends_with(&format!("(os error 11){after}")), "{text}");
         }
@@ -142,9 +152,10 @@ mod tests {
             (BETWEEN_MESSAGES, 70, "defect, please report it: oh"),
             (RUNNING, 70, "defect, please report it: oh"),
             (dead_lettered(RUNNING), 9, "a message was dead-lettered; defect, please report it: oh"),
-            (ended(RUNNING), 0, "after the end of the run: defect, please report it: oh"),
+            (ended(RUNNING), 3, "after the end of the run: defect, please report it: oh"),
         ] {
-            assert_eq!(stage.panicked("oh"), (status, text.to_owned()), "{stage:?}");
+            let (end, said) = stage.panicked("oh");
+            assert_eq!((end.status, said.as_str()), (status, text), "{stage:?}");
         }
     }
 }

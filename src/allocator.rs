@@ -41,8 +41,8 @@ fn checked(start: *mut u8) -> *mut u8 {
 /// Must not allocate.
 #[cold]
 fn out_of_memory() -> ! {
-    let abort::End { status, before, after } = abort::out_of_memory();
-    report::log_without_memory(format_args!("{before}{NO_MEMORY}{after}"), status);
+    let abort::End { status, source, before, after } = abort::out_of_memory();
+    report::log_without_memory(format_args!("{before}{NO_MEMORY}{after}"), status, source);
     // SAFETY: only a system call. exit(3) would run destructors, which may allocate.
     unsafe { libc::_exit(status.into()) }
 }

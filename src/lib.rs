@@ -37,6 +37,7 @@ pub mod fuzzing {
 use cli::{Options, OutputOptions, Request};
 use exit::Failure;
 pub use program::Program;
+use report::RunSummary;
 use std::{ffi::OsString, future::Future, io::Write};
 
 pub fn main(program: Program) -> ! {
@@ -91,7 +92,8 @@ fn block_on<F: Future<Output = Result<u8, Failure>>>(entry: impl FnOnce(signals:
 /// A panic on any thread ends the process, so that the other threads don't go on with half the work.
 fn exit_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        let (status, text) = abort::panicked(&panic.to_string());
-        report::exit(report::report_without_options(status, text));
+        let (end, text) = abort::panicked(&panic.to_string());
+        let summary = RunSummary { source: end.source, ..RunSummary::without_message(end.status, text) };
+        report::exit(report::report_without_options(&summary));
     }));
 }

@@ -94,7 +94,7 @@ impl RunSummary {
 
     /// Writes the termination message and the last log line. The status stands from now on.
     pub fn report(&self) {
-        abort::note_result(self.status);
+        abort::note_result(self.status, self.source);
         if let Some(path) = TERMINATION_LOG_PATH.get()
             && let Err(error) = write_termination_message(path, &self.text, &self.fields())
         {
@@ -171,14 +171,14 @@ fn write_termination_message(path: &Path, text: &str, fields: &str) -> io::Resul
 
 /// Returns the status.
 pub fn report_failure(failure: Failure) -> u8 {
-    report_without_options(failure.exit.status(), failure.message)
+    report_without_options(&RunSummary::without_message(failure.exit.status(), failure.message))
 }
 
 /// Starts the log if a failure or a panic came before the options were known. Returns the status.
-pub fn report_without_options(status: u8, text: String) -> u8 {
+pub fn report_without_options(summary: &RunSummary) -> u8 {
     start(Level::ERROR, LogFormat::Text, Path::new(TERMINATION_LOG));
-    RunSummary::without_message(status, text).report();
-    status
+    summary.report();
+    summary.status
 }
 
 /// Ends the process when the last log lines are written, or after a second if nobody reads them.

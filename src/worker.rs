@@ -207,7 +207,7 @@ impl Worker {
 
     /// After a confirmed settlement.
     async fn go_on(&mut self, next: Next, summary: RunSummary) -> ControlFlow<RunSummary> {
-        if next != Next::End {
+        if next != Next::End || self.consumer.is_ready() {
             abort::note_message_done();
         }
         if next != Next::Message && self.consumer.is_ready() {

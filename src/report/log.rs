@@ -66,9 +66,9 @@ pub(super) fn finish() {
 }
 
 /// Logs an error without allocating, ahead of the lines that still wait. The text must need no escaping in JSON.
-pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8) {
+pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8, source: &str) {
     let mut line = Cursor::new([0; 512]);
-    let source = Program::current().name();
+    let program = Program::current().name();
     let _ = match WRITER.get().map(|writer| writer.renderer.format) {
         Some(LogFormat::Json) => {
             let time = humantime::format_rfc3339_millis(SystemTime::now());
@@ -77,7 +77,7 @@ pub fn log_without_memory(text: fmt::Arguments<'_>, status: u8) {
                 r#"{{"time":"{time}","level":"error","message":"{text}","status":{status},"source":"{source}"}}"#
             )
         }
-        _ => writeln!(line, "{source}: error: {text} status={status} source={source:?}"),
+        _ => writeln!(line, "{program}: error: {text} status={status} source={source:?}"),
     };
     let length = line.position() as usize;
     let _ = write_when_ready(&io::stderr(), &line.get_ref()[..length], FINISH_TIMEOUT);

@@ -54,8 +54,8 @@ impl Tap {
             }
             match self.frame[0] {
                 METHOD | CONTENT_HEADER | BODY | HEARTBEAT if size > self.payload_max => {
-                    let (frame, limit) = (HEADER + size + 1, HEADER + self.payload_max + 1);
-                    return Err(refuse(format!("a frame of {frame} bytes, and at most {limit} are read (frame_max)")));
+                    let limit = self.payload_max;
+                    return Err(refuse(format!("a frame with {size} bytes of payload, and at most {limit} are read")));
                 }
                 METHOD | CONTENT_HEADER if self.frame.len() <= HEADER + size => continue,
                 kind @ (METHOD | CONTENT_HEADER) => self.inspect(kind, size)?,

@@ -109,7 +109,7 @@ fn what_is_too_large_is_refused_and_what_is_not_amqp_is_left_to_lapin() {
     let largest = frame(BODY, &[0; FRAME_MAX as usize]);
     observe(&[largest], 1000).1.unwrap();
     let (_, result) = observe(&[frame(BODY, &[0; FRAME_MAX as usize + 1])], 1000);
-    let said = "a frame of 131081 bytes, and at most 131080 are read (frame_max)";
+    let said = "a frame with 131073 bytes of payload, and at most 131072 are read";
     assert_eq!(result.unwrap_err().to_string(), said);
     for foreign in [&b"HTTP/1.1 400 Bad Request"[..], b"AMQP\0\x01\0\0"] {
         observe(&[foreign.to_vec()], 3).1.unwrap();
