@@ -17,17 +17,17 @@ static DEAD_LETTERED: AtomicU8 = AtomicU8::new(0);
 /// The status, and whose it is.
 static RESULT: OnceLock<(u8, &str)> = OnceLock::new();
 
-/// The command of the message at hand.
+/// From now on, a shortage may cost the message's command: the status is 75 instead of 71.
 pub fn note_command_started() {
     COMMAND_STARTED.store(true, Relaxed);
 }
 
-/// The message is settled, and its status isn't the run's.
+/// The message is settled: a shortage costs nothing, and is 71 again.
 pub fn note_message_done() {
     COMMAND_STARTED.store(false, Relaxed);
 }
 
-/// With `--keep-going`. `status` is the run's status from now on.
+/// With `--keep-going`: from now on this is the run's status, also if memory runs out.
 pub fn note_dead_lettered(status: u8) {
     DEAD_LETTERED.store(status, Relaxed);
 }

@@ -68,7 +68,7 @@ fn run<O: Options, F: Future<Output = Result<u8, Failure>>>(
             Ok(0)
         }
         Err(failure) => {
-            OutputOptions::start_despite_usage_error(arguments);
+            OutputOptions::start_after_failed_parse(arguments);
             Err(failure)
         }
     }

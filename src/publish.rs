@@ -1,7 +1,7 @@
 //! qpublish: fills a queue, and reports which messages the broker has confirmed.
 //!
-//! Messages are persistent, and mandatory unless --no-mandatory is given, and the broker confirms each. So a message
-//! that no queue takes, which amqp-publish loses without a word, is an error here.
+//! Messages are persistent, and the broker confirms each. They are mandatory, so a message that no queue takes is an
+//! error, where amqp-publish loses it without a word; with --no-mandatory, it is lost here, too.
 
 mod input;
 mod options;
@@ -88,6 +88,7 @@ async fn run<'a>(
         Err(signal) => signal,
     };
     let Some(publisher) = publisher else { return Ok(Some(signal)) };
+    // No further message is read. It is `None` already if all were read, or if a failure ended the reading.
     let all_was_read = bodies.take().is_none();
     // A second signal ends this wait.
     match timeout(GRACE, unless_stopped(signals, publisher.run(&mut bodies, name))).await {
@@ -107,7 +108,7 @@ fn report_end(ended: Result<Option<Signal>, Failure>, confirms: &Confirms, input
         Ok(None) => {
             let text = format!("{} confirmed", counted(sent, "message", "messages"));
             let source = Program::Qpublish.name();
-            // Not by `RunSummary`: its fields are in JSON only here.
+            // Not by `RunSummary`, which adds the status and the source to the text, too: a success needs neither.
             tracing::info!(
                 json.sent = sent,
                 json.confirmed = confirmed,

@@ -218,6 +218,7 @@ fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row 
             let expired = meaning == M::TokenExpired;
             let what = if expired { "the token has expired" } else { "the broker refused the new token" };
             let exit = match asked {
+                // qpublish doesn't try again by itself: 75 tells its caller that another run may succeed.
                 Publish(_) if renewable => Exit::Unconfirmed,
                 _ => Exit::NoPermission,
             };

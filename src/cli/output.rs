@@ -58,9 +58,9 @@ impl OutputOptions {
     }
 
     /// Starts the log with those of its options that can be parsed.
-    pub(crate) fn start_despite_usage_error(arguments: &[OsString]) {
+    pub(crate) fn start_after_failed_parse(arguments: &[OsString]) {
         // clap stops at the first error, so it gets the log's options only. Without `--` before COMMAND these may be
-        // COMMAND's options. That is harmless, as only the error is logged.
+        // COMMAND's options, and the error is then logged as they say: also to the file of COMMAND's --termination-log.
         let mut words = arguments.iter().take_while(|word| *word != "--");
         let mut own = Vec::new();
         while let Some(word) = words.next() {

@@ -122,7 +122,7 @@ fn short_help<O: Options>() -> String {
 }
 
 /// # Errors
-/// 64 for a usage error, 78 for a file that can't be read.
+/// 64 for a usage error, 78 for a file that can't be used, 71 if the system is short of something.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
     // Building clap's command takes longer than anything else before the connection, so it is built once, and without
     // the help's end.

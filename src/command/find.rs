@@ -27,7 +27,8 @@ const LEVELS_MAX: usize = 5;
 /// musl's, for execvp(3) without `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/bin:/bin:/usr/bin";
 
-/// Finds the program `name` in the folders of `path`, unless the name contains a slash. Fails with 71, 126 or 127.
+/// Finds the program `name` in the folders of `path`. A name with a slash is the file itself. Fails with 71, 126 or
+/// 127.
 pub fn find(name: &OsStr, path: Option<&OsStr>) -> Result<PathBuf, Failure> {
     find_with_env(name, path, 0).map_err(|Problem { exit, what, why, no_such_file }| {
         let message = match exit {
@@ -110,6 +111,7 @@ impl Problem {
             _ if asks == ENV && name.contains(&b' ') => "; to pass options, write env -S",
             _ => "",
         };
+        // Escaped, so that the carriage return of the first hint is seen.
         let why = format!("{asks} {}, which {}{hint}", self.what.escape_debug(), self.why);
         Self::new(self.exit, file.display().to_string(), why)
     }

@@ -101,8 +101,11 @@ impl Deadline {
     }
 }
 
-/// Waits until all of the command's processes have ended. Returns how the command ended, whether a signal or the time
-/// limit was the first to stop it, and why the delivery was lost, which is the result of `lost_future`.
+/// Waits for the command, then for the processes that it left behind: these are killed, and given up after
+/// [`KILL_PATIENCE`].
+///
+/// Returns how the command ended, whether a signal or the time limit was the first to stop it, and why the delivery was
+/// lost, which is the result of `lost_future`.
 pub async fn supervise<L: Display>(
     process: &mut impl Process,
     limits: &Limits,

@@ -100,6 +100,7 @@ impl Input {
         if self.lines { Some(b'\n') } else { self.null.then_some(0) }
     }
 
+    /// Whether standard input is read from a terminal: progress lines would mix with what is typed.
     pub(super) fn is_typed(&self) -> bool {
         let reads_stdin = self.separator().is_some() || self.file.iter().any(|file| is_stdin(file));
         reads_stdin && io::stdin().is_terminal()
@@ -191,7 +192,7 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
     checked(body)
 }
 
-/// The parts that end with `separator`; the last one needs none. A byte order mark before the first line is left out.
+/// The parts that end with `separator`; the last one needs none.
 pub fn records(mut input: impl BufRead, separator: u8) -> impl Iterator<Item = io::Result<Vec<u8>>> {
     let mut is_first_line = separator == b'\n';
     iter::from_fn(move || {
@@ -201,7 +202,7 @@ pub fn records(mut input: impl BufRead, separator: u8) -> impl Iterator<Item = i
             Ok(_) => record.pop_if(|last| *last == separator),
             Err(error) => return Some(Err(error)),
         };
-        // Some editors begin a file with a byte order mark.
+        // Some editors begin a file with a byte order mark. It is no part of the first line.
         if take(&mut is_first_line)
             && let Some(rest) = record.strip_prefix("\u{feff}".as_bytes())
         {

@@ -1,4 +1,5 @@
-//! Log lines about what takes long: the first after ten seconds, each next one after twice the time.
+//! Log lines about what takes long: the first after ten seconds, unless [`Reminder::new`] is given another time, each
+//! next one after twice the time.
 
 use super::HumanDuration;
 use std::{fmt, future::Future, pin::pin, time::Duration};
@@ -23,19 +24,23 @@ impl Reminder {
         Self { since: Instant::now(), next: first }
     }
 
-    /// If so, this sets the next time.
-    pub fn is_due(&mut self) -> bool {
+    /// Whether it is due. If so, it isn't due again before the next time.
+    pub fn take_due(&mut self) -> bool {
         let due = self.since.elapsed() >= self.next;
         if due {
-            self.next = (self.since.elapsed() * 2).max(FIRST_REMINDER);
+            self.advance();
         }
         due
+    }
+
+    fn advance(&mut self) {
+        self.next = (self.since.elapsed() * 2).max(FIRST_REMINDER);
     }
 
     /// Waits until it is due. Returns the time since the start.
     pub async fn due(&mut self) -> Duration {
         tokio::time::sleep_until(self.since + self.next).await;
-        self.is_due();
+        self.advance();
         self.since.elapsed()
     }
 }

@@ -84,12 +84,12 @@ async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> 
         }
         match consumer.depth().await? {
             Some(0) => return consumer.cancel().await,
-            Some(ready) if not_empty_reminder.is_due() => tracing::info!(
+            Some(ready) if not_empty_reminder.take_due() => tracing::info!(
                 "queue {:?} has {}, but the broker delivers none here: another consumer is the active one (single active consumer), or the queue is moving to another node; look at the queue's consumers on the management page",
                 consumer.queue(),
                 counted(ready.into(), "ready message", "ready messages")
             ),
-            None if not_empty_reminder.is_due() => tracing::info!(
+            None if not_empty_reminder.take_due() => tracing::info!(
                 "the broker can't say whether queue {:?} is empty: its leader doesn't answer",
                 consumer.queue()
             ),

@@ -79,7 +79,7 @@ impl UnderWay<'_> {
             let performed = timeout_at(self.deadline, self.perform(step)).await;
             if matches!(step, Step::Barrier | Step::Pause) {
                 // What has arrived by now was sent before the reply, or during the pause: it counts first. If it ends
-                // the settling, what is performed changes nothing.
+                // the settling, the result below is ignored (`Settling::happened`).
                 self.note_arrivals(step).await;
             }
             match performed {

@@ -6,9 +6,9 @@ use std::collections::VecDeque;
 /// The messages that were sent, and the broker's answers, in the order of publishing.
 #[derive(Debug, Default)]
 pub struct Confirms {
-    /// The messages without a confirm. The last one may still be on its way to the socket.
+    /// The messages without an answer. The last one may still be on its way to the socket.
     in_flight: VecDeque<InFlight>,
-    /// How many confirms were received: `basic.ack` and `basic.nack`, one for each message.
+    /// How many answers were received: `basic.ack` and `basic.nack`, one for each message.
     answered: u64,
     /// The bodies of the answered messages and a separator after each, in bytes.
     pub bytes: u64,
@@ -31,7 +31,8 @@ struct InFlight {
 pub struct NotQueued {
     pub first: u64,
     pub last: u64,
-    /// Whether it was nacked; otherwise it was returned.
+    /// Whether message `last` was nacked; if `first` is another, one of them was returned, too. If not, one of them was
+    /// returned.
     pub nacked: bool,
 }
 
@@ -41,16 +42,17 @@ impl Confirms {
         self.in_flight.push_back(InFlight { size, answered_before: self.answered });
     }
 
-    /// Counts the confirm of the first message in flight.
+    /// Counts the answer to the first message in flight.
     pub(super) fn count(&mut self, confirmation: Confirmation) {
         let sent = self.sent();
-        let InFlight { size, answered_before } = self.in_flight.pop_front().expect("what is confirmed was sent");
+        let InFlight { size, answered_before } = self.in_flight.pop_front().expect("what is answered was sent");
         self.answered += 1;
         self.bytes += size + 1;
         let (nacked, returned) = (confirmation.is_nack(), confirmation.take_message().is_some());
         self.failures += u64::from(nacked) + u64::from(returned);
-        // lapin 4.12 adds a return to whichever confirm it handles next, in no order if one frame confirms several. So
-        // the message that was returned is this one, or was in flight together with it.
+        // lapin 4.12 adds a return to whichever answer it handles next, in no order if one frame answers several. So
+        // the message that was returned is this one, or was in flight together with it. A nack is about this message
+        // itself, so the range ends here.
         let first = if returned { answered_before + 1 } else { self.answered };
         let last = if nacked { self.answered } else { sent };
         if (nacked || returned) && self.not_queued.is_none_or(|earlier| first < earlier.first) {
@@ -104,7 +106,7 @@ mod tests {
             (3, vec![acked(), acked(), acked()], 3, None),
             (3, vec![acked()], 1, None),
             (4, vec![acked(), acked(), nacked(), acked()], 3, one_of(3, 3, true)),
-            // The return came with the confirm of the third, and may be that of the second.
+            // The return came with the ack of the third, and may be that of the second.
             (4, vec![acked(), acked(), back(1), acked()], 3, one_of(2, 4, false)),
             (3, vec![acked(), acked(), back(2)], 2, one_of(3, 3, false)),
             (4, vec![back(0), acked(), back(0), back(0)], 1, one_of(1, 4, false)),

@@ -43,7 +43,7 @@ impl Tries {
             let failure = self.previous.take().unwrap_or(failure);
             return Err(self.time_is_up(failure));
         }
-        if self.reminder.is_due() {
+        if self.reminder.take_due() {
             tracing::warn!("{failure}; trying again for up to {}", HumanDuration(left));
         } else {
             tracing::debug!("{failure}; trying again");
