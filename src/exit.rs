@@ -27,13 +27,12 @@ pub enum Exit {
 type Row = (Exit, &'static str, &'static str);
 
 const USAGE: Row = (Exit::Usage, "usage: wrong options, or a malformed or empty BROKER_URL or QUEUE", "no");
-const UNAVAILABLE: Row = (Exit::Unavailable, "no broker: not reachable within --connect-timeout", "yes");
 const REFUSED: Row = (Exit::NoPermission, "refused: the broker refused the credentials or a permission", "no");
 
 const QCONSUME: [Row; 11] = [
     USAGE,
     (Exit::NoInput, "no message: none came within --wait", "later"),
-    UNAVAILABLE,
+    (Exit::Unavailable, "no broker: not reachable within --connect-timeout", "yes"),
     (
         Exit::Software,
         "defect: a bug in qconsume, a message that it can't decode (invalid AMQP, or headers too large or too deep), or two connections lost while a message arrived",
@@ -46,7 +45,7 @@ const QCONSUME: [Row; 11] = [
     ),
     (
         Exit::Unconfirmed,
-        "unconfirmed: the delivery was lost while the command ran, or the acknowledgement is not confirmed; the message may be delivered again",
+        "unconfirmed: the delivery was lost, or the acknowledgement is not confirmed; the message may be delivered again",
         "yes",
     ),
     REFUSED,
@@ -63,7 +62,11 @@ const QCONSUME: [Row; 11] = [
 const QPUBLISH: [Row; 8] = [
     USAGE,
     (Exit::NoInput, "no input: a file or standard input can't be read", "no"),
-    UNAVAILABLE,
+    (
+        Exit::Unavailable,
+        "no broker: not reachable within --connect-timeout, or no reply within --timeout before the first message",
+        "yes",
+    ),
     (Exit::Software, "defect: a bug in qpublish", ""),
     (Exit::OsError, "shortage: no processes, memory or descriptors left", "yes"),
     (

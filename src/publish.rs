@@ -125,13 +125,13 @@ fn report_end(ended: Result<Option<Signal>, Failure>, confirms: &Confirms, input
 }
 
 fn not_queued(message: NotQueued, input: &Input, route: &Route) -> Failure {
-    let mut which = input.name(message.first);
-    if message.last > message.first {
-        which += &format!(" or a later one, up to {},", input.name(message.last));
-    }
+    let (first, last) = (input.name(message.first), input.name(message.last));
+    let is_range = message.last > message.first;
+    let which = if is_range { format!("{first} or a later one, up to {last},") } else { first };
     if message.nacked {
         let why = "the queue is full (x-max-length with reject-publish), or can't take it for now";
-        Failure::new(Exit::Unconfirmed, format!("{which} was refused: {why}"))
+        let also = if is_range { format!("; {which} was returned") } else { String::new() };
+        Failure::new(Exit::Unconfirmed, format!("{last} was refused: {why}{also}"))
     } else {
         Failure::config(format!("{which} was returned: {}", route.why_returned()))
     }

@@ -210,9 +210,10 @@ impl Worker {
         if next != Next::End || self.consumer.is_ready() {
             abort::note_message_done();
         }
+        let mut released = true;
         if next != Next::Message && self.consumer.is_ready() {
             // A stop signal came during the settlement, and the next message may have come, too.
-            self.consumer.release().await;
+            released = self.consumer.release().await;
         }
         match next {
             Next::Message => {
@@ -227,7 +228,12 @@ impl Worker {
             Next::Stopped(signal) => Break(RunSummary {
                 source: Program::current().name(),
                 status: status_of_signal(signal),
-                text: format!("{}; stopped by {} before everything was done", summary.text, signal_name(signal)),
+                text: format!(
+                    "{}; stopped by {} before everything was done{}",
+                    summary.text,
+                    signal_name(signal),
+                    unless_released(released)
+                ),
                 ..summary
             }),
         }
@@ -317,16 +323,21 @@ impl Worker {
     async fn stopped(&mut self, signal: Signal) -> RunSummary {
         let released = self.consumer.release().await;
         let which = if self.tally.is_empty() { "a" } else { "the next" };
-        let mut text = format!("stopped by {signal} before {which} command was started");
-        if !released {
-            text += "; the release is not confirmed, so a message that had arrived is requeued when the broker notices that the connection has ended";
-        }
+        let text = format!("stopped by {signal} before {which} command was started{}", unless_released(released));
         RunSummary::without_message(status_of_signal(signal as i32), text)
     }
 
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
         let released = self.settle_unless_no_ack(Settlement::Release, true).await;
         summary(subject, failure.exit.status(), released.outcome, format!("{failure}; {}", released.text))
+    }
+}
+
+fn unless_released(released: bool) -> &'static str {
+    if released {
+        ""
+    } else {
+        "; the release is not confirmed, so a message that had arrived is requeued when the broker notices that the connection has ended"
     }
 }
 

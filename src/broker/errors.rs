@@ -261,7 +261,7 @@ fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row 
         (Publish(_), M::Precondition | M::NotImplemented) => {
             Row::config("the broker refused a message", "check its properties and headers")
         }
-        (Publish(_), _) => Row::new(Exit::Unconfirmed, "the broker stopped the publishing", ""),
+        (Publish(_), _) => Row::new(Exit::Unconfirmed, "the broker closed the channel or the connection", ""),
 
         // What is missing is tried again: somebody may still declare it.
         (Bind { queue, exchange }, M::NoExchange) => {

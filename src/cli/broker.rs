@@ -135,14 +135,16 @@ impl BrokerOptions {
         self.nodes.read()?;
         for address in &self.nodes.addresses {
             if self.ssl && !address.tls {
-                return Err(Failure::usage(
-                    "--ssl asks for TLS, but the URL says amqp://, which is without TLS: make it amqps://",
-                ));
+                return Err(Failure::usage(format!(
+                    "{} asks for TLS, but the URL says amqp://, which is without TLS: make it amqps://",
+                    given.name("ssl")
+                )));
             }
             if self.no_default_cert_paths && address.tls && address.parameters.cacertfile.is_none() {
-                return Err(Failure::usage(
-                    "--no-default-cert-paths leaves no CA to trust: name the broker's with --cacert",
-                ));
+                return Err(Failure::usage(format!(
+                    "{} leaves no CA to trust: name the broker's with --cacert",
+                    given.name("no_default_cert_paths")
+                )));
             }
         }
         Ok(())
@@ -224,7 +226,6 @@ enum Conflict {
     NoAddress,
     BothSet(&'static str, &'static str),
     PartOfAddress(&'static str, AddressSource),
-    AuthfileAndOthers,
 }
 
 impl AddressSource {
@@ -267,7 +268,9 @@ impl CredentialsSource {
         let authfile = precedence("authfile");
         let others = precedence("username").max(password).max(password_file);
         if authfile > Precedence::Default && authfile == others {
-            Err(Conflict::AuthfileAndOthers)
+            let is_equal = |other: &&str| precedence(other) == authfile;
+            let other = ["password_file", "password"].into_iter().find(is_equal).unwrap_or("username");
+            Err(Conflict::BothSet("authfile", other))
         } else if password > Precedence::Default && password == password_file {
             Err(Conflict::BothSet("password", "password_file"))
         } else if authfile > others {
@@ -295,9 +298,6 @@ impl Conflict {
                 part = given.name(part),
                 source = source.name(given),
             ),
-            Self::AuthfileAndOthers => {
-                "--authfile can't be used together with --username, --password or --password-file".to_owned()
-            }
         })
     }
 }
@@ -392,7 +392,7 @@ mod tests {
     #[test]
     fn beside_a_server_the_credentials_of_the_greatest_precedence_count() {
         use {
-            Conflict::{AuthfileAndOthers, BothSet},
+            Conflict::BothSet,
             CredentialsSource::{Authfile, Password, PasswordFile},
         };
         for (flags, variables, expected) in [
@@ -408,8 +408,8 @@ mod tests {
             ("authfile", "username password", Ok(Authfile)),
             ("username", "authfile", Ok(Password)),
             ("password_file", "authfile", Ok(PasswordFile)),
-            ("authfile username", "", Err(AuthfileAndOthers)),
-            ("", "authfile password_file", Err(AuthfileAndOthers)),
+            ("authfile username", "password", Err(BothSet("authfile", "username"))),
+            ("", "authfile password_file", Err(BothSet("authfile", "password_file"))),
         ] {
             let chosen = CredentialsSource::choose(given(flags, variables));
             assert_eq!(chosen, expected, "flags: {flags}; variables: {variables}");

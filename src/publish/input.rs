@@ -217,9 +217,13 @@ fn checked(body: Vec<u8>) -> io::Result<Vec<u8>> {
     if body.len() as u64 <= LARGEST {
         return Ok(body);
     }
-    Err(io::Error::new(io::ErrorKind::FileTooLarge, "a message of more than 512 MiB, which no RabbitMQ takes"))
+    Err(io::ErrorKind::FileTooLarge.into())
 }
 
 fn cannot_read(what: &str, error: &io::Error) -> Failure {
-    Failure::new(Exit::NoInput, format!("{what} can't be read: {error}"))
+    let why = match error.kind() {
+        io::ErrorKind::FileTooLarge => "is larger than 512 MiB, which no RabbitMQ takes: split it".to_owned(),
+        _ => format!("can't be read: {error}"),
+    };
+    Failure::new(Exit::NoInput, format!("{what} {why}"))
 }

@@ -79,7 +79,8 @@ impl SettledMessage {
             Settled::Confirmed => (outcome, confirmed.to_owned()),
             Settled::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
             Settled::Lost => {
-                (Outcome::Lost, format!("the delivery was lost before the broker got the settlement: {why}"))
+                let lost = "delivery lost before the broker got the settlement, another worker may have the message";
+                (Outcome::Lost, format!("{lost}: {why}"))
             }
         };
         Self { settlement, end, outcome, text }

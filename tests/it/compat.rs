@@ -181,8 +181,8 @@ fn contradictory_options_are_a_usage_error() {
         (&["--server=amqp://u:hunter2@h"], "--server is an amqp:// address, which goes to BROKER_URL or --url"),
         (&["--server=h", "--port=0"], "--port"),
         (&["--server=h", "--authfile", &file], "two lines, username:USER and password:PASSWORD"),
-        (&["--server=h", "--authfile", &file, "--username=u"], "can't be used together"),
-        (&["--server=h", "--authfile", &file, "--password-file", &file], "can't be used together"),
+        (&["--server=h", "--authfile", &file, "--username=u"], "--authfile and --username are both set: leave one out"),
+        (&["--server=h", "--authfile", &file, "--password-file", &file], "--authfile and --password-file are both set"),
         (
             &["--server=h", "--password=hunter2", "--password-file", &file],
             "--password and --password-file are both set",

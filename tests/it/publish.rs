@@ -542,10 +542,15 @@ fn if_the_channel_gets_no_reply_the_connection_is_closed_in_order() {
     let queue = Broker::shared().queue("unready");
     let proxy = Proxy::of(Broker::shared());
     proxy.on(Direction::ToClient, Method::CONFIRM_SELECT_OK, Action::SwallowFrame);
-    let line = qpublish().url(&proxy.url()).queue(queue.name());
-    let ended = line.args(["--timeout", "1s", "orange"]).run();
-    ended.assert_status(69).assert_stderr("no reply from the broker within 1s (--timeout)");
-    assert_eq!(proxy.count(Direction::ToBroker, Method::CONNECTION_CLOSE), 1);
+    for (number, (options, what)) in
+        (1..).zip([(&[][..], ""), (&["--declare"], &format!(", or declare queue {:?},", queue.name()))])
+    {
+        let line = qpublish().url(&proxy.url()).queue(queue.name()).args(options);
+        let ended = line.args(["--timeout", "1s", "orange"]).run();
+        let says = format!("the broker didn't open a channel for publishing{what} within 1s (--timeout)");
+        ended.assert_status(69).assert_stderr(&says);
+        assert_eq!(proxy.count(Direction::ToBroker, Method::CONNECTION_CLOSE), number);
+    }
 }
 
 #[test]

@@ -63,8 +63,9 @@ impl Subscription {
         deadline: Instant,
         give_up: oneshot::Receiver<()>,
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
-        const STAGE: &str = "waiting for the broker to subscribe";
-        let subscribed = with_reminders(STAGE, async {
+        let of_queue = if options.queue.is_empty() { String::new() } else { format!(" of queue {:?}", options.queue) };
+        let stage = format!("waiting for the broker to register the consumer{of_queue}");
+        let subscribed = with_reminders(&stage, async {
             end_previous_consumer(&mut connection).await?;
             subscribe(&mut connection, &options, plan, declared).await
         });
@@ -89,7 +90,7 @@ impl Subscription {
                     // It isn't closed yet. Its deliveries mustn't count as cut short.
                     connection.observed().forget_consumer();
                 }
-                Err((connection, ConnectError::no_answer(STAGE).into()))
+                Err((connection, ConnectError::no_answer(&stage).into()))
             }
         }
     }

@@ -285,7 +285,7 @@ fn every_row_of_the_table() {
         (publish, UNEQUAL, no_file, Config, false, "the broker refused a message: …; check its properties and headers"),
         (publish, (540, "NOT_IMPLEMENTED - immediate=true"), no_file, Config, false,
          "the broker refused a message: …; check its properties and headers"),
-        (publish, SHUTDOWN, no_file, Unconfirmed, false, "the broker stopped the publishing: …"),
+        (publish, SHUTDOWN, no_file, Unconfirmed, false, "the broker closed the channel or the connection: …"),
         // A queue.
         (bind, NO_EXCHANGE, no_file, Config, true,
          "there is no exchange \"x\" to bind queue \"q\" to: …; declare it, or check the name and the virtual host"),

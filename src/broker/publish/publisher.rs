@@ -98,7 +98,12 @@ impl<'a> Publisher<'a> {
         };
         let opened = timeout(limit, open).await.map_err(|_| {
             let limit = HumanDuration(limit);
-            Failure::new(Exit::Unavailable, format!("no reply from the broker within {limit} (--timeout)"))
+            let declare = match route.declare {
+                Some(_) => format!(", or declare queue {:?},", route.routing_key),
+                None => String::new(),
+            };
+            let text = format!("the broker didn't open a channel for publishing{declare} within {limit} (--timeout)");
+            Failure::new(Exit::Unavailable, text)
         })?;
         let asked = match route.declare {
             Some(_) => Asked::Declare(&route.routing_key),

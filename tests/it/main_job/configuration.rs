@@ -86,7 +86,7 @@ fn a_switch_takes_the_usual_values_and_refuses_all_others() {
         }
     }
     for on in ["true", " Yes", "ON", "1"] {
-        refuses(start("QCONSUME_SSL", on), "--ssl asks for TLS");
+        refuses(start("QCONSUME_SSL", on), "QCONSUME_SSL asks for TLS");
     }
 }
 

@@ -531,6 +531,26 @@ fn a_message_that_comes_while_a_stopped_run_settles_is_released() {
 }
 
 #[test]
+fn a_stopped_run_says_that_the_release_of_the_next_message_is_not_confirmed() {
+    let peer = Peer::new(move |request| match (request.method, request.nth) {
+        (Method::BASIC_CONSUME, _) => {
+            let message = peer::message(request.channel, 1, false, MESSAGE.as_bytes());
+            Answer::Bytes([peer::usual(request), message].concat())
+        }
+        // The first is for the prefetch, the second is the confirmation, which the test sends.
+        (Method::BASIC_QOS, 2) | (Method::BASIC_CANCEL, _) => Answer::Bytes(Vec::new()),
+        _ => Answer::Usual,
+    });
+    let running = qconsume().url(&peer.url()).queue("q").args(["--count", "2", "--", "true"]).spawn();
+    assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
+    running.signal(Signal::SIGTERM);
+    let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
+    peer.send(1, &[peer::message(1, 2, false, b"the next"), reply].concat());
+    let says = "stopped by SIGTERM before everything was done; the release is not confirmed";
+    running.finish(PATIENCE).assert_status(143).assert_stderr(says);
+}
+
+#[test]
 fn a_signal_from_before_the_goodbye_does_not_cut_it_short() {
     let peer = open_confirmation();
     let running = never_runs(qconsume().url(&peer.url()).queue("q").args(["--no-ack"])).spawn();
