@@ -25,7 +25,7 @@ use std::{
 use summary::{SettledMessage, Tally, describe_end, log_taken, reason, signal_name, summary};
 use tokio::time::timeout;
 
-/// The share of `--ack-timeout` after which a warning says that the command still runs; also in the option's help.
+/// The share of `--ack-timeout` after which a warning says that the message is still held; also in the option's help.
 const ACK_WARNING: f64 = 0.8;
 
 /// Returns the exit status. Fails only if qconsume can't start: any later failure is reported here.
@@ -143,7 +143,7 @@ impl Worker {
             match timeout(limit.mul_f64(ACK_WARNING), self.consumer.wait_until_lost()).await {
                 Ok(lost) => return lost,
                 Err(_) => tracing::warn!(
-                    "the command has run for {:.0} % of --ack-timeout ({limit}): a queue that obeys it requeues the message after {limit}; raise --ack-timeout if the command needs longer",
+                    "the message has been held for about {:.0} % of --ack-timeout ({limit}): a queue that obeys it requeues the message after {limit}; raise --ack-timeout if the command needs longer",
                     ACK_WARNING * 100.0,
                     limit = HumanDuration(limit)
                 ),
@@ -178,6 +178,14 @@ impl Worker {
         }
         let (settled, why) = self.consumer.settle(settlement, cancels).await;
         SettledMessage::new(settlement, settled, why)
+    }
+
+    /// For a message whose command never started.
+    async fn release_unless_no_ack(&mut self) -> SettledMessage {
+        if self.options.no_ack {
+            return SettledMessage::lost_without_command();
+        }
+        self.settle_unless_no_ack(Settlement::Release, true).await
     }
 
     /// What comes after this message, which isn't counted yet.
@@ -257,16 +265,14 @@ impl Worker {
         if settled == Settled::Confirmed {
             return Continue(());
         }
-        let text = format!(
-            "command not started: the acknowledgement of its message (--no-ack) is not confirmed, so the message may be delivered again: {}",
-            reason(why)
-        );
-        Break(summary(subject, Exit::Unconfirmed.status(), Outcome::Unconfirmed, text))
+        let SettledMessage { outcome, text, .. } = SettledMessage::new(Settlement::Ack, settled, why);
+        let text = format!("command not started: with --no-ack, its message is acknowledged first; {text}");
+        Break(summary(subject, Exit::Unconfirmed.status(), outcome, text))
     }
 
     async fn end_if_stopped_or_lost(&mut self, signals: &mut Signals, subject: &Subject) -> ControlFlow<RunSummary> {
         if let Some(signal) = signals.stopped_by() {
-            let released = self.settle_unless_no_ack(Settlement::Release, true).await;
+            let released = self.release_unless_no_ack().await;
             let text = format!("stopped by {signal} before the command was started; {}", released.text);
             return Break(summary(subject, status_of_signal(signal as i32), released.outcome, text));
         }
@@ -307,6 +313,7 @@ impl Worker {
         if self.options.keep_going {
             summary.text = self.tally.describe(&summary.text);
             let status = self.options.policy.status_of_dead_letters();
+            // If the status is that already, its source stays: it may be the command.
             if self.tally.dead_lettered > 0 && status != 0 && summary.status != status {
                 (summary.source, summary.status) = (Program::current().name(), status);
             }
@@ -328,7 +335,7 @@ impl Worker {
     }
 
     async fn not_started(&mut self, failure: &Failure, subject: &Subject) -> RunSummary {
-        let released = self.settle_unless_no_ack(Settlement::Release, true).await;
+        let released = self.release_unless_no_ack().await;
         summary(subject, failure.exit.status(), released.outcome, format!("{failure}; {}", released.text))
     }
 }

@@ -59,7 +59,7 @@ pub(super) struct SettledMessage {
 
 impl SettledMessage {
     pub(super) fn new(settlement: Settlement, end: Settled, why: Option<DeliveryLost>) -> Self {
-        let requeue_unconfirmed = "message is requeued, though the broker has not confirmed it";
+        let requeue_unconfirmed = "requeue not confirmed, but the broker requeues the message when the connection ends, unless its queue is deleted";
         let (outcome, confirmed, unconfirmed) = match settlement {
             Settlement::Ack => (
                 Outcome::Acknowledged,
@@ -90,6 +90,12 @@ impl SettledMessage {
     pub(super) fn before_the_command() -> Self {
         let text = "message was acknowledged before the command (--no-ack)".to_owned();
         Self { settlement: Settlement::Ack, end: Settled::Confirmed, outcome: Outcome::Acknowledged, text }
+    }
+
+    /// For `--no-ack`, if the command never started.
+    pub(super) fn lost_without_command() -> Self {
+        let text = "the message is lost: it was acknowledged already (--no-ack)".to_owned();
+        Self { text, ..Self::before_the_command() }
     }
 
     pub(super) fn summary(

@@ -329,7 +329,10 @@ fn ack_timeout_warns_and_is_asked_of_a_broker_that_has_it() {
         let proxy = Proxy::of(broker);
         let file = a_file();
         let run = behind(&proxy, &queue).args(["--ack-timeout", "2s"]).shell(&until_there(&file)).spawn();
-        run.wait_for_stderr("the command has run for 80 % of --ack-timeout (2s): a queue that obeys it", PATIENCE);
+        run.wait_for_stderr(
+            "the message has been held for about 80 % of --ack-timeout (2s): a queue that obeys it",
+            PATIENCE,
+        );
         if !asked {
             std::fs::write(&file, "").unwrap();
         }

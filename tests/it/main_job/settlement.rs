@@ -146,7 +146,7 @@ fn meets(fault: Fault, script: &str, queue: &Queue, status: i32) {
     std::fs::write(go.join("go"), "").unwrap();
     let done = running.wait(SETTLED_BY_THEN);
     assert_eq!(done.status(), status, "{what}:\n{}", done.stderr);
-    let says = if status == 75 { "acknowledgement not confirmed" } else { "the broker has not confirmed it" };
+    let says = if status == 75 { "acknowledgement not confirmed" } else { "requeue not confirmed" };
     assert!(done.stderr.contains(says), "{what}:\n{}", done.stderr);
     // If the connection is still open, the broker notices its end now.
     proxy.cut();

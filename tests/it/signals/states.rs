@@ -498,7 +498,7 @@ fn a_signal_between_the_message_and_the_command_starts_none() {
         finished
             .assert_status(status)
             .assert_stderr(&format!("stopped by {signal} before the command was started"))
-            .assert_stderr("message was acknowledged before the command (--no-ack)");
+            .assert_stderr("the message is lost: it was acknowledged already (--no-ack)");
         assert_eq!(finished.stdout_text(), "");
     }
 }
@@ -551,6 +551,18 @@ fn a_stopped_run_says_that_the_release_of_the_next_message_is_not_confirmed() {
 }
 
 #[test]
+fn a_delivery_that_is_lost_before_the_command_starts_is_reported_as_lost() {
+    let peer = open_confirmation();
+    let running = never_runs(qconsume().url(&peer.url()).queue("q").args(["--no-ack", "--log-format=json"])).spawn();
+    assert!(eventually(PATIENCE, || peer.count(Method::BASIC_QOS) == 2));
+    let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
+    // After a cancel, a second delivery means that the broker has requeued the first one.
+    peer.send(1, &[peer::message(1, 2, true, MESSAGE.as_bytes()), reply].concat());
+    let finished = running.finish(PATIENCE);
+    finished.assert_status(75).assert_stderr("command not started").assert_stderr(r#""outcome":"lost""#);
+}
+
+#[test]
 fn a_signal_from_before_the_goodbye_does_not_cut_it_short() {
     let peer = open_confirmation();
     let running = never_runs(qconsume().url(&peer.url()).queue("q").args(["--no-ack"])).spawn();
@@ -558,6 +570,6 @@ fn a_signal_from_before_the_goodbye_does_not_cut_it_short() {
     running.signal(Signal::SIGTERM);
     let reply = method_frame(1, Method::BASIC_QOS_OK, &[]);
     peer.send(1, &[basic_cancel(1, "qconsume"), reply].concat());
-    running.finish(PATIENCE).assert_status(75).assert_stderr("is not confirmed");
+    running.finish(PATIENCE).assert_status(75).assert_stderr("acknowledgement not confirmed");
     assert_eq!(peer.count(Method::CONNECTION_CLOSE), 1, "{}", running.stderr());
 }
