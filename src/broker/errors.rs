@@ -234,8 +234,8 @@ fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row 
         ),
         (_, M::LoginRefused) => {
             let what = format!("the broker refused the login of user {user:?}");
-            let row = Row::new(Exit::NoPermission, what, credentials.advice_on_login());
-            Row { login_refused: true, ..row.transient_if(renewable) }
+            // `Connector::note_login_refused` decides whether it is transient.
+            Row { login_refused: true, ..Row::new(Exit::NoPermission, what, credentials.advice_on_login()) }
         }
         (_, M::NoVirtualHost) | (Login(_), M::Missing) => {
             let what = format!("the broker has no virtual host {virtual_host:?}");
@@ -622,7 +622,7 @@ pub(super) fn described(error: &lapin::Error) -> String {
         ErrorKind::ParsingError(error) => format!("what the broker sent can't be read: {error}"),
         ErrorKind::ProtocolError(error) => format!("the broker sent what AMQP doesn't allow: {}", error.get_message()),
         ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => {
-            "the connection is closed".to_owned()
+            "the channel or the connection is closed".to_owned()
         }
         _ => error.to_string(),
     }

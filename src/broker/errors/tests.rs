@@ -253,7 +253,7 @@ fn every_row_of_the_table() {
          "the broker refused the login by client certificate (EXTERNAL): …; create a user of the certificate's name, or give a password"),
         (Login(password), LOGIN, no_file, NoPermission, false,
          "the broker refused the login of user \"u\": …; check the user and the password"),
-        (Login(password), LOGIN, file, NoPermission, true,
+        (Login(password), LOGIN, file, NoPermission, false,
          "the broker refused the login of user \"u\": …; check the user and the password"),
         (Login(password), LOGIN, lasting, NoPermission, false,
          "the broker refused the login of user \"u\": …; check the token's audience, and who has signed it"),

@@ -122,12 +122,12 @@ impl Connector {
                 }
                 Ok(connection)
             }
-            Err(error) => {
-                let mut error = self.with_addresses(error, &address);
+            Err(mut error) => {
+                // Before `with_addresses`, as this decides whether the failure is permanent.
                 if error.login_refused {
                     self.note_login_refused(&mut error);
                 }
-                Err(error)
+                Err(self.with_addresses(error, &address))
             }
         }
     }
@@ -146,7 +146,7 @@ impl Connector {
     fn with_addresses(&self, mut error: ConnectError, address: &Address) -> ConnectError {
         let message = &mut error.failure.message;
         *message = format!("{address}: {message}");
-        // A permanent failure is the broker's reply: the other addresses don't matter.
+        // A permanent failure has a reason of its own: the other addresses don't matter.
         if error.transient {
             for problem in &self.address_problems {
                 *message = format!("{message}; {problem}");
