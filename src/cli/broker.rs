@@ -294,9 +294,10 @@ impl Conflict {
                 format!("{} and {} are both set: leave one out", given.name(one), given.name(other))
             }
             Self::PartOfAddress(part, source) => format!(
-                "{part} and {source} can't be used at the same time: leave {part} out, and write its value into the URL",
-                part = given.name(part),
+                "{name} and {source} can't be used at the same time: leave {name} out, and write its {what} into the URL",
+                name = given.name(part),
                 source = source.name(given),
+                what = if part == "authfile" { "user and password" } else { "value" },
             ),
         })
     }

@@ -163,6 +163,7 @@ fn contradictory_options_are_a_usage_error() {
     let safe = "--url=amqps://u:hunter2@127.0.0.1:1";
     let lines: &[(&[&str], &str)] = &[
         (&[url, "--server=h"], "--server and --url can't be used at the same time"),
+        (&[url, "--authfile=/f"], "leave --authfile out, and write its user and password into the URL"),
         (&[url, "--port=1"], "--port and --url"),
         (&[url, "--vhost=v"], "--vhost and --url"),
         (&[url, "--username=u"], "--username and --url"),

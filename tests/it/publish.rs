@@ -578,7 +578,7 @@ fn while_the_broker_blocks_publishers_it_says_so_and_gives_up_after_the_timeout(
     let ended = line().args(["--timeout", SOON, "a", "b", "c"]).run();
     ended
         .assert_status(75)
-        .assert_stderr("warning: the broker blocks publishers: low on memory; waiting for up to 5s")
+        .assert_stderr("warning: the broker blocks publishers: low on memory; giving up if it confirms nothing for 5s")
         .assert_stderr("gave up after 5s (--timeout): the broker blocks publishers: low on memory")
         .assert_stderr("from the start without a gap");
     // The other one, with a longer timeout, goes on when the broker does.

@@ -35,9 +35,12 @@ pub struct Consumer {
     lost_mid_delivery: bool,
 }
 
-/// `subscribe` leads from Idle by Subscribing to Ready; `next` and `cancel` from Ready to Holding, or to Idle after a
-/// loss or without a message; `settle` from Holding to Ready or Idle; `release` and `close` to Idle. A held message
-/// that is lost stays Holding until `settle` or `close`.
+/// - `subscribe`: from Idle by Subscribing to Ready, or to Idle if it fails
+/// - `next`: from Ready to Holding, or to Idle after a loss
+/// - `cancel`: from Ready to Holding, or to Idle after a loss or without a message
+/// - `depth`: stays Ready, or to Idle after a loss
+/// - `settle`: from Holding to Ready or Idle; a held message that is lost stays Holding until then
+/// - `release` and `close`: to Idle
 enum State {
     /// The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
@@ -82,7 +85,9 @@ impl Consumer {
         match &self.queue_name {
             Some(queue) if self.options.topology.declare == Declare::Exclusive => Err(Failure::new(
                 Exit::Unavailable,
-                format!("queue {queue:?} is gone with its messages: it belonged to the lost connection ({why})"),
+                format!(
+                    "queue {queue:?} is gone with its messages: it belonged to the lost connection ({why}); the next run declares a new one; for a queue that stays, name it and use --declare without --exclusive"
+                ),
             )),
             _ => Ok(()),
         }

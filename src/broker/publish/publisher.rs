@@ -126,11 +126,11 @@ impl<'a> Publisher<'a> {
     }
 
     /// Publishes the bodies, and waits until each message is answered. When they end, or a message is returned or
-    /// nacked, `bodies` becomes `None`. Dropping the future loses nothing: a second call goes on.
+    /// nacked, `bodies` becomes `None`. Dropping the future loses nothing: a second call goes on. `name` is what an
+    /// error calls a message, by its number from 1.
     ///
     /// # Errors
-    /// If a body can't be read, no confirm arrives within the limit, or the channel or the connection is lost. `name`
-    /// says what to call a message that is too large for the broker, by its number from 1.
+    /// If a body can't be read, no confirm arrives within the limit, or the channel or the connection is lost.
     pub async fn run(
         &mut self,
         bodies: &mut Option<UnboundedReceiver<Body>>,
@@ -151,7 +151,7 @@ impl<'a> Publisher<'a> {
                 event = self.connection.event() => match event {
                     Event::Error(error) => return Err(self.lost(&error, &name)),
                     Event::ConnectionBlocked(reason) => {
-                        tracing::warn!("the broker blocks publishers: {reason}; waiting for up to {limit} (--timeout)");
+                        tracing::warn!("the broker blocks publishers: {reason}; giving up if it confirms nothing for {limit} (--timeout)");
                         self.blocked = Some(format!("blocks publishers: {reason}"));
                     }
                     Event::ConnectionUnblocked => {
