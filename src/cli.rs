@@ -59,8 +59,8 @@ pub struct QconsumeOptions {
 
     /// Consume until the queue is empty
     ///
-    /// Then exit with 0, even if there was no message. With --wait, consume until the queue has been empty for that
-    /// long.
+    /// Then exit with 0, even if there was no message. With --wait, consume until no message has come for that long and
+    /// the queue is empty.
     #[arg(long, env = "QCONSUME_DRAIN", value_parser = switch, help_heading = "Taking")]
     pub drain: bool,
 
@@ -73,8 +73,8 @@ pub struct QconsumeOptions {
 
     /// Ask the broker to wait this long for the acknowledgement
     ///
-    /// Only quorum queues of RabbitMQ 4.3 and newer obey. With any broker, qconsume logs a warning when the command has
-    /// run for 80 % of this time.
+    /// Only quorum queues of RabbitMQ 4.3 and newer obey. With any broker, qconsume logs a warning when the message has
+    /// been held for about 80 % of this time.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_ACK_TIMEOUT", value_parser = duration_above_zero, help_heading = "Taking")]
     pub ack_timeout: Option<Duration>,
 
@@ -200,7 +200,7 @@ impl QconsumeOptions {
             Declare::Durable
         };
         let mut routing_keys = self.routing_key.clone();
-        // `--routing-key ''` may have been split into several empty keys: bind with one.
+        // Empty keys are left out. If no other key is left, bind with one empty key.
         routing_keys.retain(|key| !key.is_empty());
         if routing_keys.is_empty() && self.exchange.is_some() {
             routing_keys.push(String::new());
