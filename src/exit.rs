@@ -114,8 +114,8 @@ pub const fn status_of_signal(signal: i32) -> u8 {
 
 pub const NO_MEMORY: &str = "memory has run out (on this node, or ulimit -v)";
 
-/// Errors that may be gone at the next try: errno, what is missing, and which limit to raise. ETXTBSY is no shortage, but
-/// it passes, too.
+/// Errors that may be gone at the next try: errno, what is missing, and which limit to raise. EFBIG: another
+/// node may have another limit. ETXTBSY is no shortage, but it passes, too.
 const SHORTAGES: [(i32, &str); 8] = [
     (
         libc::EAGAIN,

@@ -125,7 +125,7 @@ pub struct CommandResult {
     pub stop: Option<StopReason>,
     /// Whether this connection still owned the delivery when the command had ended.
     pub still_owned: bool,
-    /// `None` if the queue doesn't count.
+    /// See [`Message::failures`](crate::broker::Message::failures).
     pub failures_before: Option<u64>,
 }
 
@@ -213,7 +213,8 @@ impl RunState {
     }
 }
 
-/// A classic queue puts a requeued message back to the front, and doesn't count its failures.
+/// A classic queue puts a requeued message back to the front, and doesn't count its failures. That is known only from
+/// the message's second delivery on.
 pub fn repeats_forever(verdict: Verdict, failures_before: Option<u64>) -> bool {
     verdict.settlement == Some(Settlement::Requeue) && failures_before.is_none()
 }

@@ -73,15 +73,16 @@ pub(super) struct CommandProcesses {
 }
 
 impl CommandProcesses {
-    pub(super) fn find(is_commands: impl Fn(&Stat) -> bool) -> Self {
+    /// `belongs_to_command` is asked about our children only.
+    pub(super) fn find(belongs_to_command: impl Fn(&Stat) -> bool) -> Self {
         match Stat::own() {
-            Some(own) => Self::among(&read_all(), own.pid, is_commands),
+            Some(own) => Self::among(&read_all(), own.pid, belongs_to_command),
             None => Self::default(),
         }
     }
 
-    fn among(all: &[Stat], own: Pid, is_commands: impl Fn(&Stat) -> bool) -> Self {
-        let processes = descendants(all, own, is_commands);
+    fn among(all: &[Stat], own: Pid, belongs_to_command: impl Fn(&Stat) -> bool) -> Self {
+        let processes = descendants(all, own, belongs_to_command);
         let pids: BTreeSet<Pid> = processes.iter().map(|process| process.pid).collect();
         let is_other = |process: &&Stat| !process.is_zombie && !pids.contains(&process.pid);
         let shared: BTreeSet<Pid> = all.iter().filter(is_other).map(|other| other.group).collect();

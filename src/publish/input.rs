@@ -29,8 +29,8 @@ use tokio::{
     },
 };
 
-/// How much may be read and not confirmed, in bytes: enough to keep a broker busy over a slow network, and little
-/// enough for a small pod. A larger message goes alone.
+/// How much may be in flight, in bytes: enough to keep a broker busy over a slow network, and little enough for a small
+/// pod. A larger message goes alone. One more message may be read and waiting.
 const WINDOW_SIZE: usize = 16 << 20;
 
 /// A permit for each byte of it.

@@ -22,14 +22,16 @@ pub struct Message {
     pub id: Option<String>,
     /// `MESSAGE_ATTEMPT`: the number of this delivery, from 1; `None` if the queue doesn't tell.
     pub attempt: Option<u64>,
-    /// Failures that the queue has counted; `None` if it counts none.
+    /// Earlier failures: `Some(0)` for a first delivery from any queue, `None` for a redelivery from a queue that doesn't
+    /// count.
     pub failures: Option<u64>,
     /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
     pub at_default_delivery_limit: bool,
     pub variables: Vec<Variable>,
 }
 
-/// Enough of a message to tell it from the next one in its queue, unless both have the same content and no id.
+/// Tells a message from the next one in its queue, unless both have the same size, exchange, routing key and id (or no
+/// id), and the same first and last [`HASHED`] bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fingerprint {
     id: Option<String>,

@@ -44,7 +44,7 @@ pub(super) async fn carry_out(
         settling: Settling::new(cancels),
         why: None,
         begin,
-        first_reply: None,
+        first_reply_took: None,
         deadline: begin + SETTLE_TIMEOUT,
     };
     let settled = with_reminders("waiting for the broker to confirm the settlement", under_way.finish()).await;
@@ -59,7 +59,7 @@ struct UnderWay<'a> {
     why: Option<DeliveryLost>,
     begin: Instant,
     /// How long the settlement and the first barrier took.
-    first_reply: Option<Duration>,
+    first_reply_took: Option<Duration>,
     /// For the reply to the next barrier.
     deadline: Instant,
 }
@@ -149,7 +149,7 @@ impl UnderWay<'_> {
                 return Ok(Event::Reply);
             }
             Step::Pause => {
-                sleep(pause(self.held.since.elapsed(), self.first_reply.unwrap_or_default())).await;
+                sleep(pause(self.held.since.elapsed(), self.first_reply_took.unwrap_or_default())).await;
                 return Ok(Event::PauseOver);
             }
             Step::Done(_) => {}
@@ -158,8 +158,8 @@ impl UnderWay<'_> {
     }
 
     fn note_reply(&mut self) {
-        if self.first_reply.is_none() {
-            self.first_reply = Some(self.begin.elapsed());
+        if self.first_reply_took.is_none() {
+            self.first_reply_took = Some(self.begin.elapsed());
             self.deadline = Instant::now() + SETTLE_TIMEOUT;
             // Only now, as the reply may have taken long.
             let held = self.held.since.elapsed();
@@ -171,7 +171,7 @@ impl UnderWay<'_> {
     }
 
     fn why_closed(&self, error: &lapin::Error) -> DeliveryLost {
-        if self.first_reply.is_some() {
+        if self.first_reply_took.is_some() {
             self.subscription.second_barrier_failed(error)
         } else {
             self.subscription.delivery_lost(error)

@@ -21,7 +21,7 @@ pub(in crate::broker) type Version = (u32, u32);
 
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Observed {
-    /// If it is RabbitMQ's.
+    /// RabbitMQ's. `None` for another product, or if it is hidden.
     pub(in crate::broker) version: Option<Version>,
     /// Another broker, or a proxy that hides the broker's version.
     pub(in crate::broker) is_another_product: bool,
