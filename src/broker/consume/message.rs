@@ -22,8 +22,8 @@ pub struct Message {
     pub id: Option<String>,
     /// `MESSAGE_ATTEMPT`: the number of this delivery, from 1; `None` if the queue doesn't tell.
     pub attempt: Option<u64>,
-    /// Earlier failures: `Some(0)` for a first delivery from any queue, `None` for a redelivery from a queue that doesn't
-    /// count.
+    /// Earlier failures: `Some(0)` for a first delivery from any queue, `None` for a redelivery from a queue that
+    /// doesn't count.
     pub failures: Option<u64>,
     /// One more failure exceeds the `delivery-limit`, if this is a quorum queue with the default limit.
     pub at_default_delivery_limit: bool,
