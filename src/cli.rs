@@ -1,9 +1,9 @@
 //! Options and their environment. The only I/O is reading the files with addresses, passwords and certificates.
 //!
 //! Other options stand where they are used: `Limits` (command/supervise.rs), `Policy` (verdict.rs), `TlsOptions`
-//! (broker/reach/tls.rs), and qpublish's (publish/options.rs, publish/input.rs, broker/publish/options.rs). The variable
-//! of an option that holds a secret belongs to `SECRETS` (cli/broker.rs), and an option that may hold an address to
-//! `MAY_HOLD_ADDRESS` (cli/parse.rs).
+//! (broker/reach/tls.rs), and qpublish's (publish/options.rs, publish/input.rs, broker/publish/options.rs). The
+//! variable of an option that holds a secret belongs to `SECRETS` (cli/broker.rs), and an option that may hold an
+//! address to `MAY_HOLD_ADDRESS` (cli/parse.rs).
 
 mod broker;
 mod output;

@@ -14,9 +14,9 @@ use std::{collections::HashSet, time::Duration};
 /// Publishes one message for each argument, and exits with 0 only when the broker has confirmed all of them. Without
 /// an argument, all of standard input is one message.
 ///
-/// Messages are persistent, mandatory unless --no-mandatory is given, and the broker confirms each (publisher confirms).
-/// The first message that the broker returns or refuses ends the run. The last line then says how many messages from
-/// the start are confirmed without a gap, so that a second run can continue after them.
+/// Messages are persistent, mandatory unless --no-mandatory is given, and the broker confirms each (publisher
+/// confirms). The first message that the broker returns or refuses ends the run. The last line then says how many
+/// messages from the start are confirmed without a gap, so that a second run can continue after them.
 #[derive(Debug, Parser)]
 #[command(
     name = "qpublish",
