@@ -17,7 +17,7 @@ static DEAD_LETTERED: AtomicU8 = AtomicU8::new(0);
 /// The status, and whose it is.
 static RESULT: OnceLock<(u8, &str)> = OnceLock::new();
 
-/// From now on, a shortage may cost the message's command: the status is 75 instead of 71.
+/// From now on, a shortage may kill the running command: the status is 75 instead of 71.
 pub fn note_command_started() {
     COMMAND_STARTED.store(true, Relaxed);
 }

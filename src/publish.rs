@@ -50,7 +50,7 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
 
 /// Declares, and publishes until there is no more, a message is returned or nacked, or a stop signal comes; then waits
 /// for the messages in flight, after a signal for [`GRACE`] only. Returns the signal, unless everything was read before
-/// it and is answered by then.
+/// the signal and answered within [`GRACE`].
 async fn run<'a>(
     publisher: &mut Option<Publisher<'a>>,
     connection: &'a mut OpenConnection,
@@ -88,11 +88,11 @@ async fn run<'a>(
         Err(signal) => signal,
     };
     let Some(publisher) = publisher else { return Ok(Some(signal)) };
-    // No further message is read. It is `None` already if all were read, or if a failure ended the reading.
-    let all_was_read = bodies.take().is_none();
+    // Stops the reading, unless it has ended: with the last message, a failure, or a message that no queue took.
+    let reading_had_ended = bodies.take().is_none();
     // A second signal ends this wait.
     match timeout(GRACE, unless_stopped(signals, publisher.run(&mut bodies, name))).await {
-        Ok(Ok(ended)) if all_was_read => ended.map(|()| None),
+        Ok(Ok(ended)) if reading_had_ended => ended.map(|()| None),
         _ => Ok(Some(signal)),
     }
 }
@@ -127,12 +127,13 @@ fn report_end(ended: Result<Option<Signal>, Failure>, confirms: &Confirms, input
 fn not_queued(message: NotQueued, input: &Input, route: &Route) -> Failure {
     let (first, last) = (input.name(message.first), input.name(message.last));
     let is_range = message.last > message.first;
-    let which = if is_range { format!("{first} or a later one, up to {last},") } else { first };
     if message.nacked {
         let why = "the queue is full (x-max-length with reject-publish), or can't take it for now";
-        let also = if is_range { format!("; {which} was returned") } else { String::new() };
+        let also =
+            if is_range { format!("; a message was returned, too: {first} or a later one") } else { String::new() };
         Failure::new(Exit::Unconfirmed, format!("{last} was refused: {why}{also}"))
     } else {
+        let which = if is_range { format!("{first} or a later one, up to {last},") } else { first };
         Failure::config(format!("{which} was returned: {}", route.why_returned()))
     }
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 /// there anyway.
 const SECOND_BARRIER_FROM: Duration = Duration::from_secs(5);
 
-/// With an `--ack-timeout` below 6.25 s, that limit is this share of the timeout. The other 20 % is for the delivery
-/// and the settlement to travel: if they take no longer, the timeout can't have come first.
+/// With an `--ack-timeout` below 6.25 s, a second barrier is needed from this share of it on. The other 20 % is for the
+/// delivery and the settlement to travel: if they take no longer, the timeout can't have come first.
 const SAFE_SHARE: f64 = 0.8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

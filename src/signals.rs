@@ -3,8 +3,8 @@
 //! What a stop signal does is decided in three places:
 //! - no command runs: src/worker.rs (`stopped`, `end_if_stopped_or_lost`); in qpublish src/publish.rs
 //! - the command runs: src/command/supervise.rs
-//! - the command has ended: src/verdict.rs (`decide` for its message, `RunState::next` for the run), which
-//!   src/worker.rs asks again after the settlement (`settle`, `go_on`)
+//! - the command has ended: src/verdict.rs. `decide` is for its message, `RunState::next` for the run: src/worker.rs
+//!   asks the latter before and after the settlement (`settle`), and acts on the answer (`go_on`).
 
 use nix::{
     libc,

@@ -140,7 +140,8 @@ impl Worker {
             return pending().await;
         }
         if let Some(limit) = self.options.ack_timeout {
-            match timeout(limit.mul_f64(ACK_WARNING), self.consumer.wait_until_lost()).await {
+            let left = limit.mul_f64(ACK_WARNING).saturating_sub(self.consumer.held_for());
+            match timeout(left, self.consumer.wait_until_lost()).await {
                 Ok(lost) => return lost,
                 Err(_) => tracing::warn!(
                     "the message has been held for about {:.0} % of --ack-timeout ({limit}): a queue that obeys it requeues the message after {limit}; raise --ack-timeout if the command needs longer",
@@ -215,20 +216,22 @@ impl Worker {
 
     /// After a confirmed settlement.
     async fn go_on(&mut self, next: Next, summary: RunSummary) -> ControlFlow<RunSummary> {
-        if next != Next::End || self.consumer.is_ready() {
+        // A stop signal came during the settlement, and the next message may have come, too.
+        let must_release = next != Next::Message && self.consumer.is_ready();
+        if next != Next::End || must_release {
+            // Otherwise only the report is left, and a shortage there mustn't say that no command was run.
             abort::note_message_done();
         }
-        let mut released = true;
-        if next != Next::Message && self.consumer.is_ready() {
-            // A stop signal came during the settlement, and the next message may have come, too.
-            released = self.consumer.release().await;
-        }
+        let released = !must_release || self.consumer.release().await;
         match next {
             Next::Message => {
                 self.with_queue(summary).log();
                 Continue(())
             }
-            Next::End => Break(summary),
+            Next::End => {
+                let text = summary.text + unless_released(released);
+                Break(RunSummary { text, ..summary })
+            }
             Next::AllDone => {
                 self.with_queue(summary).log();
                 Break(self.all_done())

@@ -125,7 +125,7 @@ fn short_help<O: Options>() -> String {
 /// 64 for a usage error, 78 for a file that can't be used, 71 if the system is short of something.
 pub fn parse<O: Options>(arguments: &[OsString]) -> Result<Request<O>, Failure> {
     // Building clap's command takes longer than anything else before the connection, so it is built once, and without
-    // the help's end.
+    // the statuses and examples at the end of the help.
     let mut command = without_empty_variables(O::command().term_width(WIDTH));
     let matches = match command.try_get_matches_from_mut(arguments) {
         Ok(matches) => matches,

@@ -101,8 +101,8 @@ impl Deadline {
     }
 }
 
-/// Waits for the command, then for the processes that it left behind: these are killed, and given up after
-/// [`KILL_PATIENCE`].
+/// Waits for the command, then for the processes that it left behind: after a success until `--kill-after`. Then they
+/// are killed, and given up after [`KILL_PATIENCE`].
 ///
 /// Returns how the command ended, whether a signal or the time limit was the first to stop it, and why the delivery was
 /// lost, which is the result of `lost_future`.

@@ -118,12 +118,12 @@ impl Input {
 
     /// How many messages are confirmed, and of how many, or how much of a file on standard input.
     pub(super) fn progress(&self, confirms: &Confirms, rate: u64) -> String {
-        let (confirmed, counted) = (confirms.confirmed(), |number| counted(number, "message", "messages"));
+        let (confirmed, messages) = (confirms.confirmed(), |number| counted(number, "message", "messages"));
         if self.separator().is_none() {
             let all = self.messages.len() + self.file.len();
-            return format!("{confirmed} of {} confirmed, {rate}/s", counted(all as u64));
+            return format!("{confirmed} of {} confirmed, {rate}/s", messages(all as u64));
         }
-        let text = format!("{} confirmed, {rate}/s", counted(confirmed));
+        let text = format!("{} confirmed, {rate}/s", messages(confirmed));
         match fs::metadata("/dev/stdin") {
             Ok(file) if file.is_file() => {
                 // The last message may lack its separator.
@@ -138,7 +138,7 @@ impl Input {
     /// each message in flight, so their size counts, too.
     pub(super) fn start(self: &Arc<Self>, properties_size: usize) -> Result<UnboundedReceiver<Body>, Failure> {
         let failed = |error| Failure::system("can't start to read", &error);
-        // Not `Stdin`: to that, a descriptor that is open for writing only, as nohup(1) leaves it, is empty.
+        // Not `Stdin`: it takes a descriptor that is open for writing only, as nohup(1) leaves it, for an empty input.
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
         let (sender, receiver) = unbounded_channel();
         let (input, runtime) = (Arc::clone(self), Handle::current());

@@ -28,6 +28,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     // Without the time spent connecting.
     let mut waited = Duration::ZERO;
     let (mut pause, mut failing_since) = (FIRST_PAUSE, None);
+    let mut waiting_reminder = Reminder::new(FIRST_REMINDER);
     loop {
         if !consumer.is_ready() {
             consumer.subscribe().await?;
@@ -35,7 +36,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
         }
         let subscribed_at = Instant::now();
         let left = limit.map(|limit| limit.saturating_sub(waited));
-        match wait(consumer, left, options.drain).await {
+        match wait(consumer, left, options.drain, &mut waiting_reminder).await {
             Ok(taken) => return Ok(taken),
             Err(lost) => {
                 if let Some(failure) = lost.end_of_run(consumer.queue()) {
@@ -64,10 +65,14 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
 }
 
 /// Waits on one connection, until `limit` has passed and, with `drain`, the queue is empty.
-async fn wait(consumer: &mut Consumer, limit: Option<Duration>, drain: bool) -> Result<Option<Message>, DeliveryLost> {
+async fn wait(
+    consumer: &mut Consumer,
+    limit: Option<Duration>,
+    drain: bool,
+    waiting_reminder: &mut Reminder,
+) -> Result<Option<Message>, DeliveryLost> {
     let mut check_at = limit.map(|limit| Instant::now() + limit);
     let mut pause = FIRST_PAUSE;
-    let mut waiting_reminder = Reminder::new(FIRST_REMINDER);
     let mut not_empty_reminder = Reminder::default();
     loop {
         tokio::select! {

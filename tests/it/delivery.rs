@@ -217,6 +217,21 @@ fn a_large_body_over_a_slow_line_is_no_silence() {
 }
 
 #[test]
+fn the_warning_of_the_ack_timeout_counts_from_the_delivery() {
+    let broker = Broker::shared();
+    let queue = broker.queue("slow-delivery");
+    queue.publish("body");
+    let proxy = Proxy::of(broker);
+    proxy.on(Direction::ToClient, Method::BODY, Action::Hold);
+    let run = behind(&proxy, &queue).args(["--ack-timeout", "2s"]).shell("sleep 1").spawn();
+    proxy.wait_for(Direction::ToClient, Method::BODY);
+    // This simulates the slow line. The command then ends before 80 % of the timeout have passed since its start.
+    std::thread::sleep(Duration::from_secs(2));
+    proxy.release();
+    run.wait(PATIENCE).assert_status(0).assert_stderr("the message has been held for about 80 % of --ack-timeout");
+}
+
+#[test]
 fn a_frozen_broker_is_noticed_waiting_running_and_settling() {
     let broker = Broker::start();
     let queue = broker.queue("frozen");

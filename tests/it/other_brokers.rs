@@ -423,6 +423,6 @@ fn a_message_that_comes_back_before_another_is_refused_is_not_taken_for_a_confir
         .run()
         .assert_status(75)
         .assert_stderr("error: line 2 was refused: the queue is full")
-        .assert_stderr("; line 1 or a later one, up to line 2, was returned; ")
+        .assert_stderr("; a message was returned, too: line 1 or a later one; ")
         .assert_stderr("confirmed: 0 of 2 messages sent, 0 from the start without a gap; to resume, begin with line 1");
 }

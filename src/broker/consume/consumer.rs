@@ -39,8 +39,8 @@ pub struct Consumer {
 /// - `next`: from Ready to Holding, or to Idle after a loss
 /// - `cancel`: from Ready to Holding, or to Idle after a loss or without a message
 /// - `depth`: stays Ready, or to Idle after a loss
-/// - `settle`: from Holding to Ready or Idle; a held message that is lost stays Holding until then
-/// - `release` and `close`: to Idle
+/// - `settle`: from Holding to Ready or Idle
+/// - `release` and `close`: to Idle; a held message that is lost stays Holding until `close`
 enum State {
     /// The connection of an ended subscription may be kept.
     Idle(Option<OpenConnection>),
@@ -188,6 +188,14 @@ impl Consumer {
         }
     }
 
+    /// How long the message has been held, by the broker's clock: since it began to deliver it.
+    pub fn held_for(&self) -> Duration {
+        match &self.state {
+            State::Holding(_, held) => held.since.elapsed(),
+            State::Idle(_) | State::Subscribing { .. } | State::Ready(_) => Duration::ZERO,
+        }
+    }
+
     pub async fn wait_until_lost(&mut self) -> DeliveryLost {
         match self.subscription().next_delivery().await {
             Err(lost) => lost,
@@ -201,7 +209,7 @@ impl Consumer {
             biased;
             lost = self.wait_until_lost() => Some(lost),
             // Doesn't wait. A delivery that has only begun counts, too.
-            () = ready(()) => self.subscription().has_another().then(DeliveryLost::delivered_again),
+            () = ready(()) => self.subscription().has_unread_delivery().then(DeliveryLost::delivered_again),
         }
     }
 
@@ -303,7 +311,7 @@ impl Consumer {
     /// Closes the connection even if only the channel is lost: lapin 4.12 would report that to the next subscription,
     /// too.
     async fn close_after(&mut self, lost: DeliveryLost) -> DeliveryLost {
-        let mid_delivery = self.subscription().has_another();
+        let mid_delivery = self.subscription().has_unread_delivery();
         let is_second = self.note_loss(mid_delivery);
         self.close().await;
         if is_second { lost.for_the_second_time() } else { lost }

@@ -58,7 +58,7 @@ struct UnderWay<'a> {
     settling: Settling,
     why: Option<DeliveryLost>,
     begin: Instant,
-    /// How long the settlement and the first barrier took.
+    /// How long the settlement and the first barrier took, and the reading ahead of a next message.
     first_reply_took: Option<Duration>,
     /// For the reply to the next barrier.
     deadline: Instant,
@@ -107,7 +107,7 @@ impl UnderWay<'_> {
 
     /// Whether the broker has delivered another message, and if so, whether it is the one that is being settled.
     async fn other_delivery(&mut self, step: Step) -> Option<bool> {
-        if !self.subscription.has_another() {
+        if !self.subscription.has_unread_delivery() {
             return None;
         }
         // Without a cancel, the next message is due once the settlement is written.
@@ -120,8 +120,8 @@ impl UnderWay<'_> {
             // A first delivery can't be the message that we hold.
             return Some(false);
         }
-        // Only its content tells it apart from this one, so it is read ahead and put back. If it doesn't arrive, the
-        // connection is lost, and the next step reports that.
+        // Only its content tells it apart from this one, so it is read ahead and put back. If it doesn't arrive,
+        // the next step finds out why: a loss, a cancel, or the deadline.
         let delivery = timeout_at(self.deadline, self.subscription.next_delivery()).await.ok()?.ok()?;
         let same = Fingerprint::of(&delivery) == self.held.fingerprint;
         self.subscription.put_back(delivery);

@@ -63,8 +63,8 @@ impl Subscription {
         deadline: Instant,
         give_up: oneshot::Receiver<()>,
     ) -> Result<Self, (OpenConnection, NotSubscribed)> {
-        let of_queue = if options.queue.is_empty() { String::new() } else { format!(" of queue {:?}", options.queue) };
-        let stage = format!("waiting for the broker to register the consumer{of_queue}");
+        let to_queue = if options.queue.is_empty() { String::new() } else { format!(" to queue {:?}", options.queue) };
+        let stage = format!("subscribing{to_queue}");
         let subscribed = with_reminders(&stage, async {
             end_previous_consumer(&mut connection).await?;
             subscribe(&mut connection, &options, plan, declared).await
@@ -86,8 +86,8 @@ impl Subscription {
             }),
             Some(Err(why)) => Err((connection, why)),
             None => {
-                // If it is still there, its channel.close is sent, but not answered. So dropping it sends nothing, and
-                // its deliveries mustn't count as cut short.
+                // If the previous consumer's channel is still there, its channel.close was sent, but not answered. So
+                // dropping it sends nothing, and its deliveries mustn't count as cut short.
                 if connection.previous_channel.take().is_some() {
                     connection.observed().forget_consumer();
                 }
@@ -136,9 +136,9 @@ impl Subscription {
         self.read_ahead = Some(delivery);
     }
 
-    /// Also if it has only begun to arrive, or if lapin drops it: see
+    /// Whether a delivery has come that isn't read, even if it has only begun to arrive, or if lapin drops it: see
     /// [`ObservedConsumer::deliveries`](crate::broker::reach::observed::ObservedConsumer::deliveries).
-    pub(super) fn has_another(&self) -> bool {
+    pub(super) fn has_unread_delivery(&self) -> bool {
         self.connection.observed().consumer.deliveries > self.deliveries_read
     }
 
@@ -183,7 +183,7 @@ impl Subscription {
         let last = match timeout(CANCEL_TIMEOUT, self.channel.basic_cancel(CONSUMER_TAG.into(), cancel)).await {
             Ok(Ok(())) => message_before_cancel_ok(consumer).await,
             Ok(Err(error)) => Err(error),
-            Err(_) if self.has_another() => {
+            Err(_) if self.has_unread_delivery() => {
                 // The reply comes after the rest of the body. Take the message, and don't wait for the reply.
                 let delivery = self.next_delivery().await?;
                 self.consumer = None;
@@ -238,7 +238,7 @@ async fn message_before_cancel_ok(consumer: &mut lapin::Consumer) -> lapin::Resu
 
 async fn end_previous_consumer(connection: &mut OpenConnection) -> Result<(), NotSubscribed> {
     if let Some(channel) = &connection.previous_channel {
-        // If that fails, opening the next channel fails, too.
+        // A failure shows below if the broker has closed the channel, and otherwise when the next one is opened.
         let _ = channel.close(200, "OK".into()).await;
     }
     connection.previous_channel = None;

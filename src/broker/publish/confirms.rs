@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 /// The messages that were sent, and the broker's answers, in the order of publishing.
 #[derive(Debug, Default)]
 pub struct Confirms {
-    /// The messages without an answer. The last one may still be on its way to the socket.
+    /// The messages without an answer. Those sent last may still wait in lapin.
     in_flight: VecDeque<InFlight>,
     /// How many answers were received: `basic.ack` and `basic.nack`, one for each message.
     answered: u64,
@@ -26,13 +26,13 @@ struct InFlight {
     answered_before: u64,
 }
 
-/// A message that was returned or nacked: one of the messages `first` to `last`, counted from 1.
+/// A message that was returned or nacked, by numbers that count from 1: one of the range `first` to `last`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotQueued {
     pub first: u64,
     pub last: u64,
-    /// Whether message `last` was nacked; if `first` is another, one of them was returned, too. If not, one of them was
-    /// returned.
+    /// If true, `last` was nacked, and if `first` is an earlier one, that one or a later one was returned, too. If
+    /// false, one of the range was returned.
     pub nacked: bool,
 }
 

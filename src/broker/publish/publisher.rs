@@ -125,9 +125,9 @@ impl<'a> Publisher<'a> {
         })
     }
 
-    /// Publishes the bodies, and waits until each message is answered. When they end, or a message is returned or
-    /// nacked, `bodies` becomes `None`. Dropping the future loses nothing: a second call goes on. `name` is what an
-    /// error calls a message, by its number from 1.
+    /// Publishes the bodies, and waits until each message is answered. When they end, one can't be read, or a message is
+    /// returned or nacked, `bodies` becomes `None`. Dropping the future loses nothing: a second call goes on. `name` is
+    /// what an error calls a message, by its number from 1.
     ///
     /// # Errors
     /// If a body can't be read, no confirm arrives within the limit, or the channel or the connection is lost.

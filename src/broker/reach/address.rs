@@ -102,8 +102,8 @@ impl Address {
             return error("the URL must start with amqp:// or amqps://");
         };
         let (authority, after) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        // The `@` probably ends a password that contains a `/` or `?`. It is refused here, because errors about the
-        // path or the query may quote them.
+        // The `@` probably ends a password that contains a `/` or `?`. It is refused here, because later errors may
+        // quote the path or the query, and with it a part of the password.
         if after.contains('@') {
             return error(
                 "there is an '@' after the first '/' or '?': in a user name or password write '/' \

@@ -49,7 +49,7 @@ const RETRY_LOGIN_FOR: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// `--connect-timeout`: from the first look-up until there is a consumer.
+    /// `--connect-timeout`: from the first look-up until there is a consumer, or for qpublish a connection.
     pub timeout: Duration,
     /// In seconds.
     pub heartbeat: Option<u16>,

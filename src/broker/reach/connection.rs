@@ -26,8 +26,9 @@ pub struct OpenConnection {
     /// The only listener: lapin's listeners take events from each other.
     pub(super) events: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
     pub(in crate::broker) observed: Arc<Mutex<Observed>>,
-    /// The channel of the previous consumer, or of the publisher. Kept until connection.close: if it is dropped, lapin
-    /// 4.12 sends channel.close, and ends the connection without a goodbye when the two cross.
+    /// The channel of the previous consumer, or of the publisher. Kept until it is closed, or until connection.close.
+    /// If it is dropped before, lapin 4.12 sends channel.close, and ends the connection without a goodbye when the two
+    /// cross.
     pub(in crate::broker) previous_channel: Option<Channel>,
     /// An exclusive queue that we delete before the connection is closed, because the broker may keep it.
     pub(in crate::broker) exclusive_queue: Option<(String, QueueDeleteOptions)>,

@@ -94,8 +94,8 @@ impl Nodes {
     }
 
     /// # Errors
-    /// 78 for a file that can't be used, 71 if the system is short of something, 64 for a wrong address. Then nothing
-    /// changes.
+    /// 78 for a file that can't be used, 71 if the system is short of something, 64 for a wrong address or an authfile
+    /// without its two lines. Then nothing changes.
     pub fn read(&mut self) -> Result<(), Failure> {
         let addresses = self.read_addresses()?;
         self.tls = Tls::load(&addresses)?;

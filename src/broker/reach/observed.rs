@@ -114,7 +114,7 @@ impl Observed {
         if let Err(problem) = &read
             && self.delivering
         {
-            // Any other frame isn't sent again on the next connection.
+            // Only a message is delivered again on the next connection, which would then fail, too.
             self.unreadable.get_or_insert_with(|| problem.clone());
         }
         read
