@@ -32,7 +32,7 @@ const REFUSED: Row = (Exit::NoPermission, "refused: the broker refused the crede
 const QCONSUME: [Row; 11] = [
     USAGE,
     (Exit::NoInput, "no message: none came within --wait", "later"),
-    (Exit::Unavailable, "no broker: not reachable within --connect-timeout", "yes"),
+    (Exit::Unavailable, "unavailable: no broker, or no queue that can be used, within --connect-timeout", "yes"),
     (
         Exit::Software,
         "defect: a bug in qconsume, a message that it can't decode (invalid AMQP, or headers too large or too deep), or two connections lost while a message arrived",
@@ -64,7 +64,7 @@ const QPUBLISH: [Row; 8] = [
     (Exit::NoInput, "no input: a file or standard input can't be read", "no"),
     (
         Exit::Unavailable,
-        "no broker: not reachable within --connect-timeout, or no reply within --timeout before the first message",
+        "unavailable: no broker within --connect-timeout, or no reply within --timeout before the first message",
         "yes",
     ),
     (Exit::Software, "defect: a bug in qpublish", ""),
@@ -93,7 +93,7 @@ pub fn table(program: Program) -> Vec<(String, &'static str, &'static str)> {
         Program::Qconsume => (
             &QCONSUME[..],
             "success: the command succeeded and the broker confirmed the acknowledgement",
-            "signal N: ended the command, or qconsume while it waited",
+            "signal N: ended the command, or stopped qconsume",
         ),
         Program::Qpublish => (
             &QPUBLISH[..],

@@ -49,8 +49,8 @@ pub async fn publish(mut options: QpublishOptions, mut signals: Signals) -> Resu
 }
 
 /// Declares, and publishes until there is no more, a message is returned or nacked, or a stop signal comes; then waits
-/// for the messages in flight, after a signal for [`GRACE`] only. Returns the signal, unless everything was read before
-/// the signal and answered within [`GRACE`].
+/// for the messages in flight, after a signal for [`GRACE`] only. Returns the signal, unless the reading had ended
+/// before it and all answers came within [`GRACE`]: then as if no signal had come.
 async fn run<'a>(
     publisher: &mut Option<Publisher<'a>>,
     connection: &'a mut OpenConnection,

@@ -80,7 +80,7 @@ impl Worker {
         let (settled, next) = self.settle(signals, settlement, verdict, result).await;
         self.count(settled.outcome);
         let summary = settled.summary(&subject, verdict, result, message.at_default_delivery_limit);
-        if settled.end != Settled::Confirmed {
+        if settled.settled != Settled::Confirmed {
             return Break(summary);
         }
         self.go_on(next, summary).await
@@ -216,10 +216,10 @@ impl Worker {
 
     /// After a confirmed settlement.
     async fn go_on(&mut self, next: Next, summary: RunSummary) -> ControlFlow<RunSummary> {
-        // A stop signal came during the settlement, and the next message may have come, too.
+        // If a stop signal came during the settlement, the consumer isn't cancelled: the next message may have come.
         let must_release = next != Next::Message && self.consumer.is_ready();
-        if next != Next::End || must_release {
-            // Otherwise only the report is left, and a shortage there mustn't say that no command was run.
+        if next == Next::Message {
+            // Not at the end of the run: a shortage mustn't say there that no command was run.
             abort::note_message_done();
         }
         let released = !must_release || self.consumer.release().await;

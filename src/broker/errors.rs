@@ -19,7 +19,7 @@ const HANDSHAKE_FRAME_MAX_SINCE_4: usize = 8192;
 /// Smallest frame_max that RabbitMQ takes since 4.1, in bytes: seen with 4.3.6, and 4.0.5 takes a smaller one.
 const RABBITMQ_FRAME_MIN: u32 = 8192;
 
-/// The most that the client's properties take of that frame, in bytes.
+/// The most that the client's properties take of `connection.start-ok`, in bytes.
 const CLIENT_PROPERTIES_MAX: usize = 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,7 +242,7 @@ fn row(asked: Asked<'_>, meaning: Meaning, credentials: Credentials<'_>) -> Row 
         }
         (_, M::NoVirtualHost) | (Login(_), M::Missing) => {
             let what = format!("the broker has no virtual host {virtual_host:?}");
-            Row::config(what, "create it, or correct the URL's path")
+            Row::config(what, "create it, or correct its name (the URL's path, or --vhost)")
         }
         (_, M::VirtualHostRefused) => {
             Row::not_permitted(format!("user {user:?} may not use virtual host {virtual_host:?}"), credentials)

@@ -60,7 +60,7 @@ impl OutputOptions {
     /// Starts the log with those of its options that can be parsed.
     pub(crate) fn start_after_failed_parse(arguments: &[OsString]) {
         // clap stops at the first error, so it gets the log's options only. Without `--` before COMMAND these may be
-        // COMMAND's options, and the error is then logged as they say: also to the file of COMMAND's --termination-log.
+        // COMMAND's options. Then they decide how our error is logged, and which file gets the termination message.
         let mut words = arguments.iter().take_while(|word| *word != "--");
         let mut own = Vec::new();
         while let Some(word) = words.next() {

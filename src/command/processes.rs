@@ -15,8 +15,8 @@ const INIT: Pid = Pid::from_raw(1);
 /// A child is a stranger if it
 /// - existed before the command,
 /// - is in our own process group while the command has another one, or
-/// - is in a group or a session that existed before the command: a process can't join an older session, and an older
-///   group only on purpose (setpgid(2)). Our session doesn't count, nor our group if the command is in it.
+/// - is in the group or the session of a child that existed before the command: a process can't join an older session,
+///   and an older group only on purpose (setpgid(2)). Our session doesn't count, nor our group if the command is in it.
 ///
 /// docs/how-it-works.md lists the orphans that this rule gets wrong.
 #[derive(Debug, Default)]

@@ -66,13 +66,14 @@ pub struct Limits {
 
     /// Send SIGKILL this long after qconsume's own SIGTERM
     ///
-    /// qconsume sends SIGTERM after --timeout and when the delivery is lost. Processes left behind by a successful command also have this time before SIGKILL. For forwarded signals, see --grace.
+    /// qconsume sends SIGTERM after --timeout and when the delivery is lost. Processes left behind by a successful command have this time, too, unless --timeout or --grace ends before. For forwarded signals, see --grace.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_KILL_AFTER", default_value = "10s", value_parser = duration)]
     pub kill_after: Duration,
 
     /// Send SIGKILL this long after a forwarded signal
     ///
-    /// Without this option, qconsume sends no SIGKILL. Kubernetes does after terminationGracePeriodSeconds.
+    /// Without this option, qconsume sends no SIGKILL after a forwarded signal. Kubernetes does after
+    /// terminationGracePeriodSeconds.
     #[arg(long, value_name = "DURATION", env = "QCONSUME_GRACE", value_parser = duration)]
     pub grace: Option<Duration>,
 
@@ -101,8 +102,7 @@ impl Deadline {
     }
 }
 
-/// Waits for the command, then for the processes that it left behind: after a success until `--kill-after`. Then they
-/// are killed, and given up after [`KILL_PATIENCE`].
+/// Waits for the command, then for the processes that it left behind (see the top of this file).
 ///
 /// Returns how the command ended, whether a signal or the time limit was the first to stop it, and why the delivery was
 /// lost, which is the result of `lost_future`.

@@ -116,7 +116,8 @@ impl Input {
         }
     }
 
-    /// How many messages are confirmed, and of how many, or how much of a file on standard input.
+    /// The progress line, such as `3 of 10 messages confirmed, 1/s`. With --lines and --null the number of messages
+    /// isn't known, so it says how much of a file on standard input is done.
     pub(super) fn progress(&self, confirms: &Confirms, rate: u64) -> String {
         let (confirmed, messages) = (confirms.confirmed(), |number| counted(number, "message", "messages"));
         if self.separator().is_none() {

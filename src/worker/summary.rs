@@ -52,13 +52,13 @@ pub(super) fn reason(why: Option<DeliveryLost>) -> String {
 
 pub(super) struct SettledMessage {
     settlement: Settlement,
-    pub(super) end: Settled,
+    pub(super) settled: Settled,
     pub(super) outcome: Outcome,
     pub(super) text: String,
 }
 
 impl SettledMessage {
-    pub(super) fn new(settlement: Settlement, end: Settled, why: Option<DeliveryLost>) -> Self {
+    pub(super) fn new(settlement: Settlement, settled: Settled, why: Option<DeliveryLost>) -> Self {
         let requeue_unconfirmed = "requeue not confirmed, but the broker requeues the message when the connection ends, unless its queue is deleted";
         let (outcome, confirmed, unconfirmed) = match settlement {
             Settlement::Ack => (
@@ -75,7 +75,7 @@ impl SettledMessage {
             Settlement::Release => (Outcome::Released, "message released", requeue_unconfirmed),
         };
         let why = reason(why);
-        let (outcome, text) = match end {
+        let (outcome, text) = match settled {
             Settled::Confirmed => (outcome, confirmed.to_owned()),
             Settled::Unconfirmed => (Outcome::Unconfirmed, format!("{unconfirmed}: {why}")),
             Settled::Lost => {
@@ -83,13 +83,13 @@ impl SettledMessage {
                 (Outcome::Lost, format!("{lost}: {why}"))
             }
         };
-        Self { settlement, end, outcome, text }
+        Self { settlement, settled, outcome, text }
     }
 
     /// For `--no-ack`.
     pub(super) fn before_the_command() -> Self {
         let text = "message was acknowledged before the command (--no-ack)".to_owned();
-        Self { settlement: Settlement::Ack, end: Settled::Confirmed, outcome: Outcome::Acknowledged, text }
+        Self { settlement: Settlement::Ack, settled: Settled::Confirmed, outcome: Outcome::Acknowledged, text }
     }
 
     /// For `--no-ack`, if the command never started.
@@ -109,8 +109,8 @@ impl SettledMessage {
         if at_default_delivery_limit && self.outcome == Outcome::Requeued {
             text += "; if the queue's delivery-limit is 20 (the default), the queue drops or dead-letters it";
         }
-        let mut summary = summary(subject, verdict.status_after(self.end), self.outcome, text);
-        let status_is_qconsumes = match self.end {
+        let mut summary = summary(subject, verdict.status_after(self.settled), self.outcome, text);
+        let status_is_qconsumes = match self.settled {
             Settled::Confirmed => false,
             // 75, while the status after other settlements is that of the command's failure.
             Settled::Unconfirmed => self.settlement == Settlement::Ack,

@@ -146,7 +146,7 @@ fn a_virtual_host_that_is_missing_is_78_and_one_at_its_limit_is_tried_again() {
         let url = format!("{}/here", peer.url());
         for program in [worker(&peer).url(&url).arg("cat"), publisher(&peer).url(&url)] {
             let done = program.run();
-            done.assert_status(78).assert_stderr("no virtual host \"here\"").assert_stderr("correct the URL's path");
+            done.assert_status(78).assert_stderr("no virtual host \"here\"").assert_stderr("correct its name");
         }
     }
     let refused = closes(Method::CHANNEL_OPEN, 403, "NOT_ALLOWED - access to vhost 'here' refused for user 'guest'");

@@ -62,7 +62,7 @@ impl Default for State {
 
 pub(super) struct Held {
     pub(super) tag: DeliveryTag,
-    /// When the broker began to deliver it: an acknowledgement timeout starts there.
+    /// When its delivery began to arrive: about then an acknowledgement timeout starts.
     pub(super) since: Instant,
     pub(super) fingerprint: Fingerprint,
 }
@@ -112,7 +112,7 @@ impl Consumer {
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
         let mut tries = Tries::new(self.connector.options.timeout);
         if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
-            self.check_queue_survives("the connection was lost")?;
+            self.check_queue_survives("while no message was held")?;
         }
         let mut plan = Plan::default();
         loop {
@@ -188,7 +188,7 @@ impl Consumer {
         }
     }
 
-    /// How long the message has been held, by the broker's clock: since it began to deliver it.
+    /// How long the message has been held, since its delivery began to arrive.
     pub fn held_for(&self) -> Duration {
         match &self.state {
             State::Holding(_, held) => held.since.elapsed(),

@@ -58,7 +58,7 @@ struct UnderWay<'a> {
     settling: Settling,
     why: Option<DeliveryLost>,
     begin: Instant,
-    /// How long the settlement and the first barrier took, and the reading ahead of a next message.
+    /// How long the settlement and the first barrier took, with the time to read the next message if it came.
     first_reply_took: Option<Duration>,
     /// For the reply to the next barrier.
     deadline: Instant,

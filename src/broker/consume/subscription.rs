@@ -86,8 +86,8 @@ impl Subscription {
             }),
             Some(Err(why)) => Err((connection, why)),
             None => {
-                // If the previous consumer's channel is still there, its channel.close was sent, but not answered. So
-                // dropping it sends nothing, and its deliveries mustn't count as cut short.
+                // If the previous consumer's channel is still there, its channel.close isn't answered, so dropping it
+                // sends nothing. Its deliveries are forgotten: `Consumer` would take them for a message that arrived.
                 if connection.previous_channel.take().is_some() {
                     connection.observed().forget_consumer();
                 }
@@ -147,8 +147,8 @@ impl Subscription {
     }
 
     /// Why the second barrier got no reply. RabbitMQ 4.3.6 reports the acknowledgement timeout by closing the channel
-    /// with 406, and not the connection; lapin may be unable to read that close. So it was the timeout if no other
-    /// close was read, and either only the channel is gone (we are still connected) or the close couldn't be read.
+    /// with 406, and not the connection; lapin may be unable to read that close. So it wasn't the timeout if a close
+    /// with another code was read, or if the connection is gone without an unreadable close.
     pub(super) fn second_barrier_failed(&self, error: &lapin::Error) -> DeliveryLost {
         let observed = self.connection.observed();
         let has_another_reason = observed.closed.as_ref().is_some_and(|refusal| refusal.code != 406);

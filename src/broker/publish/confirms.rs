@@ -31,8 +31,8 @@ struct InFlight {
 pub struct NotQueued {
     pub first: u64,
     pub last: u64,
-    /// If true, `last` was nacked, and if `first` is an earlier one, that one or a later one was returned, too. If
-    /// false, one of the range was returned.
+    /// If true, `last` was nacked; if `first` is less, a message from `first` on was returned, too. If false, one of
+    /// the range was returned.
     pub nacked: bool,
 }
 

@@ -46,7 +46,7 @@ pub struct Publisher<'a> {
     channel: Channel,
     route: &'a Route,
     properties: BasicProperties,
-    /// In bytes, as AMQP has them.
+    /// Of the encoded properties, in bytes.
     pub properties_size: usize,
     /// Longest wait for the next confirm.
     limit: Duration,

@@ -160,7 +160,8 @@ impl Connector {
         self.login_refused_since = None;
     }
 
-    /// Makes the error transient for [`RETRY_LOGIN_FOR`] if the password may come from a file.
+    /// Makes the error transient for [`RETRY_LOGIN_FOR`], but at most for `--connect-timeout`, if the password may come
+    /// from a file.
     pub(in crate::broker) fn note_login_refused(&mut self, error: &mut ConnectError) {
         let Some(file) = self.nodes.file_with_password() else {
             return;
@@ -223,7 +224,8 @@ impl Connector {
             let what = format!("the name {:?} can't be looked up", address.host);
             ConnectError::of_system(what, &error)
         })?;
-        // Addresses that accepted before come last: their connection failed, or was lost.
+        // Addresses that accepted before come last: that connection failed, was lost, or is made again without
+        // heartbeats.
         found.sort_by_key(|target| self.accepted.iter().position(|accepted| accepted == target));
         Ok(found)
     }

@@ -295,7 +295,7 @@ fn alert_meaning(alert: AlertDescription, parameters: &Parameters) -> ConnectErr
         A::HandshakeFailure | A::InsufficientSecurity => {
             let asks = if cert.is_some() { "it asks for another one" } else { "it asks for one" };
             format!(
-                ": {asks} (--cert and --key), or it has no cipher, curve, key or signature in common with qconsume, which knows TLS 1.3, and TLS 1.2 with ECDHE and AES-GCM or ChaCha20, on X25519, P-256 and P-384, and certificates with keys of {KEYS}, signed with SHA-256 or SHA-384"
+                ": {asks} (--cert and --key), or it has no cipher, curve, key or signature in common with qconsume, which knows TLS 1.3, and TLS 1.2 with ECDHE and AES-GCM or ChaCha20, on X25519, P-256 and P-384, and certificates with keys of {KEYS}, signed with SHA-256 or SHA-384 (with RSA also SHA-512)"
             )
         }
         A::CertificateExpired if cert.is_some() => ": it has expired".to_owned(),
