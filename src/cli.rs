@@ -74,7 +74,7 @@ pub struct QconsumeOptions {
     /// Ask the broker to wait this long for the acknowledgement
     ///
     /// Only quorum queues of RabbitMQ 4.3 and newer obey. With any broker, qconsume logs a warning when the message has
-    /// been held for about 80 % of this time.
+    /// been held for 80 % of this time.
     #[arg(long, hide_short_help = true, value_name = "DURATION", env = "QCONSUME_ACK_TIMEOUT", value_parser = duration_above_zero, help_heading = "Taking")]
     pub ack_timeout: Option<Duration>,
 

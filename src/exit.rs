@@ -32,7 +32,7 @@ const REFUSED: Row = (Exit::NoPermission, "refused: the broker refused the crede
 const QCONSUME: [Row; 11] = [
     USAGE,
     (Exit::NoInput, "no message: none came within --wait", "later"),
-    (Exit::Unavailable, "unavailable: no broker, or no queue that can be used, within --connect-timeout", "yes"),
+    (Exit::Unavailable, "unavailable: no broker, or no queue that answers, within --connect-timeout", "yes"),
     (
         Exit::Software,
         "defect: a bug in qconsume, a message that it can't decode (invalid AMQP, or headers too large or too deep), or two connections lost while a message arrived",

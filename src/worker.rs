@@ -144,7 +144,7 @@ impl Worker {
             match timeout(left, self.consumer.wait_until_lost()).await {
                 Ok(lost) => return lost,
                 Err(_) => tracing::warn!(
-                    "the message has been held for about {:.0} % of --ack-timeout ({limit}): a queue that obeys it requeues the message after {limit}; raise --ack-timeout if the command needs longer",
+                    "the message has been held for at least {:.0} % of --ack-timeout ({limit}): a queue that obeys it requeues the message after {limit}; raise --ack-timeout if the command needs longer",
                     ACK_WARNING * 100.0,
                     limit = HumanDuration(limit)
                 ),

@@ -28,7 +28,7 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
     // Without the time spent connecting.
     let mut waited = Duration::ZERO;
     let (mut pause, mut failing_since) = (FIRST_PAUSE, None);
-    let mut waiting_reminder = Reminder::new(FIRST_REMINDER);
+    let mut waiting_reminder = None;
     loop {
         if !consumer.is_ready() {
             consumer.subscribe().await?;
@@ -36,7 +36,9 @@ pub(super) async fn take(consumer: &mut Consumer, options: &QconsumeOptions) -> 
         }
         let subscribed_at = Instant::now();
         let left = limit.map(|limit| limit.saturating_sub(waited));
-        match wait(consumer, left, options.drain, &mut waiting_reminder).await {
+        // From the first subscription on, so that a later one doesn't begin again.
+        let reminder = waiting_reminder.get_or_insert_with(|| Reminder::new(FIRST_REMINDER));
+        match wait(consumer, left, options.drain, reminder).await {
             Ok(taken) => return Ok(taken),
             Err(lost) => {
                 if let Some(failure) = lost.end_of_run(consumer.queue()) {

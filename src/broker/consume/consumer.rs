@@ -112,7 +112,7 @@ impl Consumer {
     pub async fn subscribe(&mut self) -> Result<(), Failure> {
         let mut tries = Tries::new(self.connector.options.timeout);
         if !matches!(&self.state, State::Idle(Some(kept)) if kept.is_connected()) {
-            self.check_queue_survives("while no message was held")?;
+            self.check_queue_survives("it was lost between two messages")?;
         }
         let mut plan = Plan::default();
         loop {
